@@ -1,0 +1,37 @@
+"""The one error type for user mistakes: what was given, what is allowed, where, and how to fix it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+__all__ = ["CalmError", "unknown"]
+
+
+class CalmError(ValueError):
+    """A mistake in what the user gave: a value, a file, a combination of options.
+
+    The message names the value and the fix. The command line prints it without a traceback.
+    """
+
+
+def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = "") -> CalmError:
+    """The error for a name that is not among the allowed ones.
+
+    Args:
+        what: what the name stands for, such as ``"map kind"``.
+        given: the value received.
+        allowed: the names that would have been accepted, in the order to show them.
+        where: the file, flag or place that held the value; empty if the call itself did.
+
+    Returns:
+        An error to raise, which also suggests the closest allowed name.
+
+    >>> str(unknown("method", "calm-me", ["calm-em", "calm-ml", "cam"]))
+    "unknown method 'calm-me': allowed are calm-em, calm-ml, cam; did you mean 'calm-em'?"
+    """
+    names = list(allowed)
+    place = f" in {where}" if where else ""
+    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {close[0]!r}?" if close else ""
+    return CalmError(f"unknown {what} {given!r}{place}: allowed are {', '.join(names)}{hint}")
