@@ -1,0 +1,62 @@
+"""A small residual network for small images and CPUs: ResNet-18's plan at a fraction of its width."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from jaxtyping import Float
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, conv1x1
+
+__all__ = ["SmallResNet"]
+
+
+class SmallResNet(nn.Module):
+    """Residual stages without the classifier, for images of about 32 to 128 pixels.
+
+    Args:
+        widths: channels of the stages; the last is D. The default is half of ResNet-18's.
+        strides: stride of each stage; the grid is the image divided by their product and the stem's stride.
+        depth: residual blocks a stage.
+        stem_stride: stride of the 3x3 stem convolution (there is no pooling).
+
+    The default makes an 8x8 grid of a 64x64 image with 2.8 million parameters.
+    """
+
+    def __init__(
+        self,
+        widths: Sequence[int] = (32, 64, 128, 256),
+        strides: Sequence[int] = (1, 2, 2, 2),
+        depth: int = 2,
+        stem_stride: int = 1,
+    ) -> None:
+        super().__init__()
+        if len(widths) != len(strides):
+            raise ValueError(f"{len(widths)} widths but {len(strides)} strides: give one each per stage")
+        self.out_channels = widths[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, widths[0], 3, stride=stem_stride, padding=1, bias=False),
+            nn.BatchNorm2d(widths[0]),
+            nn.ReLU(inplace=True),
+        )
+        self.stages = nn.Sequential()
+        channels = widths[0]
+        for width, stride in zip(widths, strides, strict=True):
+            blocks = [_block(channels, width, stride), *(_block(width, width, 1) for _ in range(depth - 1))]
+            self.stages.append(nn.Sequential(*blocks))
+            channels = width
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
+        """Features of the last stage, after its ReLU."""
+        features: Tensor = self.stages(self.stem(images))
+        return features
+
+
+def _block(inputs: int, width: int, stride: int) -> BasicBlock:
+    shortcut = None
+    if stride != 1 or inputs != width:
+        shortcut = nn.Sequential(conv1x1(inputs, width, stride), nn.BatchNorm2d(width))
+    return BasicBlock(inputs, width, stride, shortcut)

@@ -1,0 +1,125 @@
+"""The idea of CALM: where the cue is, is a latent variable of the classifier.
+
+Two grids of activations, read from the same features, say everything. ``logits`` f (B, C, h, w) scores the
+classes at each location, ``scores`` s (B, 1, h, w) scores the locations. With y a class and z a location:
+
+==================  =====================  ==============================================  ===============
+quantity            formula                 in words                                        sums to 1 over
+==================  =====================  ==============================================  ===============
+conditional         softmax_y f[y, z]       p(y | x, z): the class, if the cue is at z      classes
+prior               a(s[z]) / sum_z a(s)    p(z | x): where the cue is                      locations
+joint               conditional * prior     p(y, z | x): the attribution map                both together
+likelihood          sum_z joint             p(y | x): the prediction                        classes
+posterior           joint / likelihood      p(z | x, y): where, given the class             locations
+==================  =====================  ==============================================  ===============
+
+All values are mass (a probability per grid cell, not a density per pixel), in natural logarithms, computed in
+float32 or wider whatever the dtype of the activations: this module is the one float32 island of the package.
+
+Source: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution", ICCV 2021, section 3.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+__all__ = [
+    "PriorActivation",
+    "PriorDenominator",
+    "log_conditional",
+    "log_joint",
+    "log_likelihood",
+    "log_normalizer",
+    "log_posterior",
+    "log_prior",
+    "widen",
+]
+
+PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
+PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
+
+
+def widen(values: Tensor) -> Tensor:
+    """``values`` in float32, or unchanged where they are wider: the entrance to the float32 island."""
+    return values if values.dtype in (torch.float32, torch.float64) else values.float()
+
+
+def log_normalizer(logits: Float[Tensor, "b c h w"]) -> Float[Tensor, "b h w"]:
+    """log sum over classes of exp f: what turns logits into the conditional. The only pass over all classes
+    that a training loss needs."""
+    return torch.logsumexp(widen(logits), dim=1)
+
+
+def log_conditional(logits: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """log p(y | x, z): the softmax over classes, at each location."""
+    return F.log_softmax(widen(logits), dim=1)
+
+
+def log_prior(
+    scores: Float[Tensor, "b 1 h w"],
+    activation: PriorActivation = "softplus",
+    denominator: PriorDenominator = "differentiated",
+) -> Float[Tensor, "b h w"]:
+    """log p(z | x): the activated scores, normalised over the locations. The "saliency" of the paper.
+
+    Args:
+        scores: one location score per grid cell.
+        activation: a in the formula. ``softplus`` is the paper's, ``relu`` the released code's (released weights
+            need it), ``exp`` makes the prior a spatial softmax.
+        denominator: ``differentiated`` is the exact gradient; ``constant`` treats the sum over locations as a
+            constant in the backward pass, as the released code does: the gradient can then only raise scores.
+
+    Returns:
+        Log-probabilities whose exponentials sum to 1 over (h, w); -inf where a location has no mass. An image whose
+        activations are all 0 (possible with ``relu``) gets the uniform prior, and no gradient to its scores.
+    """
+    log_activation = _LOG_ACTIVATIONS[activation](widen(scores).squeeze(1))
+    dead = (log_activation == -math.inf).all(dim=(-2, -1), keepdim=True)
+    log_activation = torch.where(dead, torch.zeros_like(log_activation), log_activation)
+    log_sum = torch.logsumexp(log_activation, dim=(-2, -1), keepdim=True)
+    return log_activation - (log_sum.detach() if denominator == "constant" else log_sum)
+
+
+def log_joint(
+    log_conditional: Float[Tensor, "b c h w"], log_prior: Float[Tensor, "b h w"]
+) -> Float[Tensor, "b c h w"]:
+    """log p(y, z | x) = log p(y | x, z) + log p(z | x): the attribution map of the paper."""
+    return log_conditional + log_prior.unsqueeze(1)
+
+
+def log_likelihood(log_joint: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+    """log p(y | x) = log of the joint's sum over locations: the prediction."""
+    return torch.logsumexp(log_joint, dim=(-2, -1))
+
+
+def log_posterior(log_joint: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """log p(z | x, y) = log p(y, z | x) - log p(y | x): the "ground-truth conditional" of the released code."""
+    return log_joint - log_likelihood(log_joint)[..., None, None]
+
+
+def _log_softplus(scores: Tensor) -> Tensor:
+    """log softplus(s). Below -15 by its series s - e^s/2, exact to float64 there, so that it never underflows."""
+    far = scores < -15
+    near = F.softplus(scores.masked_fill(far, 0.0), threshold=40).log()
+    tail = scores.masked_fill(~far, -15.0)
+    return torch.where(far, tail - tail.exp() / 2, near)
+
+
+def _log_relu(scores: Tensor) -> Tensor:
+    """log max(s, 0), with -inf and no gradient where s <= 0."""
+    off = scores <= 0
+    return scores.masked_fill(off, 1.0).log().masked_fill(off, -math.inf)
+
+
+def _log_exp(scores: Tensor) -> Tensor:
+    """log exp(s)."""
+    return scores
+
+
+_LOG_ACTIVATIONS = {"softplus": _log_softplus, "relu": _log_relu, "exp": _log_exp}

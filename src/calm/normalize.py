@@ -1,0 +1,44 @@
+"""Normalisations of a score map before it is thresholded, shown or compared.
+
+Each takes maps of any leading shape, looks at one map (the last two axes) at a time, and returns new tensors.
+A constant map says nothing about where, and a NaN or infinite one says nothing at all: both become zeros.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calm.latent import widen
+
+__all__ = ["Normalization", "normalize"]
+
+Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
+
+
+def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor, "*n h w"]:
+    """Bring maps to [0, 1].
+
+    Args:
+        maps: score maps, each over its last two axes.
+        how: ``minmax`` maps the range of each map to [0, 1]. ``max`` divides by the maximum and clips at 0, so
+            an all-negative map is all zeros (the released code divides by the negative maximum and gets all ones).
+            ``clipping`` only cuts at 0 and 1: for values that are probabilities already.
+
+    Returns:
+        Maps in [0, 1], of the same shape; constant and non-finite maps are zeros.
+    """
+    values = widen(maps)
+    low = values.amin(dim=(-2, -1), keepdim=True)
+    high = values.amax(dim=(-2, -1), keepdim=True)
+    usable = low.isfinite() & high.isfinite() & (high > low)
+    if how == "clipping":
+        scaled = values.clamp(0, 1)
+    elif how == "max":
+        scaled = values.clamp(min=0) / torch.where(high > 0, high, 1.0)
+    else:
+        scaled = (values - low) / torch.where(usable, high - low, 1.0)
+    return torch.where(usable, scaled, torch.zeros_like(scaled))

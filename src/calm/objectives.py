@@ -1,0 +1,63 @@
+"""What training minimises: maximum likelihood (CALM-ML), expectation-maximisation (CALM-EM), cross-entropy (CAM).
+
+The CALM losses read one row of the joint, the target's: log p(y, z | x) = f[y, z] - log sum_c exp f[c, z]
++ log p(z | x) at the target y. Nothing of shape (B, C, h, w) is made for the other classes.
+
+**EM and ML learn the same thing (Fisher's identity).** With the posterior q taken from the current parameters, in the
+same step and untempered, d/dw of the EM loss = -sum_z q(z) d/dw log joint(z) = -d/dw log sum_z joint(z): the gradient
+of the ML loss. The two differ in the loss value that is shown. They learn different things when q comes from elsewhere:
+a teacher, or a temperature other than 1 (docs/mathematics.md has the derivation).
+
+Source: paper, section 3 (learning the latent variable model).
+"""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+__all__ = ["e_step", "em_loss", "ml_loss", "target_rows"]
+
+
+def target_rows(
+    logits: Float[Tensor, "b c h w"],
+    log_normalizer: Float[Tensor, "b h w"],
+    log_prior: Float[Tensor, "b h w"],
+    targets: Int[Tensor, " b"],
+) -> Float[Tensor, "b h w"]:
+    """log p(y, z | x) of the target class y alone: f[y, z] - log sum_c exp f[c, z] + log p(z | x)."""
+    row = logits.gather(1, targets.view(-1, 1, 1, 1).expand(-1, 1, *logits.shape[2:])).squeeze(1)
+    return row - log_normalizer + log_prior
+
+
+def ml_loss(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
+    """-log p(y | x), in nats, one value per row of the joint. Finite for any finite activations: it never leaves
+    log space."""
+    return -torch.logsumexp(log_joint, dim=(-2, -1))
+
+
+@torch.no_grad()
+def e_step(log_joint: Float[Tensor, "*rows h w"], temperature: float = 1.0) -> Float[Tensor, "*rows h w"]:
+    """q(z), the posterior that the M-step takes as given: proportional to joint ** temperature. No gradient.
+
+    Args:
+        log_joint: log p(y, z | x) of the target, from the model in training or from a teacher.
+        temperature: the exponent beta. 1 is the published EM; below 1 spreads q over more locations, down to
+            0 (every location with mass counts the same); above 1 sharpens it.
+    """
+    # 0 * -inf is not 0: a location without mass stays without, whatever the temperature.
+    tempered = torch.where(log_joint.isneginf(), log_joint, temperature * log_joint)
+    return (tempered - torch.logsumexp(tempered, dim=(-2, -1), keepdim=True)).exp()
+
+
+def em_loss(
+    posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*rows h w"]
+) -> Float[Tensor, "*rows"]:
+    """The M-step: -sum_z q(z) [log p(y | x, z) + log p(z | x)], in nats, one value per row.
+
+    A location with q(z) = 0 adds nothing to value or gradient, even where its log joint is -inf. Where q (a teacher's)
+    has mass and the log joint is -inf the value is infinite, as the formula says.
+    """
+    unused = posterior == 0
+    return -(posterior * log_joint.masked_fill(unused, 0.0)).sum(dim=(-2, -1))

@@ -1,0 +1,272 @@
+"""What a model returns: activations, and every quantity of the paper as a property that is computed when asked.
+
+Encode once, ask many: prediction, loss and maps of any number of classes read the same output, and what one of them
+computed (the sum over classes, the prior) the next one finds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from calm import latent, maps, objectives
+from calm.errors import CalmError
+from calm.latent import PriorActivation, PriorDenominator, widen
+
+__all__ = ["CalmOutput", "CamOutput"]
+
+Self_ = TypeVar("Self_", "CalmOutput", "CamOutput")
+
+
+def _kept(compute: Callable[[Self_], Tensor]) -> Any:
+    """A property computed once per gradient mode, so that a value first read under ``no_grad`` never enters a loss
+    without its gradient."""
+    name = compute.__name__
+
+    def read(self: Self_) -> Tensor:
+        key = (name, torch.is_grad_enabled())
+        if key not in self._values:
+            self._values[key] = compute(self)
+        return self._values[key]
+
+    return property(read, doc=compute.__doc__)
+
+
+class CalmOutput:
+    """Output of a CALM model for a batch of images. See `calm.latent` for the five quantities.
+
+    Attributes:
+        logits: f, class scores per location, (B, C, h, w), in the dtype the head computed in.
+        scores: s, one score per location, (B, 1, h, w).
+    """
+
+    family: ClassVar[str] = "calm"
+
+    def __init__(
+        self,
+        logits: Float[Tensor, "b c h w"],
+        scores: Float[Tensor, "b 1 h w"],
+        activation: PriorActivation = "softplus",
+        denominator: PriorDenominator = "differentiated",
+    ) -> None:
+        self.logits, self.scores = logits, scores
+        self._activation, self._denominator = activation, denominator
+        self._values: dict[tuple[str, bool], Tensor] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.logits.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.logits.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return self.logits.device
+
+    @_kept
+    def log_normalizer(self) -> Tensor:
+        """log sum over classes of exp f, (B, h, w)."""
+        return latent.log_normalizer(self.logits)
+
+    @_kept
+    def log_prior(self) -> Tensor:
+        """log p(z | x), (B, h, w)."""
+        return latent.log_prior(self.scores, self._activation, self._denominator)
+
+    @property
+    def log_conditional(self) -> Tensor:
+        """log p(y | x, z), (B, C, h, w)."""
+        return latent.log_conditional(self.logits)
+
+    @_kept
+    def log_joint(self) -> Tensor:
+        """log p(y, z | x), (B, C, h, w)."""
+        return widen(self.logits) + (self.log_prior - self.log_normalizer).unsqueeze(1)
+
+    @_kept
+    def log_probs(self) -> Tensor:
+        """log p(y | x), (B, C): the prediction. Keeps nothing of shape (B, C, h, w)."""
+        joint = widen(self.logits) + (self.log_prior - self.log_normalizer).unsqueeze(1)
+        return latent.log_likelihood(joint)
+
+    @property
+    def log_posterior(self) -> Tensor:
+        """log p(z | x, y), (B, C, h, w)."""
+        return self.log_joint - self.log_probs[..., None, None]
+
+    @property
+    def conditional(self) -> Tensor:
+        """p(y | x, z), (B, C, h, w); sums to 1 over classes."""
+        return self.log_conditional.exp()
+
+    @property
+    def prior(self) -> Tensor:
+        """p(z | x), (B, h, w); sums to 1 over locations."""
+        return self.log_prior.exp()
+
+    @property
+    def joint(self) -> Tensor:
+        """p(y, z | x), (B, C, h, w); sums to p(y | x) over locations."""
+        return self.log_joint.exp()
+
+    @property
+    def probs(self) -> Tensor:
+        """p(y | x), (B, C); sums to 1 over classes. float32 or wider."""
+        return self.log_probs.exp()
+
+    @property
+    def posterior(self) -> Tensor:
+        """p(z | x, y), (B, C, h, w); sums to 1 over locations."""
+        return self.log_posterior.exp()
+
+    @property
+    def dead(self) -> Tensor:
+        """Which images have a dead prior: every activation 0, hence the uniform prior. (B,) bool."""
+        if self._activation != "relu":
+            return torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
+        return (self.scores <= 0).flatten(1).all(dim=1)
+
+    def log_joint_of(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """log p(y, z | x) of the classes asked, for each image its own; the other classes' rows are not made."""
+        rows = self.logits.gather(1, classes[..., None, None].expand(-1, -1, *self.logits.shape[2:]))
+        return rows + (self.log_prior - self.log_normalizer).unsqueeze(1)
+
+    def target_rows(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
+        """log p(y, z | x) of each image's target."""
+        return objectives.target_rows(self.logits, self.log_normalizer, self.log_prior, targets)
+
+    def _ml_loss(self, targets: Tensor) -> Float[Tensor, " b"]:
+        """-log p(y | x), (B,); with soft targets (B, C), its expectation over them."""
+        if targets.ndim == 2:
+            return -(targets * self.log_probs).sum(dim=1)
+        return objectives.ml_loss(self.target_rows(targets))
+
+    def _em_loss(
+        self, targets: Tensor, temperature: float = 1.0, teacher: CalmOutput | None = None
+    ) -> Float[Tensor, " b"]:
+        """The EM loss, (B,). Soft targets (B, C) need the posteriors of all classes and their memory."""
+        soft = targets.ndim == 2
+        own = self.log_joint if soft else self.target_rows(targets)
+        believed = own.detach()
+        if teacher is not None:
+            with torch.no_grad():
+                theirs = teacher.log_joint if soft else teacher.target_rows(targets)
+                # A ReLU prior may have no mass where the teacher's has: those locations can not be taught, and
+                # an image without any other keeps its own posterior.
+                theirs = theirs.masked_fill(own.isneginf(), -torch.inf)
+                lost = theirs.isneginf().all(dim=-1).all(dim=-1)[..., None, None]
+                believed = torch.where(lost, believed, theirs)
+        losses = objectives.em_loss(objectives.e_step(believed, temperature), own)
+        return (targets * losses).sum(dim=1) if soft else losses
+
+    def loss(
+        self,
+        targets: Tensor,
+        *,
+        method: str = "calm-em",
+        temperature: float = 1.0,
+        teacher: CalmOutput | None = None,
+    ) -> Float[Tensor, ""]:
+        """Mean loss over the batch, in nats.
+
+        Args:
+            targets: class indices (B,), or soft targets (B, C) whose rows sum to 1 (mixup, label smoothing).
+            method: ``calm-em`` or ``calm-ml``.
+            temperature: beta of the E-step (`calm.objectives.e_step`); EM only.
+            teacher: the output, for the same images, that the posterior is taken from; None: this one. EM only.
+        """
+        if method == "calm-em":
+            return self._em_loss(targets, temperature, teacher).mean()
+        if temperature != 1.0 or teacher is not None:
+            raise CalmError("temperature and teacher belong to the E-step: they need method 'calm-em'")
+        return self._ml_loss(targets).mean()
+
+    def attribute(
+        self,
+        targets: Tensor,
+        kind: str = "jointll",
+        *,
+        superclass: maps.Superclass | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attribution maps from this forward pass: see `calm.maps.attribute`."""
+        return maps.attribute(self, targets, kind, superclass=superclass, size=size)
+
+
+class CamOutput:
+    """Output of a CAM model: class scores averaged over the locations, and the class activation maps on demand.
+
+    The prediction needs no maps: the mean of a 1x1 convolution is the convolution of the mean.
+
+    Attributes:
+        class_scores: mean over locations of f, (B, C): the classifier's logits.
+    """
+
+    family: ClassVar[str] = "cam"
+
+    def __init__(self, features: Float[Tensor, "b d h w"], weight: Tensor, bias: Tensor) -> None:
+        self._features, self._weight, self._bias = features, weight, bias
+        self.class_scores = widen(F.linear(features.mean(dim=(-2, -1)), weight.flatten(1), bias))
+        self._values: dict[tuple[str, bool], Tensor] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return self.class_scores.shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """B."""
+        return self.class_scores.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the activations are."""
+        return self.class_scores.device
+
+    @_kept
+    def logits(self) -> Tensor:
+        """f, the class activation maps of all classes, (B, C, h, w)."""
+        return F.conv2d(self._features, self._weight, self._bias)
+
+    @_kept
+    def log_probs(self) -> Tensor:
+        """log p(y | x), (B, C)."""
+        return F.log_softmax(self.class_scores, dim=1)
+
+    @property
+    def probs(self) -> Tensor:
+        """p(y | x), (B, C); sums to 1 over classes. float32 or wider."""
+        return self.log_probs.exp()
+
+    def logits_of(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """f of the classes asked, for each image its own, in float32 or wider."""
+        weight, bias = self._weight.flatten(1)[classes], self._bias[classes]
+        return widen(torch.einsum("bdhw,bkd->bkhw", self._features, weight.to(self._features.dtype))) + widen(
+            bias
+        )[..., None, None]
+
+    def loss(self, targets: Tensor) -> Float[Tensor, ""]:
+        """Cross-entropy, mean over the batch, in nats; ``targets`` (B,) indices or (B, C) soft."""
+        return F.cross_entropy(self.class_scores, targets)
+
+    def attribute(
+        self,
+        targets: Tensor,
+        kind: str = "cam",
+        *,
+        superclass: maps.Superclass | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """Attribution maps from this forward pass: see `calm.maps.attribute`."""
+        return maps.attribute(self, targets, kind, superclass=superclass, size=size)

@@ -1,0 +1,101 @@
+"""From an image file to a model's input: the test-time preprocessing that travels with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calm.errors import CalmError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import PIL.Image
+
+__all__ = ["ImageLike", "Preprocessing"]
+
+ImageLike: TypeAlias = Union[str, Path, "PIL.Image.Image", "np.ndarray", Tensor]
+"""A file, a PIL image, or uint8 RGB of shape (H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """Resize to ``size`` (no crop, the aspect ratio gives way: the paper's test protocol), scale, normalise.
+
+    Attributes:
+        size: (height, width) in pixels.
+        mean: per channel, of RGB in [0, 1]; the default is ImageNet's.
+        std: per channel, of RGB in [0, 1]; the default is ImageNet's.
+    """
+
+    size: tuple[int, int] = (224, 224)
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        for name in ("size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.size) != 2 or min(self.size) < 1:
+            raise CalmError(f"preprocessing size is {self.size}: give (height, width) in pixels, each at least 1")
+        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+            raise CalmError("preprocessing needs three means and three positive stds")
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
+        """A float32 batch of one or several images. The image is resized by Pillow's antialiased bilinear filter.
+
+        Raises:
+            CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
+        """
+        several = images if isinstance(images, (list, tuple)) else [images]
+        if not several:
+            raise CalmError("no images given")
+        return torch.stack([self._one(image) for image in several])
+
+    def normalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
+        """(images - mean) / std, for RGB in [0, 1]."""
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images - mean) / std
+
+    def denormalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
+        """Back to RGB in [0, 1], clipped."""
+        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return (images * std + mean).clamp(0, 1)
+
+    def _one(self, image: ImageLike) -> Tensor:
+        import numpy as np
+        from PIL import Image
+
+        picture = _open(image)
+        height, width = self.size
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = torch.from_numpy(np.array(resized, dtype=np.uint8)).permute(2, 0, 1)
+        return self.normalize(pixels.float() / 255)
+
+
+def _open(image: ImageLike) -> PIL.Image.Image:
+    """``image`` as an RGB PIL image."""
+    import numpy as np
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(image, Image.Image):
+        return image.convert("RGB")
+    if isinstance(image, (str, Path)):
+        try:
+            with Image.open(image) as file:
+                return file.convert("RGB")
+        except FileNotFoundError:
+            raise CalmError(f"no image file {str(image)!r}") from None
+        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            raise CalmError(f"cannot read {str(image)!r} as an image: {error}") from error
+    array = np.asarray(image)
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        raise CalmError(
+            f"an image array must be uint8 of shape (H, W, 3), got {array.dtype} of shape {array.shape};"
+            " a normalised float batch goes to the model directly"
+        )
+    return Image.fromarray(array)
