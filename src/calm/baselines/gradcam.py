@@ -1,0 +1,150 @@
+"""Grad-CAM and its family, through pytorch-grad-cam (``pip install "calm[gradcam]"``).
+
+The weights of the channels are the library's; what is around them is ours, so that values keep their meaning.
+The library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of
+two images or two classes cannot be compared. Here a map is ReLU(sum over channels of weight * activation), as
+in the papers, resized by `calm.resample`. For display or a protocol use `calm.normalize`.
+
+Ablation-CAM is left out: it divides by the score, which turns its sign around where the score is negative, as
+log p(y | x) is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from calm.baselines.score import Options, class_scores
+from calm.errors import CalmError
+
+if TYPE_CHECKING:
+    from calm.model import CalmModel
+
+__all__ = ["GRADCAMS", "gradcam"]
+
+GRADCAMS = {
+    "gradcam": "GradCAM",
+    "gradcam++": "GradCAMPlusPlus",
+    "xgradcam": "XGradCAM",
+    "layercam": "LayerCAM",
+    "hirescam": "HiResCAM",
+    "scorecam": "ScoreCAM",
+    "eigencam": "EigenCAM",
+    "eigengradcam": "EigenGradCAM",
+}
+"""Our names of the methods, and the library's classes."""
+
+
+def gradcam(name: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]:
+    """The function of the registry for a method of ``GRADCAMS``."""
+
+    def explain(
+        model: CalmModel, images: Float[Tensor, "b 3 h w"], targets: Int[Tensor, " b"], options: Options
+    ) -> Float[Tensor, "b gh gw"]:
+        """Maps on the grid of the target layer, at least 0."""
+        layer = _layer(model, options.target_layer)
+        scorer = _Scorer(model)
+        cut = layer.register_forward_hook(_cut)
+        try:
+            # The library runs its transform as soon as it sees a value: before a later layer works in place.
+            cam = _library_class(name)(scorer, [layer], torch.clone)
+            try:
+                maps = _weighted_sum(cam, scorer, layer, images, targets, options)
+            finally:
+                cam.activations_and_grads.release()
+        finally:
+            cut.remove()
+        return torch.as_tensor(maps, device=images.device).clamp(min=0)
+
+    return explain
+
+
+def _weighted_sum(
+    cam: Any, scorer: _Scorer, layer: nn.Module, images: Tensor, targets: Tensor, options: Options
+) -> Any:
+    """What the library calls the CAM image: sum over channels of weight * activation, as an array (B, h,
+    w)."""
+    recorded = cam.activations_and_grads
+    scores = recorded(images)
+    if cam.uses_gradients:
+        scores.gather(1, targets[:, None]).sum().backward()
+    if len(recorded.activations) != 1 or (cam.uses_gradients and len(recorded.gradients) != 1):
+        raise CalmError(
+            f"target_layer {options.target_layer!r} must run once in a forward pass and lead to the score"
+        )
+    activations = _as_grid(recorded.activations[0], scorer.grid)
+    gradients = _as_grid(recorded.gradients[0], scorer.grid) if cam.uses_gradients else None
+    recorded.release()  # or the features of every pass of Score-CAM would be kept
+    cam.batch_size = options.batch_size
+    wanted = [_score_of(target) for target in targets.tolist()]
+    with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar for each image
+        return cam.get_cam_image(images, layer, wanted, activations, gradients, False)
+
+
+class _Scorer(nn.Module):
+    """The model as the library wants it: images in, (B, C) scores out."""
+
+    def __init__(self, model: CalmModel) -> None:
+        super().__init__()
+        self.model = model
+        self.grid = (0, 0)
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.model.encode(images)
+        self.grid = (features.shape[-2], features.shape[-1])
+        return class_scores(self.model.head(features))
+
+
+def _library_class(name: str) -> Any:
+    try:
+        import pytorch_grad_cam
+    except ImportError as error:
+        raise CalmError(
+            f"method {name!r} needs pytorch-grad-cam, which is not installed: pip install 'calm[gradcam]'"
+        ) from error
+    return getattr(pytorch_grad_cam, GRADCAMS[name])
+
+
+def _layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
+    """The module of the model that ``layer`` names or is."""
+    if isinstance(layer, str):
+        modules: dict[str, nn.Module] = dict(model.named_modules())
+        if layer not in modules:
+            raise CalmError(
+                f"target_layer {layer!r} is no module of the model: its parts are named like 'backbone'"
+            )
+        return modules[layer]
+    if not any(layer is module for module in model.modules()):
+        raise CalmError(f"target_layer {type(layer).__name__} is not part of the model")
+    return layer
+
+
+def _cut(module: nn.Module, args: Any, output: Any) -> Tensor:
+    """Start the graph at this layer: nothing before it needs a backward pass. A copy, which in-place layers
+    need."""
+    if not isinstance(output, Tensor) or output.ndim not in (3, 4):
+        shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise CalmError(
+            f"target_layer must return a grid (B, D, h, w) or tokens (B, T, D), this one returns {shape}"
+        )
+    return output.detach().requires_grad_().clone()
+
+
+def _as_grid(values: Tensor, grid: tuple[int, int]) -> Any:
+    """A (B, D, h, w) array, float32 or wider. The last h * w of tokens (B, T, D) are the grid."""
+    if values.ndim == 3:
+        height, width = grid
+        if values.shape[1] < height * width:
+            raise CalmError(f"target_layer returns {values.shape[1]} tokens, the grid has {height}x{width}")
+        values = values[:, -height * width :].mT.reshape(len(values), -1, height, width)
+    return (values if values.dtype == torch.float64 else values.float()).numpy()
+
+
+def _score_of(target: int) -> Callable[[Tensor], Tensor]:
+    return lambda scores: scores[target]

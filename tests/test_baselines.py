@@ -1,0 +1,459 @@
+"""Baselines against formulas written out with autograd in float64, and the state they must leave behind."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from calm.baselines import ALIASES, BASELINES, METHODS, attribute
+from calm.baselines.gradcam import GRADCAMS
+from calm.errors import CalmError
+from calm.head import CalmHead, CamHead
+from calm.model import CalmModel, ModelConfig
+
+CLASSES, CHANNELS = 5, 6
+GRADIENTS = [name for name in BASELINES if name not in GRADCAMS]
+
+
+class Net(nn.Module):
+    """Smooth, so that float64 formulas can be compared tightly; with dropout, which only training mode
+    shows."""
+
+    out_channels = CHANNELS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 4, 3, stride=2, padding=1)
+        self.drop = nn.Dropout(0.5)
+        self.second = nn.Conv2d(4, CHANNELS, 3, stride=2, padding=1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return torch.tanh(self.second(self.drop(torch.tanh(self.first(images)))))
+
+
+def make(method: str, dtype: torch.dtype = torch.float64) -> CalmModel:
+    torch.manual_seed(3)
+    config = ModelConfig("custom", CLASSES, method)  # type: ignore[arg-type]
+    head = CamHead(CHANNELS, CLASSES) if method == "cam" else CalmHead(CHANNELS, CLASSES)
+    return CalmModel(config, Net(), head).to(dtype)
+
+
+@pytest.fixture(params=["cam", "calm-em"])
+def model(request: pytest.FixtureRequest) -> CalmModel:
+    return make(request.param).eval()
+
+
+@pytest.fixture
+def images() -> Tensor:
+    scale = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64).view(3, 1, 1, 1)
+    return scale * torch.randn(3, 3, 12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+TARGETS = torch.tensor([0, 4, 2])
+
+
+def score(model: CalmModel, image: Tensor, target: int) -> Tensor:
+    """The explained score of one image (3, H, W), from the formulas of the two models."""
+    features = model.backbone(image[None])[0]
+    weight, bias = model.head.conv_last.weight[:, :, 0, 0], model.head.conv_last.bias
+    f = torch.einsum("cd,dhw->chw", weight, features) + bias[:, None, None]
+    if model.config.method == "cam":
+        return f[target].mean()
+    attention = model.head.attention  # type: ignore[union-attr]
+    s = torch.einsum("d,dhw->hw", attention.weight[0, :, 0, 0], features) + attention.bias
+    prior = torch.log1p(s.exp()) / torch.log1p(s.exp()).sum()
+    return (f.softmax(dim=0)[target] * prior).sum().log()
+
+
+def slope(model: CalmModel, image: Tensor, target: int) -> Tensor:
+    x = image.clone().requires_grad_()
+    return torch.autograd.grad(score(model, x, target), x)[0]
+
+
+def shown(attribution: Tensor) -> Tensor:
+    return attribution.abs().max(dim=0).values
+
+
+def oracle(name: str, model: CalmModel, image: Tensor, target: int, count: int, seed: int) -> Tensor:
+    """A method as its paper writes it, one image and one sample at a time."""
+    if name == "gradient":
+        return shown(slope(model, image, target))
+    if name == "input-x-gradient":
+        return shown(image * slope(model, image, target))
+    if name == "integrated-gradients":
+        nodes, weights = np.polynomial.legendre.leggauss(count)
+        path = zip((nodes + 1) / 2, weights / 2, strict=True)
+        return shown(image * sum(w * slope(model, a * image, target) for a, w in path))
+    noise = torch.Generator().manual_seed(seed)
+    sigma = (image.max() - image.min()) / 4
+    slopes = torch.stack(
+        [
+            slope(model, image + sigma * torch.randn(image.shape, generator=noise, dtype=image.dtype), target)
+            for _ in range(count)
+        ]
+    )
+    if name == "smoothgrad":
+        return shown(slopes.mean(dim=0))
+    if name == "smoothgrad-squared":
+        return shown((slopes**2).mean(dim=0))
+    return shown(slopes.var(dim=0, correction=0))
+
+
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_gradient_methods_equal_their_formulas(
+    name: str, batch_size: int, model: CalmModel, images: Tensor
+) -> None:
+    options: dict[str, int] = {}
+    if name == "integrated-gradients":
+        options = {"steps": 7}
+    elif "grad" in name and name != "gradient" and "input" not in name:
+        options = {"samples": 5, "seed": 11}
+    maps = attribute(model, images, TARGETS, name, batch_size=batch_size, **options)
+    expected = torch.stack(
+        [
+            oracle(name, model, image, int(target), options.get("steps", options.get("samples", 1)), 11)
+            for image, target in zip(images, TARGETS, strict=True)
+        ]
+    )
+    tolerance = 1e-6 if name == "integrated-gradients" else 1e-9  # Captum's nodes are rounded
+    torch.testing.assert_close(maps, expected, rtol=tolerance, atol=tolerance * 1e-2)
+
+
+def test_defaults_are_the_papers(model: CalmModel, images: Tensor) -> None:
+    one, target = images[:1], TARGETS[:1]
+    for name, options in {
+        "integrated-gradients": {"steps": 50},
+        "smoothgrad": {"samples": 50, "noise": 0.25, "seed": 0},
+    }.items():
+        assert torch.equal(
+            attribute(model, one, target, name), attribute(model, one, target, name, **options)
+        )
+    expected = oracle("integrated-gradients", model, images[0], 0, 50, 0)
+    torch.testing.assert_close(attribute(model, one, target)[0], expected)
+
+
+def test_integrated_gradients_are_complete(model: CalmModel) -> None:
+    """On an image with one colour and a score that grows with it, no sign or channel is lost: the map sums
+    up."""
+    image = torch.zeros(1, 3, 12, 16, dtype=torch.float64)
+    image[:, 1] = torch.rand(12, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for parameter in model.backbone.parameters():
+        parameter.data.abs_()
+    model.head.conv_last.weight.data[2].abs_()
+    if model.config.method == "calm-em":  # a flat prior and f that only target 2 has: all slopes are positive
+        model.head.attention.weight.data.zero_()  # type: ignore[union-attr]
+        model.head.conv_last.weight.data[[0, 1, 3, 4]] = 0
+    gained = score(model, image[0], 2) - score(model, torch.zeros_like(image[0]), 2)
+    total = attribute(model, image, torch.tensor([2])).sum()
+    torch.testing.assert_close(total, gained.detach(), rtol=1e-6, atol=0)
+
+
+def test_smoothgrad_of_one_image_is_captums(model: CalmModel, images: Tensor) -> None:
+    from captum.attr import NoiseTunnel, Saliency
+
+    from calm.baselines import class_scores
+
+    model, image = model.float(), images[:1].float()  # the tunnel's noise is always float32
+    sigma = float(image.max() - image.min()) / 4
+    names = {"smoothgrad": "smoothgrad", "smoothgrad-squared": "smoothgrad_sq", "vargrad": "vargrad"}
+    for ours, theirs in names.items():
+        with torch.random.fork_rng():
+            torch.manual_seed(5)
+            tunnel = NoiseTunnel(Saliency(lambda x: class_scores(model(x))))
+            expected = tunnel.attribute(image, theirs, 6, stdevs=sigma, target=TARGETS[:1], abs=False)
+        maps = attribute(model, image, TARGETS[:1], ours, samples=6, seed=5)
+        torch.testing.assert_close(maps[0], shown(expected[0]), rtol=1e-3, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["smoothgrad", "vargrad"])
+def test_noise_follows_the_seed_and_not_the_neighbours(name: str, images: Tensor) -> None:
+    model = make("calm-em")
+    first = attribute(model, images, TARGETS, name, samples=4, seed=1)
+    assert torch.equal(first, attribute(model, images, TARGETS, name, samples=4, seed=1))
+    assert not torch.allclose(first, attribute(model, images, TARGETS, name, samples=4, seed=2))
+    alone = attribute(model, images[1:2], TARGETS[1:2], name, samples=4, seed=1)
+    torch.testing.assert_close(first[1:2], alone)
+
+
+# --- the Grad-CAM family ------------------------------------------------------------------------------------
+
+
+def features_and_slopes(model: CalmModel, image: Tensor, target: int) -> tuple[Tensor, Tensor]:
+    """A (D, h, w) and d score / d A by differences: no autograd, hooks or graph in common with the code."""
+    features = model.encode(image[None])[0].detach()
+
+    def at(values: Tensor) -> float:
+        output = model.head(values[None])
+        scores = output.class_scores if model.config.method == "cam" else output.log_probs
+        return scores[0, target].item()
+
+    slopes = torch.zeros_like(features)
+    for index in np.ndindex(*features.shape):
+        step = torch.zeros_like(features)
+        step[index] = 1e-5
+        slopes[index] = (at(features + step) - at(features - step)) / 2e-5
+    return features, slopes
+
+
+FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "gradcam": lambda a, g: (g.mean(dim=(1, 2), keepdim=True) * a).sum(dim=0).relu(),
+    "hirescam": lambda a, g: (g * a).sum(dim=0).relu(),
+    "layercam": lambda a, g: (g.relu() * a).sum(dim=0).relu(),
+    "xgradcam": lambda a, g: (
+        ((g * a).sum(dim=(1, 2), keepdim=True) / (a.sum(dim=(1, 2), keepdim=True) + 1e-7) * a)
+        .sum(dim=0)
+        .relu()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_gradcam_family_equals_its_formulas(name: str, model: CalmModel, images: Tensor) -> None:
+    maps = attribute(model, images, TARGETS, name, size=(3, 4))
+    for got, image, target in zip(maps, images, TARGETS, strict=True):
+        expected = FORMULAS[name](*features_and_slopes(model, image, int(target)))
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_gradcam_of_a_cam_model_is_its_cam_without_bias(images: Tensor) -> None:
+    """Selvaraju et al. (2017): with average pooling, Grad-CAM's weights are the classifier's over N."""
+    model = make("cam")
+    model.head.conv_last.bias.data.zero_()
+    cams = attribute(model, images, TARGETS, "cam", size=(3, 4))
+    torch.testing.assert_close(attribute(model, images, TARGETS, "gradcam", size=(3, 4)), cams.relu() / 12)
+
+
+def test_scorecam_weighs_masks_by_the_score_they_keep(model: CalmModel, images: Tensor) -> None:
+    maps = attribute(model, images, TARGETS, "scorecam", size=(3, 4), batch_size=4)
+    for got, image, target in zip(maps, images, TARGETS, strict=True):
+        features = model.encode(image[None])[0].detach()
+        masks = nn.functional.interpolate(features[None], size=(12, 16), mode="bilinear", align_corners=True)[
+            0
+        ]
+        low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
+        masked = image * ((masks - low) / (high - low + 1e-8))[:, None]
+        weights = torch.stack([score(model, x, int(target)) for x in masked]).softmax(dim=0).detach()
+        expected = (weights[:, None, None] * features).sum(dim=0).relu()
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
+
+
+def test_an_earlier_layer_can_be_read(model: CalmModel, images: Tensor) -> None:
+    by_name = attribute(model, images, TARGETS, "gradcam", target_layer="backbone.second", size=(3, 4))
+    module = model.backbone.second
+    assert torch.equal(
+        by_name, attribute(model, images, TARGETS, "gradcam", target_layer=module, size=(3, 4))
+    )  # type: ignore[arg-type]
+    assert not torch.allclose(by_name, attribute(model, images, TARGETS, "gradcam", size=(3, 4)))
+
+
+def test_a_layer_followed_by_one_that_works_in_place_is_read_before_it(images: Tensor) -> None:
+    maps = []
+    for in_place in (False, True):
+        model = make("calm-em")
+        model.backbone.drop = nn.LeakyReLU(0.1, inplace=in_place)  # right behind tanh(first)
+        model.backbone.first = nn.Sequential(
+            model.backbone.first, nn.Tanh(), nn.LeakyReLU(0.3, inplace=in_place)
+        )
+        maps.append(attribute(model, images, TARGETS, "layercam", target_layer="backbone.first.1"))
+    assert torch.equal(*maps)
+
+
+class Tokens(nn.Module):
+    """A transformer's shape: one extra token, then the grid's, which the last line puts back in place."""
+
+    out_channels = CHANNELS
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+        self.block = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, images: Tensor) -> Tensor:
+        grid = self.net(images)
+        tokens = grid.flatten(2).transpose(1, 2)
+        tokens = self.block(torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1))
+        return tokens[:, 1:].transpose(1, 2).unflatten(2, grid.shape[2:])
+
+
+def test_tokens_of_a_transformer_become_a_grid(images: Tensor) -> None:
+    model = CalmModel(ModelConfig("custom", CLASSES, "cam"), Tokens(), CamHead(CHANNELS, CLASSES)).double()
+    grid = attribute(model, images, TARGETS, "gradcam++", size=(3, 4))
+    tokens = attribute(model, images, TARGETS, "gradcam++", target_layer="backbone.block", size=(3, 4))
+    torch.testing.assert_close(tokens, grid)
+
+
+# --- every method -------------------------------------------------------------------------------------------
+
+
+def fits(name: str, model: CalmModel) -> bool:
+    return name in BASELINES or (name.startswith("cam") == (model.config.method == "cam"))
+
+
+def cheap(name: str) -> dict[str, object]:
+    options = {"steps": 3, "samples": 2} if name in BASELINES else {}
+    return {k: v for k, v in options.items() if k in BASELINES[name].options} | (
+        {"superclass": {c: [c, 1] for c in range(CLASSES)}} if "superclass" in name else {}
+    )
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_gives_a_map_per_image_at_image_size(
+    name: str, model: CalmModel, images: Tensor
+) -> None:
+    if not fits(name, model):
+        with pytest.raises(CalmError, match="cannot be read from"):
+            attribute(model, images, TARGETS, name)
+        return
+    options = cheap(name) if name in BASELINES or "superclass" in name else {}
+    maps = attribute(model, images, TARGETS, name, **options)  # type: ignore[arg-type]
+    assert maps.shape == (3, 12, 16)
+    assert maps.isfinite().all()
+    assert not maps.requires_grad
+    small = attribute(model, images, TARGETS, name, size=(5, 9), **options)  # type: ignore[arg-type]
+    assert small.shape == (3, 5, 9)
+    assert (maps.flatten(1).std(dim=1) > 0).all()
+
+
+@pytest.mark.parametrize("name", ["gradient", "smoothgrad", "gradcam", "scorecam", "eigencam"])
+def test_float32_models_and_inference_mode_work(name: str) -> None:
+    model = make("calm-em", torch.float32)
+    options = cheap(name)
+    with torch.inference_mode():
+        images = torch.randn(2, 3, 12, 16, generator=torch.Generator().manual_seed(1))
+        inside = attribute(model, images, TARGETS[:2], name, **options)  # type: ignore[arg-type]
+    outside = attribute(model, images.clone(), TARGETS[:2], name, **options)  # type: ignore[arg-type]
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, outside)
+
+
+class Breaks(nn.Module):
+    """Passes values on, until told to fail."""
+
+    failing = False
+
+    def forward(self, values: Tensor) -> Tensor:
+        if self.failing:
+            raise RuntimeError("broken layer")
+        return values
+
+
+@pytest.mark.parametrize("failing", [False, True])
+@pytest.mark.parametrize("name", [*BASELINES, "jointll"])
+def test_everything_is_left_as_found(name: str, failing: bool, images: Tensor) -> None:
+    model = make("calm-em")
+    breaks = Breaks()
+    model.backbone.drop = nn.Sequential(nn.Dropout(0.5), breaks)
+    model.train()
+    model.backbone.first.eval()  # type: ignore[union-attr]
+    model.backbone.second.weight.requires_grad_(False)  # type: ignore[union-attr]
+    kept = torch.full_like(model.head.conv_last.weight, 2.0)
+    model.head.conv_last.weight.grad = kept
+    images.requires_grad_()
+    targets = TARGETS.clone()
+
+    def state() -> list[object]:
+        return [
+            [m.training for m in model.modules()],
+            [p.requires_grad for p in model.parameters()],
+            [p.grad for p in model.parameters()],
+            [
+                len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
+                for m in model.modules()
+            ],
+            [value.tolist() for value in model.state_dict().values()],
+            images.requires_grad,
+            images.grad,
+            images.tolist(),
+            targets.tolist(),
+            torch.get_rng_state().tolist(),
+            np.random.get_state()[1].tolist(),  # type: ignore[index,union-attr]  # noqa: NPY002
+            torch.is_grad_enabled(),
+            list(model.named_modules()),
+        ]
+
+    before = state()
+    breaks.failing = failing
+    if failing:
+        with pytest.raises(RuntimeError, match="broken layer"):
+            attribute(model, images, targets, name)
+    else:
+        attribute(model, images, targets, name, **(cheap(name) if name in BASELINES else {}))  # type: ignore[arg-type]
+    assert state() == before
+    assert model.head.conv_last.weight.grad is kept
+
+
+# --- mistakes -----------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_method_names_the_close_one(model: CalmModel, images: Tensor) -> None:
+    with pytest.raises(CalmError, match="did you mean 'integrated-gradients'"):
+        attribute(model, images, TARGETS, "integrated-gradient")
+
+
+@pytest.mark.parametrize("alias", ALIASES)
+def test_aliases_name_methods(alias: str) -> None:
+    assert ALIASES[alias] in METHODS
+
+
+OPTIONS = {
+    "steps": 3,
+    "samples": 3,
+    "noise": 0.1,
+    "seed": 1,
+    "target_layer": "backbone",
+    "superclass": {0: [0]},
+}
+
+
+@pytest.mark.parametrize("name", [*BASELINES, "jointll"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_an_option_that_a_method_does_not_read_is_refused(name: str, option: str, images: Tensor) -> None:
+    read = BASELINES[name].options if name in BASELINES else {"superclass"}
+    if option in read:
+        return
+    with pytest.raises(CalmError, match=f"does not read the option {option}"):
+        attribute(make("calm-em"), images, TARGETS, name, **{option: OPTIONS[option]})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "message"),
+    [
+        ("integrated-gradients", {"steps": 0}, "steps must be"),
+        ("smoothgrad", {"samples": -1}, "samples must be"),
+        ("smoothgrad", {"noise": float("nan")}, "noise must be"),
+        ("gradient", {"batch_size": 0}, "batch_size must be"),
+        ("gradcam", {"target_layer": "backbone.third"}, "'backbone.third' is no module"),
+        ("gradcam", {"target_layer": nn.Identity()}, "not part of the model"),
+    ],
+)
+def test_wrong_values_are_refused(name: str, wrong: dict[str, object], message: str, images: Tensor) -> None:
+    with pytest.raises(CalmError, match=message):
+        attribute(make("cam"), images, TARGETS, name, **wrong)  # type: ignore[arg-type]
+
+
+def test_images_and_targets_are_checked(images: Tensor) -> None:
+    model = make("cam")
+    for wrong_images, wrong_targets, message in [
+        (images[0], TARGETS, "images must be floats of shape"),
+        (images.to(torch.uint8), TARGETS, "images must be floats"),
+        (images[:0], TARGETS[:0], "empty"),
+        (images, TARGETS[:2], "one per image"),
+        (images, TARGETS.double(), "class indices"),
+        (images, TARGETS + 1, "out of range: 5, allowed are 0 to 4"),
+    ]:
+        with pytest.raises(CalmError, match=message):
+            attribute(model, wrong_images, wrong_targets, "gradient")
+
+
+def test_without_pytorch_grad_cam_the_error_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, images: Tensor
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
+    with pytest.raises(CalmError, match=r"pip install 'calm\[gradcam\]'"):
+        attribute(make("cam"), images, TARGETS, "gradcam")
