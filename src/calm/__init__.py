@@ -1,0 +1,57 @@
+"""CALM: image classifiers that say where they saw the evidence, as a probability.
+
+Every public name is listed here once and imported when first used, so that ``import calm`` is cheap.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from calm.baselines import attribute as attribute
+    from calm.checkpoint import load as load
+    from calm.errors import CalmError as CalmError
+    from calm.maps import MAP_KINDS as MAP_KINDS
+    from calm.model import CalmModel as CalmModel
+    from calm.model import ModelConfig as ModelConfig
+    from calm.model import create_model as create_model
+    from calm.normalize import normalize as normalize
+    from calm.output import CalmOutput as CalmOutput
+    from calm.output import CamOutput as CamOutput
+    from calm.preprocess import Preprocessing as Preprocessing
+    from calm.released import load_released as load_released
+    from calm.resample import resize_maps as resize_maps
+
+_HOMES = {
+    "CalmError": "calm.errors",
+    "CalmModel": "calm.model",
+    "CalmOutput": "calm.output",
+    "CamOutput": "calm.output",
+    "MAP_KINDS": "calm.maps",
+    "ModelConfig": "calm.model",
+    "Preprocessing": "calm.preprocess",
+    "attribute": "calm.baselines",
+    "create_model": "calm.model",
+    "load": "calm.checkpoint",
+    "load_released": "calm.released",
+    "normalize": "calm.normalize",
+    "resize_maps": "calm.resample",
+}
+
+__all__ = [*_HOMES]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("calm")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'calm' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES, "__version__"])

@@ -27,8 +27,8 @@ def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = ""
     Returns:
         An error to raise, which also suggests the closest allowed name.
 
-    >>> str(unknown("method", "calm-me", ["calm-em", "calm-ml", "cam"]))
-    "unknown method 'calm-me': allowed are calm-em, calm-ml, cam; did you mean 'calm-em'?"
+    >>> str(unknown("method", "clam-em", ["calm-em", "calm-ml", "cam"]))
+    "unknown method 'clam-em': allowed are calm-em, calm-ml, cam; did you mean 'calm-em'?"
     """
     names = list(allowed)
     place = f" in {where}" if where else ""

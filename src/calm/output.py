@@ -91,13 +91,12 @@ class CalmOutput:
     @_kept
     def log_joint(self) -> Tensor:
         """log p(y, z | x), (B, C, h, w)."""
-        return widen(self.logits) + (self.log_prior - self.log_normalizer).unsqueeze(1)
+        return self._joined(self.logits)
 
     @_kept
     def log_probs(self) -> Tensor:
         """log p(y | x), (B, C): the prediction. Keeps nothing of shape (B, C, h, w)."""
-        joint = widen(self.logits) + (self.log_prior - self.log_normalizer).unsqueeze(1)
-        return latent.log_likelihood(joint)
+        return latent.log_likelihood(self._joined(self.logits))
 
     @property
     def log_posterior(self) -> Tensor:
@@ -139,7 +138,11 @@ class CalmOutput:
     def log_joint_of(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """log p(y, z | x) of the classes asked, for each image its own; the other classes' rows are not made."""
         rows = self.logits.gather(1, classes[..., None, None].expand(-1, -1, *self.logits.shape[2:]))
-        return rows + (self.log_prior - self.log_normalizer).unsqueeze(1)
+        return self._joined(rows)
+
+    def _joined(self, rows: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
+        """log joint of some rows of the logits. The large numbers cancel first, and one buffer is made."""
+        return (widen(rows) - self.log_normalizer.unsqueeze(1)).add_(self.log_prior.unsqueeze(1))
 
     def target_rows(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """log p(y, z | x) of each image's target."""
