@@ -256,7 +256,6 @@ def test_a_layer_followed_by_one_that_works_in_place_is_read_before_it(images: T
     maps = []
     for in_place in (False, True):
         model = make("calm-em")
-        model.backbone.drop = nn.LeakyReLU(0.1, inplace=in_place)  # right behind tanh(first)
         model.backbone.first = nn.Sequential(
             model.backbone.first, nn.Tanh(), nn.LeakyReLU(0.3, inplace=in_place)
         )
