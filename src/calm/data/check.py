@@ -1,0 +1,233 @@
+"""Look at every image and annotation before training, and say everything that is wrong at once."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+from PIL import Image
+
+from calm.data.images import Probe, probe
+from calm.data.lines import box_problem
+from calm.data.loading import Layout, load_splits, open_source
+from calm.data.problems import Problem
+from calm.data.records import SPLITS, Record, Split
+from calm.data.report import Report
+from calm.errors import CalmError
+
+__all__ = ["check", "check_splits", "drop_bad", "load_checked"]
+
+
+def check(
+    root: str | Path,
+    *,
+    layout: Layout = "auto",
+    metadata_root: str | Path | None = None,
+    present_classes_only: bool = False,
+    decode: bool = True,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Report:
+    """Check all splits that a data set has files for.
+
+    Args:
+        root: folder of the data set.
+        layout: as for ``load_splits``.
+        metadata_root: as for ``load_splits``.
+        present_classes_only: as for ``load_splits``.
+        decode: as for :func:`check_splits`.
+        workers: as for :func:`check_splits`.
+        progress: as for :func:`check_splits`.
+
+    Returns:
+        The report; ``str()`` of it is for people, ``ok`` decides an exit code.
+
+    Raises:
+        CalmError: what keeps a data set from being read at all.
+    """
+    own = open_source(Path(root), layout, None if metadata_root is None else Path(metadata_root)).splits
+    splits = load_splits(
+        root,
+        own,
+        layout=layout,
+        metadata_root=metadata_root,
+        val_fraction=0.0,
+        present_classes_only=present_classes_only,
+        strict=False,
+    )
+    return check_splits(splits, decode=decode, workers=workers, progress=progress)
+
+
+def load_checked(
+    root: str | Path,
+    names: Iterable[str] = SPLITS,
+    *,
+    layout: Layout = "auto",
+    metadata_root: str | Path | None = None,
+    val_fraction: float = 0.1,
+    seed: int = 0,
+    present_classes_only: bool = False,
+    skip_bad: bool = False,
+    decode: bool = False,
+    progress: bool = False,
+) -> tuple[dict[str, Split], Report]:
+    """Read splits and check them: what a program does before it uses them.
+
+    Args:
+        root: and all not named here: as for ``load_splits``.
+        skip_bad: go on without images that have an error. ``Report.left_out`` counts them.
+        decode: as for :func:`check_splits`.
+        progress: as for :func:`check_splits`.
+
+    Returns:
+        The splits without problems, and the report.
+
+    Raises:
+        CalmError: without ``skip_bad``, any error, all in one report; or no image is left.
+    """
+    splits = load_splits(
+        root,
+        names,
+        layout=layout,
+        metadata_root=metadata_root,
+        val_fraction=val_fraction,
+        seed=seed,
+        present_classes_only=present_classes_only,
+        strict=False,
+    )
+    report = check_splits(splits, decode=decode, progress=progress)
+    if not skip_bad:
+        report.raise_if_bad()
+    return {name: drop_bad(split, report) for name, split in splits.items()}, report
+
+
+def check_splits(
+    splits: Mapping[str, Split] | Iterable[Split],
+    *,
+    decode: bool = False,
+    workers: int | None = None,
+    progress: bool = False,
+) -> Report:
+    """Check images, masks, sizes, boxes and classes, and add what the readers noted.
+
+    Args:
+        splits: of one data set.
+        decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut off.
+        workers: threads; None is twice the processors.
+        progress: show a progress bar on standard error.
+
+    Returns:
+        The report. Images themselves are never changed.
+    """
+    listed = list(splits.values() if isinstance(splits, Mapping) else splits)
+    found: list[Problem] = list(_in_two_splits(listed))
+    total = sum(len(split.records) for split in listed)
+    shown = _progress_bar(total) if progress else nullcontext(_ignore)
+    with shown as advance, _bombs_ignored(), ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
+        for split in listed:
+            found += _empty_classes(split)
+            probes = pool.map(lambda record: probe(record.path, decode=decode), split.records)
+            for record, result in zip(split.records, probes, strict=True):
+                found += _image_problems(split, record, result)
+                advance()
+            for problems in pool.map(
+                lambda record: _mask_problems(split.name, record, decode), _masked(split)
+            ):
+                found += problems
+    return Report.of(listed, found)
+
+
+def drop_bad(split: Split, report: Report) -> Split:
+    """``split`` without the images that have an error in ``report``, and without noted problems.
+
+    Raises:
+        CalmError: no image is left.
+    """
+    bad = report.bad_ids(split.name)
+    records = tuple(record for record in split.records if record.id not in bad)
+    if not records:
+        raise CalmError(f"no image of split {split.name!r} is without an error\n{report}")
+    return replace(split, records=records, problems=())
+
+
+def _image_problems(split: Split, record: Record, result: Probe) -> Iterator[Problem]:
+    name = record.id
+    if result.kind:
+        yield Problem(result.kind, split.name, record.path, result.message, None, name)
+    if result.size is None:
+        return
+    if record.size is not None and record.size != result.size:
+        stated, real = ("{} x {}".format(*size) for size in (record.size, result.size))
+        yield Problem(
+            "size-mismatch", split.name, record.path, f"is {real} pixels, stated is {stated}", None, name
+        )
+    if record.size is None:
+        for box in record.boxes:
+            problem = box_problem(
+                box, result.size, split=split.name, file=record.path, line=None, record=name
+            )
+            if problem:
+                yield problem
+
+
+def _masked(split: Split) -> list[Record]:
+    return [record for record in split.records if record.masks or record.ignore]
+
+
+def _mask_problems(split: str, record: Record, decode: bool) -> list[Problem]:
+    problems = []
+    for mask in (*record.masks, *filter(None, [record.ignore])):
+        result = probe(mask, decode=decode)
+        if result.kind:
+            problems.append(
+                Problem(
+                    "missing-mask", split, mask, f"{result.message}; mask of {record.id}", None, record.id
+                )
+            )
+    return problems
+
+
+def _empty_classes(split: Split) -> Iterator[Problem]:
+    empty = [name for name, count in zip(split.class_names, split.class_counts(), strict=True) if not count]
+    if empty:
+        names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
+        message = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}: {names}"
+        yield Problem("empty-class", split.name, split.root, message)
+
+
+def _in_two_splits(splits: list[Split]) -> Iterator[Problem]:
+    """One problem for each file that two splits share; it is to leave the one that comes first in SPLITS order."""
+    first: dict[Path, str] = {}
+    for split in sorted(splits, key=lambda split: SPLITS.index(split.name), reverse=True):
+        for record in split.records:
+            other = first.setdefault(record.path, split.name)
+            if other != split.name:
+                message = f"is in {split.name} and in {other}"
+                yield Problem("two-splits", split.name, record.path, message, None, record.id)
+
+
+@contextmanager
+def _bombs_ignored() -> Iterator[None]:
+    """No warning of Pillow about large images: they are reported as problems."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        yield
+
+
+def _ignore() -> None:
+    """No progress shown."""
+
+
+@contextmanager
+def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("checking images", total=total)
+        yield lambda: bar.advance(task)

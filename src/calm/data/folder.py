@@ -1,0 +1,96 @@
+"""A folder for each class, with or without a folder for each split above.
+
+::
+
+    photos/train/cat/1.jpg        or        photos/cat/1.jpg
+    photos/train/dog/2.png                  photos/dog/2.png
+    photos/test/cat/3.jpg
+
+Class names are the folders' names in alphabetical order. Files are images by their suffix
+(:data:`SUFFIXES`, any case), at any depth below the class folder; hidden files and all others are passed over.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from calm.data.problems import Problem
+from calm.data.records import SPLITS, Record, Split
+from calm.errors import CalmError, unknown
+
+__all__ = ["SUFFIXES", "FolderSource"]
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """An ImageFolder-style tree."""
+
+    root: Path
+
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a folder; just "train" if the class folders are directly below the root."""
+        own = tuple(split for split in SPLITS if (self.root / split).is_dir())
+        return own if "train" in own else ("train",)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Sorted names of the class folders of train.
+
+        Raises:
+            CalmError: fewer than two class folders.
+        """
+        names = tuple(folder.name for folder in _folders(self._base("train")))
+        if len(names) < 2:
+            found = f"only {names[0]!r}" if names else "none"
+            raise CalmError(
+                f"{self._base('train')}: a classifier needs two class folders or more, found {found}"
+            )
+        return names
+
+    def _base(self, split: str) -> Path:
+        return self.root / split if (self.root / "train").is_dir() else self.root
+
+    def read(self, split: str) -> Split:
+        """Read one of :attr:`splits`.
+
+        Raises:
+            CalmError: a class folder that train does not have.
+        """
+        index = {name: label for label, name in enumerate(self.class_names)}
+        base = self._base(split)
+        records: list[Record] = []
+        problems: list[Problem] = []
+        for folder in _folders(base):
+            if folder.name not in index:
+                raise unknown(
+                    "class folder", folder.name, self.class_names, where=f"{base}; train has no such class"
+                )
+            files = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
+            if not files:
+                problems.append(
+                    Problem("empty-class", split, folder, f"no image among its files: {folder.name}")
+                )
+            label = index[folder.name]
+            records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
+        return Split(split, tuple(records), self.class_names, base, exif=True, problems=tuple(problems))
+
+
+def _folders(base: Path) -> list[Path]:
+    return sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+def has_class_folders(base: Path) -> bool:
+    """Whether at least one folder directly below ``base`` has an image in it or below."""
+    return base.is_dir() and any(
+        _is_image(path, folder) for folder in _folders(base) for path in folder.rglob("*")
+    )

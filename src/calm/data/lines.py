@@ -1,0 +1,59 @@
+"""Read the text files of a data set line by line, keeping line numbers for messages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+
+from calm.data.problems import Problem
+from calm.data.records import Box
+from calm.errors import CalmError
+
+__all__ = ["box_problem", "inside", "numbered"]
+
+
+def numbered(path: Path) -> Iterator[tuple[int, str]]:
+    """(line number from 1, text without surrounding white space) of each line that is not blank.
+
+    Raises:
+        CalmError: the file is missing, unreadable, or not UTF-8 text.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline=None) as file:
+            for number, line in enumerate(file, start=1):
+                if text := line.strip():
+                    yield number, text
+    except OSError as error:
+        raise CalmError(
+            f"cannot read {path}: {error.strerror}; it is part of the data set's layout"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise CalmError(
+            f"{path} is not UTF-8 text (byte {error.start} of a block): save it as UTF-8"
+        ) from error
+
+
+def inside(path: str) -> bool:
+    """Whether ``path`` is relative and stays below the folder it is relative to."""
+    pure = PurePosixPath(path)
+    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in path
+
+
+def box_problem(
+    box: Box, size: tuple[int, int] | None, *, split: str, file: Path, line: int | None, record: str
+) -> Problem | None:
+    """The problem of one box (corners inclusive, in an image of ``size`` = width, height), or None.
+
+    A box whose corners coincide in x or in y is a warning; without a ``size`` only the lower bounds count.
+    """
+    x0, y0, x1, y1 = box
+    text = f"{x0},{y0},{x1},{y1}"
+    kind = ""
+    if x1 < x0 or y1 < y0:
+        kind, message = "box-inverted", f"box {text} of {record}: x1 < x0 or y1 < y0"
+    elif min(x0, y0) < 0 or (size is not None and (x1 >= size[0] or y1 >= size[1])):
+        extent = f"{size[0]} x {size[1]} pixels" if size else "not known"
+        kind, message = "box-outside", f"box {text} of {record}: the image is {extent}"
+    elif x0 == x1 or y0 == y1:
+        kind, message = "box-thin", f"box {text} of {record}"
+    return Problem(kind, split, file, message, line, record) if kind else None

@@ -1,0 +1,128 @@
+"""From a decoded image to the model's input, for training and for testing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from calm.data.augmentation import AUGMENTATIONS, Augmentation, Crop
+from calm.preprocess import Preprocessing
+
+__all__ = ["AUGMENTATIONS", "Augmentation", "ImageTransform", "eval_transform", "train_transform"]
+
+ImageTransform = Callable[[Image.Image], Tensor]
+"""An RGB picture to a normalised float32 image (3, H, W); random numbers come from torch's CPU generator only."""
+
+
+class _Test(nn.Module):
+    """The model's own preprocessing of one picture."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, picture: Image.Image) -> Tensor:
+        return self.preprocessing(picture)[0]
+
+
+class _Normalize(nn.Module):
+    """RGB picture (H, W) to (3, H, W) float32, normalised as the model's preprocessing does it."""
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.preprocessing = preprocessing
+
+    def forward(self, picture: Image.Image) -> Tensor:
+        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+        return self.preprocessing.normalize(pixels.float() / 255).contiguous()
+
+
+def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
+    """The test protocol: exactly ``preprocessing``, for one RGB picture of any size."""
+    return _Test(preprocessing)
+
+
+def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> ImageTransform:
+    """Augmentation of one picture, then the normalisation of ``preprocessing``.
+
+    Resizing uses Pillow's antialiased bilinear filter, as ``preprocessing`` does. Batch-level mixing is
+    apart: ``calm.data.mixing.BatchMix``.
+
+    Args:
+        augmentation: what to do; ``AUGMENTATIONS`` has named ones.
+        preprocessing: gives size, mean, and standard deviation of the model's input.
+
+    Returns:
+        A picklable transform of RGB pictures of any size to (3, height, width).
+    """
+    from torchvision.transforms import v2
+
+    steps: list[nn.Module] = list(_CROPS[augmentation.crop](augmentation, preprocessing.size))
+    if augmentation.flip:
+        steps.append(v2.RandomHorizontalFlip(augmentation.flip))
+    if augmentation.automatic != "none":
+        steps.append(_automatic(augmentation))
+    jitter = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
+    if any(jitter):
+        steps.append(v2.ColorJitter(*jitter))
+    steps.append(_Normalize(preprocessing))
+    if augmentation.erase:
+        steps.append(v2.RandomErasing(augmentation.erase))
+    transform: ImageTransform = v2.Compose(steps)
+    return transform
+
+
+def _resize(height: int, width: int) -> nn.Module:
+    from torchvision.transforms import v2
+
+    resize: nn.Module = v2.Resize((height, width), interpolation=v2.InterpolationMode.BILINEAR)
+    return resize
+
+
+def _resize_crop(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
+    from torchvision.transforms import v2
+
+    height, width = (round(side * augmentation.resize_ratio) for side in size)
+    return [_resize(height, width), v2.RandomCrop(size)]
+
+
+def _pad_shift(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
+    from torchvision.transforms import v2
+
+    y, x = (min(round(side * augmentation.shift), side - 1) for side in size)
+    return [_resize(*size), v2.RandomCrop(size, padding=[x, y, x, y], padding_mode="reflect")]
+
+
+def _random_resized_crop(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
+    from torchvision.transforms import v2
+
+    return [v2.RandomResizedCrop(size, scale=augmentation.area, ratio=augmentation.aspect)]
+
+
+def _only_resize(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
+    return [_resize(*size)]
+
+
+_CROPS: dict[Crop, Callable[[Augmentation, tuple[int, int]], list[nn.Module]]] = {
+    "resize-crop": _resize_crop,
+    "pad-shift": _pad_shift,
+    "random-resized-crop": _random_resized_crop,
+    "none": _only_resize,
+}
+
+
+def _automatic(augmentation: Augmentation) -> nn.Module:
+    """TrivialAugmentWide or RandAugment; what a rotation or shear uncovers gets a mid grey."""
+    from torchvision.transforms import v2
+
+    how = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [124, 116, 104]}
+    automatic: nn.Module
+    if augmentation.automatic == "trivial":
+        automatic = v2.TrivialAugmentWide(**how)
+    else:
+        automatic = v2.RandAugment(augmentation.rand_ops, augmentation.rand_magnitude, **how)
+    return automatic
