@@ -1,0 +1,269 @@
+"""Where the bird is: background, perch, foreground, light. Nothing here knows the species.
+
+Backgrounds are clutter on purpose: leaves, grass, water, berries and feather-like shapes in every bird colour,
+drawn from one palette for all species, so that only the bird itself tells what it is.
+"""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from calm.data.birds.anatomy import Array
+from calm.data.birds.draw import Light, Painting
+from calm.data.birds.plumage import COLORS
+from calm.data.birds.pose import Pose
+
+__all__ = ["finish", "paint_background", "paint_foreground", "paint_perch", "sample_light"]
+
+Generator = np.random.Generator
+_SHIFT = 4  # fixed-point bits of OpenCV's drawing coordinates
+
+_SCENES: dict[str, tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int], ...]]] = {
+    # top-to-bottom gradient, colours of the soft shapes
+    "forest": (((116, 148, 104), (66, 98, 62), (44, 68, 46)),
+               ((150, 176, 104), (92, 132, 74), (48, 84, 52), (206, 214, 150), (98, 84, 58))),
+    "canopy": (((214, 226, 206), (150, 186, 126), (88, 132, 80)),
+               ((226, 234, 196), (122, 166, 88), (170, 196, 110), (70, 110, 66), (190, 170, 90))),
+    "meadow": (((176, 208, 226), (190, 206, 152), (112, 148, 74)),
+               ((206, 200, 110), (128, 166, 80), (232, 226, 190), (90, 130, 66), (196, 132, 150))),
+    "shore": (((190, 214, 228), (140, 180, 200), (84, 126, 150)),
+              ((214, 226, 226), (110, 156, 172), (176, 168, 140), (72, 112, 132), (150, 172, 130))),
+    "sky": (((122, 172, 220), (170, 206, 232), (222, 232, 232)),
+            ((240, 244, 244), (214, 228, 238), (150, 190, 226), (130, 160, 120), (232, 214, 196))),
+    "autumn": (((208, 190, 150), (170, 124, 78), (104, 76, 54)),
+               ((222, 160, 64), (188, 92, 48), (226, 200, 120), (110, 96, 56), (150, 54, 44))),
+    "dusk": (((86, 92, 128), (182, 140, 140), (230, 176, 128)),
+             ((240, 200, 150), (140, 112, 140), (80, 82, 110), (220, 150, 120), (96, 96, 84))),
+}  # fmt: skip
+_BARK = ((98, 76, 58), (122, 100, 80), (80, 70, 64), (140, 116, 88))
+_LEAF = ((84, 128, 58), (122, 160, 74), (60, 104, 62), (150, 160, 70), (178, 128, 56), (164, 74, 48))
+
+
+def _tone(rng: Generator, color: tuple[int, int, int], spread: float = 0.08) -> tuple[float, float, float]:
+    r, g, b = np.clip(np.array(color) / 255 * (1 + rng.normal(0, spread)) + rng.normal(0, spread / 4, 3), 0, 1)
+    return float(r), float(g), float(b)
+
+
+def _pick(rng: Generator, colors: tuple[tuple[int, int, int], ...]) -> tuple[int, int, int]:
+    return colors[int(rng.integers(len(colors)))]
+
+
+def _fixed(points: Array) -> NDArray[np.int32]:
+    return np.asarray(np.round(points * (1 << _SHIFT)), np.int32)
+
+
+def _polygon(canvas: NDArray[np.generic], points: Array, color: tuple[float, ...] | int) -> None:
+    cv2.fillPoly(canvas, [_fixed(points)], color, cv2.LINE_8, _SHIFT)
+
+
+def _line(canvas: NDArray[np.generic], points: Array, color: tuple[float, ...] | int, width: float) -> None:
+    cv2.polylines(canvas, [_fixed(points)], False, color, max(1, round(width)), cv2.LINE_8, _SHIFT)
+
+
+def _leaf_shape(at: Array, length: float, width: float, angle: float, bend: float = 0.0) -> tuple[Array, Array]:
+    """Outline (26, 2) and midrib (13, 2) of a leaf whose stem is at ``at``."""
+    t = np.linspace(0, 1, 13)
+    half = width * np.sin(np.pi * t**0.8) * (1 - 0.25 * t)
+    axis, side = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
+    rib = at + np.outer(t * length, axis) + np.outer(bend * length * t**2, side)
+    outline = np.concatenate([rib + np.outer(half, side), (rib - np.outer(half, side))[::-1]])
+    return np.asarray(outline, np.float32), np.asarray(rib, np.float32)
+
+
+def _paint_leaf(canvas: Array, rng: Generator, shape: tuple[Array, Array], color: tuple[int, int, int],
+                rib_width: float) -> None:
+    outline, rib = shape
+    base = _tone(rng, color)
+    _polygon(canvas, outline, base)
+    _polygon(canvas, np.concatenate([rib, outline[13:]]), tuple(c * 0.86 for c in base))
+    _line(canvas, rib, tuple(min(1.0, c * 1.25) for c in base), rib_width)
+
+
+def _curve(start: Array, end: Array, sag: float) -> Array:
+    t = np.linspace(0, 1, 12)[:, None]
+    side = np.array([start[1] - end[1], end[0] - start[0]]) * sag
+    return np.asarray(start * (1 - t) + end * t + side * (4 * t * (1 - t)), np.float32)
+
+
+def _soft_layer(canvas: Array, rng: Generator, colors: tuple[tuple[int, int, int], ...], count: int,
+                sizes: tuple[float, float], blur: float) -> None:
+    """Round out-of-focus shapes, then blur all that is there (at half size: it is soft anyway)."""
+    side = canvas.shape[0]
+    for _ in range(count):
+        at = tuple(int(c) for c in rng.uniform(-0.05, 1.05, 2) * side)
+        axes = rng.uniform(*sizes) * side * rng.uniform(0.7, 1.3, 2)
+        cv2.ellipse(canvas, at, (max(1, int(axes[0])), max(1, int(axes[1]))), float(rng.uniform(0, 180)), 0, 360,
+                    _tone(rng, _pick(rng, colors)), -1)
+    small = cv2.resize(canvas, (side // 2, side // 2), interpolation=cv2.INTER_AREA)
+    small = cv2.GaussianBlur(small, (0, 0), max(0.3, blur * side / 2))
+    canvas[:] = cv2.resize(small, (side, side), interpolation=cv2.INTER_LINEAR)
+
+
+def _distractors(canvas: Array, rng: Generator, count: int) -> None:
+    """Flowers, berries and feather-like shapes in the colours that birds have."""
+    side = canvas.shape[0]
+    words = list(COLORS)
+    for _ in range(count):
+        color = COLORS[words[int(rng.integers(len(words)))]]
+        at = np.asarray(rng.uniform(0, 1, 2) * side, np.float32)
+        size = float(rng.uniform(0.025, 0.075)) * side
+        kind = int(rng.integers(4))
+        if kind == 0:
+            _paint_leaf(canvas, rng, _leaf_shape(at, 2.6 * size, 0.5 * size, rng.uniform(0, 6.3), rng.normal(0, .2)),
+                        color, 0.006 * side)
+        elif kind == 1:  # berries
+            tone = _tone(rng, color)
+            for offset in rng.normal(0, 0.6 * size, (4, 2)):
+                centre = tuple(int(c) for c in at + offset)
+                cv2.circle(canvas, centre, max(1, int(0.38 * size)), tone, -1)
+                glint = (int(centre[0] - 0.12 * size), int(centre[1] - 0.12 * size))
+                cv2.circle(canvas, glint, max(1, int(0.12 * size)), tuple(min(1.0, c * 1.5 + 0.1) for c in tone), -1)
+        elif kind == 2:  # a flower
+            turn = rng.uniform(0, 6.3)
+            for petal in range(5):
+                outline, _ = _leaf_shape(at, 0.95 * size, 0.34 * size, turn + petal * 1.2566)
+                _polygon(canvas, outline, _tone(rng, color, 0.05))
+            cv2.circle(canvas, (int(at[0]), int(at[1])), max(1, int(0.25 * size)), (0.95, 0.78, 0.30), -1)
+        else:  # a round or egg-like patch
+            cv2.ellipse(canvas, (int(at[0]), int(at[1])), (max(1, int(1.1 * size)), max(1, int(0.7 * size))),
+                        float(rng.uniform(0, 180)), 0, 360, _tone(rng, color), -1)
+
+
+def paint_background(rng: Generator, side: int) -> Array:
+    """A random backdrop (side, side, 3), RGB in 0..1: soft colours far away, clutter nearer."""
+    names = list(_SCENES)
+    name = names[int(rng.integers(len(names)))]
+    stops, colors = _SCENES[name]
+    ramp = np.array([_tone(rng, stop, 0.05) for stop in stops], np.float32)
+    height = np.linspace(0, 2, side) + rng.uniform(-0.3, 0.3)
+    rows = np.stack([np.interp(height, [0, 1, 2], ramp[:, channel]) for channel in range(3)], 1)
+    canvas = np.ascontiguousarray(np.broadcast_to(rows[:, None].astype(np.float32), (side, side, 3)))
+    _soft_layer(canvas, rng, colors, int(rng.integers(6, 12)), (0.08, 0.25), 0.035)
+    _distractors(canvas, rng, int(rng.integers(1, 5)))
+    if name == "shore":
+        for y in np.sort(rng.uniform(0.45, 1.0, 7)) * side:
+            at = (int(rng.uniform(0, side)), int(y))
+            cv2.ellipse(canvas, at, (int(rng.uniform(0.1, 0.35) * side), max(1, int(0.008 * side))), 0, 0, 360,
+                        _tone(rng, (206, 224, 230)), -1)
+    else:
+        for _ in range(int(rng.integers(1, 4))):  # distant branches
+            ends = np.asarray(rng.uniform(-0.1, 1.1, (2, 2)) * side, np.float32)
+            _line(canvas, _curve(ends[0], ends[1], rng.normal(0, 0.12)), _tone(rng, _pick(rng, _BARK)),
+                  rng.uniform(0.012, 0.035) * side)
+    for _ in range(int(rng.integers(3, 10))):
+        shape = _leaf_shape(np.asarray(rng.uniform(0, 1, 2) * side, np.float32), rng.uniform(0.08, 0.22) * side,
+                            rng.uniform(0.018, 0.05) * side, rng.uniform(0, 6.3), rng.normal(0, 0.2))
+        _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
+    canvas[:] = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.004, 0.012) * side)
+    _distractors(canvas, rng, int(rng.integers(1, 4)))
+    if name in ("meadow", "autumn"):
+        for _ in range(int(rng.integers(8, 18))):  # blades of grass
+            root = np.array([rng.uniform(0, 1), 1.02], np.float32) * side
+            tip = root + np.array([rng.normal(0, 0.10), -rng.uniform(0.15, 0.45)], np.float32) * side
+            tone = _tone(rng, _pick(rng, _LEAF[:5] if name == "meadow" else ((176, 140, 80), (140, 120, 60))))
+            _line(canvas, _curve(root, tip, rng.normal(0, 0.12)), tone, 0.010 * side)
+    return cv2.GaussianBlur(canvas, (0, 0), 0.003 * side)  # type: ignore[no-any-return]
+
+
+def paint_perch(canvas: Array, rng: Generator, pose: Pose) -> None:
+    """What the feet stand on: a branch with bark and leaves, a rock, or a post."""
+    side = canvas.shape[0]
+    left, right = pose.perch
+    middle, along = (left + right) / 2, (right - left) / (np.linalg.norm(right - left) + 1e-6)
+    down = np.array([-along[1], along[0]], np.float32)
+    down *= np.sign(down[1])
+    thick = float(rng.uniform(0.055, 0.10)) * pose.unit + 0.008 * side
+    kind = rng.random()
+    bark = _tone(rng, _pick(rng, _BARK))
+    if kind < 0.68:
+        reach = 1.6 * side
+        spine = _curve(middle - along * reach + down * thick, middle + along * reach + down * thick, 0.0)
+        wobble = np.convolve(rng.normal(0, 0.05 * thick, 14), [0.3, 0.4, 0.3], "valid")[:, None]
+        spine = np.asarray(spine + wobble * down, np.float32)
+        for shift, width, gain in ((0.0, 2.0, 0.72), (-0.25, 1.4, 1.0), (-0.55, 0.55, 1.22)):
+            _line(canvas, spine + down * thick * shift, tuple(min(1.0, c * gain) for c in bark), width * thick)
+        for place in rng.uniform(-0.9, 0.9, 7):  # cracks in the bark
+            spot = middle + along * place * side + down * thick * rng.uniform(0.3, 1.5)
+            _line(canvas, np.array([spot, spot + along * 0.05 * side]), tuple(c * 0.6 for c in bark), 0.006 * side)
+        for place in rng.uniform(-0.8, 0.8, int(rng.integers(2, 6))):
+            stem = np.asarray(middle + along * place * side + down * thick, np.float32)
+            angle = rng.uniform(0.2, 2.9) if rng.random() < 0.65 else rng.uniform(-2.6, -0.5)
+            shape = _leaf_shape(stem, rng.uniform(0.09, 0.19) * side, rng.uniform(0.02, 0.045) * side, angle,
+                                rng.normal(0, 0.2))
+            _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
+    elif kind < 0.90:
+        angle = np.linspace(0, 2 * np.pi, 22)[:-1]
+        size = np.array([rng.uniform(0.8, 1.5), rng.uniform(0.30, 0.5)]) * pose.unit
+        edge = 1 + np.convolve(rng.normal(0, 0.06, 23), [0.25, 0.5, 0.25], "valid")
+        rock = np.stack([np.cos(angle) * size[0] * edge, np.sin(angle) * size[1] * edge], 1)
+        top = middle + down * (size[1] - 0.04 * pose.unit)
+        tone = _tone(rng, _pick(rng, ((128, 124, 118), (150, 140, 124), (104, 106, 108), (92, 116, 76))))
+        for gain, scale, lift in ((0.62, 1.0, 0.0), (0.84, 0.92, 0.05), (1.05, 0.74, 0.13)):
+            shifted = top + rock * scale - down * lift * size[1]
+            _polygon(canvas, np.asarray(shifted, np.float32), tuple(min(1.0, c * gain) for c in tone))
+    else:
+        half = rng.uniform(0.22, 0.34) * pose.unit
+        corners = [middle + [-half, 0], middle + [half, 0], middle + [0.9 * half, 2 * side],
+                   middle + [-0.9 * half, 2 * side]]
+        _polygon(canvas, np.asarray(corners, np.float32), bark)
+        _polygon(canvas, np.asarray([corners[0], corners[0] + [0.7 * half, 0], corners[3] + [0.7 * half, 0],
+                                     corners[3]], np.float32), tuple(c * 0.75 for c in bark))
+        cv2.ellipse(canvas, (int(middle[0]), int(middle[1])), (int(half), max(1, int(0.28 * half))), 0, 0, 360,
+                    tuple(min(1.0, c * 1.25) for c in bark), -1)
+
+
+def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDArray[np.bool_]]) -> None:
+    """Maybe a leaf or twig in front of the bird, never over more than half of any part group.
+
+    Args:
+        painting: painted on in place; covered pixels lose their part label.
+        rng: decides shape and place; consumes the same numbers whatever the species.
+        extents: where each part group is, (side, side), the same for all species of a pose.
+    """
+    side = painting.part.shape[0]
+    bird = np.logical_or.reduce(list(extents.values()))
+    rows, columns = np.nonzero(bird)
+    if rng.random() < 0.35 or not len(rows):
+        return
+    for _ in range(4):
+        pick = int(rng.integers(1 << 30)) % len(rows)
+        at = np.array([columns[pick], rows[pick]], np.float32)
+        angle = rng.uniform(0, 2 * np.pi)
+        twig = rng.random() < 0.4
+        length, width = (rng.uniform(0.5, 1.0), 0.006) if twig else (rng.uniform(0.16, 0.30), rng.uniform(0.03, 0.05))
+        stem = at - np.array([np.cos(angle), np.sin(angle)], np.float32) * length * side * rng.uniform(0.45, 1.0)
+        shape = _leaf_shape(stem, length * side, width * side, angle, rng.normal(0, 0.18))
+        color = _pick(rng, _BARK if twig else _LEAF)
+        cover = np.zeros((side, side), np.uint8)
+        _polygon(cover, shape[0], 1)
+        hidden = cover > 0
+        if all((hidden & extent).sum() <= 0.5 * extent.sum() for extent in extents.values()):
+            layer = painting.color.copy()
+            _paint_leaf(layer, rng, shape, color, 0.005 * side)
+            painting.color[hidden] = layer[hidden]
+            painting.part[hidden] = 0
+            return
+
+
+def sample_light(rng: Generator) -> Light:
+    """A sun from above, left or right, in front of the bird, with sky and ground glow."""
+    sun = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.45, 1.0), rng.uniform(0.35, 0.9)], np.float32)
+    strength = rng.uniform(0.45, 0.75)
+    warm = rng.normal(0, 0.03)
+    sky = (1.18 - strength) * np.array([0.96 + warm, 1.0, 1.04 - warm], np.float32)
+    ground = np.array([0.36, 0.36, 0.31], np.float32) * rng.uniform(0.7, 1.15)
+    return Light(sun / np.linalg.norm(sun), float(strength), sky.astype(np.float32), ground)
+
+
+def finish(picture: Array, rng: Generator) -> NDArray[np.uint8]:
+    """The camera: exposure, colour temperature, a gradient of brightness, a little noise -> uint8 (h, w, 3)."""
+    height, width = picture.shape[:2]
+    warm = rng.normal(0, 0.035)
+    gain = rng.uniform(0.86, 1.10) * np.array([1 + warm, 1.0, 1 - warm], np.float32)
+    slope = rng.uniform(-0.12, 0.12, 2)
+    gradient = 1 + slope[0] * np.linspace(-1, 1, width)[None] + slope[1] * np.linspace(-1, 1, height)[:, None]
+    noise = rng.normal(0, 0.010, (height, width, 1))
+    lit = picture * gain * gradient[..., None].astype(np.float32) + noise.astype(np.float32)
+    return np.asarray(np.clip(lit, 0, 1) * 255 + 0.5, np.float32).astype(np.uint8)
