@@ -15,7 +15,7 @@ Automatic = Literal["none", "trivial", "rand"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Random changes of a training image, in this order: crop, flip, automatic, colour, normalisation, erasing.
+    """Random changes of a training image: crop, flip, automatic, colour, erasing, in this order.
 
     The defaults are the published recipe. All sizes follow the size that the model's preprocessing has.
 
@@ -76,7 +76,7 @@ class Augmentation:
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
                 limit = " <= 1" if top == 1.0 else ""
                 raise CalmError(
-                    f"augmentation.{name} is {pair}: give smallest, largest with 0 < smallest <= largest{limit}"
+                    f"augmentation.{name} is {pair}: give two numbers, 0 < smallest <= largest{limit}"
                 )
 
     @property

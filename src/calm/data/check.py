@@ -117,7 +117,8 @@ def check_splits(
 
     Args:
         splits: of one data set.
-        decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut off.
+        decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut
+            off.
         workers: threads; None is twice the processors.
         progress: show a progress bar on standard error.
 
@@ -135,10 +136,7 @@ def check_splits(
             for record, result in zip(split.records, probes, strict=True):
                 found += _image_problems(split, record, result)
                 advance()
-            for problems in pool.map(
-                lambda record: _mask_problems(split.name, record, decode), _masked(split)
-            ):
-                found += problems
+            found += _mask_problems(split, decode, pool)
     return Report.of(listed, found)
 
 
@@ -175,21 +173,16 @@ def _image_problems(split: Split, record: Record, result: Probe) -> Iterator[Pro
                 yield problem
 
 
-def _masked(split: Split) -> list[Record]:
-    return [record for record in split.records if record.masks or record.ignore]
-
-
-def _mask_problems(split: str, record: Record, decode: bool) -> list[Problem]:
-    problems = []
-    for mask in (*record.masks, *filter(None, [record.ignore])):
-        result = probe(mask, decode=decode)
+def _mask_problems(split: Split, decode: bool, pool: ThreadPoolExecutor) -> Iterator[Problem]:
+    masks = [
+        (record.id, mask)
+        for record in split.records
+        for mask in (*record.masks, *filter(None, [record.ignore]))
+    ]
+    probes = pool.map(lambda named: probe(named[1], decode=decode), masks)
+    for (name, mask), result in zip(masks, probes, strict=True):
         if result.kind:
-            problems.append(
-                Problem(
-                    "missing-mask", split, mask, f"{result.message}; mask of {record.id}", None, record.id
-                )
-            )
-    return problems
+            yield Problem("missing-mask", split.name, mask, f"{result.message}; mask of {name}", None, name)
 
 
 def _empty_classes(split: Split) -> Iterator[Problem]:
@@ -201,7 +194,7 @@ def _empty_classes(split: Split) -> Iterator[Problem]:
 
 
 def _in_two_splits(splits: list[Split]) -> Iterator[Problem]:
-    """One problem for each file that two splits share; it is to leave the one that comes first in SPLITS order."""
+    """One problem for each file that two splits share; it is to leave train rather than val or test."""
     first: dict[Path, str] = {}
     for split in sorted(splits, key=lambda split: SPLITS.index(split.name), reverse=True):
         for record in split.records:

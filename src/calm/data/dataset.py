@@ -25,8 +25,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """Items are (image, label, index): normalised float32 (3, H, W), class index, position in the split.
 
     Random choices of the transform depend only on (seed, epoch, index): not on the number of workers or
-    processes, the order of reading, or what was drawn before; torch's generators are left as they were. The epoch is in
-    shared memory, so that :meth:`set_epoch` reaches workers that live across epochs.
+    processes, the order of reading, or what was drawn before; torch's generators are left as they were. The
+    epoch is in shared memory, so that :meth:`set_epoch` reaches workers that live across epochs.
 
     Args:
         split: the images.
@@ -94,8 +94,9 @@ class _Cache:
                 if total > limit:
                     pool.shutdown(cancel_futures=True)
                     raise CalmError(
-                        f"a cache of split {split.name!r} needs more than {limit / 2**30:.1f} GiB, half of this"
-                        f" machine's memory ({len(images):,} of {len(split.records):,} images fit): train without cache"
+                        f"a cache of split {split.name!r} needs more than {limit / 2**30:.1f} GiB, half of"
+                        f" this machine's memory ({len(images):,} of {len(split.records):,} images fit):"
+                        " go without cache"
                     )
                 images.append(image)
         self.shapes = [(image.shape[0], image.shape[1]) for image in images]

@@ -55,8 +55,9 @@ def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
     """Facts about a split, ready for JSON.
 
     Returns:
-        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images), ``with_boxes`` and
-        ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and ``fingerprint``.
+        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images),
+        ``with_boxes`` and ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and
+        ``fingerprint``.
     """
     counts = dict(zip(split.class_names, split.class_counts(), strict=True))
     return {

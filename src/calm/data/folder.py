@@ -7,7 +7,8 @@
     photos/test/cat/3.jpg
 
 Class names are the folders' names in alphabetical order. Files are images by their suffix
-(:data:`SUFFIXES`, any case), at any depth below the class folder; hidden files and all others are passed over.
+(:data:`SUFFIXES`, any case), at any depth below the class folder; hidden files and all others are passed
+over. Pictures are turned as their EXIF orientation says.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from calm.data.problems import Problem
 from calm.data.records import Box
@@ -35,8 +35,7 @@ def numbered(path: Path) -> Iterator[tuple[int, str]]:
 
 def inside(path: str) -> bool:
     """Whether ``path`` is relative and stays below the folder it is relative to."""
-    pure = PurePosixPath(path)
-    return bool(pure.parts) and not pure.is_absolute() and ".." not in pure.parts and "\0" not in path
+    return bool(path) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")
 
 
 def box_problem(

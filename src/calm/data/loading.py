@@ -23,7 +23,7 @@ SplitName = Literal["train", "val", "test"]
 
 LAYOUTS: dict[str, str] = {
     "cub": f"{', '.join(CUB_FILES)} and images/ in the folder (official CUB_200_2011)",
-    "metadata": "metadata/train/image_ids.txt, or the same below metadata/CUB, metadata/ILSVRC, metadata/OpenImages",
+    "metadata": "metadata/train/image_ids.txt, or the same below metadata/CUB, .../ILSVRC, .../OpenImages",
     "folder": "train/CLASS/*.jpg (and val/, test/), or CLASS/*.jpg",
 }
 """Every layout, and what is looked for; detection tries them in this order."""
@@ -140,7 +140,8 @@ def _carved(train: Split, lacking: list[str], fraction: float, seed: int) -> dic
         share = fraction / (1 - fraction)
         origin = f"{fraction:g} of train, by class, seed {seed}"
         parts[name] = replace(train, name=name, records=part, origin=origin, problems=())
-    return {**parts, "train": replace(train, records=rest)}
+    origin = f"{train.origin} without {' and '.join(parts)}" if parts else train.origin
+    return {**parts, "train": replace(train, records=rest, origin=origin)}
 
 
 def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Source:

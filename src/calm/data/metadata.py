@@ -35,118 +35,19 @@ root::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
 
 from calm.data.class_names import names_from_folders, read_names
-from calm.data.lines import box_problem, inside, numbered
+from calm.data.lines import box_problem
+from calm.data.metadata_files import Line, Located, read_ids, read_labels, read_localization, read_sizes
 from calm.data.problems import Problem
-from calm.data.records import SPLITS, Box, Record, Split
+from calm.data.records import SPLITS, Record, Split
 from calm.data.released_roots import images_root
 
-__all__ = ["MetadataSource", "read_boxes_and_masks", "read_ids", "read_labels", "read_sizes"]
-
-T = TypeVar("T")
-Problems = list[Problem]
-Localization = dict[str, tuple[list[tuple[int, Box]], list[tuple[int, str, str]]]]
-"""By id: (line, box) and (line, mask, ignore) of each line."""
-
-
-def read_ids(path: Path, split: str, problems: Problems) -> dict[str, int]:
-    """``image_ids.txt``: id to line number, in file order; duplicates and paths that lead out are reported."""
-    lines: dict[str, int] = {}
-    for number, name in numbered(path):
-        if name in lines:
-            message = f"{name}: listed before in line {lines[name]}"
-            problems.append(Problem("duplicate-id", split, path, message, number, name))
-        elif not inside(name):
-            problems.append(Problem("bad-path", split, path, name, number, name))
-        else:
-            lines[name] = number
-    return lines
-
-
-def _keyed(
-    path: Path, split: str, problems: Problems, values: int, parse: Callable[[str, int, list[str]], T | None]
-) -> dict[str, tuple[int, T]]:
-    """Lines ``id,value,...`` by id as (line, parsed value); ``parse`` returns None for a line it reported."""
-    found: dict[str, tuple[int, T]] = {}
-    for number, text in numbered(path):
-        name, *fields = text.rsplit(",", values)
-        name = name.strip()
-        if len(fields) != values:
-            message = f"{text!r}: needs {values + 1} fields divided by commas"
-            problems.append(Problem("malformed-line", split, path, message, number, name))
-            continue
-        value = parse(name, number, fields)
-        if value is None:
-            continue
-        if name not in found:
-            found[name] = number, value
-        elif found[name][1] == value:
-            problems.append(Problem("repeated-line", split, path, text, number, name))
-        else:
-            message = f"{text}: line {found[name][0]} says {found[name][1]}"
-            problems.append(Problem("two-labels", split, path, message, number, name))
-    return found
-
-
-def read_labels(path: Path, split: str, problems: Problems) -> dict[str, tuple[int, int]]:
-    """``class_labels.txt``: id to (line, label). Ranges are not checked here."""
-
-    def parse(name: str, number: int, fields: list[str]) -> int | None:
-        try:
-            return int(fields[0])
-        except ValueError:
-            message = f"{fields[0].strip()!r} for {name}"
-            problems.append(Problem("label-not-integer", split, path, message, number, name))
-            return None
-
-    return _keyed(path, split, problems, 1, parse)
-
-
-def read_sizes(path: Path, split: str, problems: Problems) -> dict[str, tuple[int, tuple[int, int]]]:
-    """``image_sizes.txt``: id to (line, (width, height)); {} if there is no such file."""
-
-    def parse(name: str, number: int, fields: list[str]) -> tuple[int, int] | None:
-        try:
-            width, height = int(fields[0]), int(fields[1])
-        except ValueError:
-            width = height = 0
-        if width > 0 and height > 0:
-            return width, height
-        message = f"{','.join(fields)!r} for {name}: width and height are whole numbers from 1"
-        problems.append(Problem("malformed-line", split, path, message, number, name))
-        return None
-
-    return _keyed(path, split, problems, 2, parse) if path.is_file() else {}
-
-
-def read_boxes_and_masks(path: Path, split: str, problems: Problems) -> Localization:
-    """``localization.txt``: boxes and masks by id; {} if there is no such file. Bounds are not checked here."""
-    found: Localization = {}
-    if not path.is_file():
-        return found
-    for number, text in numbered(path):
-        name, *corners = text.rsplit(",", 4)
-        try:
-            x0, y0, x1, y1 = map(int, corners)
-        except ValueError:
-            fields = [field.strip() for field in text.split(",")]
-            masks = [mask for mask in fields[1:] if mask]
-            if len(fields) != 3 or not fields[1] or not all(map(inside, masks)):
-                message = (
-                    f"{text!r}: needs 'id,x0,y0,x1,y1' in whole pixels, or 'id,mask,ignore' as relative paths"
-                )
-                problems.append(Problem("malformed-line", split, path, message, number, fields[0]))
-                continue
-            found.setdefault(fields[0], ([], []))[1].append((number, fields[1], fields[2]))
-        else:
-            found.setdefault(name.strip(), ([], []))[0].append((number, (x0, y0, x1, y1)))
-    return found
+__all__ = ["MetadataSource"]
 
 
 @dataclass(frozen=True)
@@ -156,8 +57,8 @@ class MetadataSource:
     Attributes:
         root: the data root.
         lists: the folder with ``train/``, ``val/`` and ``test/``.
-        name: the released data set (a key of ``released_roots.IMAGE_ROOTS``) whose image folders differ by split;
-            empty for a pack whose ids are relative to ``root``.
+        name: the released data set (a key of ``released_roots.IMAGE_ROOTS``) whose image folders differ by
+            split; empty for a pack whose ids are relative to ``root``.
     """
 
     root: Path
@@ -183,74 +84,111 @@ class MetadataSource:
         labels: dict[str, int] = {}
         for split in sources:
             found = read_labels(self.lists / split / "class_labels.txt", split, [])
-            labels |= {name: label for name, (_, label) in found.items() if label >= 0}
+            labels |= {name: line.value for name, line in found.items() if line.value >= 0}
         return names_from_folders(labels)
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``.
 
         Raises:
-            CalmError: a file that must exist is missing or no text.
+            CalmError: a file that must exist is missing or no text; no image of a released data set is found.
         """
-        folder, problems = self.lists / split, list[Problem]()
-        ids = read_ids(folder / "image_ids.txt", split, problems)
-        labels = read_labels(folder / "class_labels.txt", split, problems)
-        sizes = read_sizes(folder / "image_sizes.txt", split, problems)
-        located = read_boxes_and_masks(folder / "localization.txt", split, problems)
-        listed_twice = {problem.record for problem in problems if problem.kind == "bad-path"}
-        for file, found in (
-            ("class_labels.txt", labels),
-            ("image_sizes.txt", sizes),
-            ("localization.txt", located),
-        ):
-            for name in found.keys() - ids.keys() - listed_twice:
-                message = f"{name} is not in image_ids.txt"
-                problems.append(
-                    Problem("unlisted-id", split, folder / file, message, _line(found[name]), name)
-                )
-        root = images_root(self.root, self.name, split, list(ids))
-        records = []
-        reported = {problem.record for problem in problems if problem.file.name == "class_labels.txt"}
-        for name, number in ids.items():
-            if name not in labels:
-                if name not in reported:
-                    message = f"{name} is not in {folder / 'class_labels.txt'}"
-                    problems.append(
-                        Problem("no-label", split, folder / "image_ids.txt", message, number, name)
-                    )
-                continue
-            line, label = labels[name]
-            if not 0 <= label < len(self.class_names):
-                message = f"{label} for {name}: classes are 0 .. {len(self.class_names) - 1}"
-                problems.append(
-                    Problem("label-range", split, folder / "class_labels.txt", message, line, name)
-                )
-                continue
-            size = sizes[name][1] if name in sizes else None
-            boxes, masks = located.get(name, ([], []))
-            for line, box in boxes:
-                found_problem = box_problem(
-                    box, size, split=split, file=folder / "localization.txt", line=line, record=name
-                )
-                if found_problem:
-                    problems.append(found_problem)
-            ignore = next((root / path for _, _, path in masks if path), None)
-            records.append(
-                Record(
-                    name,
-                    root / name,
-                    label,
-                    boxes=tuple(box for _, box in boxes),
-                    masks=tuple(root / mask for _, mask, _ in masks),
-                    ignore=ignore,
-                    size=size,
-                )
+        files = _Files.read(self.lists / split, split)
+        root = images_root(self.root, self.name, split, list(files.ids))
+        records = [
+            files.record(name, label, root)
+            for name in files.ids
+            if (label := files.label(name, len(self.class_names))) is not None
+        ]
+        return Split(split, tuple(records), self.class_names, root, problems=tuple(files.problems))
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The four files of one split, and what is wrong in them."""
+
+    folder: Path
+    split: str
+    problems: list[Problem]
+    ids: dict[str, int]
+    labels: dict[str, Line[int]]
+    sizes: dict[str, Line[tuple[int, int]]]
+    located: dict[str, Located]
+
+    @classmethod
+    def read(cls, folder: Path, split: str) -> _Files:
+        problems: list[Problem] = []
+        files = cls(
+            folder,
+            split,
+            problems,
+            read_ids(folder / "image_ids.txt", split, problems),
+            read_labels(folder / "class_labels.txt", split, problems),
+            read_sizes(folder / "image_sizes.txt", split, problems),
+            read_localization(folder / "localization.txt", split, problems),
+        )
+        problems += files._unlisted()
+        return files
+
+    def _unlisted(self) -> Iterator[Problem]:
+        """Annotations of images that are not listed."""
+        lines = (
+            ("class_labels.txt", {name: line.number for name, line in self.labels.items()}),
+            ("image_sizes.txt", {name: line.number for name, line in self.sizes.items()}),
+            ("localization.txt", {name: located.number for name, located in self.located.items()}),
+        )
+        refused = {problem.record for problem in self.problems if problem.kind == "bad-path"}
+        for file, numbers in lines:
+            for name, number in numbers.items():
+                if name not in self.ids and name not in refused:
+                    message = f"{name} is not in image_ids.txt"
+                    yield Problem("unlisted-id", self.split, self.folder / file, message, number, name)
+
+    def _note(self, kind: str, file: str, message: str, number: int, name: str) -> None:
+        self.problems.append(Problem(kind, self.split, self.folder / file, message, number, name))
+
+    @cached_property
+    def _bad_label_lines(self) -> frozenset[str]:
+        """Ids whose label is missing because its line is noted already."""
+        return frozenset(
+            problem.record for problem in self.problems if problem.file.name == "class_labels.txt"
+        )
+
+    def label(self, name: str, num_classes: int) -> int | None:
+        """The label of an image; None, and a problem, if there is none in range."""
+        line = self.labels.get(name)
+        if line is None:
+            if name not in self._bad_label_lines:
+                message = f"{name} has no line in {self.folder / 'class_labels.txt'}"
+                self._note("no-label", "image_ids.txt", message, self.ids[name], name)
+            return None
+        if not 0 <= line.value < num_classes:
+            message = f"{line.value} for {name}: classes are 0 .. {num_classes - 1}"
+            self._note("label-range", "class_labels.txt", message, line.number, name)
+            return None
+        return line.value
+
+    def record(self, name: str, label: int, root: Path) -> Record:
+        """The record of an image; problems of its boxes are noted, and the boxes kept as they are."""
+        size = self.sizes[name].value if name in self.sizes else None
+        located = self.located.get(name) or Located(0)
+        for box in located.boxes:
+            problem = box_problem(
+                box.value,
+                size,
+                split=self.split,
+                file=self.folder / "localization.txt",
+                line=box.number,
+                record=name,
             )
-        return Split(split, tuple(records), self.class_names, root, problems=tuple(problems))
-
-
-def _line(found: object) -> int | None:
-    """The line number inside a value of any of the readers above."""
-    while isinstance(found, (tuple, list)):
-        found = next((part for part in found if part), None)
-    return found if isinstance(found, int) else None
+            if problem:
+                self.problems.append(problem)
+        return Record(
+            name,
+            root / name,
+            label,
+            boxes=tuple(box.value for box in located.boxes),
+            masks=tuple(root / line.value[0] for line in located.masks),
+            ignore=next((root / line.value[1] for line in located.masks if line.value[1]), None),
+            size=size,
+        )

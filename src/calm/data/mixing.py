@@ -16,8 +16,8 @@ __all__ = ["BatchMix"]
 class BatchMix:
     """Mixup or cutmix of a batch, by the numbers that name the batch.
 
-    Each image is mixed with its neighbour in the batch, so batches must be shuffled. The result depends on the
-    images of the local batch: several processes mix within theirs, and differ from one process with the whole.
+    Each image is mixed with its neighbour in the batch, so batches must be shuffled. Several processes mix
+    within their local batches, and differ from one process with the whole batch.
 
     Args:
         augmentation: ``mixup``, ``cutmix`` and ``mix_probability`` are used.

@@ -32,7 +32,7 @@ KINDS: dict[str, Kind] = {
     "label-not-integer": Kind("label that is no integer", "give the class index, a whole number from 0"),
     "label-range": Kind("label out of range", "correct the label, or list the class in classes.txt"),
     "no-label": Kind("image without a label", "add its line to the label file, or take its id out"),
-    "two-labels": Kind("image with two different labels", "keep one of the lines"),
+    "contradiction": Kind("two lines that contradict each other", "keep the right one"),
     "duplicate-id": Kind("id listed twice", "keep one of the lines"),
     "bad-path": Kind(
         "path that leaves the data folder", "write the path relative to the data folder, without '..'"
@@ -91,7 +91,7 @@ class Problem:
 
     @property
     def severity(self) -> Severity:
-        """ "error" or "warning"."""
+        """That of its kind."""
         return KINDS[self.kind].severity
 
     @property

@@ -22,8 +22,8 @@ class EpochSampler(Sampler[int]):
     """The indices of this process, batch after batch, in an order that depends only on (seed, epoch).
 
     The order is cut into global batches of ``batch_size``; of each, process ``rank`` takes the
-    ``rank``-th of ``world_size`` equal runs. So the union of the processes' t-th batches is the t-th batch of a
-    single process. Give the data loader :attr:`local_batch_size`, and Lightning
+    ``rank``-th of ``world_size`` equal runs. So the union of the processes' t-th batches is the t-th batch of
+    a single process. Give the data loader :attr:`local_batch_size`, and Lightning
     ``use_distributed_sampler=False``; it calls :meth:`set_epoch` itself.
 
     Args:
@@ -31,9 +31,9 @@ class EpochSampler(Sampler[int]):
         batch_size: images of a global batch, over all processes.
         seed: of the order.
         shuffle: a new order each epoch; else always that of the split.
-        remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in this
-            epoch. "pad": filled up from the start of the order to the next multiple of ``world_size``, so
-            that all processes have equally many (nothing is added for one process). "keep": divided as
+        remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in
+            this epoch. "pad": filled up from the start of the order to the next multiple of
+            ``world_size``, so that all processes have equally many (nothing is added for one process). "keep": divided as
             evenly as can be, nothing twice; some processes may have an image or a batch less. Training in
             several processes wants "drop" or "pad", exact counts of a test want "keep".
         rank: of this process; None asks torch.distributed.

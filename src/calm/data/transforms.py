@@ -15,7 +15,7 @@ from calm.preprocess import Preprocessing
 __all__ = ["AUGMENTATIONS", "Augmentation", "ImageTransform", "eval_transform", "train_transform"]
 
 ImageTransform = Callable[[Image.Image], Tensor]
-"""An RGB picture to a normalised float32 image (3, H, W); random numbers come from torch's CPU generator only."""
+"""An RGB picture to a normalised float32 image (3, H, W); random only by torch's CPU generator."""
 
 
 class _Test(nn.Module):
