@@ -152,7 +152,11 @@ def attribute(
     targets = _checked(targets, output, "targets")
     classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
     if (spec.over == "superclass") != (superclass is not None):
-        need = "needs superclass=, a mapping from target to its classes" if superclass is None else "takes no superclass="
+        need = (
+            "needs superclass=, a mapping from target to its classes"
+            if superclass is None
+            else "takes no superclass="
+        )
         raise CalmError(f"map kind {kind!r} {need}")
     if spec.over == "target":
         maps = spec.read(output, classes)
@@ -163,7 +167,7 @@ def attribute(
         members, valid = _members(classes, superclass or {}, output)
         batch, k, m = members.shape
         rows = spec.read(output, members.reshape(batch, k * m))
-        rows = rows.unflatten(1, (k, m)) * valid[..., None, None]
+        rows = rows.reshape(batch, k, m, *rows.shape[2:]) * valid[..., None, None]
         maps = rows.sum(dim=2)
         if spec.mean:
             maps = maps / valid.sum(dim=2)[..., None, None]
@@ -189,7 +193,9 @@ def _checked(targets: Tensor, output: CalmOutput | CamOutput, what: str) -> Tens
     if targets.numel() and not torch.compiler.is_compiling():
         low, high = int(targets.min()), int(targets.max())
         if low < 0 or high >= classes:
-            raise CalmError(f"{what} out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
+            raise CalmError(
+                f"{what} out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}"
+            )
     return targets
 
 

@@ -17,6 +17,7 @@ from calm.head import CalmHead, CamHead
 from calm.latent import PriorActivation, PriorDenominator
 from calm.output import CalmOutput, CamOutput
 from calm.preprocess import ImageLike, Preprocessing
+from calm.resample import resize_maps
 
 __all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
 
@@ -159,7 +160,9 @@ class CalmModel(nn.Module):
         if isinstance(output, CalmOutput) and (teacher is None or isinstance(teacher, CalmOutput)):
             return output.loss(targets, method=self.config.method, temperature=temperature, teacher=teacher)
         if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
-            raise CalmError("temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'")
+            raise CalmError(
+                "temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'"
+            )
         return output.loss(targets)
 
     @torch.no_grad()
@@ -203,7 +206,7 @@ class CalmModel(nn.Module):
         kind = self.map_kind(kind)
         pair = torch.stack([first, second], dim=1)
         one, other = self(images).attribute(pair, kind).unbind(dim=1)
-        return maps.resize_maps(maps.difference(one, other), size or _height_width(images))
+        return resize_maps(maps.difference(one, other), size or _height_width(images))
 
     def map_kind(self, kind: str | None = None) -> str:
         """The canonical name of a map kind of this model; of its default one for None."""
@@ -284,7 +287,9 @@ def create_model(
             output_stride=output_stride,
         )
     elif pretrained or output_stride is not None:
-        raise CalmError("pretrained and output_stride choose among named backbones: your own module comes as it is")
+        raise CalmError(
+            "pretrained and output_stride choose among named backbones: your own module comes as it is"
+        )
     else:
         body = adapt_backbone(backbone)
     channels = int(body.out_channels)  # type: ignore[arg-type]

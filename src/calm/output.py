@@ -7,7 +7,7 @@ computed (the sum over classes, the prior) the next one finds.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -20,21 +20,19 @@ from calm.latent import PriorActivation, PriorDenominator, widen
 
 __all__ = ["CalmOutput", "CamOutput"]
 
-Self_ = TypeVar("Self_", "CalmOutput", "CamOutput")
 
-
-def _kept(compute: Callable[[Self_], Tensor]) -> Any:
+class _kept:  # noqa: N801 -- a decorator, like property
     """A property computed once per gradient mode, so that a value first read under ``no_grad`` never enters a loss
     without its gradient."""
-    name = compute.__name__
 
-    def read(self: Self_) -> Tensor:
-        key = (name, torch.is_grad_enabled())
-        if key not in self._values:
-            self._values[key] = compute(self)
-        return self._values[key]
+    def __init__(self, compute: Callable[[Any], Tensor]) -> None:
+        self._compute, self.__doc__ = compute, compute.__doc__
 
-    return property(read, doc=compute.__doc__)
+    def __get__(self, output: CalmOutput | CamOutput, owner: type | None = None) -> Tensor:
+        key = (self._compute.__name__, torch.is_grad_enabled())
+        if key not in output._values:
+            output._values[key] = self._compute(output)
+        return output._values[key]
 
 
 class CalmOutput:
@@ -255,9 +253,10 @@ class CamOutput:
     def logits_of(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """f of the classes asked, for each image its own, in float32 or wider."""
         weight, bias = self._weight.flatten(1)[classes], self._bias[classes]
-        return widen(torch.einsum("bdhw,bkd->bkhw", self._features, weight.to(self._features.dtype))) + widen(
-            bias
-        )[..., None, None]
+        return (
+            widen(torch.einsum("bdhw,bkd->bkhw", self._features, weight.to(self._features.dtype)))
+            + widen(bias)[..., None, None]
+        )
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
         """Cross-entropy, mean over the batch, in nats; ``targets`` (B,) indices or (B, C) soft."""

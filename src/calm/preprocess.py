@@ -41,7 +41,9 @@ class Preprocessing:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.size) != 2 or min(self.size) < 1:
-            raise CalmError(f"preprocessing size is {self.size}: give (height, width) in pixels, each at least 1")
+            raise CalmError(
+                f"preprocessing size is {self.size}: give (height, width) in pixels, each at least 1"
+            )
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise CalmError("preprocessing needs three means and three positive stds")
 
@@ -51,7 +53,7 @@ class Preprocessing:
         Raises:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
         """
-        several = images if isinstance(images, (list, tuple)) else [images]
+        several: Sequence[ImageLike] = images if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
         if not several:
             raise CalmError("no images given")
         return torch.stack([self._one(image) for image in several])
@@ -90,7 +92,13 @@ def _open(image: ImageLike) -> PIL.Image.Image:
                 return file.convert("RGB")
         except FileNotFoundError:
             raise CalmError(f"no image file {str(image)!r}") from None
-        except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        except (
+            UnidentifiedImageError,
+            OSError,
+            SyntaxError,
+            ValueError,
+            Image.DecompressionBombError,
+        ) as error:
             raise CalmError(f"cannot read {str(image)!r} as an image: {error}") from error
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:

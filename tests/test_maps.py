@@ -1,0 +1,115 @@
+"""Attribution maps of every kind against the oracle, under both names."""
+
+from __future__ import annotations
+
+import oracle
+import pytest
+import torch
+from cases import activations_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from calm.errors import CalmError
+from calm.maps import ALIASES, MAP_KINDS, canonical_kind, difference
+from calm.output import CalmOutput, CamOutput
+
+LOGITS, SCORES = activations_of((3, 5, 3, 4), 11, 1.5)
+TARGETS = torch.tensor([4, 0, 2])
+SUPERCLASS = {4: [4, 1], 0: [0], 2: [2, 3, 0, 1]}
+CALM = CalmOutput(LOGITS, SCORES)
+
+
+def cam_output() -> CamOutput:
+    """A CAM output whose activation maps are LOGITS: identity weights on them as features."""
+    return CamOutput(
+        LOGITS, torch.eye(5, dtype=torch.float64)[..., None, None], torch.zeros(5, dtype=torch.float64)
+    )
+
+
+def expected(kind: str, b: int, target: int) -> Tensor:
+    joint = oracle.joint(LOGITS, SCORES, "softplus")
+    posterior = oracle.posterior(joint)
+    group = SUPERCLASS[target]
+    scaled = [oracle.minmax(LOGITS[b, c]) for c in range(5)]
+    return {
+        "jointll": lambda: joint[b, target],
+        "jointll-superclass": lambda: sum(joint[b, c] for c in group),
+        "jointll-superclass-mean": lambda: sum(joint[b, c] for c in group) / len(group),
+        "gtcond": lambda: posterior[b, target],
+        "gtcond-superclass": lambda: sum(posterior[b, c] for c in group),
+        "gtcond-superclass-mean": lambda: sum(posterior[b, c] for c in group) / len(group),
+        "saliency": lambda: oracle.prior(SCORES, "softplus")[b],
+        "cam": lambda: LOGITS[b, target],
+        "cam-saliency": lambda: sum(scaled),
+        "cam-superclass": lambda: sum(scaled[c] for c in group),
+    }[kind]()
+
+
+@pytest.mark.parametrize("kind", [*MAP_KINDS, *ALIASES])
+def test_every_kind_equals_the_oracle_under_both_names(kind):
+    spec = MAP_KINDS[ALIASES.get(kind, kind)]
+    output = CALM if spec.family == "calm" else cam_output()
+    options = {"superclass": SUPERCLASS} if spec.over == "superclass" else {}
+    got = output.attribute(TARGETS, kind, **options)
+    for b, target in enumerate(TARGETS.tolist()):
+        assert_close(got[b], expected(ALIASES.get(kind, kind), b, target))
+
+
+@pytest.mark.parametrize("kind", MAP_KINDS)
+def test_several_targets_come_from_one_output(kind):
+    spec = MAP_KINDS[kind]
+    output = CALM if spec.family == "calm" else cam_output()
+    superclass = {c: [c, (c + 1) % 5] for c in range(5)}
+    options = {"superclass": superclass} if spec.over == "superclass" else {}
+    several = torch.tensor([[0, 4], [2, 2], [1, 3]])
+    got = output.attribute(several, kind, **options)
+    assert got.shape == (3, 2, 3, 4)
+    for k in range(2):
+        assert_close(got[:, k], output.attribute(several[:, k], kind, **options))
+
+
+def test_the_joint_map_sums_to_the_prediction():
+    every = torch.arange(5).expand(3, -1)
+    assert_close(CALM.attribute(every, "jointll").sum((2, 3)), CALM.probs)
+    assert_close(CALM.attribute(every, "gtcond").sum((2, 3)), torch.ones(3, 5, dtype=torch.float64))
+
+
+@settings(max_examples=30, deadline=None)
+@given(h=st.integers(1, 5), w=st.integers(1, 5), big_h=st.integers(1, 12), big_w=st.integers(1, 12))
+def test_maps_are_resized_bilinearly_with_half_pixel_centres(h, w, big_h, big_w):
+    logits, scores = activations_of((1, 2, h, w), 1, 1.0)
+    output = CalmOutput(logits, scores)
+    got = output.attribute(torch.tensor([1]), size=(big_h, big_w))
+    assert_close(got[0], oracle.bilinear(output.joint[0, 1], (big_h, big_w)))
+
+
+def test_difference_is_the_absolute_difference():
+    a, b = torch.tensor([[[0.1, 0.5]]]), torch.tensor([[[0.4, 0.2]]])
+    assert_close(difference(a, b), torch.tensor([[[0.3, 0.3]]]))
+
+
+@pytest.mark.parametrize(
+    ("targets", "kind", "options", "message"),
+    [
+        (TARGETS, "jointl", {}, "did you mean 'jointll'"),
+        (TARGETS, "vanilla", {}, "CALM model: choose one of jointll"),
+        (torch.tensor([0, 1]), "jointll", {}, "2 targets for 3 images"),
+        (torch.tensor([0, 1, 5]), "jointll", {}, "out of range: 5, allowed are 0 to 4"),
+        (torch.tensor([0, -1, 2]), "jointll", {}, "out of range: -1"),
+        (torch.rand(3), "jointll", {}, "class indices"),
+        (TARGETS, "jointll-superclass", {}, "needs superclass="),
+        (TARGETS, "jointll", {"superclass": SUPERCLASS}, "takes no superclass="),
+        (TARGETS, "jointll-superclass", {"superclass": {4: [4]}}, "no classes for target 0"),
+        (TARGETS, "jointll-superclass", {"superclass": {4: [7], 0: [0], 2: [2]}}, "names class 7"),
+    ],
+)
+def test_wrong_questions_are_refused_with_the_value_and_the_choices(targets, kind, options, message):
+    with pytest.raises(CalmError, match=message):
+        CALM.attribute(targets, kind, **options)
+
+
+def test_a_cam_model_has_no_joint():
+    with pytest.raises(CalmError, match="CAM model: choose one of cam"):
+        canonical_kind("jointll", "cam")

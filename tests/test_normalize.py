@@ -1,0 +1,51 @@
+"""Normalisations on hand-made maps: values, edges, and nothing edited in place."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from calm.normalize import normalize
+
+MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
+
+
+@pytest.mark.parametrize(
+    ("how", "want"),
+    [
+        ("minmax", [[0.0, 0.25], [0.5, 1.0]]),
+        ("max", [[0.0, 0.0], [1 / 3, 1.0]]),
+        ("clipping", [[0.0, 0.0], [1.0, 1.0]]),
+    ],
+)
+def test_values(how, want):
+    before = MAPS.clone()
+    assert_close(normalize(MAPS, how), torch.tensor([want]))
+    assert torch.equal(MAPS, before)
+
+
+@pytest.mark.parametrize("how", ["minmax", "max", "clipping"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        torch.full((2, 2), 0.7),
+        torch.tensor([[0.1, math.nan], [0.2, 0.3]]),
+        torch.tensor([[0.1, math.inf], [0, 0]]),
+    ],
+)
+def test_a_constant_or_non_finite_map_becomes_zeros_and_its_neighbour_does_not(how, bad):
+    good = torch.tensor([[0.0, 0.5], [0.25, 1.0]])
+    got = normalize(torch.stack([bad, good]), how)
+    assert torch.equal(got[0], torch.zeros(2, 2))
+    assert_close(got[1], good)
+
+
+def test_max_of_an_all_negative_map_is_zeros():
+    assert torch.equal(normalize(-torch.rand(1, 3, 3) - 0.1, "max"), torch.zeros(1, 3, 3))
+
+
+def test_half_precision_maps_are_normalised_in_float32():
+    assert normalize(torch.rand(2, 3, 3).half(), "minmax").dtype == torch.float32
