@@ -25,7 +25,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "inception_v3": InceptionV3,
     "small_resnet": SmallResNet,
 }
-"""Our own backbones; every other name is a timm model's. Each takes the options that its constructor names."""
+"""Our own backbones; every other name is a timm model's. Each has the options of its constructor."""
 
 
 def build_backbone(

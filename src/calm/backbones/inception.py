@@ -67,7 +67,7 @@ class InceptionV3(nn.Module):
         if not self.large_feature_map:
             x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
         x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
-        # The released code computes Mixed_6e, but goes on from Mixed_6d by mistake; no weights depend on that.
+        # The released code computes Mixed_6e, but goes on from Mixed_6d by mistake: no weights rely on it.
         features: Tensor = self.A3_2b(self.A3_1b(self.Mixed_6e(x)))
         return features
 

@@ -16,7 +16,7 @@ __all__ = ["imagenet_weights", "initialise", "load_pretrained"]
 
 
 def initialise(module: nn.Module) -> None:
-    """Set every convolution by He's normal rule (fan out, ReLU), its bias to zero; other layers stay as they are."""
+    """Start every convolution by He's normal rule (fan out, ReLU), its bias at zero; nothing else changes."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone: convolutional ones as they are, transformers with their tokens as the grid."""
+"""Any timm model as a backbone: convolutional as they are, transformers with their tokens as the grid."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ class TimmBackbone(nn.Module):
                     return "tokens", stride
         raise CalmError(
             f"timm model {self.name!r} gives no grid of locations: its features for an image of {height} x "
-            f"{width} pixels are {f'of shape {shape}' if shape else 'several tensors'}. Choose a model with a "
-            "spatial grid, such as resnet50, convnext_tiny or vit_small_patch16_224"
+            f"{width} pixels are {f'of shape {shape}' if shape else 'several tensors'}. Choose a model with "
+            "one, such as resnet50, convnext_tiny or vit_small_patch16_224"
         )
 
 
