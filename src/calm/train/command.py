@@ -1,0 +1,132 @@
+"""The `calm train` command: the fields of `TrainConfig` as flags, YAML files and presets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
+
+from calm.errors import CalmError, unknown
+from calm.train.config import TrainConfig
+
+__all__ = ["build_parser", "load_config", "main", "parse", "preset", "preset_names"]
+
+EXAMPLES = """\
+examples:
+  calm train --preset birds --data birds                            small network from scratch, minutes on a CPU
+  calm train --preset small --data DIR --method cam                 any small images; CAM, to compare
+  calm train --data CUB_200_2011                                    the released recipe: pretrained resnet50, 40 epochs
+  calm train --preset small --data DIR --loss.temperature 0.5:1.0   soft E-step, annealed
+  calm train --preset small --data DIR --print_config               show every setting; a file for --config
+  calm train --resume runs/birds-small_resnet-calm-em               continue a run; so does the same command again
+"""
+
+
+class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of the examples."""
+
+
+def preset_names() -> list[str]:
+    """Names for ``--preset``: the YAML files of ``calm/presets``."""
+    names = (path.name for path in files("calm").joinpath("presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def build_parser() -> ArgumentParser:
+    """The parser: one flag per field, fields of a group with a dot. ``--preset`` and ``--resume`` are only described
+    here: `parse` takes them out before."""
+    parser = ArgumentParser(
+        prog="calm train",
+        description="Train CALM or CAM on images in any layout that `calm data check` reads.",
+        epilog=EXAMPLES,
+        formatter_class=_Formatter,
+        exit_on_error=False,
+    )
+    presets = ", ".join(preset_names())
+    hidden = argparse.SUPPRESS  # not in the configuration
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings; later flags win")
+    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {presets}", default=hidden)
+    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder", default=hidden)
+    parser.add_class_arguments(TrainConfig)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> TrainConfig:
+    """The configuration that flags describe.
+
+    Precedence, from low to high: defaults, ``--preset``, ``--config`` files and flags in their order.
+
+    Raises:
+        CalmError: an unknown flag, preset or value; a value out of range.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    chosen, rest = _take_out("--preset", arguments)
+    resume, rest = _take_out("--resume", rest)
+    if resume is not None:
+        if chosen is not None or rest:
+            given = " ".join(rest or ["--preset"])
+            raise CalmError(f"--resume takes all settings from the run; it was given with {given}")
+        return load_config(Path(resume) / "config.yaml")
+    if chosen is not None:
+        rest = ["--config", str(_preset_path(chosen)), *rest]
+    return _instantiate(build_parser(), rest)
+
+
+def load_config(path: Path | str, *overrides: str) -> TrainConfig:
+    """The configuration in a YAML file, such as a run's config.yaml, with flags (``--epochs=3``) that win.
+
+    Raises:
+        CalmError: no such file, an unknown field, a value that does not fit.
+    """
+    if not Path(path).is_file():
+        raise CalmError(f"no configuration file {path}")
+    return _instantiate(build_parser(), ["--config", str(path), *overrides])
+
+
+def preset(name: str, *overrides: str) -> TrainConfig:
+    """The configuration of a preset, with flags that win: ``preset("small", "--data=DIR")``."""
+    return load_config(_preset_path(name), *overrides)
+
+
+def main(arguments: Sequence[str]) -> Path:
+    """Run `calm train`; returns the run folder."""
+    from calm.train.run import train
+
+    return train(parse(arguments))
+
+
+def _instantiate(parser: ArgumentParser, arguments: Sequence[str]) -> TrainConfig:
+    try:
+        parsed: Namespace = parser.parse_args(list(arguments))
+    except argparse.ArgumentError as error:
+        raise CalmError(f"calm train: {error}") from error
+    values: Any = parser.instantiate(parsed)
+    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+
+
+def _take_out(flag: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The value of a flag, as ``--flag VALUE`` or ``--flag=VALUE``, and the other arguments."""
+    rest: list[str] = []
+    value: str | None = None
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument == flag:
+            value = next(remaining, None)
+            if value is None:
+                raise CalmError(f"{flag} needs a value")
+        elif argument.startswith(flag + "="):
+            value = argument.partition("=")[2]
+        else:
+            rest.append(argument)
+    return value, rest
+
+
+def _preset_path(name: str) -> Path:
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names(), where="--preset")
+    return Path(str(files("calm").joinpath("presets", f"{name}.yaml")))

@@ -1,0 +1,210 @@
+"""Everything that decides a training run, as frozen dataclasses: the flags, the YAML files and the docs come from here.
+
+The defaults are the recipe of the released code (paper, section 5; SGD with Nesterov momentum, batch 64, 40 epochs,
+ten times the rate for the new layers). The presets are YAML files with the fields that they change.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeAlias
+
+from calm.data.augmentation import Augmentation
+from calm.latent import PriorActivation, PriorDenominator
+
+__all__ = [
+    "DataOptions",
+    "Grouping",
+    "Hardware",
+    "LossOptions",
+    "Method",
+    "ModelOptions",
+    "OptimOptions",
+    "Schedule",
+    "TrainConfig",
+]
+
+Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
+Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
+Grouping: TypeAlias = Literal["head", "released"]
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the images come from and how they are read.
+
+    Attributes:
+        layout: how the data folder is laid out; ``auto`` looks.
+        metadata_root: folder of the metadata lists, where they are not beside the images.
+        val_fraction: share of the training images, the same in every class, that becomes the validation split
+            where the data has none.
+        present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
+        image_size: height and width in pixels that the model sees.
+        workers: processes that read images; 0 reads in the training process. The result does not depend on it.
+        cache: decode all images once, before training, and keep them in memory.
+        skip_bad: train without the images that the check complains about, and count them, instead of stopping.
+    """
+
+    layout: Literal["auto", "cub", "metadata", "folder"] = "auto"
+    metadata_root: Path | None = None
+    val_fraction: float = 0.1
+    present_classes_only: bool = False
+    image_size: int = 224
+    workers: int = 4
+    cache: bool = False
+    skip_bad: bool = False
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The network beside its backbone's name and the method.
+
+    Attributes:
+        pretrained: start the backbone from its ImageNet weights.
+        large_feature_map: 28x28 grid for 224x224 images instead of 14x14 (released backbones).
+        use_bn: BatchNorm in vgg16 and in the added layers of inception_v3.
+        output_stride: image pixels per grid cell, for timm backbones that support it.
+        prior_activation: the activation a of the prior.
+        prior_denominator: ``constant`` trains the prior as the released code does.
+        init_from: a run folder, a saved model or a hub id whose weights training starts from. The head comes along
+            if it has the same shape; otherwise it starts anew.
+    """
+
+    pretrained: bool = True
+    large_feature_map: bool = True
+    use_bn: bool = True
+    output_stride: int | None = None
+    prior_activation: PriorActivation = "softplus"
+    prior_denominator: PriorDenominator = "differentiated"
+    init_from: str | None = None
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The E-step of CALM-EM. CALM-ML and CAM have nothing to choose.
+
+    Attributes:
+        posterior: whose posterior is q: the model's own, or that of an exponential moving average of it.
+        teacher_decay: decay per step of that average.
+        temperature: exponent of the joint in q: a number, or ``START:END`` for a linear change over the run, or
+            ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
+    """
+
+    posterior: Literal["current", "ema"] = "current"
+    teacher_decay: float = 0.999
+    temperature: float | str = 1.0
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """Optimiser and learning-rate schedule.
+
+    Attributes:
+        name: ``sgd`` or ``adamw``.
+        momentum: of SGD.
+        nesterov: Nesterov momentum of SGD.
+        betas: of AdamW.
+        weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
+        decay: ``all`` parameters, or ``weights`` only: no decay for biases and normalisation layers.
+        head_ratio: learning rate of the new layers, as a multiple of ``lr``.
+        grouping: which layers are new: ``head`` is CALM's head; ``released`` splits by name as the released code
+            does, which also gives the higher rate to most of resnet's layer4 and to the stem's BatchNorm.
+        schedule: ``step`` multiplies the rate by ``step_factor`` every ``step_epochs``; ``released-step`` does so one
+            epoch early, as the released code does; ``cosine`` goes to 0 over the run; ``one-cycle`` rises to ``lr``
+            and falls to almost 0; ``constant``.
+        step_epochs: see ``schedule``.
+        step_factor: see ``schedule``.
+        warmup_epochs: epochs (fractions allowed) of linear warm-up; for ``one-cycle``, the length of its rise, where
+            0 means 30 percent of the run.
+        accumulate: parts that each batch is computed in, one after the other, to save memory. The batch size and
+            the result (but for BatchNorm's statistics) stay the same.
+        clip_norm: largest norm of the gradient; longer ones are scaled down. 0: no clipping.
+        ema_decay: decay per step of an average of the weights; that average is then what is evaluated and saved.
+            0: no averaging.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    nesterov: bool = True
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 1e-4
+    decay: Literal["all", "weights"] = "all"
+    head_ratio: float = 10.0
+    grouping: Grouping = "head"
+    schedule: Schedule = "step"
+    step_epochs: int = 30
+    step_factor: float = 0.1
+    warmup_epochs: float = 0.0
+    accumulate: int = 1
+    clip_norm: float = 0.0
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the run uses, and how; Lightning's words.
+
+    Attributes:
+        accelerator: ``auto``, ``cpu``, ``gpu``, ``mps``, ...
+        devices: how many per node; ``auto`` is all GPUs, or one process on the CPU.
+        nodes: how many machines.
+        strategy: ``auto``, ``ddp``, ...
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``. Probabilities are computed in float32 in any case.
+        channels_last: store images and features with the channels last, often faster for convolutions.
+        compile: compile the backbone with ``torch.compile``.
+    """
+
+    accelerator: str = "auto"
+    devices: int | Literal["auto"] = "auto"
+    nodes: int = 1
+    strategy: str = "auto"
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    channels_last: bool = False
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class LogOptions:
+    """What is shown and written while training.
+
+    Attributes:
+        every_n_steps: steps between two updates of the progress bar, TensorBoard curves and checks for NaN.
+        panel_images: validation images that are drawn with their maps after each epoch; 0 draws none.
+    """
+
+    every_n_steps: int = 20
+    panel_images: int = 8
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run.
+
+    Attributes:
+        data: folder of the data set.
+        run_dir: folder that the run writes to; None: ``runs/DATA-BACKBONE-METHOD``. The same command on the same
+            folder continues an unfinished run.
+        method: what is trained: CALM by expectation-maximisation or maximum likelihood, or CAM.
+        backbone: ``resnet50``, ``vgg16``, ``inception_v3``, ``small_resnet`` or any timm name.
+        epochs: passes over the training images.
+        batch_size: images per optimiser step, over all processes together.
+        lr: learning rate of the backbone at its highest.
+        seed: of everything random. The same seed gives the same weights.
+    """
+
+    data: Path
+    run_dir: Path | None = None
+    method: Method = "calm-em"
+    backbone: str = "resnet50"
+    epochs: int = 40
+    batch_size: int = 64
+    lr: float = 0.01
+    seed: int = 0
+    reading: DataOptions = field(default_factory=DataOptions)
+    augment: Augmentation = field(default_factory=Augmentation)
+    model: ModelOptions = field(default_factory=ModelOptions)
+    loss: LossOptions = field(default_factory=LossOptions)
+    optim: OptimOptions = field(default_factory=OptimOptions)
+    hardware: Hardware = field(default_factory=Hardware)
+    log: LogOptions = field(default_factory=LogOptions)
