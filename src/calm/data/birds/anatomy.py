@@ -83,7 +83,7 @@ def _steps(length: float, density: float) -> int:
     return max(6, int(np.ceil(length * density)))
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def body(density: float) -> Surface:
     """Trunk and neck; ``density`` is points per unit. u = x along the body, v = height angle (0 back, pi belly)."""
     spine = _smooth(_TRUNK, _steps(1.25, density))
@@ -100,7 +100,7 @@ def body(density: float) -> Surface:
     return _surface(grid, x, np.abs(angle), part.astype(np.uint8), inside=centre)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def head(density: float) -> Surface:
     """The skull, centred on 0 (place it at HEAD_PIVOT). u, v: longitude seen from above, and height -1..1."""
     polar = np.linspace(0, np.pi, _steps(0.55, density), dtype=np.float32)[:, None]
@@ -140,7 +140,7 @@ _BILLS = {  # length, bend downward, half-height, half-width, taper
 }
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=64)
 def bill(shape: str, density: float) -> Surface:
     """A bill of one of CUB's shapes, in the head's frame."""
     length, bend, high, wide, power = _BILLS[shape]
@@ -148,7 +148,7 @@ def bill(shape: str, density: float) -> Surface:
     return _cone(root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def crest(density: float) -> Surface:
     """Raised crown feathers of a crested head, in the head's frame."""
     axis = np.array([-0.70, 0, 0.714], np.float32)
@@ -157,7 +157,7 @@ def crest(density: float) -> Surface:
     return _cone(root, axis, bend, 0.23, (0.085, 0.05), 0.8, "crown", density)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def eye(density: float) -> Surface:
     """The left eye's disc around EYE, facing outward: u = distance from its centre (0..1), v = direction."""
     outward = EYE / _HEAD_RADII**2
@@ -178,7 +178,7 @@ _WING = np.array([  # upper and lower edge (z) from shoulder to tip
 ], np.float32)  # fmt: skip
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)
 def wing(density: float) -> Surface:
     """The folded left wing, lying on the flank. u runs from shoulder (0) to tip (1), v from upper (-1) to lower (1)."""
     u = np.linspace(0, 1, _steps(0.95, density), dtype=np.float32)[:, None]
@@ -205,7 +205,7 @@ def _tail_outline(shape: str, v: Array) -> Array:
     return np.asarray(curves[shape], np.float32)
 
 
-@lru_cache(maxsize=16)
+@lru_cache(maxsize=64)
 def tail(shape: str, density: float) -> Surface:
     """The tail around TAIL_PIVOT. u runs from root (0) to the longest tip (1), v across (-1 right, 1 left)."""
     fan = shape == "fan-shaped_tail"

@@ -20,6 +20,7 @@ from calm.data.birds.species import Species
 
 __all__ = ["Light", "Painting", "paint_bird"]
 
+_DENSITY_STEP = 1.15  # point grids are cached at powers of this many points per unit
 _MIRROR = np.array([1, -1, 1], np.float32)
 
 
@@ -110,26 +111,28 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
         far = 0.82 if leg is legs[0][0] else 1.0
         _paint_leg(painting, leg, PART_ID[name], rgb(species.leg) * tint * np.float32(far), pose, light)
 
-    placed, shaded, labels = [], [], []
-    for surface, colors, points, normals, other in _parts(species, pose, 0.74 * side):
-        turned = pose.turn(normals)
+    density = _DENSITY_STEP ** int(np.ceil(np.log(0.86 * pose.unit) / np.log(_DENSITY_STEP)))
+    positions, normals, colors, labels = [], [], [], []
+    turn = (pose.view / pose.unit).T
+    for surface, color, points, normal, other in _parts(species, pose, density):
+        turned = normal @ turn
         if surface.part[0] in (PART_ID["tail"], PART_ID["left wing"]):  # thin: seen from both sides
             turned *= np.where(turned[:, 2:] < 0, -1, 1).astype(np.float32)
         front = np.flatnonzero(turned[:, 2] > -0.05)
-        placed.append(pose.place(points[front]))
-        shaded.append(_shade(colors[front] * tint, turned[front], light))
+        positions.append(pose.place(points[front]))
+        normals.append(turned[front])
+        colors.append(color[front])
         labels.append(surface.part[front] + np.uint8(other))
-    where, color, part = np.concatenate(placed), np.concatenate(shaded), np.concatenate(labels)
-    order = np.argsort(where[:, 2], kind="stable")
-    column = np.floor(where[order, 0] - 0.5).astype(np.int32)
-    row = np.floor(where[order, 1] - 0.5).astype(np.int32)
-    inside = (column >= 0) & (row >= 0) & (column < side - 1) & (row < side - 1)
-    order, flat = order[inside], (row * side + column)[inside]
+    where = np.concatenate(positions)
+    column, row = (where[:, :2] - 0.5).astype(np.int32).T  # cut, not floored: outside is left out below
+    inside = np.flatnonzero((where[:, :2] >= 0.5).all(1) & (column < side - 1) & (row < side - 1))
+    order = inside[np.argsort(where[inside, 2])]
+    flat = row[order] * side + column[order]
     winner = np.full(side * side, -1, np.int32)
-    footprint = (flat[:, None] + np.array([0, 1, side, side + 1])).ravel()
-    winner[footprint] = np.repeat(order, 4)  # far to near: the last write, the nearest point, stays
+    footprint = (flat[:, None] + np.array([0, 1, side, side + 1], np.int32)).ravel()
+    winner[footprint] = np.repeat(order.astype(np.int32), 4)  # far to near: the last write, the nearest, stays
     hit = np.flatnonzero(winner >= 0)
-    painting.color.reshape(-1, 3)[hit] = color[winner[hit]]
-    painting.part.reshape(-1)[hit] = part[winner[hit]]
-
-
+    seen = winner[hit]
+    shaded = _shade(np.concatenate(colors)[seen] * tint, np.concatenate(normals)[seen], light)
+    painting.color.reshape(-1, 3)[hit] = shaded
+    painting.part.reshape(-1)[hit] = np.concatenate(labels)[seen]

@@ -9,19 +9,17 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 
 from calm.atomic import write_json, write_text
 from calm.data.birds.attributes import ATTRIBUTES, CERTAINTIES, PART_GROUP, PARTS, attribute_group, species_attributes
-from calm.data.birds.drawing import draw_bird
 from calm.data.birds.species import GROUPS, MAX_SPECIES, Species, choose_species
+from calm.data.birds.worker import Item, Truth, draw_items
 from calm.errors import CalmError
 
 __all__ = ["BirdsConfig", "BirdsSummary", "write_birds"]
@@ -30,8 +28,6 @@ GENERATOR_VERSION = 1
 """Grows whenever the same configuration gives other files."""
 MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
 
-Box = tuple[int, int, int, int]
-Points = tuple[tuple[int, int] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -80,16 +76,6 @@ class BirdsSummary:
                 f"that differ in 1, 2, 3 part groups: {one}, {two}, {three} ({state})")
 
 
-@dataclass(frozen=True)
-class _Item:
-    """One image to be: its id (from 1), class (from 0), path without suffix, and whether it is for training."""
-
-    number: int
-    label: int
-    stem: str
-    train: bool
-
-
 def _validate(config: BirdsConfig, workers: int | None) -> None:
     for name, value, low, high in (
         ("species", config.species, 2, MAX_SPECIES), ("images_per_species", config.images_per_species, 2, 9999),
@@ -104,7 +90,7 @@ def _validate(config: BirdsConfig, workers: int | None) -> None:
             "images a species test images: both train and test need at least one; try 0.3")
 
 
-def _plan(config: BirdsConfig, species: Sequence[Species]) -> list[_Item]:
+def _plan(config: BirdsConfig, species: Sequence[Species]) -> list[Item]:
     items = []
     for label, kind in enumerate(species):
         order = np.random.default_rng([config.seed, label, 1]).permutation(config.images_per_species)
@@ -112,27 +98,8 @@ def _plan(config: BirdsConfig, species: Sequence[Species]) -> list[_Item]:
         for index in range(config.images_per_species):
             number = len(items) + 1
             stem = f"{label + 1:03d}.{kind.name}/{kind.name}_{index + 1:04d}_{number}"
-            items.append(_Item(number, label, stem, index not in test))
+            items.append(Item(number, label, stem, index not in test))
     return items
-
-
-def _draw_item(root: Path, config: BirdsConfig, species: Sequence[Species], item: _Item) -> tuple[Box, Points]:
-    """Draw one image, write its picture and its segmentation, return its box and part points."""
-    seed = np.random.SeedSequence([config.seed, item.number, 0])
-    drawing = draw_bird(species[item.label], seed, config.size)
-    picture = root / "images" / f"{item.stem}.jpg"
-    options = [cv2.IMWRITE_JPEG_QUALITY, 95,
-               cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    _write(picture, cv2.imencode(".jpg", drawing.image[..., ::-1], options))
-    mask = drawing.mask.astype(np.uint8) * np.uint8(255)
-    _write(root / "segmentations" / f"{item.stem}.png", cv2.imencode(".png", mask))
-    return drawing.box, drawing.points
-
-
-def _write(path: Path, encoded: tuple[bool, Any]) -> None:
-    if not encoded[0]:
-        raise OSError(f"OpenCV could not encode {path}")
-    path.write_bytes(encoded[1].tobytes())
 
 
 def _lines(rows: Iterator[str] | Sequence[str]) -> str:
@@ -143,9 +110,9 @@ def _numbered(names: Sequence[str]) -> str:
     return _lines([f"{index} {name}" for index, name in enumerate(names, 1)])
 
 
-def _write_image_lists(root: Path, items: Sequence[_Item], truths: Sequence[tuple[Box, Points]],
+def _write_image_lists(root: Path, items: Sequence[Item], truths: Sequence[Truth],
                        class_names: Sequence[str]) -> None:
-    boxes = [box for box, _ in truths]
+    boxes = [truth.box for truth in truths]
     write_text(root / "images.txt", _lines([f"{item.number} {item.stem}.jpg" for item in items]))
     write_text(root / "classes.txt", _numbered(class_names))
     write_text(root / "image_class_labels.txt", _lines([f"{item.number} {item.label + 1}" for item in items]))
@@ -154,13 +121,13 @@ def _write_image_lists(root: Path, items: Sequence[_Item], truths: Sequence[tupl
         [f"{item.number} {x}.0 {y}.0 {w}.0 {h}.0" for item, (x, y, w, h) in zip(items, boxes, strict=True)]))
 
 
-def _write_parts(root: Path, items: Sequence[_Item], truths: Sequence[tuple[Box, Points]], seed: int) -> None:
+def _write_parts(root: Path, items: Sequence[Item], truths: Sequence[Truth], seed: int) -> None:
     """Part names, points, and the clicks of three imagined annotators whose median is the point."""
     locations, clicks = [], []
-    for item, (_, points) in zip(items, truths, strict=True):
+    for item, truth in zip(items, truths, strict=True):
         rng = np.random.default_rng([seed, item.number, 2])
         offsets, times = rng.integers(0, 2, (len(PARTS), 2)), rng.uniform(1, 9, (len(PARTS), 3))
-        for part, point in enumerate(points, 1):
+        for part, point in enumerate(truth.points, 1):
             key = f"{item.number} {part}"
             x, y, seen = (point[0], point[1], 1) if point else (0, 0, 0)
             locations.append(f"{key} {x}.0 {y}.0 {seen}")
@@ -172,15 +139,15 @@ def _write_parts(root: Path, items: Sequence[_Item], truths: Sequence[tuple[Box,
     write_text(root / "parts" / "part_click_locs.txt", _lines(clicks))
 
 
-def _write_attributes(root: Path, items: Sequence[_Item], truths: Sequence[tuple[Box, Points]],
+def _write_attributes(root: Path, items: Sequence[Item], truths: Sequence[Truth],
                       species: Sequence[Species], seed: int) -> None:
     """Attributes of classes (0 or 100 percent) and of images (certainty 1, and absent, where not visible)."""
     folder = root / "attributes"
     classes = [species_attributes(kind) for kind in species]
     groups = [attribute_group(name) for name in ATTRIBUTES]
     rows = []
-    for item, (_, points) in zip(items, truths, strict=True):
-        seen = {PART_GROUP[part] for part, point in zip(PARTS, points, strict=True) if point}
+    for item, truth in zip(items, truths, strict=True):
+        seen = {PART_GROUP[part] for part, point in zip(PARTS, truth.points, strict=True) if point}
         times = np.random.default_rng([seed, item.number, 3]).uniform(1, 30, len(ATTRIBUTES)).tolist()
         for number, (present, group, time) in enumerate(zip(classes[item.label], groups, times, strict=True), 1):
             visible = group is None or group in seen
@@ -235,7 +202,7 @@ def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_sp
         size: width and height of the images in pixels, 32 to 512.
         seed: decides everything else; any whole number from 0.
         test_fraction: share of each species' images that are test images.
-        workers: threads that draw (default: one a core).
+        workers: processes that draw (default: one a core, but none for less than 200 images).
 
     Returns:
         What the folder holds.
@@ -256,7 +223,7 @@ def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_sp
               "pairs": {"1": one, "2": two, "3": three}}
     reused = _claim(root, record)
     if not reused:
-        _fill(root, config, chosen, items, workers or os.cpu_count() or 1)
+        _fill(root, config, chosen, items, workers or min(os.cpu_count() or 1, 1 + len(items) // 200))
         write_json(root / MANIFEST, record)
     (root / PARTIAL).unlink(missing_ok=True)
     train = sum(item.train for item in items)
@@ -264,13 +231,12 @@ def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_sp
                         (one, two, three), reused)
 
 
-def _fill(root: Path, config: BirdsConfig, species: Sequence[Species], items: Sequence[_Item], workers: int) -> None:
+def _fill(root: Path, config: BirdsConfig, species: Sequence[Species], items: Sequence[Item], workers: int) -> None:
     class_names = [f"{label:03d}.{kind.name}" for label, kind in enumerate(species, 1)]
     for kind in ("images", "segmentations"):
         for name in class_names:
             (root / kind / name).mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(workers) as pool:
-        truths = list(pool.map(lambda item: _draw_item(root, config, species, item), items))
+    truths = draw_items(root, config.species, config.seed, config.size, items, workers)
     _write_image_lists(root, items, truths, class_names)
     _write_parts(root, items, truths, config.seed)
     _write_attributes(root, items, truths, species, config.seed)

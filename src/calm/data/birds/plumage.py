@@ -155,7 +155,7 @@ def _eye(look: Head, surface: Surface) -> Array:
     return out
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=512)
 def bird_surfaces(species: Species, density: float) -> dict[str, tuple[Surface, Array]]:
     """Every surface of the species at rest with its colours (N, 3).
 

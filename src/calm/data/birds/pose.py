@@ -51,11 +51,6 @@ class Pose:
         seen = points @ self.view.T
         return np.stack([self.centre[0] + seen[:, 0], self.centre[1] - seen[:, 1], seen[:, 2]], 1)
 
-    def turn(self, normals: Array) -> Array:
-        """Bird-frame unit normals (N, 3) -> view-frame unit normals."""
-        turned = normals @ self.view.T
-        return turned / (np.linalg.norm(turned, axis=1, keepdims=True) + 1e-9)
-
     def scaled(self, factor: float) -> Pose:
         """The same pose in a picture ``factor`` times as large."""
         k = np.float32(factor)
