@@ -94,8 +94,9 @@ def body(density: float) -> Surface:
     grid = np.stack([spine[:, :1] - tangent[:, 1:] * rise, side, spine[:, 1:2] + tangent[:, :1] * rise], -1)
     centre = np.stack([spine[:, 0], 0 * spine[:, 0], spine[:, 1]], -1)[:, None]
     height, x = np.cos(angle), np.broadcast_to(spine[:, :1], grid.shape[:2])
-    part = np.where(height > 0.28, PART_ID["back"], np.where(x + 0.10 * height > 0.01, PART_ID["breast"], PART_ID["belly"]))
-    neck = x - 0.10 * height > 0.345  # slanted: the throat's patch starts further up front
+    below = np.where(x + 0.10 * height > 0.01, PART_ID["breast"], PART_ID["belly"])
+    part = np.where(height > 0.28, PART_ID["back"], below)
+    neck = (grid[..., 2] > 0.125 + 0.06 * height) & (x > 0.22)
     part = np.where(neck, np.where(height > -0.35, PART_ID["nape"], PART_ID["throat"]), part)
     return _surface(grid, x, np.abs(angle), part.astype(np.uint8), inside=centre)
 

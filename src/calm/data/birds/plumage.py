@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calm.data.birds import anatomy
-from calm.data.birds.anatomy import CHEEK, PART_ID, Array, Surface
+from calm.data.birds.anatomy import PART_ID, Array, Surface
 from calm.data.birds.species import Head, Plumage, Species
 
 __all__ = ["COLORS", "bird_surfaces", "rgb"]
@@ -100,7 +100,7 @@ def _skull(look: Head, surface: Surface, shape: Array) -> Array:
     if look.pattern == "capped":
         out[(z + 0.1 * x > 0.30)] = rgb(look.crown)
     elif look.pattern == "masked":
-        out[(np.abs(line) < 0.30) & (x > -0.35)] = rgb("black")
+        out[((x - 0.42) / 0.80) ** 2 + (line / 0.36) ** 2 < 1] = rgb("black")
     elif look.pattern == "eyeline":
         out[(np.abs(line) < 0.14) & (x > -0.75)] = rgb("black")
     elif look.pattern == "eyebrow":
@@ -129,7 +129,8 @@ def _wing(look: Plumage, surface: Surface) -> Array:
     # Rows of small feathers in front, long flight feathers behind: dark seams, lighter middles.
     scale = np.cos(u * 60 + 3.0 * np.cos(v * 9.0)) * (u < 0.42)
     quill = np.cos((v + 0.35 * u) * 15) * (u >= 0.42)
-    return out * (1 + 0.10 * scale + 0.13 * quill)[:, None]
+    edge = 1 - 0.30 * np.clip((np.abs(v) - 0.80) / 0.2, 0, 1) - 0.25 * np.clip((u - 0.85) / 0.15, 0, 1)
+    return out * ((1 + 0.10 * scale + 0.13 * quill) * edge)[:, None]
 
 
 def _tail(species: Species, surface: Surface) -> Array:

@@ -124,7 +124,8 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     extent = highest - lowest
     unit = side * rng.uniform(0.62, 0.92) / extent.max()
     room = np.maximum(side - unit * extent, 0)
-    corner = room * rng.uniform(-0.04, 1.04, 2)
+    corner = room * (rng.uniform(0.03, 0.97, 2) if rng.random() < 0.9 else rng.uniform(-0.12, 1.12, 2))
+    corner = np.minimum(corner, room + 0.06 * side)
     centre = np.array([corner[0] - unit * lowest[0], corner[1] + unit * highest[1]], np.float32)
 
     def pixel(point: Array) -> Array:

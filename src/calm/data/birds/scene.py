@@ -167,6 +167,42 @@ def paint_background(rng: Generator, side: int) -> Array:
     return cv2.GaussianBlur(canvas, (0, 0), 0.003 * side)  # type: ignore[no-any-return]
 
 
+def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
+    """A boulder with a flat top at ``top``, lit from above, with a rough surface and sometimes moss."""
+    side = canvas.shape[0]
+    angle = np.linspace(0, 2 * np.pi, 40)[:-1]
+    width, height = rng.uniform(0.8, 1.5) * unit, rng.uniform(0.4, 0.8) * unit
+    edge = 1 + np.convolve(rng.normal(0, 0.05, 41), [0.25, 0.5, 0.25], "valid")
+    shape = np.stack([np.sign(np.cos(angle)) * np.abs(np.cos(angle)) ** 0.7 * width,
+                      np.sign(np.sin(angle)) * np.abs(np.sin(angle)) ** 0.6 * height], 1) * edge[:, None]
+    cover = np.zeros((side, side), np.uint8)
+    _polygon(cover, np.asarray(shape + top + [0, height * 0.97], np.float32), 1)
+    rows, columns = np.nonzero(cover)
+    depth = np.clip((rows - top[1]) / (2 * height), 0, 1)
+    rough = cv2.resize(rng.normal(0, 1, (40, 40)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+    slant = (columns - top[0]) / width * rng.uniform(-0.18, 0.18)
+    stone = np.array(_tone(rng, _pick(rng, ((136, 130, 122), (156, 144, 126), (110, 112, 116)))), np.float32)
+    moss = np.array(_tone(rng, (104, 132, 66)), np.float32)
+    grown = np.clip(rng.uniform(-0.5, 1.0) - 4 * depth + 0.35 * rough[rows, columns], 0, 1)[:, None]
+    light = 1.18 - 0.75 * depth + 0.05 * rough[rows, columns] + slant
+    canvas[rows, columns] = np.clip((stone * (1 - grown) + moss * grown) * light[:, None], 0, 1)
+
+
+def _paint_post(canvas: Array, rng: Generator, middle: Array, half: float, bark: tuple[float, ...]) -> None:
+    """A round wooden post down to the lower border, shaded across, with a pale cut top."""
+    side = canvas.shape[0]
+    left, right = (int(np.clip(middle[0] + k * half, 0, side)) for k in (-1, 1))
+    top = int(np.clip(middle[1], 0, side))
+    across = (np.arange(left, right) - middle[0]) / half
+    grain = np.repeat(rng.normal(0, 0.05, (right - left) // 3 + 1), 3)[: right - left]
+    shade = np.sqrt(np.clip(1 - (across - 0.25) ** 2 / 1.6, 0.05, 1)) + grain
+    canvas[top:, left:right] = np.clip(np.array(bark, np.float32) * shade[:, None], 0, 1)
+    centre = (int(middle[0]), int(middle[1]))
+    for size, gain in ((1.0, 1.35), (0.72, 1.15), (0.62, 1.4), (0.34, 1.2), (0.26, 1.4)):
+        axes = (max(1, int(half * size)), max(1, int(0.26 * half * size)))
+        cv2.ellipse(canvas, centre, axes, 0, 0, 360, tuple(min(1.0, c * gain) for c in bark), -1)
+
+
 def paint_perch(canvas: Array, rng: Generator, pose: Pose) -> None:
     """What the feet stand on: a branch with bark and leaves, a rock, or a post."""
     side = canvas.shape[0]
@@ -194,24 +230,9 @@ def paint_perch(canvas: Array, rng: Generator, pose: Pose) -> None:
                                 rng.normal(0, 0.2))
             _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
     elif kind < 0.90:
-        angle = np.linspace(0, 2 * np.pi, 22)[:-1]
-        size = np.array([rng.uniform(0.8, 1.5), rng.uniform(0.30, 0.5)]) * pose.unit
-        edge = 1 + np.convolve(rng.normal(0, 0.06, 23), [0.25, 0.5, 0.25], "valid")
-        rock = np.stack([np.cos(angle) * size[0] * edge, np.sin(angle) * size[1] * edge], 1)
-        top = middle + down * (size[1] - 0.04 * pose.unit)
-        tone = _tone(rng, _pick(rng, ((128, 124, 118), (150, 140, 124), (104, 106, 108), (92, 116, 76))))
-        for gain, scale, lift in ((0.62, 1.0, 0.0), (0.84, 0.92, 0.05), (1.05, 0.74, 0.13)):
-            shifted = top + rock * scale - down * lift * size[1]
-            _polygon(canvas, np.asarray(shifted, np.float32), tuple(min(1.0, c * gain) for c in tone))
+        _paint_rock(canvas, rng, middle + down * 0.03 * pose.unit, pose.unit)
     else:
-        half = rng.uniform(0.22, 0.34) * pose.unit
-        corners = [middle + [-half, 0], middle + [half, 0], middle + [0.9 * half, 2 * side],
-                   middle + [-0.9 * half, 2 * side]]
-        _polygon(canvas, np.asarray(corners, np.float32), bark)
-        _polygon(canvas, np.asarray([corners[0], corners[0] + [0.7 * half, 0], corners[3] + [0.7 * half, 0],
-                                     corners[3]], np.float32), tuple(c * 0.75 for c in bark))
-        cv2.ellipse(canvas, (int(middle[0]), int(middle[1])), (int(half), max(1, int(0.28 * half))), 0, 0, 360,
-                    tuple(min(1.0, c * 1.25) for c in bark), -1)
+        _paint_post(canvas, rng, middle, float(rng.uniform(0.24, 0.34)) * pose.unit, bark)
 
 
 def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDArray[np.bool_]]) -> None:
@@ -232,7 +253,7 @@ def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDAr
         at = np.array([columns[pick], rows[pick]], np.float32)
         angle = rng.uniform(0, 2 * np.pi)
         twig = rng.random() < 0.4
-        length, width = (rng.uniform(0.5, 1.0), 0.006) if twig else (rng.uniform(0.16, 0.30), rng.uniform(0.03, 0.05))
+        length, width = (rng.uniform(0.5, 1.0), 0.011) if twig else (rng.uniform(0.16, 0.30), rng.uniform(0.03, 0.05))
         stem = at - np.array([np.cos(angle), np.sin(angle)], np.float32) * length * side * rng.uniform(0.45, 1.0)
         shape = _leaf_shape(stem, length * side, width * side, angle, rng.normal(0, 0.18))
         color = _pick(rng, _BARK if twig else _LEAF)
@@ -264,6 +285,6 @@ def finish(picture: Array, rng: Generator) -> NDArray[np.uint8]:
     gain = rng.uniform(0.86, 1.10) * np.array([1 + warm, 1.0, 1 - warm], np.float32)
     slope = rng.uniform(-0.12, 0.12, 2)
     gradient = 1 + slope[0] * np.linspace(-1, 1, width)[None] + slope[1] * np.linspace(-1, 1, height)[:, None]
-    noise = rng.normal(0, 0.010, (height, width, 1))
+    noise = rng.normal(0, 0.007, (height, width, 1))
     lit = picture * gain * gradient[..., None].astype(np.float32) + noise.astype(np.float32)
     return np.asarray(np.clip(lit, 0, 1) * 255 + 0.5, np.float32).astype(np.uint8)

@@ -186,7 +186,10 @@ def _member(number: int, member: int) -> Species:
     if not groups:
         return family.base
     many = [index for index, swaps in enumerate(_MEMBERS) if len(swaps) > 1]
-    epithet = family.swaps[groups[0]][0] if len(groups) == 1 else _HABITATS[(many.index(member) + 3 * number) % len(_HABITATS)]
+    if len(groups) == 1:
+        epithet = family.swaps[groups[0]][0]
+    else:
+        epithet = _HABITATS[(many.index(member) + 3 * number) % len(_HABITATS)]
     looks = {group: family.swaps[group][1] for group in groups}
     return replace(family.base, name=f"{epithet}_{family.noun}", **looks)  # type: ignore[arg-type]
 
