@@ -80,7 +80,7 @@ def overlay(
     scaled = resize_maps(
         _signed(grid) if colormap == "signed" else normalize(grid, how), (height, width)
     ).numpy()
-    # Heat takes its colour early: its weak end is dark. The weak middle of a signed map is white: it stays clear.
+    # Heat takes its colour early: its weak end is dark. A signed map is white near zero, and stays clear there.
     strength = np.abs(scaled) if colormap == "signed" else np.sqrt(scaled)
     opacity = alpha * strength[..., None]
     grey = picture @ np.array([0.299, 0.587, 0.114])

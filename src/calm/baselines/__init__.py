@@ -27,7 +27,16 @@ from calm.resample import resize_maps
 if TYPE_CHECKING:
     from calm.model import CalmModel
 
-__all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "class_scores"]
+__all__ = [
+    "ALIASES",
+    "BASELINES",
+    "METHODS",
+    "Baseline",
+    "Options",
+    "attribute",
+    "canonical_method",
+    "class_scores",
+]
 
 Explain: TypeAlias = Callable[["CalmModel", Tensor, Tensor, Options], Tensor]
 
@@ -110,7 +119,7 @@ def attribute(
 
     Source: paper, tables of cue localization and of remove-and-classify.
     """
-    name = _canonical(method)
+    name = canonical_method(method)
     knobs = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
     given: dict[str, Any] = {option: value for option, value in knobs.items() if value is not None}
     asked = given.keys() | ({"superclass"} if superclass is not None else set())
@@ -134,7 +143,12 @@ def attribute(
     return torch.cat(maps)
 
 
-def _canonical(method: str) -> str:
+def canonical_method(method: str) -> str:
+    """The name in ``METHODS`` of a method or of an alias.
+
+    Raises:
+        CalmError: no such method; the message has the closest name.
+    """
     name = ALIASES.get(method, MAP_ALIASES.get(method, method))
     if name not in METHODS:
         raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])

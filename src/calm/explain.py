@@ -1,0 +1,168 @@
+"""``calm attribute``: explain image files, write what came out, and say it on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from rich.console import Console
+
+from calm.atomic import atomic_path, write_json
+from calm.baselines import BASELINES
+from calm.data.images import read_rgb
+from calm.errors import CalmError
+from calm.explanation import Explanation, Question, ask, draw, explain
+from calm.explanation_summary import print_summary, summary
+from calm.image_inputs import ImageInput, find_images
+from calm.model import CalmModel
+from calm.render import Picture
+
+__all__ = ["attribute_files"]
+
+
+def attribute_files(
+    images: list[str],
+    *,
+    model: str,
+    target: str | None = None,
+    kind: str | None = None,
+    method: str | None = None,
+    superclass: str | None = None,
+    versus: str | None = None,
+    out: Path = Path("attributions"),
+    grid: bool = False,
+    batch_size: int = 16,
+    device: str = "auto",
+) -> Path:
+    """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
+
+    For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak) and NAME.KIND.npy
+    (the map: float32, at the size of the image, in its own unit and not normalised), and at the end
+    results.json. A value of a jointll map is p(y, z | x), the probability of one cell of the model's grid;
+    resized to the image it keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y
+    | x).
+
+    Pictures are turned upright as their EXIF data says.
+
+    Args:
+        images: image files, folders (searched at all depths) and patterns such as 'photos/*.jpg'.
+        model: a run folder of calm train, a saved model, or a hub id.
+        target: the class to explain, by name or index. Default: the most probable one in each image.
+        kind: which of the model's own maps: jointll, gtcond, saliency, ... for CALM; cam, ... for CAM.
+            Default: jointll or cam.
+        method: instead of a kind, any attribution method: integrated-gradients, smoothgrad, gradcam, ...
+        superclass: names or indices of classes with commas between them, to ask for their sum.
+        versus: a second class: the map becomes the absolute difference, why the target and not this class; in
+            the overlay red speaks for the target, blue for the other.
+        out: folder for the results. Inputs are never overwritten.
+        grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
+        batch_size: images in one pass through the model.
+        device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+
+    Returns:
+        The file results.json.
+
+    Raises:
+        CalmError: a wrong option, before anything is written; or, after all others were done, images that
+            could not be read, named.
+    """
+    if batch_size < 1:
+        raise CalmError(f"batch size must be at least 1, got {batch_size}")
+    inputs, missing = find_images(images, out)
+    loaded = _load(model, device)
+    question = ask(loaded, target=target, kind=kind, method=method, superclass=superclass, versus=versus)
+    if grid and question.method in BASELINES:
+        raise CalmError(
+            f"method {question.method!r} has no grid: leave out --grid, or choose a kind of the model"
+        )
+    suffixes = _suffixes(question, grid)
+    _refuse_overwriting(inputs, out, suffixes)
+    console = Console()
+    failed = [{"file": name, "error": "no such file, or no image in it"} for name in missing]
+    done: list[dict[str, Any]] = []
+    for start in range(0, len(inputs), batch_size):
+        readable: list[tuple[ImageInput, Picture]] = []
+        for entry in inputs[start : start + batch_size]:
+            try:
+                readable.append((entry, read_rgb(entry.path, exif=True)))
+            except CalmError as error:
+                failed.append({"file": str(entry.path), "error": str(error)})
+        if not readable:
+            continue
+        answers = explain(loaded, [picture for _, picture in readable], question)
+        for (entry, picture), answer in zip(readable, answers, strict=True):
+            files = _write(out / entry.name, picture, answer, question, suffixes)
+            done.append(summary(entry.path, answer, question, loaded.class_names) | {"files": files})
+            print_summary(console, entry.path, answer, question, loaded.class_names)
+    results = out / "results.json"
+    write_json(
+        results,
+        {
+            "format": 1,
+            "model": model,
+            "method": question.method,
+            "images": done,
+            "failed": failed,
+        },
+    )
+    console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
+    if failed:
+        listed = "\n".join(f"  {failure['file']}: {failure['error']}" for failure in failed)
+        raise CalmError(
+            f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{listed}"
+        )
+    return results
+
+
+def _load(source: str, device: str) -> CalmModel:
+    from calm.checkpoint import load
+
+    name = device
+    if device == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise CalmError(f"device {device!r} cannot be used: {error}") from error
+    return load(source, map_location="cpu").to(name).eval()
+
+
+def _suffixes(question: Question, grid: bool) -> dict[str, str]:
+    label = question.method + ("" if question.versus is None else "-difference")
+    return {"overlay": f".{label}.png", "map": f".{label}.npy"} | (
+        {"grid": f".{label}.grid.npy"} if grid else {}
+    )
+
+
+def _refuse_overwriting(inputs: Sequence[ImageInput], out: Path, suffixes: dict[str, str]) -> None:
+    if out.exists() and not out.is_dir():
+        raise CalmError(f"--out {out} is a file: name a folder")
+    sources = {entry.path.resolve() for entry in inputs}
+    for entry in inputs:
+        for suffix in suffixes.values():
+            written = (out / (entry.name + suffix)).resolve()
+            if written in sources:
+                raise CalmError(
+                    f"the result for {entry.path} would overwrite the input {written}: choose another --out"
+                )
+
+
+def _write(
+    base: Path, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
+) -> dict[str, str]:
+    """Write the files of one image; what each is, and where."""
+    arrays = {"map": answer.values, "grid": answer.grid}
+    names = {}
+    for what, suffix in suffixes.items():
+        file = base.with_name(base.name + suffix)
+        with atomic_path(file) as temporary:
+            if what == "overlay":
+                Image.fromarray(draw(picture, answer, question)).save(temporary)
+            else:
+                np.save(temporary, arrays[what].numpy().astype(np.float32))
+        names[what] = str(file)
+    return names

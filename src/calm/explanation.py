@@ -1,0 +1,199 @@
+"""A question to a model about pictures, and its answer: one forward pass for a batch of pictures of any
+sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from calm.baselines import BASELINES, attribute, canonical_method
+from calm.errors import CalmError
+from calm.maps import MAP_KINDS
+from calm.model import CalmModel
+from calm.places import Place, locate
+from calm.render import Picture, draw_point, overlay
+from calm.resample import resize_maps
+
+__all__ = ["Explanation", "Question", "ask", "class_index", "draw", "explain"]
+
+SMALLEST_PICTURE = 224
+"""Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has this many
+pixels."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        method: a map kind of the model or a baseline, under its canonical name.
+        target: the class to explain; None: in each picture the most probable one.
+        versus: the class it is told apart from, for a difference map.
+        superclass: the classes to sum over, for a ``-superclass`` kind.
+    """
+
+    method: str
+    target: int | None = None
+    versus: int | None = None
+    superclass: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer for one picture.
+
+    Attributes:
+        probs: p(y | x), (C,).
+        target: the class that was explained.
+        top: the most probable classes, best first.
+        places: where the map of a class points, in the picture's pixels: for the target, and for the other
+            classes of ``top`` where the method gives their maps at no cost.
+        grid: the map as the method gives it: the model's grid (h, w), or its input pixels for gradients.
+        signed: for a difference, target minus versus on the grid; else the same as ``grid``.
+        size: (height, width) of the picture.
+    """
+
+    probs: Float[Tensor, " c"]
+    target: int
+    top: tuple[int, ...]
+    places: dict[int, Place]
+    grid: Float[Tensor, "h w"]
+    signed: Float[Tensor, "h w"]
+    size: tuple[int, int]
+
+    @property
+    def values(self) -> Float[Tensor, "H W"]:
+        """The map at the size of the picture: bilinear, same unit, not normalised."""
+        return resize_maps(self.grid, self.size)
+
+
+def ask(
+    model: CalmModel,
+    *,
+    target: str | None = None,
+    kind: str | None = None,
+    method: str | None = None,
+    superclass: str | None = None,
+    versus: str | None = None,
+) -> Question:
+    """The question that names and words stand for.
+
+    Raises:
+        CalmError: an unknown class, kind or method, one that does not fit the model, or options that exclude
+            each other.
+    """
+    if kind is not None and method is not None:
+        raise CalmError(f"kind {kind!r} and method {method!r} are both given: choose one")
+    members = tuple(class_index(model, name) for name in superclass.split(",")) if superclass else ()
+    chosen = method or kind
+    if chosen is None and members:
+        chosen = model.map_kind() + "-superclass"
+    name = canonical_method(chosen) if method is not None else model.map_kind(chosen)
+    if name not in BASELINES:
+        name = model.map_kind(name)
+    if ("superclass" in name) != bool(members):
+        need = (
+            f"takes no superclass: try {model.map_kind()}-superclass"
+            if members
+            else "needs superclass=NAME,NAME"
+        )
+        raise CalmError(f"{name} {need}")
+    if versus is not None and members:
+        raise CalmError("versus compares two classes: leave out superclass")
+    first = None if target is None else class_index(model, target)
+    second = None if versus is None else class_index(model, versus)
+    if second is not None and first == second:
+        raise CalmError(f"target and versus are the same class {model.class_names[second]!r}: choose two")
+    return Question(name, first, second, members)
+
+
+def class_index(model: CalmModel, text: str) -> int:
+    """The class of a name (whatever its case) or an index.
+
+    Raises:
+        CalmError: no such class; the message has the closest names.
+    """
+    names = [name.casefold() for name in model.class_names]
+    wanted = text.strip().casefold()
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    close = [model.class_names[names.index(n)] for n in get_close_matches(wanted, names, n=3, cutoff=0.4)]
+    hint = f"; close are {', '.join(map(repr, close))}" if close else ""
+    raise CalmError(
+        f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}"
+    )
+
+
+def explain(
+    model: CalmModel, pictures: Sequence[Picture], question: Question, *, top: int = 5
+) -> list[Explanation]:
+    """Answer a question about pictures, (H, W, 3) uint8 RGB of any sizes, in one batch.
+
+    Raises:
+        CalmError: the method does not fit the model (`calm.maps`).
+    """
+    images = model.preprocess(list(pictures))
+    training = model.training
+    try:
+        model.eval()
+        with torch.no_grad():
+            output = model(images)
+            probs = output.probs
+            best = probs.topk(min(top, probs.shape[1])).indices
+            first = best[:, :1] if question.target is None else torch.full_like(best[:, :1], question.target)
+            second = [] if question.versus is None else [torch.full_like(first, question.versus)]
+            classes = torch.cat([first, *second, best], dim=1)
+            if question.method in BASELINES:
+                classes = classes[:, : 1 + len(second)]
+                maps = torch.stack(
+                    [attribute(model, images, column, question.method) for column in classes.unbind(1)], dim=1
+                )
+            else:
+                members = question.superclass
+                groups = {int(c): members for c in classes.unique()} if members else None
+                maps = output.attribute(classes, question.method, superclass=groups)
+    finally:
+        model.train(training)
+    maps, classes, best, probs = maps.cpu(), classes.cpu(), best.cpu(), probs.cpu()
+    return [
+        _answer(picture, probs[i], best[i], classes[i], maps[i], question)
+        for i, picture in enumerate(pictures)
+    ]
+
+
+def _answer(
+    picture: Picture, probs: Tensor, best: Tensor, classes: Tensor, maps: Tensor, question: Question
+) -> Explanation:
+    size = picture.shape[0], picture.shape[1]
+    signed = maps[0] if question.versus is None else maps[0] - maps[1]
+    grid = maps[0] if question.versus is None else signed.abs()
+    target = int(classes[0])
+    places = {int(c): locate(resize_maps(values, size)) for c, values in zip(classes, maps, strict=True)}
+    if question.versus is not None:
+        places[target] = locate(resize_maps(grid, size))
+    return Explanation(probs, target, tuple(best.tolist()), places, grid, signed, size)
+
+
+def draw(picture: Picture, explanation: Explanation, question: Question) -> Picture:
+    """The overlay, with a ring around the highest point; small pictures are enlarged."""
+    factor = max(1, -(-SMALLEST_PICTURE // min(picture.shape[:2])))
+    size = picture.shape[0] * factor, picture.shape[1] * factor
+    of_cam = question.method in MAP_KINDS and MAP_KINDS[question.method].family == "cam"
+    drawn = overlay(
+        picture,
+        explanation.signed,
+        how="minmax" if of_cam else "max",
+        colormap="heat" if question.versus is None else "signed",
+        size=size,
+    )
+    place = explanation.places[explanation.target]
+    return draw_point(
+        drawn, (place.x + 0.5) * factor, (place.y + 0.5) * factor, radius=max(4, min(size) // 48)
+    )
