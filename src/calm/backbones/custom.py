@@ -48,8 +48,8 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise CalmError(
-            f"the backbone {name} must return features (B, D, h, w) in one float tensor, not {found} "
-            f"as for one image of {size[0]} x {size[1]} pixels: take its pooling and classifier out"
+            f"the backbone {name} must return one float tensor of features (B, D, h, w), but for one image of "
+            f"{size[0]} x {size[1]} pixels it returned {found}: take its pooling and classifier out"
         )
     channels = output.shape[1]
     if stated not in (None, channels):

@@ -1,0 +1,283 @@
+"""Models of the released code: load its checkpoints, convert them, and write ones that it can read.
+
+Every key of a released checkpoint has one place in our model, and the other way round:
+
+=======================  ==========================
+released                 ours
+=======================  ==========================
+``conv_last.*``          ``head.conv_last.*``
+``attention.0.*``        ``head.attention.*``
+any other                ``backbone.`` and the same
+=======================  ==========================
+
+What the file does not say, and a wrong answer would change the predictions without an error: the method
+(a CALM checkpoint fits a CAM model too) and the size of the map (a stride, which no weight shows).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from calm.checkpoint import fill, save_pretrained
+from calm.errors import CalmError, unknown
+from calm.model import CalmModel, Method, create_model
+from calm.released_file import ARCHITECTURES, ReleasedFile, read_released, write_released
+
+__all__ = ["ConversionReport", "convert", "load_released", "released_state_dict", "save_released"]
+
+_HEAD = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention."}
+_COUNTER = "num_batches_tracked"
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of every key of a released checkpoint.
+
+    Attributes:
+        source: the file.
+        architecture: of the backbone.
+        epoch: epochs trained, if the file says so.
+        num_classes: C.
+        consumed: released key to our key.
+        ignored: released key to the reason why it has no place.
+        absent: our keys that the file lacks and that need no value from it.
+        prefixed: whether all keys had the prefix ``module.``.
+        out: the folder written, if any.
+    """
+
+    source: Path
+    architecture: str
+    epoch: int | None
+    num_classes: int
+    consumed: Mapping[str, str]
+    ignored: Mapping[str, str]
+    absent: tuple[str, ...]
+    prefixed: bool
+    out: Path | None = None
+
+    def __str__(self) -> str:
+        """A few lines for a person."""
+        epoch = "" if self.epoch is None else f", epoch {self.epoch}"
+        lines = [
+            f"{self.source}: {self.architecture}, {self.num_classes} classes{epoch}",
+            f"  {len(self.consumed)} keys consumed{' (prefix module. removed)' if self.prefixed else ''}",
+            *(f"  ignored {key}: {reason}" for key, reason in self.ignored.items()),
+            *(f"  absent {key}: starts at 0" for key in self.absent),
+            *([] if self.out is None else [f"  written to {self.out}"]),
+        ]
+        return "\n".join(lines)
+
+
+def load_released(
+    path: str | os.PathLike[str],
+    *,
+    method: Method | None = None,
+    large_feature_map: bool | None = None,
+    use_bn: bool = True,
+    class_names: Sequence[str] | None = None,
+) -> CalmModel:
+    """Load a checkpoint of the released code, in eval mode, on the CPU.
+
+    The model has the released prior: ReLU, constant denominator. Architecture and number of classes come from
+    the file. The file is read without executing anything in it.
+
+    Args:
+        path: the file, or the folder that holds ``last_checkpoint.pth.tar``.
+        method: how it was trained; must be given, the file does not say.
+        large_feature_map: whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
+        use_bn: whether vgg16 or inception_v3 was built with its optional BatchNorm.
+        class_names: names of the classes, in the order of their indices.
+
+    Raises:
+        CalmError: ``method`` or ``large_feature_map`` not given, a file that is no released checkpoint or not
+            safe, keys that do not fit.
+    """
+    return _load(read_released(path), method, large_feature_map, use_bn, class_names)[0]
+
+
+def convert(
+    checkpoint: Path,
+    *,
+    out: Path,
+    method: Method | None = None,
+    large_feature_map: bool | None = None,
+    use_bn: bool = True,
+    class_names: Path | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint of the released code into a folder that loads with nothing but its name.
+
+    Args:
+        checkpoint: the file, or the folder that holds last_checkpoint.pth.tar.
+        out: the folder to write.
+        method: how it was trained; must be given, the file does not say.
+        large_feature_map: whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
+        use_bn: whether vgg16 or inception_v3 was built with its optional BatchNorm.
+        class_names: a text file with the name of a class on each line, in the order of their indices.
+
+    Returns:
+        What became of every key; ``print`` it.
+
+    Raises:
+        CalmError: as `load_released`, or a file of class names that does not fit.
+    """
+    names = None if class_names is None else _read_names(class_names)
+    file = read_released(checkpoint)
+    model, report = _load(file, method, large_feature_map, use_bn, names)
+    model.training_summary = {"converted_from": file.path.name, "epoch": file.epoch}
+    return replace(report, out=save_pretrained(model, out))
+
+
+def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
+    """The weights of ``model`` under the released names.
+
+    A CAM model gets an attention layer of zeros: the released code always has one, and for CAM never uses it.
+
+    Raises:
+        CalmError: the released code has no such architecture, or its prior would not be this model's.
+    """
+    config = model.config
+    if config.backbone not in ARCHITECTURES:
+        raise unknown("architecture of the released code", config.backbone, ARCHITECTURES)
+    if config.method != "cam" and config.prior_activation != "relu":
+        raise CalmError(
+            f"a released checkpoint means prior_activation='relu', but this model has {config.prior_activation!r}: "
+            "the released code would read other probabilities from the same weights. Use save_pretrained"
+        )
+    state = {_released_key(key): tensor.detach() for key, tensor in model.state_dict().items()}
+    if config.method == "cam":
+        state["attention.0.weight"] = torch.zeros_like(state["conv_last.weight"][:1])
+        state["attention.0.bias"] = torch.zeros_like(state["conv_last.bias"][:1])
+    return state
+
+
+def save_released(
+    model: CalmModel,
+    path: str | os.PathLike[str],
+    *,
+    epoch: int,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> None:
+    """Write ``model`` to the file ``path`` as a checkpoint that the released code can read.
+
+    Args:
+        model: of a released architecture.
+        epoch: epochs trained.
+        optimizer: whose state is stored beside the weights.
+
+    Raises:
+        CalmError: see `released_state_dict`.
+    """
+    state: Mapping[str, Any] = {} if optimizer is None else optimizer.state_dict()
+    write_released(
+        path,
+        architecture=model.config.backbone,
+        epoch=epoch,
+        state=released_state_dict(model),
+        optimizer=state,
+    )
+
+
+def _load(
+    file: ReleasedFile,
+    method: Method | None,
+    large_feature_map: bool | None,
+    use_bn: bool,
+    class_names: Sequence[str] | None,
+) -> tuple[CalmModel, ConversionReport]:
+    if method is None:
+        raise CalmError(
+            f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {file.path} does not say how it was trained, and a "
+            "CALM checkpoint loads as CAM too, but then predicts otherwise"
+        )
+    if method not in get_args(Method):
+        raise unknown("method", method, get_args(Method))
+    if large_feature_map is None:
+        raise CalmError(
+            f"large_feature_map is needed: True for a 28 x 28 map, False for 14 x 14. {file.path} does not say how "
+            "it was trained, and its weights run on either map, but predict well on one only"
+        )
+    classes = file.state.get("conv_last.weight")
+    if classes is None or classes.ndim != 4:
+        raise CalmError(f"{file.path} is not a released checkpoint: it lacks the classifier conv_last.weight")
+    with torch.random.fork_rng(devices=[]):
+        model = _build(file.architecture, len(classes), method, large_feature_map, use_bn, class_names)
+    own = model.state_dict()
+    ignored = {}
+    if method == "cam":
+        ignored = {key: "a CAM model has no prior" for key in file.state if key.startswith("attention.")}
+    names = {key: _our_key(key) for key in file.state if key not in ignored}
+    given = {ours: file.state[key] for key, ours in names.items()}
+    absent = [key for key in own if key not in given and key.endswith(_COUNTER)]
+    try:
+        fill(model, given | {key: own[key] for key in absent})
+    except CalmError as error:
+        raise CalmError(
+            f"{file.path} does not fit {file.architecture} with large_feature_map={large_feature_map}, "
+            f"use_bn={use_bn}: {error}{_fitting(file, given, method, large_feature_map)}"
+        ) from error
+    report = ConversionReport(
+        file.path, file.architecture, file.epoch, len(classes), names, ignored, tuple(absent), file.prefixed
+    )
+    return model.eval(), report
+
+
+def _build(
+    architecture: str,
+    num_classes: int,
+    method: Method,
+    large_feature_map: bool,
+    use_bn: bool,
+    class_names: Sequence[str] | None = None,
+) -> CalmModel:
+    return create_model(
+        architecture,
+        num_classes,
+        method,
+        large_feature_map,
+        use_bn=use_bn,
+        prior_activation="relu",
+        prior_denominator="constant",
+        class_names=class_names,
+    )
+
+
+def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, large: bool) -> str:
+    """A hint at the options with which keys and shapes would fit; empty if none would."""
+    shapes = {key: tensor.shape for key, tensor in given.items() if not key.endswith(_COUNTER)}
+    for large_feature_map in (large, not large):
+        for use_bn in (True,) if file.architecture == "resnet50" else (True, False):
+            with torch.device("meta"):
+                classes = len(given["head.conv_last.weight"])
+                model = _build(file.architecture, classes, method, large_feature_map, use_bn)
+            own = {key: tensor.shape for key, tensor in model.state_dict().items()}
+            if shapes == {key: shape for key, shape in own.items() if not key.endswith(_COUNTER)}:
+                return f". It fits with large_feature_map={large_feature_map}, use_bn={use_bn}"
+    return ""
+
+
+def _our_key(released: str) -> str:
+    for theirs, ours in _HEAD.items():
+        if released.startswith(theirs):
+            return ours + released.removeprefix(theirs)
+    return f"backbone.{released}"
+
+
+def _released_key(ours: str) -> str:
+    for theirs, prefix in _HEAD.items():
+        if ours.startswith(prefix):
+            return theirs + ours.removeprefix(prefix)
+    return ours.removeprefix("backbone.")
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalmError(f"cannot read the class names {path}: {error}") from error
