@@ -99,7 +99,7 @@ def load_released(
         CalmError: ``method`` or ``large_feature_map`` not given, a file that is no released checkpoint or not
             safe, keys that do not fit.
     """
-    return _load(read_released(path), method, large_feature_map, use_bn, class_names)[0]
+    return _load(path, method, large_feature_map, use_bn, class_names)[0]
 
 
 def convert(
@@ -128,9 +128,8 @@ def convert(
         CalmError: as `load_released`, or a file of class names that does not fit.
     """
     names = None if class_names is None else _read_names(class_names)
-    file = read_released(checkpoint)
-    model, report = _load(file, method, large_feature_map, use_bn, names)
-    model.training_summary = {"converted_from": file.path.name, "epoch": file.epoch}
+    model, report = _load(checkpoint, method, large_feature_map, use_bn, names)
+    model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}
     return replace(report, out=save_pretrained(model, out))
 
 
@@ -185,7 +184,7 @@ def save_released(
 
 
 def _load(
-    file: ReleasedFile,
+    path: str | os.PathLike[str],
     method: Method | None,
     large_feature_map: bool | None,
     use_bn: bool,
@@ -193,16 +192,17 @@ def _load(
 ) -> tuple[CalmModel, ConversionReport]:
     if method is None:
         raise CalmError(
-            f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {file.path} does not say how it was trained, and a "
+            f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {path} does not say how it was trained, and a "
             "CALM checkpoint loads as CAM too, but then predicts otherwise"
         )
     if method not in get_args(Method):
         raise unknown("method", method, get_args(Method))
     if large_feature_map is None:
         raise CalmError(
-            f"large_feature_map is needed: True for a 28 x 28 map, False for 14 x 14. {file.path} does not say how "
+            f"large_feature_map is needed: True for a 28 x 28 map, False for 14 x 14. {path} does not say how "
             "it was trained, and its weights run on either map, but predict well on one only"
         )
+    file = read_released(path)
     classes = file.state.get("conv_last.weight")
     if classes is None or classes.ndim != 4:
         raise CalmError(f"{file.path} is not a released checkpoint: it lacks the classifier conv_last.weight")
@@ -218,10 +218,10 @@ def _load(
     try:
         fill(model, given | {key: own[key] for key in absent})
     except CalmError as error:
-        raise CalmError(
-            f"{file.path} does not fit {file.architecture} with large_feature_map={large_feature_map}, "
-            f"use_bn={use_bn}: {error}{_fitting(file, given, method, large_feature_map)}"
-        ) from error
+        told = f"large_feature_map={large_feature_map}, use_bn={use_bn}"
+        fitting = _fitting(file, given, method, large_feature_map)
+        problem = f"its weights are those of {fitting}" if fitting else str(error)
+        raise CalmError(f"{file.path} does not fit {file.architecture} with {told}: {problem}") from error
     report = ConversionReport(
         file.path, file.architecture, file.epoch, len(classes), names, ignored, tuple(absent), file.prefixed
     )
@@ -249,7 +249,7 @@ def _build(
 
 
 def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, large: bool) -> str:
-    """A hint at the options with which keys and shapes would fit; empty if none would."""
+    """The options with which keys and shapes would fit; empty if none do."""
     shapes = {key: tensor.shape for key, tensor in given.items() if not key.endswith(_COUNTER)}
     for large_feature_map in (large, not large):
         for use_bn in (True,) if file.architecture == "resnet50" else (True, False):
@@ -258,7 +258,7 @@ def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, la
                 model = _build(file.architecture, classes, method, large_feature_map, use_bn)
             own = {key: tensor.shape for key, tensor in model.state_dict().items()}
             if shapes == {key: shape for key, shape in own.items() if not key.endswith(_COUNTER)}:
-                return f". It fits with large_feature_map={large_feature_map}, use_bn={use_bn}"
+                return f"large_feature_map={large_feature_map}, use_bn={use_bn}"
     return ""
 
 
