@@ -120,7 +120,7 @@ def check_splits(
         decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut
             off.
         workers: threads; None is twice the processors.
-        progress: show a progress bar on standard error.
+        progress: show a progress bar on standard error, if that is a terminal.
 
     Returns:
         The report. Images themselves are never changed.
@@ -221,6 +221,7 @@ def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking images", total=total)
         yield lambda: bar.advance(task)

@@ -21,7 +21,7 @@ from calm.data.problems import Problem
 from calm.data.records import SPLITS, Record, Split
 from calm.errors import CalmError, unknown
 
-__all__ = ["SUFFIXES", "FolderSource"]
+__all__ = ["SUFFIXES", "FolderSource", "count_class_folders"]
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 
@@ -90,8 +90,8 @@ def _is_image(path: Path, folder: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
-def has_class_folders(base: Path) -> bool:
-    """Whether at least one folder directly below ``base`` has an image in it or below."""
-    return base.is_dir() and any(
-        _is_image(path, folder) for folder in _folders(base) for path in folder.rglob("*")
-    )
+def count_class_folders(base: Path) -> int:
+    """How many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
+    if not base.is_dir():
+        return 0
+    return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))

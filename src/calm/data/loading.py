@@ -9,7 +9,7 @@ from typing import Literal, Protocol
 
 from calm.data.carve import carve, keep_present_classes
 from calm.data.cub import CUB_FILES, CubSource
-from calm.data.folder import FolderSource, has_class_folders
+from calm.data.folder import FolderSource, count_class_folders
 from calm.data.metadata import MetadataSource
 from calm.data.records import SPLITS, Record, Split
 from calm.data.released_roots import IMAGE_ROOTS
@@ -169,13 +169,14 @@ def detect_layout(root: Path) -> Layout:
         return "cub"
     if _lists_below(root / "metadata"):
         return "metadata"
-    if has_class_folders(root / "train") or has_class_folders(root):
+    entries = sorted(root.iterdir())
+    inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
+    if not inner and (count_class_folders(root / "train") or count_class_folders(root) > 1):
         return "folder"
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
-    entries = sorted(path.name + "/" * path.is_dir() for path in root.iterdir())
-    more = f" and {len(entries) - 12} more" if len(entries) > 12 else ""
-    found = ", ".join(entries[:12]) + more if entries else "nothing"
-    inner = [path for path in sorted(root.iterdir()) if path.is_dir() and (path / CUB_FILES[0]).is_file()]
+    names = [path.name + "/" * path.is_dir() for path in entries]
+    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
+    found = ", ".join(names[:12]) + more if names else "nothing"
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
     raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {found}{hint}")
 

@@ -33,9 +33,9 @@ class EpochSampler(Sampler[int]):
         shuffle: a new order each epoch; else always that of the split.
         remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in
             this epoch. "pad": filled up from the start of the order to the next multiple of
-            ``world_size``, so that all processes have equally many (nothing is added for one process). "keep": divided as
-            evenly as can be, nothing twice; some processes may have an image or a batch less. Training in
-            several processes wants "drop" or "pad", exact counts of a test want "keep".
+            ``world_size``, so that all processes have equally many (nothing is added for one process).
+            "keep": divided as evenly as can be, nothing twice; some processes may have an image or a batch
+            less. Training in several processes wants "drop" or "pad", exact counts of a test want "keep".
         rank: of this process; None asks torch.distributed.
         world_size: number of processes; None asks torch.distributed.
 

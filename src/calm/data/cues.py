@@ -1,0 +1,308 @@
+"""Which part of a bird tells two classes apart, and where that part is in a picture.
+
+The ground truth of cue localization (paper, section 5.2). Classes have attributes ("has_bill_shape::hooked"), each
+attribute belongs to a part group by its name, and a pair of classes is told apart by the groups of the attributes
+in which they differ. Images have part points; every pixel of the bird belongs to its nearest point.
+
+Files, below the root of CUB_200_2011 or of any data set written like it. ``attributes/attributes.txt``, number and
+name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, one percentage per attribute::
+
+    1 has_bill_shape::curved_(up_or_down)
+    0.0 2.9197 1.4599 0.0 59.8540 ...
+
+``parts/part_locs.txt``, image number of ``images.txt``, part number, x, y in pixels of the image, visible or not::
+
+    1 2 312.0 182.0 1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int
+from PIL import Image
+from torch import Tensor
+
+from calm.data.lines import numbered
+from calm.errors import CalmError
+
+__all__ = [
+    "CUB_GROUPS",
+    "CuePair",
+    "PartGroup",
+    "PartPoints",
+    "class_pairs",
+    "group_mask",
+    "group_votes",
+    "part_regions",
+    "read_class_attributes",
+    "read_pairs",
+    "read_part_points",
+    "read_segmentation",
+]
+
+PRESENT_PERCENT = 50.0
+"""A class has an attribute if at least this percentage of its annotations say so."""
+PROTOCOL_SIZE = (224, 224)
+"""(height, width) of the protocol's pixels."""
+
+
+@dataclass(frozen=True)
+class PartGroup:
+    """Parts that count as one when classes are compared.
+
+    Attributes:
+        name: what to call it.
+        words: an attribute whose name contains one of them belongs to the group.
+        points: the group's points; each is the mean of the visible ones of these part numbers (from 1).
+    """
+
+    name: str
+    words: tuple[str, ...]
+    points: tuple[tuple[int, ...], ...]
+
+
+CUB_GROUPS = (
+    PartGroup(
+        "head",
+        ("bill", "crown", "eye", "forehead", "head", "nape", "throat"),
+        ((2, 5, 6, 7, 10, 11, 15),),
+    ),
+    PartGroup("back", ("back",), ((1,),)),
+    PartGroup("belly", ("belly",), ((3,),)),
+    PartGroup("breast", ("breast",), ((4,),)),
+    PartGroup("tail", ("tail",), ((14,),)),
+    PartGroup("leg", ("leg",), ((8,), (12,))),
+    PartGroup("wing", ("wing",), ((9,), (13,))),
+)
+"""The seven part groups of the paper's protocol, in its order."""
+
+
+@dataclass(frozen=True)
+class CuePair:
+    """Two classes, ``first < second``, and the part groups (indices, ascending) in which they differ."""
+
+    first: int
+    second: int
+    groups: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PartPoints:
+    """Part points of images.
+
+    Attributes:
+        ids: the images, as in ``Record.id``.
+        xy: (n, parts, 2) float64: x to the right, y down, in pixels of the stored image.
+        visible: (n, parts) bool; the xy of the others mean nothing.
+    """
+
+    ids: tuple[str, ...]
+    xy: Float[Tensor, "n p 2"]
+    visible: Bool[Tensor, "n p"]
+
+    def select(self, ids: Iterable[str]) -> PartPoints:
+        """The points of some images, in their order.
+
+        Raises:
+            CalmError: an image without points.
+        """
+        wanted = tuple(ids)
+        places = {name: place for place, name in enumerate(self.ids)}
+        missing = [name for name in wanted if name not in places]
+        if missing:
+            raise CalmError(
+                f"{len(missing)} images have no part points, the first is {missing[0]!r}: the file of part"
+                f" points lists {len(self.ids)} images"
+            )
+        rows = torch.tensor([places[name] for name in wanted], dtype=torch.int64)
+        return PartPoints(wanted, self.xy[rows], self.visible[rows])
+
+    def merged(
+        self, scale: Float[Tensor, "n 2"], groups: Sequence[PartGroup] = CUB_GROUPS
+    ) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"], Int[Tensor, " k"]]:
+        """The groups' points: scaled x and y, which of them are visible, and the group of each.
+
+        Args:
+            scale: per image the factors of x and y.
+            groups: k points in all.
+        """
+        members = [torch.tensor(parts) - 1 for group in groups for parts in group.points]
+        owner = torch.tensor([index for index, group in enumerate(groups) for _ in group.points])
+        scaled = self.xy * scale[:, None]
+        points, seen = [], []
+        for parts in members:
+            weights = self.visible[:, parts].to(scaled)
+            count = weights.sum(dim=1)
+            points.append((scaled[:, parts] * weights[..., None]).sum(dim=1) / count.clamp(min=1)[:, None])
+            seen.append(count > 0)
+        return torch.stack(points, dim=1), torch.stack(seen, dim=1), owner
+
+    def visible_groups(self, groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "n g"]:
+        """Which part groups have a visible point."""
+        parts = [torch.tensor([part for point in group.points for part in point]) - 1 for group in groups]
+        return torch.stack([self.visible[:, numbers].any(dim=1) for numbers in parts], dim=1)
+
+
+def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "a g"]:
+    """Which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
+
+    >>> group_votes(["has_eye_color::black", "has_size::small", "has_under_tail_color::buff"]).int().argmax(1)
+    tensor([0, 0, 4])
+    """
+    return torch.tensor([[any(word in name for word in group.words) for group in groups] for name in names])
+
+
+def class_pairs(
+    present: Bool[Tensor, "c a"], votes: Bool[Tensor, "a g"], counts: Iterable[int] = (1, 2, 3)
+) -> list[CuePair]:
+    """The pairs of classes that differ in one of these numbers of part groups, by first and second class."""
+    wanted = set(counts)
+    pairs = []
+    for first, second in combinations(range(len(present)), 2):
+        differing = votes[present[first] != present[second]].any(dim=0)
+        groups = tuple(differing.nonzero().flatten().tolist())
+        if len(groups) in wanted:
+            pairs.append(CuePair(first, second, groups))
+    return pairs
+
+
+def group_mask(regions: Int[Tensor, "*n h w"], groups: Iterable[int]) -> Bool[Tensor, "*n h w"]:
+    """The pixels that belong to one of some part groups."""
+    return torch.isin(regions, torch.tensor(list(groups), dtype=regions.dtype, device=regions.device))
+
+
+def part_regions(
+    points: PartPoints,
+    image_sizes: Int[Tensor, "n 2"],
+    *,
+    size: tuple[int, int] = PROTOCOL_SIZE,
+    inside: Bool[Tensor, "n h w"] | None = None,
+    groups: Sequence[PartGroup] = CUB_GROUPS,
+) -> Int[Tensor, "n h w"]:
+    """The part group of each pixel: that of the nearest visible point.
+
+    Points are scaled to ``size``, merged, and only then truncated to whole pixels. Of points at the same
+    distance the first in the order of ``groups`` wins.
+
+    Args:
+        points: of n images.
+        image_sizes: their (width, height), in the pixels of the points.
+        size: (height, width) of the result.
+        inside: pixels that count, the bird's segmentation; None: all.
+        groups: what the numbers of the result mean.
+
+    Returns:
+        int8, (n, height, width): index of the group; -1 outside and where an image has no visible point.
+    """
+    height, width = size
+    scale = torch.tensor([width, height], dtype=torch.float64) / image_sizes.to(torch.float64)
+    merged, seen, owner = points.merged(scale, groups)
+    whole = merged.trunc().to(torch.int32)
+    columns, rows = (torch.arange(side, dtype=torch.int32) for side in (width, height))
+    nearest = torch.full((len(whole), height, width), torch.iinfo(torch.int32).max, dtype=torch.int32)
+    regions = torch.full(nearest.shape, -1, dtype=torch.int8)
+    for point, group in enumerate(owner.tolist()):
+        across = (columns - whole[:, point, :1]) ** 2
+        down = (rows - whole[:, point, 1:]) ** 2
+        distance = down[:, :, None] + across[:, None, :]
+        closer = (distance < nearest) & seen[:, point, None, None]
+        nearest = torch.where(closer, distance, nearest)
+        regions.masked_fill_(closer, group)
+    return regions if inside is None else regions.masked_fill_(~inside, -1)
+
+
+def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c a"]]:
+    """Names of the attributes, and which class has which (at least 50 percent).
+
+    ``attributes.txt`` is also found in ``root`` and beside it, where CUB's archive leaves it.
+
+    Raises:
+        CalmError: a file that is missing, a line that is not what the format asks for.
+    """
+    places = (root / "attributes", root, root.parent)
+    path = next(
+        (place / "attributes.txt" for place in places if (place / "attributes.txt").is_file()),
+        places[0] / "attributes.txt",
+    )
+    names = []
+    for line, text in numbered(path):
+        number, _, name = text.partition(" ")
+        if number != str(len(names) + 1) or not name:
+            raise CalmError(f"{path}:{line}: {text!r} is not '{len(names) + 1} NAME'")
+        names.append(name.strip())
+    table = root / "attributes" / "class_attribute_labels_continuous.txt"
+    rows = [_percentages(table, line, text, len(names)) for line, text in numbered(table)]
+    return tuple(names), torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)) >= PRESENT_PERCENT
+
+
+def _percentages(path: Path, line: int, text: str, count: int) -> list[float]:
+    values = _floats(text)
+    if len(values) != count or not all(0 <= value <= 100 for value in values):
+        raise CalmError(
+            f"{path}:{line}: needs {count} percentages from 0 to 100, one per attribute,"
+            f" found {len(text.split())} values"
+        )
+    return values
+
+
+def read_pairs(
+    root: Path, counts: Iterable[int] = (1, 2, 3), groups: Sequence[PartGroup] = CUB_GROUPS
+) -> list[CuePair]:
+    """`class_pairs` of the attribute table below ``root``. The official files give 31, 64 and 96 pairs."""
+    names, present = read_class_attributes(root)
+    return class_pairs(present, group_votes(names, groups), counts)
+
+
+def read_part_points(root: Path) -> PartPoints:
+    """The part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
+
+    Raises:
+        CalmError: a file that is missing, a malformed line, an image or part number that is not listed.
+    """
+    places: dict[str, int] = {}
+    ids = []
+    for _, text in numbered(root / "images.txt"):
+        number, _, name = text.partition(" ")
+        places[number] = len(ids)
+        ids.append(name.strip())
+    parts = sum(1 for _ in numbered(root / "parts" / "parts.txt"))
+    xy, visible = np.zeros((len(ids), parts, 2)), np.zeros((len(ids), parts), dtype=bool)
+    path = root / "parts" / "part_locs.txt"
+    for line, text in numbered(path):
+        number, _, rest = text.partition(" ")
+        values = _floats(rest)
+        if len(values) != 4 or values[3] not in (0, 1):
+            raise CalmError(f"{path}:{line}: {text!r} is not 'image-number part-number x y visible(0|1)'")
+        if number not in places or not 1 <= values[0] <= parts:
+            raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {values[0]:g}")
+        place, part = places[number], int(values[0]) - 1
+        xy[place, part], visible[place, part] = values[1:3], bool(values[3])
+    return PartPoints(tuple(ids), torch.from_numpy(xy), torch.from_numpy(visible))
+
+
+def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool[Tensor, "h w"]:
+    """A segmentation as the protocol reads it: 8-bit grey, resized by Pillow's bicubic filter, object above 0.
+
+    Raises:
+        CalmError: the file is missing or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            grey = image.convert("L").resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    except (OSError, SyntaxError, ValueError) as error:
+        raise CalmError(f"cannot read segmentation {path}: {error}") from error
+    return torch.from_numpy(np.array(grey) > 0)
+
+
+def _floats(text: str) -> list[float]:
+    """The numbers of a line; none if one of them is not a number."""
+    try:
+        return [float(word) for word in text.split()]
+    except ValueError:
+        return []

@@ -1,0 +1,232 @@
+"""calm.data.check: everything wrong with a data set in one report."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import warnings
+from pathlib import Path
+
+import pytest
+from data_files import edit, write_cub, write_image, write_lines, write_pack
+from test_data_images import write_broken
+
+from calm.data.check import check, check_splits, drop_bad, load_checked
+from calm.data.dataset import ImageDataset
+from calm.data.loading import load_splits
+from calm.data.problems import KINDS
+from calm.data.report import Report
+from calm.data.transforms import eval_transform
+from calm.errors import CalmError
+from calm.preprocess import Preprocessing
+
+
+def _kinds(report: Report) -> list[str]:
+    return [problem.kind for problem in report.problems]
+
+
+def test_a_good_data_set_has_no_problem(tmp_path: Path) -> None:
+    report = check(write_pack(tmp_path))
+    assert report.ok
+    assert report.problems == ()
+    assert str(report) == "6 train, 2 val, 2 test images: no errors, no warnings"
+    assert report.summary["images"] == {"train": 6, "val": 2, "test": 2}
+    report.raise_if_bad()
+
+
+@pytest.mark.parametrize("decode", [False, True])
+@pytest.mark.parametrize("kind", ["missing-file", "empty-file", "not-an-image", "truncated", "too-large"])
+def test_a_bad_image_is_reported_with_its_path(tmp_path: Path, kind: str, decode: bool) -> None:
+    write_pack(tmp_path)
+    broken = write_broken(tmp_path / "broken")[kind]
+    target = tmp_path / "images/train/2.png"
+    target.unlink()
+    if broken.exists():
+        shutil.copy(broken, target)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = check(tmp_path, decode=decode)
+    (problem,) = [problem for problem in report.errors if problem.kind != "size-mismatch"]
+    assert (problem.kind, problem.split, problem.file) == (kind, "train", target)
+    assert problem.record == "images/train/2.png"
+    for words in (KINDS[kind].title, KINDS[kind].fix, str(target), problem.message):
+        assert words in str(report)
+
+
+LABELS, BOXES, IDS, SIZES = "class_labels.txt", "localization.txt", "image_ids.txt", "image_sizes.txt"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "kind", "line", "words"),
+    [
+        (LABELS, "2.png,0", "2.png,cat", "label-not-integer", 3, "'cat' for images/train/2.png"),
+        (LABELS, "2.png,0", "2.png,1.0", "label-not-integer", 3, "'1.0'"),
+        (LABELS, "2.png,0", "2.png,2", "label-range", 3, "2 for images/train/2.png: classes are 0 .. 1"),
+        (LABELS, "2.png,0", "2.png,-1", "label-range", 3, "-1 for"),
+        (LABELS, "2.png,0", "2.png 0", "malformed-line", 3, "needs 2 fields"),
+        (LABELS, "images/train/2.png,0\n", "", "no-label", 3, "images/train/2.png has no line"),
+        (LABELS, "2.png,0\n", "2.png,0\nimages/train/2.png,1\n", "contradiction", 4, "line 3 says 0"),
+        (LABELS, "2.png,0\n", "2.png,0\nimages/train/2.png,0\n", "repeated-line", 4, "images/train/2.png,0"),
+        (IDS, "images/train/2.png\n", "", "unlisted-id", 3, "images/train/2.png is not in image_ids.txt"),
+        (IDS, "2.png\n", "2.png\nimages/train/1.png\n", "duplicate-id", 4, "listed before in line 2"),
+        (IDS, "images/train/2.png", "images/../../2.png", "bad-path", 3, "images/../../2.png"),
+        (IDS, "images/train/2.png", "/images/train/2.png", "bad-path", 3, "/images/train/2.png"),
+        (BOXES, "2.png,1,1,5,4", "2.png,5,1,1,4", "box-inverted", 3, "5,1,1,4"),
+        (BOXES, "2.png,1,1,5,4", "2.png,1,1,8,4", "box-outside", 3, "the image is 8 x 6 pixels"),
+        (BOXES, "2.png,1,1,5,4", "2.png,-1,1,5,4", "box-outside", 3, "-1,1,5,4"),
+        (BOXES, "2.png,1,1,5,4", "2.png,1,1,1,4", "box-thin", 3, "1,1,1,4"),
+        (BOXES, "2.png,1,1,5,4", "2.png,1,1,5.5,4", "malformed-line", 3, "in whole pixels"),
+        (BOXES, "2.png,1,1,5,4", "2.png,1,1,5", "malformed-line", 3, "in whole pixels"),
+        (BOXES, "2.png,1,1,5,4", "2.png,../m.png,", "malformed-line", 3, "as relative paths"),
+        (BOXES, "train/2.png,1,1,5,4", "train/9.png,1,1,5,4", "unlisted-id", 3, "images/train/9.png"),
+        (SIZES, "2.png,8,6", "2.png,0,6", "malformed-line", 3, "'0,6'"),
+        (SIZES, "2.png,8,6", "2.png,8", "malformed-line", 3, "needs 3 fields"),
+    ],
+)
+def test_a_bad_line_is_reported_with_file_line_and_value(
+    tmp_path: Path, file: str, old: str, new: str, kind: str, line: int, words: str
+) -> None:
+    write_pack(tmp_path)
+    path = tmp_path / "metadata/train" / file
+    edit(path, old, new)
+    report = check(tmp_path)
+    found = [problem for problem in report.problems if problem.kind == kind and problem.file.name != "x"]
+    places = {(problem.file.name, problem.line) for problem in found}
+    where = IDS if kind == "no-label" else file
+    assert (where, line) in places or kind == "unlisted-id", report
+    assert any(words in problem.message for problem in found), report
+    assert report.ok == (KINDS[kind].severity == "warning")
+    for words in (KINDS[kind].title, KINDS[kind].fix, found[0].place):
+        assert words in str(report)
+
+
+def test_a_stated_size_that_differs_from_the_file_is_reported(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    edit(tmp_path / "metadata/val/image_sizes.txt", "0.png,8,6", "0.png,6,8")
+    (problem,) = check(tmp_path).problems
+    assert problem.kind == "size-mismatch"
+    assert "is 8 x 6 pixels, stated is 6 x 8" in problem.message
+
+
+def test_without_stated_sizes_boxes_are_held_against_the_files(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    (tmp_path / "metadata/val/image_sizes.txt").unlink()
+    edit(tmp_path / "metadata/val/localization.txt", "0.png,1,1,5,4", "0.png,1,1,5,6")
+    (problem,) = check(tmp_path).problems
+    assert (problem.kind, problem.record) == ("box-outside", "images/val/0.png")
+
+
+def test_missing_and_unreadable_masks_are_reported(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    write_image(tmp_path / "masks/good.png")
+    (tmp_path / "masks/bad.png").write_text("<html>")
+    write_lines(
+        tmp_path / "metadata/val/localization.txt",
+        ["images/val/0.png,masks/good.png,masks/gone.png", "images/val/1.png,masks/bad.png,"],
+    )
+    report = check(tmp_path)
+    assert _kinds(report) == ["missing-mask", "missing-mask"]
+    assert {problem.file.name for problem in report.errors} == {"gone.png", "bad.png"}
+    assert report.bad_ids("val") == {"images/val/0.png", "images/val/1.png"}
+
+
+def test_an_image_in_two_splits_leaves_train(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    for file, line in ((IDS, "images/test/0.png"), (LABELS, "images/test/0.png,0")):
+        path = tmp_path / "metadata/train" / file
+        path.write_text(path.read_text() + line + "\n")
+    splits = load_splits(tmp_path)
+    report = check_splits(splits)
+    (problem,) = report.errors
+    assert (problem.kind, problem.split) == ("two-splits", "train")
+    assert "is in train and in test" in problem.message
+    assert len(drop_bad(splits["train"], report).records) == 6
+    assert len(drop_bad(splits["test"], report).records) == 2
+
+
+def test_classes_without_images_are_a_warning_that_names_the_way_out(tmp_path: Path) -> None:
+    report = check(write_cub(tmp_path))
+    assert report.ok
+    assert _kinds(report) == ["empty-class", "empty-class"]
+    assert "1 of 3 classes have no image in train: 002.Bird_2" in str(report)
+    assert "present_classes_only" in str(report)
+    assert not check(tmp_path, present_classes_only=True).problems
+
+
+def test_all_problems_come_in_one_report(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    (tmp_path / "images/train/0.png").unlink()
+    (tmp_path / "images/train/1.png").write_bytes(b"")
+    edit(tmp_path / "metadata/train/class_labels.txt", "2.png,0", "2.png,9")
+    edit(tmp_path / "metadata/test/localization.txt", "1.png,1,1,5,4", "1.png,1,1,5,9")
+    with pytest.raises(CalmError) as caught:
+        load_checked(tmp_path)
+    for words in ("4 errors", "0.png", "0 bytes", "9 for images/train/2.png", "1,1,5,9", "--skip-bad"):
+        assert words in str(caught.value)
+
+
+def test_a_long_report_is_cut_to_a_readable_length(tmp_path: Path) -> None:
+    write_pack(tmp_path, {"train": [0, 1] * 40})
+    shutil.rmtree(tmp_path / "images")
+    text = str(check(tmp_path))
+    assert "missing image (80)" in text
+    assert "... and 75 more" in text
+    assert len(text.splitlines()) < 15
+
+
+def test_skipping_leaves_bad_images_out_and_counts_them(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    (tmp_path / "images/train/0.png").unlink()
+    edit(tmp_path / "metadata/train/class_labels.txt", "1.png,0", "1.png,x")
+    edit(tmp_path / "metadata/train/localization.txt", "4.png,1,1,5,4", "4.png,1,1,0,4")
+    edit(tmp_path / "metadata/train/localization.txt", "5.png,1,1,5,4", "5.png,1,1,1,4")
+    splits, report = load_checked(tmp_path, skip_bad=True)
+    assert [record.id[-5:] for record in splits["train"].records] == ["2.png", "3.png", "5.png"]
+    assert {name: report.left_out(name) for name in splits} == {"train": 3, "val": 0, "test": 0}
+    assert report.summary["left_out"]["train"] == 3
+    assert splits["train"].problems == ()
+    ImageDataset(splits["train"], eval_transform(Preprocessing((4, 4))), cache=True)
+
+
+def test_nothing_left_after_skipping_is_an_error(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    shutil.rmtree(tmp_path / "images/val")
+    with pytest.raises(CalmError, match="no image of split 'val' is without an error"):
+        load_checked(tmp_path, skip_bad=True)
+
+
+def test_carved_splits_are_checked_once(tmp_path: Path) -> None:
+    """What is wrong in the lists of train is not said again for the split carved from it."""
+    write_cub(tmp_path)
+    edit(tmp_path / "image_class_labels.txt", "1 1\n", "1 77\n")
+    report = check_splits(load_splits(tmp_path, strict=False, val_fraction=0.3))
+    assert _kinds(report).count("label-range") == 1
+
+
+def test_progress_is_shown_on_a_terminal_only(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pack(tmp_path)
+    check(tmp_path, progress=True)
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes any stream for a terminal
+    check(tmp_path, progress=True)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "checking images" in err
+
+
+def test_a_check_changes_nothing(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    filters = list(warnings.filters)
+    check(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert list(warnings.filters) == filters
+
+
+def test_every_kind_of_problem_is_made_by_these_tests() -> None:
+    """A kind nobody can produce would be dead; a kind nobody tests would be unproven."""
+    text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_data_*.py"))
+    missing = [kind for kind in KINDS if not re.search(rf'"{kind}"', text)]
+    assert not missing

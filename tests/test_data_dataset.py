@@ -1,0 +1,315 @@
+"""calm.data.dataset, sampler, digest: the same images whoever reads them."""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_files import edit, write_cub, write_image, write_pack
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from calm.data import dataset as dataset_module
+from calm.data.augmentation import Augmentation
+from calm.data.dataset import ImageDataset
+from calm.data.digest import fingerprint, summary
+from calm.data.loading import load_split
+from calm.data.randomness import seeded
+from calm.data.records import Record, Split
+from calm.data.sampler import EpochSampler, Remainder
+from calm.data.transforms import eval_transform, train_transform
+from calm.errors import CalmError
+from calm.preprocess import Preprocessing
+
+SMALL = Preprocessing((6, 8))
+VARIED = Augmentation(crop="random-resized-crop", automatic="trivial", brightness=0.3, erase=0.5)
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    return load_split(write_pack(tmp_path, {"train": [0, 1] * 6}), "train", val_fraction=0)
+
+
+def _augmented(split: Split, **options: int) -> ImageDataset:
+    return ImageDataset(split, train_transform(VARIED, SMALL), **options)  # type: ignore[arg-type]
+
+
+def _all(dataset: ImageDataset) -> Tensor:
+    return torch.stack([dataset[index][0] for index in range(len(dataset))])
+
+
+def test_an_item_is_image_label_index(split: Split) -> None:
+    image, label, index = ImageDataset(split, eval_transform(SMALL))[3]
+    assert torch.equal(image, SMALL(split.records[3].path)[0])
+    assert (label, index) == (1, 3)
+    with pytest.raises(IndexError):
+        ImageDataset(split, eval_transform(SMALL))[12]
+
+
+def test_augmentation_depends_on_seed_epoch_and_index_alone(split: Split) -> None:
+    dataset = _augmented(split)
+    first = _all(dataset)
+    random.seed(1), np.random.seed(1), torch.manual_seed(99)  # noqa: NPY002
+    backwards = torch.stack([dataset[index][0] for index in reversed(range(12))]).flip(0)
+    assert torch.equal(first, backwards)
+    assert torch.equal(first, _all(_augmented(split)))
+    dataset.set_epoch(1)
+    assert dataset.epoch == 1
+    assert not torch.equal(first, _all(dataset))
+    assert not torch.equal(first, _all(_augmented(split, seed=1)))
+    dataset.set_epoch(0)
+    assert torch.equal(first, _all(dataset))
+
+
+def test_two_images_of_the_same_pixels_are_augmented_apart(split: Split) -> None:
+    twins = replace(split, records=(split.records[0], split.records[0]))
+    first, second = _all(_augmented(twins))
+    assert not torch.equal(first, second)
+
+
+def test_the_generators_are_left_as_they_were(split: Split) -> None:
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
+    _all(_augmented(split))
+    with pytest.raises(RuntimeError), seeded(1):
+        raise RuntimeError
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert random.getstate() == states[1]
+    assert np.random.get_state()[1].tolist() == states[2]  # noqa: NPY002
+
+
+def _epochs(dataset: ImageDataset, workers: int, epochs: int = 3) -> Iterator[tuple[Tensor, Tensor]]:
+    sampler = EpochSampler(dataset, 4, seed=3)
+    loader = DataLoader(
+        dataset,
+        batch_size=sampler.local_batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        multiprocessing_context="fork" if workers else None,
+    )
+    for epoch in range(epochs):
+        sampler.set_epoch(epoch)
+        images, _, indices = zip(*loader, strict=True)
+        yield torch.cat(images), torch.cat(indices)
+    del loader
+    gc.collect()
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_workers_that_live_across_epochs_read_the_same(split: Split, cache: bool) -> None:
+    alone = list(_epochs(_augmented(split), 0))
+    helped = list(_epochs(ImageDataset(split, train_transform(VARIED, SMALL), cache=cache), 2))
+    for (images, indices), (images_2, indices_2) in zip(alone, helped, strict=True):
+        assert torch.equal(indices, indices_2)
+        assert torch.equal(images, images_2)
+    assert not torch.equal(alone[0][1], alone[1][1])
+    assert not torch.equal(alone[0][0], alone[1][0])
+
+
+def test_a_run_that_starts_at_a_later_epoch_reads_the_same(split: Split) -> None:
+    whole = list(_epochs(_augmented(split), 0))
+    dataset = _augmented(split)
+    sampler = EpochSampler(dataset, 4, seed=3)
+    sampler.set_epoch(2)
+    resumed = torch.stack([dataset[index][0] for index in sampler])
+    assert torch.equal(resumed, whole[2][0])
+
+
+def test_the_cache_holds_the_very_pixels_and_needs_no_file(split: Split, tmp_path: Path) -> None:
+    plain = ImageDataset(split, eval_transform(SMALL))
+    cached = ImageDataset(split, eval_transform(SMALL), cache=True)
+    before = _all(plain)
+    for record in split.records:
+        record.path.unlink()
+    assert torch.equal(_all(cached), before)
+    picture = cached.picture(0)
+    assert (picture.mode, picture.size) == ("RGB", (8, 6))
+    with pytest.raises(CalmError, match=r"0.png: no such file"):
+        plain[0]
+
+
+def test_a_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / f"{side}.png", (side, side + 1), side) for side in (3, 7, 5)]
+    split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
+    cached = ImageDataset(split, eval_transform(SMALL), cache=True)
+    for index, path in enumerate(paths):
+        assert np.array_equal(np.asarray(cached.picture(index)), np.asarray(Image.open(path)))
+
+
+def test_a_cache_beyond_the_memory_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset_module, "_memory", lambda: 2 * 5 * 8 * 6 * 3)
+    with pytest.raises(CalmError, match=r"5 of 12 images fit"):
+        ImageDataset(split, eval_transform(SMALL), cache=True)
+
+
+def test_pictures_are_turned_as_their_split_says(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
+    split = Split("train", (Record("a.jpg", tmp_path / "a.jpg", 0),), ("a",), tmp_path)
+    for cache in (False, True):
+        stored = ImageDataset(split, eval_transform(SMALL), cache=cache)
+        shown = ImageDataset(replace(split, exif=True), eval_transform(SMALL), cache=cache)
+        assert stored.picture(0).size == (4, 2)
+        assert shown.picture(0).size == (2, 4)
+
+
+def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CalmError, match="has no images"):
+        ImageDataset(Split("val", (), ("a",), tmp_path), eval_transform(SMALL))
+
+
+def _unread(size: int) -> ImageDataset:
+    """A data set of which only the length is used."""
+    record = Record("a.png", Path("a.png"), 0)
+    return ImageDataset(Split("train", (record,) * size, ("a",), Path()), eval_transform(SMALL))
+
+
+def _batches(
+    size: int, batch: int, ranks: int, remainder: Remainder, *, shuffle: bool = True
+) -> list[list[list[int]]]:
+    """By process, the batches a data loader forms."""
+    result = []
+    for rank in range(ranks):
+        sampler = EpochSampler(
+            _unread(size), batch, seed=5, shuffle=shuffle, remainder=remainder, rank=rank, world_size=ranks
+        )
+        sampler.set_epoch(7)
+        indices = list(sampler)
+        assert len(indices) == len(sampler)
+        step = sampler.local_batch_size
+        result.append([indices[start : start + step] for start in range(0, len(indices), step)])
+    return result
+
+
+sizes = st.tuples(st.integers(1, 70), st.integers(1, 6), st.integers(1, 4))
+
+
+@settings(deadline=None)
+@given(sizes, st.booleans())
+def test_the_union_of_all_processes_is_the_batch_of_one(case: tuple[int, int, int], shuffle: bool) -> None:
+    size, local, ranks = case
+    for remainder in ("drop", "keep"):
+        if remainder == "drop" and local * ranks > size:
+            continue
+        (alone,) = _batches(size, local * ranks, 1, remainder, shuffle=shuffle)
+        several = _batches(size, local * ranks, ranks, remainder, shuffle=shuffle)
+        joined = [
+            [index for batches in several if step < len(batches) for index in batches[step]]
+            for step in range(len(alone))
+        ]
+        assert joined == alone
+        seen = sorted(index for batch in alone for index in batch)
+        assert seen == (list(range(size)) if remainder == "keep" else seen)
+        assert len(set(seen)) == len(seen) == (size if remainder == "keep" else size - size % (local * ranks))
+
+
+@settings(deadline=None)
+@given(sizes)
+def test_padding_gives_all_processes_equally_many(case: tuple[int, int, int]) -> None:
+    size, local, ranks = case
+    (alone,) = _batches(size, local * ranks, 1, "keep")
+    several = _batches(size, local * ranks, ranks, "pad")
+    assert len({tuple(map(len, batches)) for batches in several}) == 1
+    joined = [index for step in zip(*several, strict=True) for batch in step for index in batch]
+    order = [index for batch in alone for index in batch]
+    assert joined[:size] == order
+    assert 0 <= len(joined) - size < ranks
+    assert all(index in order for index in joined[size:])
+
+
+def test_the_order_changes_with_epoch_and_seed_and_not_with_ranks() -> None:
+    def order(epoch: int, seed: int = 0, ranks: int = 1) -> list[int]:
+        sampler = EpochSampler(_unread(40), 4, seed=seed, rank=0, world_size=ranks)
+        sampler.set_epoch(epoch)
+        return sampler.order()
+
+    assert order(0) == order(0, ranks=2)
+    assert len({tuple(order(0)), tuple(order(1)), tuple(order(0, seed=1)), tuple(range(40))}) == 4
+    assert list(EpochSampler(_unread(5), 2, shuffle=False, remainder="keep")) == [0, 1, 2, 3, 4]
+
+
+def test_a_sampler_tells_its_data_set_the_epoch_and_begins_with_its(split: Split) -> None:
+    dataset = _augmented(split)
+    dataset.set_epoch(4)
+    sampler = EpochSampler(dataset, 4)
+    assert sampler.epoch == 4
+    assert (sampler.rank, sampler.world_size, sampler.steps) == (0, 1, 3)
+    sampler.set_epoch(5)
+    assert dataset.epoch == 5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"batch_size": 7, "world_size": 2, "rank": 0},
+            "batch_size is 7: give a multiple of the 2 processes",
+        ),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 41}, "batch_size is 41, but there are only 40 images"),
+        ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank is 2: allowed are 0 to world_size - 1 = 1"),
+        ({"batch_size": 4, "remainder": "dropp"}, "unknown remainder 'dropp'.*did you mean 'drop'"),
+    ],
+)
+def test_wrong_sampler_options_are_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(CalmError, match=message):
+        EpochSampler(_unread(40), **options)  # type: ignore[arg-type]
+
+
+def test_a_fingerprint_is_the_same_in_another_place_and_order(tmp_path: Path) -> None:
+    here, there = (
+        load_split(write_cub(tmp_path / name, masks=True), "train", val_fraction=0) for name in "ab"
+    )
+    assert fingerprint(here) == fingerprint(there)
+    assert fingerprint(here) == fingerprint(replace(here, records=here.records[::-1]))
+    assert len(fingerprint(here)) == 64
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("image_class_labels.txt", "2 1\n", "2 3\n"),
+        ("bounding_boxes.txt", "2 2.0 1.0", "2 3.0 1.0"),
+        ("classes.txt", "2 002.Bird_2", "2 002.Bird_two"),
+        ("train_test_split.txt", "2 1\n", "2 0\n"),
+    ],
+)
+def test_a_fingerprint_tells_what_changed(tmp_path: Path, file: str, old: str, new: str) -> None:
+    before = fingerprint(load_split(write_cub(tmp_path), "train", val_fraction=0))
+    edit(tmp_path / file, old, new)
+    assert fingerprint(load_split(tmp_path, "train", val_fraction=0)) != before
+
+
+def test_file_sizes_are_part_of_it_when_asked(split: Split) -> None:
+    plain, sized = fingerprint(split), fingerprint(split, file_sizes=True)
+    with split.records[0].path.open("ab") as file:
+        file.write(b"!")
+    assert fingerprint(split) == plain
+    assert fingerprint(split, file_sizes=True) != sized
+    split.records[0].path.unlink()
+    with pytest.raises(CalmError, match="cannot look at image"):
+        fingerprint(split, file_sizes=True)
+
+
+def test_a_summary_counts(tmp_path: Path) -> None:
+    found = summary(load_split(write_cub(tmp_path, masks=True), "test"))
+    assert found.pop("fingerprint")
+    assert found == {
+        "split": "test",
+        "images": 2,
+        "classes": 3,
+        "class_counts": {"001.Bird_1": 1, "003.Bird_3": 1},
+        "with_boxes": 2,
+        "with_masks": 2,
+        "origin": "own files",
+    }

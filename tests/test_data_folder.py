@@ -1,0 +1,154 @@
+"""calm.data.folder, carve, loading: class folders, carved splits, detection."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from data_files import write_cub, write_image, write_lines, write_pack
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.data.carve import carve
+from calm.data.loading import detect_layout, load_split, load_splits
+from calm.data.records import Record
+from calm.errors import CalmError
+
+
+def _tree(root: Path, images: int = 5, classes: tuple[str, ...] = ("dog", "cat")) -> Path:
+    for name in classes:
+        for index in range(images):
+            write_image(root / name / f"{index}.png", (4, 4), index)
+    return root
+
+
+def test_folders_are_classes_in_alphabetical_order(tmp_path: Path) -> None:
+    _tree(tmp_path / "train")
+    _tree(tmp_path / "val", 2)
+    _tree(tmp_path / "test", 1)
+    assert detect_layout(tmp_path) == "folder"
+    splits = load_splits(tmp_path)
+    assert {split.class_names for split in splits.values()} == {("cat", "dog")}
+    assert [len(split.records) for split in splits.values()] == [10, 4, 2]
+    assert all(record.path.parent.name == ("cat", "dog")[record.label] for record in splits["train"].records)
+    assert splits["test"].records[0].id == "test/cat/0.png"
+    assert splits["test"].exif
+
+
+def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:
+    _tree(tmp_path, 3)
+    for name in ("._0.png", "notes.txt", ".cache/1.png", "Thumbs.db"):
+        (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "cat" / name).write_bytes(b"x")
+    for name in ("deeper/a.JPG", "b.webp"):
+        write_image(tmp_path / "cat" / name)
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "__MACOSX").mkdir()
+    split = load_split(tmp_path, "train", val_fraction=0)
+    found = [record.id for record in split.records if record.label == 0]
+    assert found == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/b.webp", "cat/deeper/a.JPG"]
+
+
+def test_without_split_folders_train_val_and_test_are_carved(tmp_path: Path) -> None:
+    splits = load_splits(_tree(tmp_path, 10), val_fraction=0.2)
+    ids = {name: {record.id for record in split.records} for name, split in splits.items()}
+    assert {name: split.class_counts() for name, split in splits.items()} == {
+        "train": (6, 6),
+        "val": (2, 2),
+        "test": (2, 2),
+    }
+    assert len(ids["train"] | ids["val"] | ids["test"]) == 20
+    assert splits["val"].origin == "0.2 of train, by class, seed 0"
+    assert splits["train"].origin == "own files without test and val"
+    assert load_split(tmp_path, "val", val_fraction=0.2) == splits["val"]
+    assert load_split(tmp_path, "val", val_fraction=0.2, seed=1) != splits["val"]
+
+
+def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
+    _tree(tmp_path / "train")
+    _tree(tmp_path / "test", 1, ("cat", "dogs"))
+    with pytest.raises(CalmError, match=r"unknown class folder 'dogs' in .*test; .*did you mean 'dog'"):
+        load_split(tmp_path, "test")
+
+
+@pytest.mark.parametrize("classes", [("cat",), ()])
+def test_a_single_class_is_refused(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    _tree(tmp_path / "train", 2, classes)
+    (tmp_path / "train").mkdir(exist_ok=True)
+    with pytest.raises(CalmError, match="two class folders or more, found"):
+        load_split(tmp_path, "train", layout="folder")
+
+
+records = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, max_size=60).map(
+    lambda labels: [Record(name, Path(name), label) for name, label in labels.items()]
+)
+
+
+@given(records, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
+def test_carving_is_a_stratified_partition_whatever_the_order(listed, fraction, seed, random) -> None:
+    rest, part = carve(listed, fraction, seed, "val")
+    assert sorted((*rest, *part), key=lambda r: r.id) == sorted(listed, key=lambda r: r.id)
+    for label in {record.label for record in listed}:
+        total = sum(record.label == label for record in listed)
+        carved = sum(record.label == label for record in part)
+        assert carved == min(max(round(fraction * total), 1), total - 1)
+    shuffled = random.sample(listed, len(listed))
+    assert {r.id for r in carve(shuffled, fraction, seed, "val")[1]} == {r.id for r in part}
+
+
+@given(st.integers(2, 30), st.floats(0.05, 0.45))
+def test_an_added_image_moves_at_most_one_other(size: int, fraction: float) -> None:
+    listed = [Record(str(index), Path(str(index)), 0) for index in range(size + 1)]
+    before = {record.id for record in carve(listed[:-1], fraction, 0, "val")[1]}
+    after = {record.id for record in carve(listed, fraction, 0, "val")[1]}
+    assert len((before ^ after) - {str(size)}) <= 1
+
+
+def test_an_unknown_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
+    (tmp_path / "readme.md").touch()
+    with pytest.raises(CalmError) as caught:
+        detect_layout(tmp_path)
+    message = str(caught.value)
+    for words in ("train_test_split.txt", "metadata/train/image_ids.txt", "CLASS/*.jpg", "found: readme.md"):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"split": "valid"}, "unknown split 'valid': allowed are train, val, test; did you mean 'val'"),
+        (
+            {"layout": "cubs"},
+            "unknown layout 'cubs': allowed are auto, cub, metadata, folder; did you mean 'cub'",
+        ),
+        ({"val_fraction": 0.5}, "val_fraction is 0.5"),
+        ({"val_fraction": -0.1}, "val_fraction is -0.1"),
+        (
+            {"val_fraction": 0.0, "split": "val"},
+            "no image for split 'val'; splits with files of their own: train, test",
+        ),
+        ({"root": "nowhere"}, "no data folder .*nowhere"),
+        ({"root": "images.txt"}, "no data folder .*images.txt: it is a file"),
+        ({"layout": "cub", "metadata_root": "."}, "the layout 'cub' has no such folder"),
+    ],
+)
+def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+    write_cub(tmp_path)
+    given = {"split": "train", **arguments}
+    root = tmp_path / str(given.pop("root", "."))
+    with pytest.raises(CalmError, match=message):
+        load_split(root, **given)  # type: ignore[arg-type]
+
+
+def test_a_split_that_lost_its_last_record_is_an_error(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    write_lines(tmp_path / "metadata/val/image_ids.txt", [])
+    with pytest.raises(CalmError, match="no image for split 'val'"):
+        load_split(tmp_path, "val", strict=False)
+
+
+def test_a_lacking_test_split_is_carved_beside_an_own_val(tmp_path: Path) -> None:
+    write_pack(tmp_path, {"train": [0, 1] * 10, "val": [0, 1]})
+    splits = load_splits(tmp_path)
+    assert [len(split.records) for split in splits.values()] == [18, 2, 2]
+    assert splits["val"].origin == "own files"
