@@ -1,0 +1,123 @@
+"""The released backbones: keys, grids and values against a second writing; the registry and its errors."""
+
+from __future__ import annotations
+
+import pytest
+import released_layouts as oracle
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.testing import assert_close
+
+from calm.backbones import BACKBONES, build_backbone
+from calm.backbones.probe import output_shape
+from calm.errors import CalmError
+from calm.model import create_model
+
+LAYOUTS = [*oracle.VARIANTS, ("vgg16", True, False), ("vgg16", False, True), ("inception_v3", True, False)]
+
+
+def meta_backbone(architecture, large, use_bn=True):
+    with torch.device("meta"):
+        return build_backbone(architecture, large_feature_map=large, use_bn=use_bn)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_keys_and_shapes_are_the_released_ones(layout):
+    heads = ("conv_last.", "attention.")
+    expected = {
+        k: s for k, s in oracle.expected_shapes(*layout, classes=20).items() if not k.startswith(heads)
+    }
+    state = meta_backbone(*layout).state_dict()
+    assert {key: tuple(tensor.shape) for key, tensor in state.items()} == expected
+
+
+@pytest.mark.parametrize("layout", oracle.VARIANTS)
+def test_the_expected_keys_are_those_of_released_checkpoints(layout):
+    number, sha256 = oracle.VARIANTS[layout]
+    expected = oracle.expected_shapes(*layout, classes=20)
+    assert len(expected) == number
+    assert oracle.fingerprint(expected) == sha256
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_224_pixels_give_a_28_or_14_grid(layout):
+    architecture, large, _ = layout
+    backbone = meta_backbone(*layout)
+    side = 28 if large else 14
+    assert output_shape(backbone, 224, 224) == (1, backbone.out_channels, side, side)
+    assert backbone.out_channels == (2048 if architecture == "resnet50" else 1024)
+
+
+@pytest.mark.parametrize("large", [True, False])
+@pytest.mark.parametrize("architecture", ["resnet50", "vgg16", "inception_v3"])
+def test_the_grid_of_any_image_size_follows_the_layers(architecture, large):
+    backbone = meta_backbone(architecture, large)
+
+    @settings(max_examples=8, deadline=None)
+    @given(st.integers(32, 400), st.integers(32, 400))
+    def check(height, width):
+        rows, columns = (oracle.grid_side(architecture, side, large) for side in (height, width))
+        assert output_shape(backbone, height, width) == (1, backbone.out_channels, rows, columns)
+
+    check()
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_features_equal_a_forward_pass_written_by_hand(layout):
+    architecture, large, use_bn = layout
+    backbone = build_backbone(architecture, large_feature_map=large, use_bn=use_bn).double().eval()
+    weights = oracle.random_weights(backbone)
+    backbone.load_state_dict(weights)
+    images = torch.randn(1, 3, 40, 56, dtype=torch.float64)
+    with torch.no_grad():
+        features = backbone(images)
+        assert_close(features, oracle.FORWARD[architecture](images, weights, large, use_bn))
+    assert features.std() > 1e-3  # the comparison is not of zeros
+
+
+def test_every_parameter_of_a_released_backbone_learns():
+    for name in ("resnet50", "vgg16", "inception_v3"):
+        backbone = build_backbone(name)
+        backbone(torch.randn(2, 3, 32, 32)).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in backbone.parameters())
+
+
+def test_the_prefix_timm_means_the_model_of_timm_where_both_have_the_name():
+    ours, theirs = build_backbone("resnet50"), build_backbone("timm/resnet50")
+    assert output_shape(ours, 64, 64)[-1] == 8
+    assert output_shape(theirs, 64, 64)[-1] == 2
+
+
+@pytest.mark.parametrize("name", BACKBONES)
+def test_every_registered_name_makes_a_model(name):
+    with torch.device("meta"):
+        model = create_model(name, 3)
+    assert output_shape(model.backbone, 64, 64)[1] == model.backbone.out_channels
+
+
+@pytest.mark.parametrize(
+    ("name", "close"),
+    [
+        ("resnet5o", "resnet50"),
+        ("vit_tiny_patch16_24", "vit_tiny_patch16_224"),
+        ("timm/convnext_ato", "convnext_atto"),
+    ],
+)
+def test_an_unknown_name_is_answered_with_close_ones(name, close):
+    with pytest.raises(CalmError, match=f"unknown backbone '{name}'.*small_resnet.*did you mean.*'{close}'"):
+        build_backbone(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "option", "instead"),
+    [
+        ("resnet50", {"use_bn": False}, "vgg16, inception_v3"),
+        ("vgg16", {"output_stride": 8}, "timm models"),
+        ("small_resnet", {"pretrained": True}, "resnet50, vgg16, inception_v3, timm models"),
+        ("resnet18", {"large_feature_map": False}, "resnet50, vgg16, inception_v3"),
+    ],
+)
+def test_an_option_that_the_backbone_lacks_is_an_error_and_never_ignored(name, option, instead):
+    with pytest.raises(CalmError, match=f"{name!r} has no option {next(iter(option))}.*among {instead}"):
+        build_backbone(name, **option)
