@@ -16,6 +16,7 @@ from calm.data.dataset import ImageDataset
 from calm.data.loading import load_splits
 from calm.data.problems import KINDS
 from calm.data.report import Report
+from calm.data.threads import in_threads
 from calm.data.transforms import eval_transform
 from calm.errors import CalmError
 from calm.preprocess import Preprocessing
@@ -230,3 +231,22 @@ def test_every_kind_of_problem_is_made_by_these_tests() -> None:
     text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_data_*.py"))
     missing = [kind for kind in KINDS if not re.search(rf'"{kind}"', text)]
     assert not missing
+
+
+def test_a_split_without_any_good_line_is_explained(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    write_lines(tmp_path / "metadata/val/class_labels.txt", ["images/val/0.png,a", "images/val/1.png,b"])
+    with pytest.raises(CalmError, match=r"(?s)'a' for images/val/0.png.*'b' for images/val/1.png"):
+        check(tmp_path)
+
+
+def test_the_number_of_threads_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(CalmError, match="workers is 0"):
+        check(write_pack(tmp_path), workers=0)
+    assert check(tmp_path, workers=1).ok
+
+
+def test_threads_keep_the_order_and_pass_errors_on() -> None:
+    assert list(in_threads(lambda number: number * 2, range(3000))) == list(range(0, 6000, 2))
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda number: 1 // number, range(3)))

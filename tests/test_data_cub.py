@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 from data_files import edit, write_cub, write_image
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm.data.check import check
-from calm.data.cub import corners
+from calm.data.cub import CUB_FILES, corners
 from calm.data.loading import detect_layout, load_split, load_splits
 from calm.errors import CalmError
 
@@ -137,3 +139,15 @@ def test_a_folder_inside_is_suggested(tmp_path: Path) -> None:
         CalmError, match=r"(?s)no known data layout.*found: CUB_200_2011/, loose.jpg.*did you mean .*CUB_200"
     ):
         load_split(tmp_path, "train")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from([*CUB_FILES, "bounding_boxes.txt"]), st.text("0123 .-x/\n\t٣", max_size=60))
+def test_no_text_breaks_the_reader(file: str, text: str) -> None:
+    """Whatever a file says, the answer is a report or an error for the user."""
+    with TemporaryDirectory() as folder:
+        root = write_cub(Path(folder))
+        (root / file).write_text(text)
+        with suppress(CalmError):
+            report = check(root)
+            assert report.problems or file == "bounding_boxes.txt"

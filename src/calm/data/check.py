@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -18,6 +17,7 @@ from calm.data.loading import Layout, load_splits, open_source
 from calm.data.problems import Problem
 from calm.data.records import SPLITS, Record, Split
 from calm.data.report import Report
+from calm.data.threads import in_threads
 from calm.errors import CalmError
 
 __all__ = ["check", "check_splits", "drop_bad", "load_checked"]
@@ -115,6 +115,8 @@ def check_splits(
 ) -> Report:
     """Check images, masks, sizes, boxes and classes, and add what the readers noted.
 
+    Nothing is changed.
+
     Args:
         splits: of one data set.
         decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut
@@ -123,20 +125,29 @@ def check_splits(
         progress: show a progress bar on standard error, if that is a terminal.
 
     Returns:
-        The report. Images themselves are never changed.
+        The report.
+
+    Raises:
+        CalmError: ``workers`` below 1.
     """
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
     found: list[Problem] = list(_in_two_splits(listed))
     total = sum(len(split.records) for split in listed)
     shown = _progress_bar(total) if progress else nullcontext(_ignore)
-    with shown as advance, _bombs_ignored(), ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
+    look = partial(probe, decode=decode)
+    with shown as advance, _bombs_ignored():
         for split in listed:
             found += _empty_classes(split)
-            probes = pool.map(lambda record: probe(record.path, decode=decode), split.records)
+            probes = in_threads(look, [record.path for record in split.records], workers)
             for record, result in zip(split.records, probes, strict=True):
                 found += _image_problems(split, record, result)
                 advance()
-            found += _mask_problems(split, decode, pool)
+            masks = [(record.id, mask) for record in split.records for mask in record.all_masks]
+            probes = in_threads(look, [mask for _, mask in masks], workers)
+            for (name, mask), result in zip(masks, probes, strict=True):
+                if result.kind:
+                    message = f"{result.message}; mask of {name}"
+                    found.append(Problem("missing-mask", split.name, mask, message, None, name))
     return Report.of(listed, found)
 
 
@@ -171,18 +182,6 @@ def _image_problems(split: Split, record: Record, result: Probe) -> Iterator[Pro
             )
             if problem:
                 yield problem
-
-
-def _mask_problems(split: Split, decode: bool, pool: ThreadPoolExecutor) -> Iterator[Problem]:
-    masks = [
-        (record.id, mask)
-        for record in split.records
-        for mask in (*record.masks, *filter(None, [record.ignore]))
-    ]
-    probes = pool.map(lambda named: probe(named[1], decode=decode), masks)
-    for (name, mask), result in zip(masks, probes, strict=True):
-        if result.kind:
-            yield Problem("missing-mask", split.name, mask, f"{result.message}; mask of {name}", None, name)
 
 
 def _empty_classes(split: Split) -> Iterator[Problem]:

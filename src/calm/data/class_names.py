@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
-from calm.data.lines import numbered
+from calm.data.lines import numbered, whole_number
 from calm.errors import CalmError
 
 __all__ = ["names_from_folders", "read_names"]
@@ -27,13 +27,14 @@ def read_names(path: Path) -> tuple[str, ...]:
     """
     by_index: dict[int, str] = {}
     for number, text in numbered(path):
-        index, _, name = text.partition(" ")
-        name = _WORDNET.sub("", name.strip(), count=1)
-        if not index.isdecimal() or not name:
+        key, *rest = text.split(maxsplit=1)
+        index = whole_number(key)
+        name = _WORDNET.sub("", rest[0], count=1) if rest else ""
+        if index is None or not name:
             raise CalmError(f"{path}:{number}: {text!r} is not 'index name'")
-        if int(index) in by_index:
+        if index in by_index:
             raise CalmError(f"{path}:{number}: class index {index} is given twice")
-        by_index[int(index)] = name
+        by_index[index] = name
     first = min(by_index, default=0)
     missing = set(range(first, first + len(by_index))) - by_index.keys()
     if first > 1 or missing or not by_index:

@@ -26,13 +26,14 @@ reported as a problem and not clipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
 from calm.data.class_names import read_names
 from calm.data.images import image_size
-from calm.data.lines import box_problem, inside, numbered
+from calm.data.lines import box_problem, inside, numbered, whole_number
 from calm.data.problems import Problem
 from calm.data.records import Box, Record, Split
 
@@ -59,31 +60,6 @@ def corners(box: tuple[float, float, float, float], size: tuple[int, int] | None
     return int(left), int(top), x1, y1
 
 
-@dataclass
-class _Table:
-    """A file of lines ``image-number value...``: values and line numbers by image number."""
-
-    path: Path
-    values: dict[int, str]
-    lines: dict[int, int]
-    malformed: list[tuple[int, str]]
-
-
-def _table(path: Path) -> _Table:
-    table = _Table(path, {}, {}, [])
-    for number, text in numbered(path):
-        key, _, value = text.partition(" ")
-        if not key.isdecimal() or not value.strip():
-            table.malformed.append((number, f"{text!r} is not 'image-number value'"))
-        elif int(key) in table.values:
-            table.malformed.append(
-                (number, f"image number {key} is given before, in line {table.lines[int(key)]}")
-            )
-        else:
-            table.values[int(key)], table.lines[int(key)] = value.strip(), number
-    return table
-
-
 @dataclass(frozen=True)
 class CubSource:
     """A folder in the official layout, whole or filtered to some images (``classes.txt`` stays whole)."""
@@ -100,124 +76,150 @@ class CubSource:
     def read(self, split: str) -> Split:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
 
-        Reads the header of each image of the split for its size.
+        Lines that belong to no image are problems of train. Reads the header of each image of the split for
+        its size.
 
         Raises:
             CalmError: a file that must exist is missing or no text.
         """
-        names, labels, sides = (_table(self.root / file) for file in (CUB_FILES[0], *CUB_FILES[2:]))
-        boxes = self.root / "bounding_boxes.txt"
-        boxes_table = _table(boxes) if boxes.is_file() else None
-        problems: list[Problem] = []
-        records: list[Record] = []
-        if split == "train":
-            tables = [names, labels, sides] + ([boxes_table] if boxes_table else [])
-            problems += [
-                Problem("malformed-line", split, table.path, message, line)
-                for table in tables
-                for line, message in table.malformed
-            ]
-            problems += [
-                Problem(
-                    "unlisted-id",
-                    split,
-                    table.path,
-                    f"image number {key} is not in images.txt",
-                    table.lines[key],
-                )
-                for table in tables
-                for key in table.values.keys() - names.values.keys()
-            ]
-        seen: dict[str, int] = {}
-        for number, name in names.values.items():
-            side = {"1": "train", "0": "test"}.get(sides.values.get(number, ""))
-            if (side or "train") != split:
-                continue
-            line = names.lines[number]
-            problem = self._name_problem(name, number, side, seen, names, sides)
-            if problem:
-                kind, message = problem
-                problems.append(Problem(kind, split, names.path, message, line, name))
-                continue
-            seen[name] = line
-            label = self._label(number, name, labels, split, problems)
-            if label is not None:
-                records.append(self._record(number, name, label, boxes_table, split, problems))
-        return Split(split, tuple(records), self.class_names, self.root / "images", problems=tuple(problems))
+        files = _Files.read(self.root, split, len(self.class_names))
+        records = tuple(
+            files.record(number, name, label)
+            for number, name in files.images()
+            if (label := files.label(number, name)) is not None
+        )
+        problems = (*(files.stray_lines() if split == "train" else ()), *files.problems)
+        return Split(split, records, self.class_names, self.root / "images", problems=problems)
 
-    def _name_problem(
-        self, name: str, number: int, side: str | None, seen: dict[str, int], names: _Table, sides: _Table
-    ) -> tuple[str, str] | None:
-        if name in seen:
-            return "duplicate-id", f"{name}: listed before in line {seen[name]}"
-        if not inside(name):
-            return "bad-path", name
-        if side is None:
-            given = sides.values.get(number)
-            found = f"has {given!r}, allowed are 1 (train) and 0 (test)" if given else "is not there"
-            return "no-split", f"image number {number} ({name}) {found} in train_test_split.txt"
+
+@dataclass(frozen=True)
+class _Table:
+    """A file of lines ``image-number value``: (line number, value) by image number, and (line number, complaint)."""
+
+    path: Path
+    rows: dict[int, tuple[int, str]]
+    malformed: list[tuple[int, str]]
+
+    @classmethod
+    def read(cls, path: Path) -> _Table:
+        rows: dict[int, tuple[int, str]] = {}
+        malformed: list[tuple[int, str]] = []
+        for line, text in numbered(path):
+            key, *value = text.split(maxsplit=1)
+            number = whole_number(key)
+            if number is None or not value:
+                malformed.append((line, f"{text!r} is not 'image-number value'"))
+            elif number in rows:
+                malformed.append((line, f"image number {key} is given before, in line {rows[number][0]}"))
+            else:
+                rows[number] = line, value[0]
+        return cls(path, rows, malformed)
+
+
+@dataclass(frozen=True)
+class _Files:
+    """The files of a folder, read for one split, and what is wrong with that split's images."""
+
+    root: Path
+    split: str
+    num_classes: int
+    names: _Table
+    labels: _Table
+    sides: _Table
+    boxes: _Table | None
+    segmented: bool
+    problems: list[Problem]
+
+    @classmethod
+    def read(cls, root: Path, split: str, num_classes: int) -> _Files:
+        names, _, labels, sides = CUB_FILES
+        boxes = root / "bounding_boxes.txt"
+        return cls(
+            root,
+            split,
+            num_classes,
+            _Table.read(root / names),
+            _Table.read(root / labels),
+            _Table.read(root / sides),
+            _Table.read(boxes) if boxes.is_file() else None,
+            (root / "segmentations").is_dir(),
+            [],
+        )
+
+    def stray_lines(self) -> Iterator[Problem]:
+        """Lines of another form, and lines about image numbers that are not listed."""
+        for table in filter(None, (self.names, self.labels, self.sides, self.boxes)):
+            for line, message in table.malformed:
+                yield Problem("malformed-line", self.split, table.path, message, line)
+            for number, (line, _) in table.rows.items():
+                if number not in self.names.rows:
+                    message = f"image number {number} is not in images.txt"
+                    yield Problem("unlisted-id", self.split, table.path, message, line)
+
+    def images(self) -> Iterator[tuple[int, str]]:
+        """(image number, path below images/) of the split's images; images of no split count as train."""
+        seen: dict[str, int] = {}
+        for number, (line, name) in self.names.rows.items():
+            given = self.sides.rows.get(number, (0, ""))[1]
+            side = {"1": "train", "0": "test"}.get(given)
+            if (side or "train") != self.split:
+                continue
+            if name in seen:
+                self._note(
+                    "duplicate-id", self.names, f"{name}: listed before in line {seen[name]}", line, name
+                )
+            elif not inside(name):
+                self._note("bad-path", self.names, name, line, name)
+            elif side is None:
+                found = f"has {given!r}, allowed are 1 (train) and 0 (test)" if given else "is not there"
+                message = f"image number {number} ({name}) {found} in train_test_split.txt"
+                self._note("no-split", self.names, message, line, name)
+            else:
+                seen[name] = line
+                yield number, name
+
+    def label(self, number: int, name: str) -> int | None:
+        """The class index from 0 of an image; None, and a problem, if there is none in range."""
+        line, value = self.labels.rows.get(number, (None, ""))
+        label = whole_number(value)
+        if line is None:
+            self._note("no-label", self.labels, f"image number {number} ({name}) is not there", None, name)
+        elif label is None:
+            message = f"{value!r} for image number {number} ({name})"
+            self._note("label-not-integer", self.labels, message, line, name)
+        elif not 1 <= label <= self.num_classes:
+            message = f"{label} for image number {number} ({name}): classes are 1 .. {self.num_classes}"
+            self._note("label-range", self.labels, message, line, name)
+        else:
+            return label - 1
         return None
 
-    def _label(
-        self, number: int, name: str, labels: _Table, split: str, problems: list[Problem]
-    ) -> int | None:
-        if number not in labels.values:
-            message = f"image number {number} ({name}) is not there"
-            problems.append(Problem("no-label", split, labels.path, message, None, name))
-            return None
-        value, line = labels.values[number], labels.lines[number]
-        try:
-            label = int(value)
-        except ValueError:
-            message = f"{value!r} for image number {number} ({name})"
-            problems.append(Problem("label-not-integer", split, labels.path, message, line, name))
-            return None
-        if not 1 <= label <= len(self.class_names):
-            message = f"{label} for image number {number} ({name}): classes are 1 .. {len(self.class_names)}"
-            problems.append(Problem("label-range", split, labels.path, message, line, name))
-            return None
-        return label - 1
-
-    def _record(
-        self, number: int, name: str, label: int, boxes: _Table | None, split: str, problems: list[Problem]
-    ) -> Record:
+    def record(self, number: int, name: str, label: int) -> Record:
+        """The record of an image; problems of its box are noted."""
         path = self.root / "images" / name
         size = image_size(path)
-        found: tuple[Box, ...] = ()
-        if boxes is not None and number in boxes.values:
-            found = self._box(number, name, size, boxes, split, problems)
-        elif boxes is not None:
-            message = f"image number {number} ({name}) is not there"
-            problems.append(Problem("no-box", split, boxes.path, message, None, name))
-        masks: tuple[Path, ...] = ()
-        if self._segmented:
-            masks = (self.root / "segmentations" / PurePosixPath(name).with_suffix(".png"),)
-        return Record(name, path, label, found, masks, size=size)
+        mask = self.root / "segmentations" / PurePosixPath(name).with_suffix(".png")
+        masks = (mask,) if self.segmented else ()
+        return Record(name, path, label, self._boxes(number, name, size), masks, size=size)
 
-    @cached_property
-    def _segmented(self) -> bool:
-        return (self.root / "segmentations").is_dir()
-
-    def _box(
-        self,
-        number: int,
-        name: str,
-        size: tuple[int, int] | None,
-        boxes: _Table,
-        split: str,
-        problems: list[Problem],
-    ) -> tuple[Box, ...]:
-        line = boxes.lines[number]
+    def _boxes(self, number: int, name: str, size: tuple[int, int] | None) -> tuple[Box, ...]:
+        if self.boxes is None:
+            return ()
+        line, value = self.boxes.rows.get(number, (None, ""))
+        if line is None:
+            self._note("no-box", self.boxes, f"image number {number} ({name}) is not there", None, name)
+            return ()
         try:
-            left, top, width, height = map(float, boxes.values[number].split())
+            left, top, width, height = map(float, value.split())
             box = corners((left, top, width, height), size)
         except (ValueError, OverflowError):
-            message = (
-                f"{boxes.values[number]!r} for image number {number}: needs 4 numbers: left top width height"
-            )
-            problems.append(Problem("malformed-line", split, boxes.path, message, line, name))
+            message = f"{value!r} for image number {number}: needs 4 numbers: left top width height"
+            self._note("malformed-line", self.boxes, message, line, name)
             return ()
-        problem = box_problem(box, size, split=split, file=boxes.path, line=line, record=name)
+        problem = box_problem(box, size, split=self.split, file=self.boxes.path, line=line, record=name)
         if problem:
-            problems.append(problem)
+            self.problems.append(problem)
         return (box,)
+
+    def _note(self, kind: str, table: _Table, message: str, line: int | None, name: str) -> None:
+        self.problems.append(Problem(kind, self.split, table.path, message, line, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from calm.data.images import read_rgb
 from calm.data.randomness import seeded
 from calm.data.records import Split
+from calm.data.threads import in_threads
 from calm.data.transforms import ImageTransform
 from calm.errors import CalmError
 
@@ -86,19 +87,17 @@ class _Cache:
     """
 
     def __init__(self, split: Split) -> None:
-        with ThreadPoolExecutor() as pool:
-            images: list[NDArray[np.uint8]] = []
-            total, limit = 0, _memory() // 2
-            for image in pool.map(lambda record: read_rgb(record.path, exif=split.exif), split.records):
-                total += image.size
-                if total > limit:
-                    pool.shutdown(cancel_futures=True)
-                    raise CalmError(
-                        f"a cache of split {split.name!r} needs more than {limit / 2**30:.1f} GiB, half of"
-                        f" this machine's memory ({len(images):,} of {len(split.records):,} images fit):"
-                        " go without cache"
-                    )
-                images.append(image)
+        images: list[NDArray[np.uint8]] = []
+        total, limit = 0, _memory() // 2
+        paths = [record.path for record in split.records]
+        for image in in_threads(partial(read_rgb, exif=split.exif), paths):
+            total += image.size
+            if total > limit:
+                raise CalmError(
+                    f"a cache of split {split.name!r} needs more than {limit / 2**30:.1f} GiB, half of this"
+                    f" machine's memory ({len(images):,} of {len(paths):,} images fit): go without cache"
+                )
+            images.append(image)
         self.shapes = [(image.shape[0], image.shape[1]) for image in images]
         self.starts = np.cumsum([0, *(image.size for image in images)])
         self.pixels = np.empty(int(self.starts[-1]), dtype=np.uint8)

@@ -28,7 +28,7 @@ def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
     """
     digest = sha256(json.dumps([split.name, split.class_names]).encode())
     for record in sorted(split.records, key=lambda record: record.id):
-        masks = [_relative(mask, split.root) for mask in (*record.masks, *filter(None, [record.ignore]))]
+        masks = [_relative(mask, split.root) for mask in record.all_masks]
         line: list[Any] = [record.id, record.label, record.boxes, masks]
         if file_sizes:
             line.append(_bytes(record.path))

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from calm.data.problems import Problem
 from calm.data.records import SPLITS, Record, Split
 from calm.errors import CalmError, unknown
 
@@ -65,20 +64,15 @@ class FolderSource:
         index = {name: label for label, name in enumerate(self.class_names)}
         base = self._base(split)
         records: list[Record] = []
-        problems: list[Problem] = []
         for folder in _folders(base):
             if folder.name not in index:
                 raise unknown(
                     "class folder", folder.name, self.class_names, where=f"{base}; train has no such class"
                 )
             files = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
-            if not files:
-                problems.append(
-                    Problem("empty-class", split, folder, f"no image among its files: {folder.name}")
-                )
             label = index[folder.name]
             records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
-        return Split(split, tuple(records), self.class_names, base, exif=True, problems=tuple(problems))
+        return Split(split, tuple(records), self.class_names, base, exif=True)
 
 
 def _folders(base: Path) -> list[Path]:

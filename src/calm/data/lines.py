@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,7 +10,9 @@ from calm.data.problems import Problem
 from calm.data.records import Box
 from calm.errors import CalmError
 
-__all__ = ["box_problem", "inside", "numbered"]
+__all__ = ["box_problem", "inside", "numbered", "whole_number"]
+
+_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 
 
 def numbered(path: Path) -> Iterator[tuple[int, str]]:
@@ -31,6 +34,15 @@ def numbered(path: Path) -> Iterator[tuple[int, str]]:
         raise CalmError(
             f"{path} is not UTF-8 text (byte {error.start} of a block): save it as UTF-8"
         ) from error
+
+
+def whole_number(text: str) -> int | None:
+    """The integer that ``text`` spells in ASCII digits, or None.
+
+    >>> whole_number(" -3"), whole_number("1.0"), whole_number("1_000"), whole_number("--1")
+    (-3, None, None, None)
+    """
+    return int(text) if _WHOLE.fullmatch(text) else None
 
 
 def inside(path: str) -> bool:

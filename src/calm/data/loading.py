@@ -125,6 +125,7 @@ def load_splits(
         read = keep_present_classes(read)
     for name in wanted:
         if name not in read or not read[name].records:
+            Report.of(read.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
             raise CalmError(f"{root} has no image for split {name!r}; splits with files of their own: {own}")
     return {name: read[name] for name in wanted}

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from calm.data.lines import inside, numbered
+from calm.data.lines import inside, numbered, whole_number
 from calm.data.problems import Problem
 from calm.data.records import Box
 
@@ -55,10 +55,8 @@ def read_labels(path: Path, split: str, problems: list[Problem]) -> dict[str, Li
     """``class_labels.txt``: id to label, any integer."""
 
     def parse(name: str, fields: list[str]) -> int | tuple[str, str]:
-        try:
-            return int(fields[0])
-        except ValueError:
-            return "label-not-integer", f"{fields[0].strip()!r} for {name}"
+        label = whole_number(fields[0])
+        return ("label-not-integer", f"{fields[0].strip()!r} for {name}") if label is None else label
 
     return _keyed(path, split, problems, 1, parse)
 
@@ -67,10 +65,7 @@ def read_sizes(path: Path, split: str, problems: list[Problem]) -> dict[str, Lin
     """``image_sizes.txt``: id to (width, height), both positive; {} if there is no such file."""
 
     def parse(name: str, fields: list[str]) -> tuple[int, int] | tuple[str, str]:
-        try:
-            width, height = map(int, fields)
-        except ValueError:
-            width = height = 0
+        width, height = (whole_number(text) or 0 for text in fields)
         if width > 0 and height > 0:
             return width, height
         return "malformed-line", f"{','.join(fields)!r} for {name}: width and height are whole numbers from 1"
@@ -129,11 +124,8 @@ def read_localization(path: Path, split: str, problems: list[Problem]) -> dict[s
 
 def _box(text: str) -> tuple[str, Box] | None:
     name, *corners = text.rsplit(",", 4)
-    try:
-        x0, y0, x1, y1 = map(int, corners)
-    except ValueError:
-        return None
-    return name, (x0, y0, x1, y1)
+    box = tuple(corner for corner in map(whole_number, corners) if corner is not None)
+    return (name, (box[0], box[1], box[2], box[3])) if len(box) == 4 else None
 
 
 def _mask(text: str) -> tuple[str, tuple[str, str]] | None:

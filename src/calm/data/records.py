@@ -41,6 +41,11 @@ class Record:
     ignore: Path | None = None
     size: tuple[int, int] | None = None
 
+    @property
+    def all_masks(self) -> tuple[Path, ...]:
+        """The masks, and the ignore mask if there is one."""
+        return self.masks if self.ignore is None else (*self.masks, self.ignore)
+
 
 @dataclass(frozen=True)
 class Split:
