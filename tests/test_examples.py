@@ -1,0 +1,53 @@
+"""The example in one file does what the library does, and learns what it says it learns."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+import calm
+
+PATH = Path(__file__).parent.parent / "examples" / "minimal_calm.py"
+
+
+@pytest.fixture(scope="module")
+def minimal():
+    spec = importlib.util.spec_from_file_location("minimal_calm", PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_minimal_version_equals_the_library(minimal):
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), nn.ReLU()).double()
+    backbone.out_channels = 8
+    model = calm.create_model(backbone, 4).double()
+    small = minimal.MinimalCalm(backbone, 8, 4).double()
+    small.conv_last.load_state_dict(model.head.conv_last.state_dict())
+    small.attention.load_state_dict(model.head.attention.state_dict())
+    images, targets = torch.randn(3, 3, 16, 16, dtype=torch.float64), torch.tensor([0, 3, 1])
+    output, joint = model(images), small(images)
+    assert_close(joint, output.joint)
+    assert_close(minimal.predict(joint), output.probs)
+    assert_close(minimal.em_loss(joint, targets), model.loss(images, targets))
+    parameters = list(small.parameters())
+    mine = torch.autograd.grad(minimal.em_loss(joint, targets), parameters)
+    names = [*(f"backbone.{n}" for n, _ in backbone.named_parameters())]
+    ours = dict(model.named_parameters())
+    names += [f"head.{n}" for n, _ in small.named_parameters() if not n.startswith("backbone.")]
+    theirs = torch.autograd.grad(model.loss(images, targets), [ours[n] for n in names])
+    for one, other in zip(mine, theirs, strict=True):
+        assert_close(one, other)
+
+
+@pytest.mark.slow
+def test_it_learns_and_localises(minimal, capsys):
+    minimal.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert float(lines[3].split()[-1]) > 0.95
+    assert float(lines[-1].split()[-1]) > 0.5
