@@ -95,7 +95,7 @@ def body(density: float) -> Surface:
     centre = np.stack([spine[:, 0], 0 * spine[:, 0], spine[:, 1]], -1)[:, None]
     height, x = np.cos(angle), np.broadcast_to(spine[:, :1], grid.shape[:2])
     below = np.where(x + 0.10 * height > 0.01, PART_ID["breast"], PART_ID["belly"])
-    part = np.where(height > 0.28, PART_ID["back"], below)
+    part = np.where(height > 0.22, PART_ID["back"], below)
     neck = (grid[..., 2] > 0.125 + 0.06 * height) & (x > 0.22)
     part = np.where(neck, np.where(height > -0.35, PART_ID["nape"], PART_ID["throat"]), part)
     return _surface(grid, x, np.abs(angle), part.astype(np.uint8), inside=centre)
@@ -174,8 +174,8 @@ def eye(density: float) -> Surface:
 
 
 _WING = np.array([  # upper and lower edge (z) from shoulder to tip
-    [0.090, 0.060], [0.170, -0.025], [0.185, -0.075], [0.165, -0.100], [0.130, -0.085], [0.098, -0.040],
-    [0.060, 0.010], [0.025, 0.025],
+    [0.080, 0.050], [0.140, -0.030], [0.150, -0.085], [0.138, -0.110], [0.112, -0.095], [0.086, -0.045],
+    [0.055, 0.010], [0.025, 0.025],
 ], np.float32)  # fmt: skip
 
 
@@ -185,7 +185,7 @@ def wing(density: float) -> Surface:
     u = np.linspace(0, 1, _steps(0.95, density), dtype=np.float32)[:, None]
     v = np.linspace(-1, 1, _steps(0.36, density), dtype=np.float32)[None]
     edge = _smooth(_WING, len(u))
-    x = 0.26 - 0.84 * u + 0 * v
+    x = 0.25 - 0.77 * u + 0 * v
     z = edge[:, :1] * (1 - v) / 2 + edge[:, 1:] * (1 + v) / 2
     trunk = [np.interp(x, _TRUNK[:, 0], _TRUNK[:, k]) for k in (1, 2, 3)]
     inside = np.clip(1 - ((z - trunk[0]) / np.maximum(trunk[2], 0.02)) ** 2, 0, None)

@@ -22,6 +22,7 @@ from calm.data.birds.species import GROUPS, Species, choose_species
 __all__ = ["Drawing", "draw_bird"]
 
 SUPERSAMPLE = 2
+_OUTWARD = {"back": 0.25, "breast": 0.15, "tail": -0.08}
 _GROUP_OF_LABEL = np.array([-1] + [GROUPS.index(PART_GROUP[part]) for part in PARTS] + [GROUPS.index("head")])
 _REFERENCE = choose_species(2)[0]
 
@@ -74,13 +75,17 @@ def _part_points(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[t
     could have covered are seen.
     """
     points: list[tuple[int, int] | None] = []
+    middle = [axis.mean() for axis in np.nonzero(after)]
     for part in PARTS:
         rows, columns = np.nonzero(after == PART_ID[part])
         whole = int((before == PART_ID[part]).sum())
         if len(rows) < (2 if part.endswith("eye") else 3) or 3 * len(rows) < whole:
             points.append(None)
             continue
-        nearest = int(np.argmin((rows - rows.mean()) ** 2 + (columns - columns.mean()) ** 2))
+        y, x = rows.mean(), columns.mean()
+        push = _OUTWARD.get(part, 0.0)
+        y, x = y + push * (y - middle[0]), x + push * (x - middle[1])
+        nearest = int(np.argmin((rows - y) ** 2 + (columns - x) ** 2))
         points.append((int(columns[nearest]), int(rows[nearest])))
     return tuple(points)
 

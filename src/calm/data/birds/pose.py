@@ -81,13 +81,13 @@ def _outline(head_turn: Array, head_at: Array, tail_turn: Array) -> Array:
 def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     """A random pose for a square picture of ``side`` pixels.
 
-    The bird is seen from its side to three-quarters (at most 38 degrees off), level to 30 degrees upright, from
-    slightly below to above; the head looks up to 50 degrees aside; the longer extent of bird and legs fills 62 to
+    The bird is seen from its side to three-quarters (at most 38 degrees off), level to 32 degrees upright, from
+    level to 20 degrees above; the head looks up to 50 degrees aside; the longer extent of bird and legs fills 62 to
     92 percent of the picture; a bird may touch the border but hardly cross it.
     """
     facing_left = rng.random() < 0.5
     yaw = float(np.clip(rng.normal(0, 18), -38, 38))
-    upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(-4, 18)
+    upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(0, 20)
     near = 1.0 if facing_left else -1.0  # the side that faces the viewer: +1 left, -1 right
     look = float(np.clip(rng.normal(-8, 22), -50, 45)) * -near  # negative values look at the viewer
     head_turn = (_rotation("z", look) @ _rotation("y", upright * 0.8 + rng.normal(0, 8))
