@@ -68,18 +68,20 @@ def vgg_layers(large: bool, use_bn: bool) -> list[nn.Module]:
     return [layer for layer in layers if not any(layer is pool for pool in gone)]
 
 
-def random_weights(module: nn.Module) -> dict[str, Tensor]:
-    """float64 weights that keep activations of order 1, with BatchNorm statistics that are not the initial ones."""
+def random_weights(
+    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Weights that keep activations of order 1, with BatchNorm statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(1)
     state = {}
-    for key, tensor in module.state_dict().items():
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
-        if key.endswith("running_var") or (key.endswith("weight") and tensor.ndim == 1):
+    for key, shape in shapes.items():
+        noise = torch.randn(shape, generator=generator, dtype=dtype)
+        if key.endswith("num_batches_tracked"):
+            state[key] = torch.tensor(7)
+        elif key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
             state[key] = 1 + noise.abs() / 4
-        elif tensor.ndim == 4:
-            state[key] = noise * (2 / tensor[0].numel()) ** 0.5
         else:
-            state[key] = noise / 10 if tensor.is_floating_point() else tensor
+            state[key] = noise * (2 / noise[0].numel()) ** 0.5 if len(shape) == 4 else noise / 10
     return state
 
 

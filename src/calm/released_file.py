@@ -122,7 +122,7 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
         raise CalmError(f"{path}: 'state_dict' must be a dict of tensors, and not empty")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
-            raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name, but {key!r:.80} is none")
+            raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name; not so is {key!r:.80}")
     broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CalmError(

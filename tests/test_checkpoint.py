@@ -1,0 +1,316 @@
+"""Saved models: whole or not at all, self-describing, the same after loading; every wrong folder is explained."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import safetensors.torch
+import torch
+from torch import nn
+from torch.testing import assert_close
+
+from calm.checkpoint import CARD, WEIGHTS, load, push_to_hub, save_pretrained
+from calm.errors import CalmError
+from calm.model import create_model
+from calm.preprocess import Preprocessing
+
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+class Tied(nn.Module):
+    """A user's backbone whose two layers share their weights."""
+
+    out_channels = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 3, padding=1)
+        self.second = nn.Conv2d(3, 3, 3, padding=1)
+        self.second.weight = self.first.weight
+
+    def forward(self, images):
+        return self.second(self.first(images).relu())
+
+
+def trained(method="calm-em", backbone="small_resnet", **options):
+    """A model whose weights and BatchNorm statistics are not those of the start."""
+    model = create_model(backbone, 3, method, class_names=["a", "b", "c"], **options)
+    model.train()
+    model(IMAGES)
+    return model.eval()
+
+
+def probabilities(model):
+    with torch.no_grad():
+        return model(IMAGES).probs
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    torch.manual_seed(1)
+    return save_pretrained(trained(), tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def folder(saved, tmp_path):
+    return shutil.copytree(saved, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("method", "prior"),
+    [("calm-em", "relu"), ("calm-ml", "exp"), ("calm-em", "softplus"), ("cam", "softplus")],
+)
+def test_a_model_is_the_same_after_loading(tmp_path, method, prior):
+    model = trained(
+        method,
+        prior_activation=prior,
+        prior_denominator="constant",
+        preprocessing=Preprocessing((32, 48), std=(1, 2, 3)),
+    )
+    model.training_summary = {"epochs": 2, "accuracy": 0.5}
+    assert model.save_pretrained(tmp_path / "deep" / "model") == tmp_path / "deep" / "model"
+    again = load(tmp_path / "deep" / "model")
+    for what in ("config", "class_names", "preprocessing", "training_summary"):
+        assert getattr(again, what) == getattr(model, what)
+    assert not any(part.training for part in again.modules())
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"),
+    [("test_vit", {}), ("timm/resnet10t", {"output_stride": 8}), ("vgg16", {"use_bn": False})],
+)
+def test_a_backbone_with_options_comes_back_by_its_name(tmp_path, backbone, options):
+    model = create_model(backbone, 3, **options).eval()
+    again = load(save_pretrained(model, tmp_path / "model"))
+    assert again.config == model.config
+    assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_the_dtype_is_kept(tmp_path, dtype):
+    model = trained().to(dtype)
+    again = load(save_pretrained(model, tmp_path / "model"))
+    assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype, torch.int64}
+    assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_the_users_own_backbone_must_be_given_again_and_stays_tied(tmp_path):
+    model = trained(backbone=Tied())
+    folder = save_pretrained(model, tmp_path / "model")
+    again = load(folder, backbone=Tied())
+    assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
+    assert again.backbone.second.weight is again.backbone.first.weight
+    with pytest.raises(CalmError, match=r"user's own backbone.*backbone="):
+        load(folder)
+
+
+def test_a_superfluous_backbone_is_refused(folder):
+    with pytest.raises(CalmError, match="has the backbone 'small_resnet': leave backbone= out"):
+        load(folder, backbone=Tied())
+
+
+def test_loading_and_saving_leave_random_state_and_mode_as_they_were(folder, tmp_path):
+    model = trained().train()
+    state = torch.get_rng_state()
+    save_pretrained(model, tmp_path / "new")
+    load(folder)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert model.training
+
+
+def test_the_weights_go_where_they_are_asked_to(folder):
+    assert load(folder, map_location="meta").device.type == "meta"
+
+
+# Where a model is looked for
+
+
+def test_a_run_folder_gives_its_best_model_and_without_one_its_last(folder, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / "last")
+    assert load(run).training_summary == {}
+    best = load(folder)
+    best.training_summary = {"which": "best"}
+    save_pretrained(best, run / "best")
+    assert load(str(run)).training_summary == {"which": "best"}
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda path: path.mkdir(), "holds no saved model: there is no calm.json"),
+        (lambda path: path.write_text(""), "is a file, but a saved model is a folder.*load_released"),
+        (lambda path: None, "no saved model at .*: no such folder, and no hub id"),
+    ],
+)
+def test_what_is_no_saved_model_is_explained(tmp_path, make, message):
+    make(tmp_path / "thing")
+    with pytest.raises(CalmError, match=message):
+        load(tmp_path / "thing")
+
+
+def test_a_path_to_one_of_the_files_is_answered_with_its_folder(folder):
+    with pytest.raises(CalmError, match=f"load {re.escape(str(folder))}"):
+        load(folder / WEIGHTS)
+
+
+def test_a_released_checkpoint_is_answered_with_the_function_that_reads_it(tmp_path):
+    (tmp_path / "last_checkpoint.pth.tar").touch()
+    with pytest.raises(CalmError, match=r"calm\.load_released or calm convert"):
+        load(tmp_path)
+
+
+def test_a_mistyped_run_in_an_existing_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # calling it would be a TypeError
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(CalmError, match="no saved model at runs/cma: no such folder"):
+        load("runs/cma")
+
+
+# Files that are wrong
+
+
+def test_truncated_weights_are_named(folder):
+    content = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
+    with pytest.raises(CalmError, match=f"cannot read the weights .*{WEIGHTS}"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CARD, WEIGHTS])
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(CalmError, match=name):
+        load(folder)
+
+
+def test_weights_of_another_save_are_not_taken_for_this_ones(folder, tmp_path):
+    other = save_pretrained(trained(), tmp_path / "other")
+    shutil.copy(other / WEIGHTS, folder / WEIGHTS)
+    with pytest.raises(CalmError, match=f"is not the file that {CARD} describes"):
+        load(folder)
+
+
+def test_keys_that_do_not_fit_are_counted_and_named(folder, monkeypatch):
+    state = safetensors.torch.load_file(folder / WEIGHTS)
+    state["extra"] = state.pop("head.attention.bias")
+    state["head.conv_last.bias"] = torch.zeros(4)
+    state["head.attention.weight"] = state["head.attention.weight"].int()
+    safetensors.torch.save_file(state, folder / WEIGHTS)
+    monkeypatch.setattr(
+        "calm.checkpoint._sha256", lambda _: json.loads((folder / CARD).read_text())["weights_sha256"]
+    )
+    with pytest.raises(
+        CalmError,
+        match=r"1 missing: head\.attention\.bias; 1 unexpected: extra; 2 of another kind: .*"
+        r"head\.conv_last\.bias \(float \(4,\), should be float \(3,\)\)",
+    ):
+        load(folder)
+
+
+def test_weights_that_are_a_pickle_are_not_unpickled(folder, tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "marker"), "w"))
+
+    torch.save({"x": Attack()}, folder / WEIGHTS)
+    with pytest.raises(CalmError, match="cannot read the weights"):
+        load(folder)
+    assert not (tmp_path / "marker").exists()
+
+
+# Saving: all or nothing
+
+
+def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr("calm.card.write_json", full)
+    with pytest.raises(OSError, match="no space"):
+        save_pretrained(trained(), tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_save_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    model = trained()
+    model.training_summary = {"not json": object()}
+    with pytest.raises(CalmError, match="training summary"):
+        save_pretrained(model, folder)
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [file.name for file in folder.parent.iterdir()] == [folder.name]
+
+
+def test_saving_again_replaces_the_model_and_keeps_other_files(folder):
+    (folder / "README.md").write_text("mine")
+    model = trained("cam")
+    save_pretrained(model, folder)
+    assert_close(probabilities(load(folder)), probabilities(model), rtol=0, atol=0)
+    assert sorted(file.name for file in folder.iterdir()) == ["README.md", CARD, WEIGHTS]
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "model").write_text("mine")
+    with pytest.raises(CalmError, match="a file of that name exists"):
+        save_pretrained(trained(), tmp_path / "model")
+
+
+# The hub
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A local cache of the hub, and no network."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_hub_id_is_read_from_the_cache_of_the_hub(hub, saved):
+    cached = hub / "models--owner--birds"
+    shutil.copytree(saved, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    assert_close(load("owner/birds").state_dict(), load(saved).state_dict())
+
+
+def test_a_hub_that_cannot_be_reached_is_an_error_that_says_so(hub):
+    with pytest.raises(CalmError, match=r"no saved model at owner/none: .*Hub"):
+        load("owner/none")
+
+
+def test_pushing_uploads_the_two_files(monkeypatch):
+    calls = {}
+
+    class Hub:
+        def __init__(self, token):
+            calls["token"] = token
+
+        def create_repo(self, repo_id, *, private, exist_ok):
+            calls["repo"] = (repo_id, private, exist_ok)
+
+        def upload_folder(self, *, repo_id, folder_path, commit_message):
+            calls["files"] = sorted(file.name for file in folder_path.iterdir())
+            calls["model"] = load(folder_path)
+            return SimpleNamespace(commit_url="https://hub/commit/1")
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    model = trained()
+    assert push_to_hub(model, "owner/birds", private=True, token="secret") == "https://hub/commit/1"
+    assert calls["repo"] == ("owner/birds", True, True)
+    assert (calls["token"], calls["files"]) == ("secret", [CARD, WEIGHTS])
+    assert_close(calls["model"].state_dict(), model.state_dict())
+
+
+def test_a_refused_push_is_an_error_that_says_so(hub):
+    with pytest.raises(CalmError, match="cannot upload to 'owner/birds'"):
+        push_to_hub(trained(), "owner/birds")
