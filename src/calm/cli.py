@@ -194,3 +194,7 @@ def _help(under: str = "") -> str:
             *rows,
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

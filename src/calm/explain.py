@@ -82,7 +82,7 @@ def attribute_files(
     suffixes = _suffixes(question, grid)
     _refuse_overwriting(inputs, out, suffixes)
     console = Console()
-    failed = [{"file": name, "error": "no such file, or no image in it"} for name in missing]
+    failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     done: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         readable: list[tuple[ImageInput, Picture]] = []
@@ -95,7 +95,7 @@ def attribute_files(
             continue
         answers = explain(loaded, [picture for _, picture in readable], question)
         for (entry, picture), answer in zip(readable, answers, strict=True):
-            files = _write(out / entry.name, picture, answer, question, suffixes)
+            files = _write(out, entry.name, picture, answer, question, suffixes)
             done.append(summary(entry.path, answer, question, loaded.class_names) | {"files": files})
             print_summary(console, entry.path, answer, question, loaded.class_names)
     results = out / "results.json"
@@ -109,9 +109,9 @@ def attribute_files(
             "failed": failed,
         },
     )
-    console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
+    console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False, soft_wrap=True)
     if failed:
-        listed = "\n".join(f"  {failure['file']}: {failure['error']}" for failure in failed)
+        listed = "\n".join(f"  {failure['error']}" for failure in failed)
         raise CalmError(
             f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{listed}"
         )
@@ -152,17 +152,14 @@ def _refuse_overwriting(inputs: Sequence[ImageInput], out: Path, suffixes: dict[
 
 
 def _write(
-    base: Path, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
+    out: Path, name: str, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
 ) -> dict[str, str]:
-    """Write the files of one image; what each is, and where."""
+    """Write the files of one image; what each is, and its path in ``out``."""
     arrays = {"map": answer.values, "grid": answer.grid}
-    names = {}
     for what, suffix in suffixes.items():
-        file = base.with_name(base.name + suffix)
-        with atomic_path(file) as temporary:
+        with atomic_path(out / (name + suffix)) as temporary:
             if what == "overlay":
                 Image.fromarray(draw(picture, answer, question)).save(temporary)
             else:
                 np.save(temporary, arrays[what].numpy().astype(np.float32))
-        names[what] = str(file)
-    return names
+    return {what: name + suffix for what, suffix in suffixes.items()}

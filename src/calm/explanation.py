@@ -12,6 +12,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calm.baselines import BASELINES, attribute, canonical_method
+from calm.baselines.score import left_as_found
 from calm.errors import CalmError
 from calm.maps import MAP_KINDS
 from calm.model import CalmModel
@@ -90,10 +91,9 @@ def ask(
     if kind is not None and method is not None:
         raise CalmError(f"kind {kind!r} and method {method!r} are both given: choose one")
     members = tuple(class_index(model, name) for name in superclass.split(",")) if superclass else ()
-    chosen = method or kind
-    if chosen is None and members:
-        chosen = model.map_kind() + "-superclass"
-    name = canonical_method(chosen) if method is not None else model.map_kind(chosen)
+    if kind is None and members:
+        kind = model.map_kind() + "-superclass"
+    name = model.map_kind(kind) if method is None else canonical_method(method)
     if name not in BASELINES:
         name = model.map_kind(name)
     if ("superclass" in name) != bool(members):
@@ -113,22 +113,31 @@ def ask(
 
 
 def class_index(model: CalmModel, text: str) -> int:
-    """The class of a name (whatever its case) or an index.
+    """The class of a name or an index.
+
+    Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted
+    bunting" is "016.Painted_Bunting".
 
     Raises:
         CalmError: no such class; the message has the closest names.
     """
-    names = [name.casefold() for name in model.class_names]
-    wanted = text.strip().casefold()
-    if wanted in names:
-        return names.index(wanted)
+    wanted = _plain(text)
+    names = [_plain(name) for name in model.class_names]
+    short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
+    for spelled in (names, short):
+        if spelled.count(wanted) == 1:
+            return spelled.index(wanted)
     if wanted.isdecimal() and int(wanted) < len(names):
         return int(wanted)
-    close = [model.class_names[names.index(n)] for n in get_close_matches(wanted, names, n=3, cutoff=0.4)]
+    close = [model.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
     hint = f"; close are {', '.join(map(repr, close))}" if close else ""
     raise CalmError(
         f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}"
     )
+
+
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace(" ", "_")
 
 
 def explain(
@@ -140,27 +149,24 @@ def explain(
         CalmError: the method does not fit the model (`calm.maps`).
     """
     images = model.preprocess(list(pictures))
-    training = model.training
-    try:
-        model.eval()
-        with torch.no_grad():
-            output = model(images)
-            probs = output.probs
-            best = probs.topk(min(top, probs.shape[1])).indices
-            first = best[:, :1] if question.target is None else torch.full_like(best[:, :1], question.target)
-            second = [] if question.versus is None else [torch.full_like(first, question.versus)]
-            classes = torch.cat([first, *second, best], dim=1)
-            if question.method in BASELINES:
-                classes = classes[:, : 1 + len(second)]
-                maps = torch.stack(
-                    [attribute(model, images, column, question.method) for column in classes.unbind(1)], dim=1
-                )
-            else:
-                members = question.superclass
-                groups = {int(c): members for c in classes.unique()} if members else None
-                maps = output.attribute(classes, question.method, superclass=groups)
-    finally:
-        model.train(training)
+    with left_as_found(model), torch.no_grad():
+        output = model(images)
+        probs = output.probs
+        best = probs.topk(min(top, probs.shape[1])).indices
+        first = best[:, :1] if question.target is None else torch.full_like(best[:, :1], question.target)
+        second = [] if question.versus is None else [torch.full_like(first, question.versus)]
+        asked = torch.cat([first, *second], dim=1)
+        if question.method in BASELINES:
+            classes = asked
+            columns = [attribute(model, images, column, question.method) for column in asked.unbind(1)]
+            maps = torch.stack(columns, dim=1)
+        elif question.superclass:
+            classes = asked
+            groups = {int(c): question.superclass for c in asked.flatten().tolist()}
+            maps = output.attribute(asked, question.method, superclass=groups)
+        else:
+            classes = torch.cat([asked, best], dim=1)  # the places of the best classes cost no pass
+            maps = output.attribute(classes, question.method)
     maps, classes, best, probs = maps.cpu(), classes.cpu(), best.cpu(), probs.cpu()
     return [
         _answer(picture, probs[i], best[i], classes[i], maps[i], question)

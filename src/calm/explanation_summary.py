@@ -45,21 +45,14 @@ def print_summary(
 ) -> None:
     """The most probable classes and the target, with where the map of each points."""
     mass = f"share of {UNITS.get(question.method, 'the map')} there"
-    table = Table(
-        title=escape(str(source)), title_justify="left", title_style="bold", box=None, pad_edge=False
-    )
-    for heading, side in (
-        ("", "left"),
-        ("class", "left"),
-        ("p(y|x)", "right"),
-        ("where (x, y)", "left"),
-        (mass, "right"),
-    ):
-        table.add_column(heading, justify="left" if side == "left" else "right", header_style="dim")
-    shown = list(answer.top) + [c for c in (answer.target, question.versus) if c not in (None, *answer.top)]
-    for c in shown:
+    console.print(str(source), style="bold", markup=False, highlight=False, soft_wrap=True)
+    table = Table(box=None, pad_edge=False)
+    for heading in ("", "class", "p(y|x)", "where (x, y)", mass):
+        right = heading in ("p(y|x)", mass)
+        table.add_column(heading, justify="right" if right else "left", header_style="dim")
+    marks = {answer.target: "→"} if question.versus is None else {answer.target: "→", question.versus: "≠"}
+    for c in dict.fromkeys([*answer.top, *marks]):
         place = answer.places.get(c) if question.versus is None else None
-        marks = {answer.target: "→", question.versus: "≠"}
         table.add_row(
             marks.get(c, ""),
             escape(names[c]),
@@ -72,7 +65,7 @@ def print_summary(
     if question.versus is not None:
         place = answer.places[answer.target]
         text = f"{names[answer.target]} against {names[question.versus]}: {place}, {place.share:.0%} of the difference"
-        console.print(text, markup=False, highlight=False)
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     console.print()
 
 
