@@ -44,7 +44,8 @@ def slow_regions(xy, visible, image_size, size):
     height, width = size
     candidates = []
     for group, parts in (
-        (0, [2, 5, 6, 7, 10, 11, 15]), (1, [1]), (2, [3]), (3, [4]), (4, [14]), (5, [8]), (5, [12]), (6, [9]), (6, [13]),
+        (0, [2, 5, 6, 7, 10, 11, 15]), (1, [1]), (2, [3]), (3, [4]), (4, [14]),
+        (5, [8]), (5, [12]), (6, [9]), (6, [13]),
     ):  # fmt: skip
         seen = [xy[p - 1] for p in parts if visible[p - 1]]
         if seen:
@@ -96,7 +97,12 @@ def test_the_first_group_wins_a_tie_and_pixels_outside_belong_to_none():
 
 
 def test_an_attribute_votes_by_the_words_in_its_name():
-    names = ["has_throat_color::red", "has_size::small", "has_shape::long-legged-like", "has_upper_tail_color::red"]
+    names = [
+        "has_throat_color::red",
+        "has_size::small",
+        "has_shape::long-legged-like",
+        "has_upper_tail_color::red",
+    ]
     groups = [[GROUPS[i] for i in row.nonzero().flatten()] for row in group_votes(names)]
     assert groups == [["head"], [], ["leg"], ["tail"]]
     assert tuple(group.name for group in CUB_GROUPS) == GROUPS
@@ -130,7 +136,10 @@ def test_pairs_of_birds_differ_in_the_groups_in_which_they_were_made_to_differ(b
 def test_a_visible_point_of_a_bird_lies_in_its_own_region_and_inside_the_bird(birds):
     points = read_part_points(birds)
     masks = torch.stack(
-        [read_segmentation((birds / "segmentations" / name).with_suffix(".png"), (48, 48)) for name in points.ids]
+        [
+            read_segmentation((birds / "segmentations" / name).with_suffix(".png"), (48, 48))
+            for name in points.ids
+        ]
     )
     regions = part_regions(points, torch.full((len(points.ids), 2), 48), size=(48, 48), inside=masks)
     assert ((regions >= 0) == masks).all()

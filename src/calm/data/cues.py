@@ -230,7 +230,7 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
         (place / "attributes.txt" for place in places if (place / "attributes.txt").is_file()),
         places[0] / "attributes.txt",
     )
-    names = []
+    names: list[str] = []
     for line, text in numbered(path):
         number, _, name = text.partition(" ")
         if number != str(len(names) + 1) or not name:
@@ -266,7 +266,7 @@ def read_part_points(root: Path) -> PartPoints:
         CalmError: a file that is missing, a malformed line, an image or part number that is not listed.
     """
     places: dict[str, int] = {}
-    ids = []
+    ids: list[str] = []
     for _, text in numbered(root / "images.txt"):
         number, _, name = text.partition(" ")
         places[number] = len(ids)

@@ -1,0 +1,118 @@
+"""Why this species and not that one: difference maps of pairs that differ in one part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from calm.data.cues import CUB_GROUPS, PROTOCOL_SIZE, CuePair, group_mask
+from calm.model import CalmModel
+from calm.render import Picture, draw_contour, draw_point, overlay
+from calm.report.evidence import SIDE, enlarged
+from calm.report.html import Html, Part, join, tag
+from calm.report.page import Section
+from calm.report.pictures import Shot, colour_bar, strip
+from calm.report.study import Study
+from calm.resample import resize_maps
+
+__all__ = ["differences_section"]
+
+SHOWN = 4
+
+
+def differences_section(study: Study, plate: list[Picture]) -> Section:
+    """Some pairs, of as many different parts as possible; of both species a test image with both models' maps."""
+    cards = [_card(study, plate, number) for number in _chosen(study)]
+    body = join(
+        tag(
+            "p",
+            "Two species that differ in exactly one part, so that where a model should look is known. The white line"
+            " is that part in the test image: the pixels of the bird that are nearest to its points. A map is the map"
+            " of the first species minus the map of the second; red speaks for the first, blue for the second. The"
+            " ring is at the largest difference. On the left both species in one pose. The images are the first of"
+            " their species in which the part is about as large as usual; no map was looked at to choose them.",
+        ),
+        colour_bar("second species", "first species", "signed", "0"),
+        *cards,
+    )
+    return Section("Why this species and not that one?", body, "Differences")
+
+
+def _chosen(study: Study) -> list[int]:
+    """Pairs to show: each part once, then again, in the order of the pairs."""
+    seen: dict[tuple[int, ...], int] = {}
+    turns = []
+    for number, pair in enumerate(study.task.pairs):
+        turn = seen.get(pair.groups, 0)
+        seen[pair.groups] = turn + 1
+        turns.append((turn, number))
+    return sorted(number for _, number in sorted(turns)[:SHOWN])
+
+
+def _card(study: Study, plate: list[Picture], number: int) -> Html:
+    pair = study.task.pairs[number]
+    one, other = study.names[pair.first], study.names[pair.second]
+    part = CUB_GROUPS[pair.groups[0]].name
+    rows: list[Shot] = []
+    for label in (pair.first, pair.second):
+        name = study.names[label]
+        rows.append(Shot(plate[label], f"{name}, drawn", name, "drawn in the same pose"))
+        image = _typical(study, number, label)
+        if image is not None:
+            rows += _maps(study, image, pair)
+    return tag(
+        "article",
+        tag("h3", f"{one} or {other}? ", tag("span", f"only the {part} differs", class_="plain")),
+        strip(rows, columns=4, narrow=2),
+        class_="card pair",
+    )
+
+
+def _typical(study: Study, number: int, label: int) -> int | None:
+    """The first image of the class whose part is at least as large as in half of the class's images."""
+    task = study.task
+    samples = [
+        s
+        for s in (task.pair == number).nonzero().flatten().tolist()
+        if int(study.labels[task.image[s]]) == label
+    ]
+    if not samples:
+        return None
+    areas = task.truth(torch.tensor(samples)).flatten(1).sum(dim=1)
+    first = int((areas >= areas.median()).nonzero()[0])
+    return int(task.image[samples[first]])
+
+
+def _maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
+    picture = study.picture(image)
+    truth = group_mask(study.task.regions[image], pair.groups)
+    names = f"{study.names[pair.first]} and {study.names[pair.second]}"
+    label = int(study.labels[image])
+    shots = [Shot(_outlined(enlarged(picture), truth), f"test image with the {names} part outlined", "test image",
+                  f"a {study.names[label]}")]  # fmt: skip
+    for name, model, probs in (("CALM", study.calm, study.calm_probs), ("CAM", study.cam, study.cam_probs)):
+        values = _signed(model, study.images(torch.tensor([image])), pair)
+        peak = int(resize_maps(values.abs(), PROTOCOL_SIZE).argmax())
+        y, x = divmod(peak, PROTOCOL_SIZE[1])
+        hit = bool(truth[y, x])
+        drawn = _outlined(overlay(picture, values, colormap="signed", size=(SIDE, SIDE)), truth)
+        scale = SIDE / PROTOCOL_SIZE[0]
+        drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale)
+        says: Part = f"says {study.names[int(probs[image].argmax())]}, {float(probs[image].max()):.2f}"
+        verdict = tag("span", "in the part" if hit else "elsewhere", class_="good" if hit else "bad")
+        shots.append(
+            Shot(drawn, f"{name}: difference of the maps of {names}", join(f"{name}: ", verdict), says)
+        )
+    return shots
+
+
+@torch.no_grad()
+def _signed(model: CalmModel, images: Tensor, pair: CuePair) -> Tensor:
+    """Map of the first class minus map of the second, on the grid, (h, w)."""
+    maps = model(images).attribute(torch.tensor([[pair.first, pair.second]]), model.map_kind())[0]
+    signed: Tensor = (maps[0] - maps[1]).float()
+    return signed
+
+
+def _outlined(picture: Picture, truth: Tensor) -> Picture:
+    return draw_contour(picture, truth.float(), 0.5)

@@ -1,0 +1,162 @@
+"""The figures: how well the models classify, and how often they point at the part that tells species apart."""
+
+# ruff: noqa: RUF001 -- typographic signs in prose
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from calm.data.cues import CUB_GROUPS
+from calm.report.html import Html, join, tag
+from calm.report.page import Section
+from calm.report.pointing import Pointing, chance, interval
+from calm.report.runs import Run
+from calm.report.study import Study
+from calm.report.tables import Column, Row, figures_table, percent
+
+__all__ = ["classification_table", "headline", "results_section"]
+
+
+def classification_table(runs: Sequence[Run]) -> Html:
+    """Test figures of the best weights of some runs, as their result.json has them."""
+    columns = [
+        Column("accuracy", "%", "higher"),
+        Column("nll", ".3f", "lower"),
+        Column("calibration error", ".3f", "lower"),
+        Column("images/s in training", ".0f", "higher"),
+        Column("seconds of training", ".0f", "lower"),
+    ]
+    rows = [
+        Row(
+            run.label,
+            [
+                run.test["accuracy"],
+                run.test["nll"],
+                run.test["ece"],
+                run.result["images_per_second"],
+                run.result["seconds"],
+            ],
+        )
+        for run in runs
+    ]
+    return figures_table(columns, rows, corner="model", caption="Classification of the test images")
+
+
+def results_section(study: Study) -> Section:
+    """All tables, and what their figures mean."""
+    total, bird = chance(study.task)
+    body = join(
+        classification_table([study.calm_run, study.cam_run]),
+        _notes(
+            ("Accuracy", "share of test images whose most probable species is the right one."),
+            (
+                "nll",
+                "negative log-likelihood: −log p of the right species, averaged, in nats. It punishes confident"
+                " mistakes; 0 is perfect,"
+                f" guessing gives {torch.tensor(len(study.names)).log():.2f}.",
+            ),
+            (
+                "Calibration error",
+                "how far stated probabilities are from how often they come true (15 bins, 0 is perfect). If a model"
+                " says 0.9 ten times, nine of these should be right.",
+            ),
+        ),
+        _pointing_table(study, total, bird),
+        _notes(
+            (
+                "Peak in the part",
+                f"share of the {len(study.task.image)} difference maps (a test image, and a pair of species that"
+                " differ in one part, one of which it shows) whose highest value lies in that part.",
+            ),
+            (
+                "Map in the part",
+                "how much of the map lies there. CALM’s maps are used as the probabilities they are; the others are"
+                " first scaled to their own range, as in the paper’s protocol.",
+            ),
+            (
+                "By chance",
+                "what a random pixel of the picture would score, and a random pixel of the bird: a map that finds"
+                " the bird, but not the part, scores like the latter.",
+            ),
+            (
+                "Intervals",
+                "95 percent, by drawing the images anew 1,000 times. They do not include what another seed of the"
+                " training would change.",
+            ),
+        ),
+        _pairs_table(study, bird),
+        tag(
+            "p",
+            f"A check: over all test images and species, the sum of CALM’s joint map and its p(y | x) differ by at most"
+            f" {study.sum_error:.1e}. The map is the prediction, taken apart by place.",
+        ),
+    )
+    return Section("In numbers", body, "Numbers")
+
+
+def _pointing_table(study: Study, total: Pointing, bird: Pointing) -> Html:
+    rows = [
+        Row(
+            _METHODS.get(name, name),
+            [_mean(pointing.hit), _mean(pointing.mass)],
+            [interval(pointing.hit, study.task.image), interval(pointing.mass, study.task.image)],
+        )
+        for name, pointing in study.pointing.items()
+    ]
+    rows += [
+        Row(name, [_mean(level.hit), _mean(level.mass)], competes=False)
+        for name, level in (("by chance, in the bird", bird), ("by chance, in the picture", total))
+    ]
+    columns = [Column("peak in the part", "%", "higher"), Column("map in the part", "%", "higher")]
+    caption = "Difference maps of species that differ in one part"
+    return figures_table(columns, rows, corner="method", caption=caption)
+
+
+def _pairs_table(study: Study, bird: Pointing) -> Html:
+    """Peak in the part by pair."""
+    methods = list(study.pointing)
+    columns = [
+        Column("part"),
+        Column("maps"),
+        *[Column(_METHODS.get(name, name), "%") for name in methods],
+        Column("chance, in the bird", "%"),
+    ]
+    rows = []
+    for number, pair in enumerate(study.task.pairs):
+        own = study.task.pair == number
+        if own.any():
+            name = f"{study.names[pair.first]} / {study.names[pair.second]}"
+            hits = [_mean(level.hit[own]) for level in (*study.pointing.values(), bird)]
+            rows.append(Row(name, [CUB_GROUPS[pair.groups[0]].name, str(int(own.sum())), *hits]))
+    table = figures_table(columns, rows, corner="pair", caption="Peak in the part, pair by pair")
+    return tag("details", tag("summary", "Pair by pair"), table)
+
+
+_METHODS = {"Gradient": "plain gradient of CAM"}
+
+
+def _notes(*entries: tuple[str, str]) -> Html:
+    return tag(
+        "dl", *[tag("div", tag("dt", term), tag("dd", text)) for term, text in entries], class_="notes"
+    )
+
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean())
+
+
+def headline(study: Study) -> Html:
+    """The result in a sentence."""
+    calm, cam = (_mean(study.pointing[run.label].hit) for run in (study.calm_run, study.cam_run))
+    _, bird = chance(study.task)
+    return join(
+        f"{study.calm_run.label} tells {len(study.names)} species apart with ",
+        tag("b", percent(study.calm_run.test["accuracy"])),
+        f" accuracy (CAM {percent(study.cam_run.test['accuracy'])}). Asked why it is one species and not another that"
+        " differs in a single part, its map peaks in that very part in ",
+        tag("b", percent(calm)),
+        f" of {len(study.task.image)} cases (CAM {percent(cam)};"
+        f" a random pixel of the bird {percent(_mean(bird.hit))}).",
+    )
