@@ -9,8 +9,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
 
+from calm.command_line import Formatter
 from calm.errors import CalmError, unknown
 from calm.train.config import TrainConfig
 
@@ -27,10 +28,6 @@ examples:
 """
 
 
-class _Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of the examples."""
-
-
 def preset_names() -> list[str]:
     """Names for ``--preset``: the YAML files of ``calm/presets``."""
     names = (path.name for path in files("calm").joinpath("presets").iterdir())
@@ -44,7 +41,7 @@ def build_parser() -> ArgumentParser:
         prog="calm train",
         description="Train CALM or CAM on images in any layout that `calm data check` reads.",
         epilog=EXAMPLES,
-        formatter_class=_Formatter,
+        formatter_class=Formatter,
         exit_on_error=False,
     )
     presets = ", ".join(preset_names())

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from calm.data.augmentation import Augmentation
+from calm.errors import CalmError, unknown
 from calm.latent import PriorActivation, PriorDenominator
+from calm.train.optim import is_new
+from calm.train.schedule import temperature_schedule
 
 __all__ = [
     "DataOptions",
@@ -28,6 +31,26 @@ __all__ = [
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
 Grouping: TypeAlias = Literal["head", "released"]
+
+
+def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
+    """Check the choices and the ranges (both ends allowed) of a group of options.
+
+    Raises:
+        CalmError: naming the field as its flag, the value, and what is allowed.
+    """
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise unknown(group + name, value, get_args(kind))
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            limits = f"{low:g} to {high:g}" if high < INF else f"{low:g} and more"
+            raise CalmError(f"{group}{name} is {value}: allowed are {limits}")
+
+
+INF = float("inf")
 
 
 @dataclass(frozen=True)
@@ -55,6 +78,9 @@ class DataOptions:
     cache: bool = False
     skip_bad: bool = False
 
+    def __post_init__(self) -> None:
+        _check(self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024))
+
 
 @dataclass(frozen=True)
 class ModelOptions:
@@ -79,6 +105,9 @@ class ModelOptions:
     prior_denominator: PriorDenominator = "differentiated"
     init_from: str | None = None
 
+    def __post_init__(self) -> None:
+        _check(self, "model.", output_stride=(1, 64))
+
 
 @dataclass(frozen=True)
 class LossOptions:
@@ -94,6 +123,10 @@ class LossOptions:
     posterior: Literal["current", "ema"] = "current"
     teacher_decay: float = 0.999
     temperature: float | str = 1.0
+
+    def __post_init__(self) -> None:
+        _check(self, "loss.", teacher_decay=(0, 1))
+        temperature_schedule(self.temperature, steps=1)
 
 
 @dataclass(frozen=True)
@@ -140,6 +173,23 @@ class OptimOptions:
     clip_norm: float = 0.0
     ema_decay: float = 0.0
 
+    def __post_init__(self) -> None:
+        _check(
+            self,
+            "optim.",
+            momentum=(0, 1),
+            weight_decay=(0, INF),
+            head_ratio=(0, INF),
+            step_epochs=(1, INF),
+            step_factor=(0, 1),
+            warmup_epochs=(0, INF),
+            accumulate=(1, INF),
+            clip_norm=(0, INF),
+            ema_decay=(0, 1),
+        )
+        if self.name == "sgd" and self.nesterov and not self.momentum:
+            raise CalmError("optim.nesterov needs optim.momentum above 0: set one of them")
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -153,6 +203,8 @@ class Hardware:
         precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``. Probabilities are computed in float32 in any case.
         channels_last: store images and features with the channels last, often faster for convolutions.
         compile: compile the backbone with ``torch.compile``.
+        deterministic: on GPUs choose algorithms that give the same weights every time (often slower); an operation
+            that has none is an error. The CPU needs no choice.
     """
 
     accelerator: str = "auto"
@@ -162,6 +214,12 @@ class Hardware:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     channels_last: bool = False
     compile: bool = False
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _check(self, "hardware.", nodes=(1, INF))
+        if self.devices != "auto" and self.devices < 1:
+            raise CalmError(f"hardware.devices is {self.devices}: give 1 or more, or auto")
 
 
 @dataclass(frozen=True)
@@ -175,6 +233,9 @@ class LogOptions:
 
     every_n_steps: int = 20
     panel_images: int = 8
+
+    def __post_init__(self) -> None:
+        _check(self, "log.", every_n_steps=(1, INF), panel_images=(0, 64))
 
 
 @dataclass(frozen=True)
@@ -208,3 +269,15 @@ class TrainConfig:
     optim: OptimOptions = field(default_factory=OptimOptions)
     hardware: Hardware = field(default_factory=Hardware)
     log: LogOptions = field(default_factory=LogOptions)
+
+    def __post_init__(self) -> None:
+        _check(self, "", epochs=(1, INF), batch_size=(1, INF), lr=(0, INF), seed=(0, 2**63 - 1))
+        if self.method != "calm-em" and self.loss != LossOptions():
+            raise CalmError(
+                f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s"
+            )
+        if self.optim.warmup_epochs >= self.epochs:
+            raise CalmError(
+                f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs"
+            )
+        is_new("head.", self.backbone, self.optim.grouping)

@@ -87,7 +87,14 @@ class TrainingModule(pl.LightningModule):
         return build_optimizer(self.model, self.config.backbone, self.config.lr, self.config.optim)
 
     def on_fit_start(self) -> None:
-        """Bring the averages to the device, which Lightning does not know of."""
+        """Bring the averages to the device: Lightning does not know of them."""
+        self._move_averages()
+
+    def on_test_start(self) -> None:
+        """The same."""
+        self._move_averages()
+
+    def _move_averages(self) -> None:
         for average in self.averages.values():
             average.model.to(self.device)
 
@@ -157,9 +164,16 @@ class TrainingModule(pl.LightningModule):
 
     def on_validation_start(self) -> None:
         """Look at the epoch that was just trained before anything is measured or saved."""
-        if self.trainer.training or self.trainer.validating:
-            self._stop_if_bad()
-            check_weights(self.model, self.moment)
+        self._stop_if_bad()
+        check_weights(self.model, self.moment)
+        if self.trainer.world_size > 1:
+            self._agree_on_buffers()
+
+    def _agree_on_buffers(self) -> None:
+        """Give all processes the buffers (BatchNorm's statistics) of the first, whose model is the one saved."""
+        for model in (self.model, *(average.model for average in self.averages.values())):
+            for buffer in model.buffers():
+                torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor, Tensor], batch_idx: int) -> None:
         """Measure a batch."""

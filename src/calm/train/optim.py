@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from calm.errors import CalmError
-from calm.train.config import Grouping, OptimOptions
+
+if TYPE_CHECKING:
+    from calm.train.config import Grouping, OptimOptions
 
 __all__ = ["build_optimizer", "is_new", "parameter_groups"]
 

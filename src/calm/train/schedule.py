@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 from calm.errors import CalmError, unknown
-from calm.train.config import OptimOptions
+
+if TYPE_CHECKING:
+    from calm.train.config import OptimOptions
 
 __all__ = ["Run", "learning_rate_factor", "temperature_schedule"]
 
