@@ -53,7 +53,7 @@ COMMANDS: dict[str, Command] = {
     "demo": Command(
         "calm.demo:demo",
         "make birds, train CAM and CALM on them, and write a report to look at",
-        "  calm demo\n",
+        "  calm demo\n  calm demo --out quick --species 6 --images_per_species 60 --epochs 6\n",
     ),
     "train": Command(
         "calm.train.command:main",
@@ -71,7 +71,8 @@ COMMANDS: dict[str, Command] = {
     "convert": Command(
         "calm.released:convert",
         "turn a checkpoint of the released CALM code into a model of this package",
-        "  calm convert last_checkpoint.pth.tar --method calm-em --out cub-resnet50\n",
+        "  calm convert last_checkpoint.pth.tar --method calm-em --large_feature_map --out cub-resnet50\n"
+        "  calm convert vgg/ --method cam --large_feature_map=false --use_bn=false --out cub-vgg16\n",
         finish=_print,
     ),
     "data birds": Command(

@@ -60,20 +60,22 @@ def build_parser(
         formatter_class=Formatter,
         exit_on_error=False,
     )
-    skip = set(fixed or {})
+    skip: set[str | int] = set(fixed or {})
     for name, kind in _required_lists(function).items():
         parser.add_argument(
             name, nargs="+", type=kind, help=_help_of(function, name), metavar=name[:-1].upper()
         )
         skip.add(name)
     parameters = inspect.signature(function).parameters
-    keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    keywords: set[str | int] = {
+        name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY
+    }
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip | keywords)
     parser.add_function_arguments(function, as_group=False, skip=skip | (parameters.keys() - keywords))
     for action in parser._actions:
         if action.dest in (words or {}):
             action.help = (words or {})[action.dest]
-        if action.dest in parameters and parameters[action.dest].annotation in (bool, "bool"):
+        if action.dest in parameters and parameters[action.dest].annotation in (bool, "bool", "bool | None"):
             action.nargs, action.const, action.metavar = "?", True, "true|false"
     return parser
 
