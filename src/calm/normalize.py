@@ -6,12 +6,13 @@ A constant map says nothing about where, and a NaN or infinite one says nothing 
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calm.errors import unknown
 from calm.latent import widen
 
 __all__ = ["Normalization", "normalize"]
@@ -30,7 +31,12 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
 
     Returns:
         Maps in [0, 1], of the same shape; constant and non-finite maps are zeros.
+
+    Raises:
+        CalmError: an unknown normalisation.
     """
+    if how not in get_args(Normalization):
+        raise unknown("normalisation", how, get_args(Normalization))
     values = widen(maps)
     low = values.amin(dim=(-2, -1), keepdim=True)
     high = values.amax(dim=(-2, -1), keepdim=True)
