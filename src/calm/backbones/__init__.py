@@ -12,7 +12,7 @@ from torch import nn
 from calm.backbones.custom import adapt_backbone
 from calm.backbones.inception import InceptionV3
 from calm.backbones.resnet import ResNet50
-from calm.backbones.small import SmallResNet
+from calm.backbones.small import SmallResNet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name
 from calm.backbones.vgg import VGG16
 from calm.errors import CalmError
@@ -24,6 +24,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG16,
     "inception_v3": InceptionV3,
     "small_resnet": SmallResNet,
+    "tiny_resnet": tiny_resnet,
 }
 """Our own backbones; every other name is a timm model's. Each has the options of its constructor."""
 
@@ -40,7 +41,7 @@ def build_backbone(
 
     Args:
         name: a key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it.
-        pretrained: start from ImageNet weights, cached or downloaded (not for ``small_resnet``).
+        pretrained: start from ImageNet weights, cached or downloaded (not for our small ones).
         large_feature_map: stride 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
         use_bn: BatchNorm where the layout makes it optional (``vgg16``, ``inception_v3``).
         output_stride: pixels per grid cell; None keeps the model's own (timm models).

@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-__all__ = ["SmallResNet"]
+__all__ = ["SmallResNet", "tiny_resnet"]
 
 
 class SmallResNet(nn.Module):
@@ -53,6 +53,11 @@ class SmallResNet(nn.Module):
         """Features of the last stage, after its ReLU."""
         features: Tensor = self.stages(self.stem(images))
         return features
+
+
+def tiny_resnet() -> SmallResNet:
+    """0.3 million parameters, stride 8, for demonstrations: about ten times as fast as the default `SmallResNet`."""
+    return SmallResNet(widths=(16, 32, 64, 128), strides=(1, 2, 2, 1), depth=1, stem_stride=2)
 
 
 def _block(inputs: int, width: int, stride: int) -> BasicBlock:
