@@ -6,7 +6,8 @@ single picture.
 """
 
 from calm.data.birds.drawing import Drawing, draw_bird
-from calm.data.birds.layout import BirdsConfig, BirdsSummary, write_birds
+from calm.data.birds.layout import BirdsSummary, write_birds
+from calm.data.birds.plan import BirdsConfig
 from calm.data.birds.species import Species, choose_species
 
 __all__ = ["BirdsConfig", "BirdsSummary", "Drawing", "Species", "choose_species", "draw_bird", "write_birds"]

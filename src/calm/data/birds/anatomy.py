@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ from calm.data.birds.attributes import PARTS
 __all__ = ["CHEEK", "EYE", "HEAD_PIVOT", "HIP", "PART_ID", "SHOULDER", "TAIL_PIVOT", "Array", "Surface", "bill",
            "body", "crest", "eye", "head", "tail", "wing"]
 
-Array = NDArray[np.float32]
+Array = NDArray[np.floating[Any]]
 
 PART_ID = {part: index + 1 for index, part in enumerate(PARTS)}
 """Part name to its official number; 0 is "not bird"."""

@@ -13,25 +13,18 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from calm.data.birds.anatomy import PART_ID, TAIL_PIVOT, Array, Surface
+from calm.data.birds.anatomy import PART_ID, TAIL_PIVOT, Array
+from calm.data.birds.light import Light
 from calm.data.birds.plumage import bird_surfaces, rgb
 from calm.data.birds.pose import Leg, Pose, wing_points
 from calm.data.birds.species import Species
 
-__all__ = ["Light", "Painting", "paint_bird"]
+__all__ = ["Painting", "paint_bird"]
 
 _DENSITY_STEP = 1.15  # point grids are cached at powers of this many points per unit
+_TO_RIGHT = np.uint8(PART_ID["right wing"] - PART_ID["left wing"])
+_THIN = (PART_ID["tail"], PART_ID["left wing"], PART_ID["right wing"])  # seen from both sides
 _MIRROR = np.array([1, -1, 1], np.float32)
-
-
-@dataclass(frozen=True)
-class Light:
-    """A sun (unit vector towards it, view frame), its strength, and the sky's and the ground's glow (RGB)."""
-
-    sun: Array
-    strength: float
-    sky: Array
-    ground: Array
 
 
 @dataclass
@@ -48,30 +41,39 @@ def _shade(colors: Array, normals: Array, light: Light) -> Array:
     up = (normals[:, 1:2] + 1) / 2
     rim = 0.78 + 0.22 * np.clip(normals[:, 2:3] * 1.8, 0, 1)
     glow = light.sky * up + light.ground * (1 - up)
-    return colors * (glow + light.strength * sun) * rim
+    return np.asarray(colors * (glow + light.strength * sun) * rim, np.float32)
 
 
-def _parts(species: Species, pose: Pose, density: float) -> list[tuple[Surface, Array, Array, Array, int]]:
-    """Surface, colours, posed points and normals (bird frame), and what to add to a label for the right side."""
-    surfaces = bird_surfaces(species, density)
-    posed = []
-    for name, (surface, colors) in surfaces.items():
-        points, normals = surface.points, surface.normals
-        if name == "tail":
-            posed.append((surface, colors, points @ pose.tail.T + TAIL_PIVOT, normals @ pose.tail.T, 0))
+@dataclass(frozen=True)
+class _Placed:
+    """A surface in its pose: points and normals in the bird's frame, colours, labels of its points."""
+
+    points: Array
+    normals: Array
+    colors: Array
+    part: NDArray[np.uint8]
+
+
+def _parts(species: Species, pose: Pose, density: float) -> list[_Placed]:
+    """All surfaces of the bird, turned about their joints; paired ones twice, the right one's labels 4 higher."""
+    placed = []
+    for name, (surface, colors) in bird_surfaces(species, density).items():
+        points, normals, part = surface.points, surface.normals, surface.part
+        if name == "body":
+            placed.append(_Placed(points, normals, colors, part))
+        elif name == "tail":
+            placed.append(_Placed(points @ pose.tail.T + TAIL_PIVOT, normals @ pose.tail.T, colors, part))
         elif name == "wing":
-            for hand, turn, other in ((1.0, pose.wings[0], 0), (-1.0, pose.wings[1], 4)):
-                mirror = np.array([1, hand, 1], np.float32)
-                posed.append((surface, colors, wing_points(points, turn, hand), (normals * mirror) @ turn.T, other))
-        elif name == "eye":
-            for mirror, other in ((np.ones(3, np.float32), 0), (_MIRROR, 4)):
-                posed.append((surface, colors, (points * mirror) @ pose.head.T + pose.head_at,
-                              (normals * mirror) @ pose.head.T, other))
-        elif name == "body":
-            posed.append((surface, colors, points, normals, 0))
+            for hand, turn, label in ((1.0, pose.wings[0], part), (-1.0, pose.wings[1], part + _TO_RIGHT)):
+                mirrored = normals * np.array([1, hand, 1], np.float32)
+                placed.append(_Placed(wing_points(points, turn, hand), mirrored @ turn.T, colors, label))
         else:
-            posed.append((surface, colors, points @ pose.head.T + pose.head_at, normals @ pose.head.T, 0))
-    return posed
+            head = pose.head.T
+            placed.append(_Placed(points @ head + pose.head_at, normals @ head, colors, part))
+            if name == "eye":
+                other = (points * _MIRROR) @ head + pose.head_at
+                placed.append(_Placed(other, (normals * _MIRROR) @ head, colors, part + _TO_RIGHT))
+    return placed
 
 
 def _paint_leg(painting: Painting, leg: Leg, label: int, color: Array, pose: Pose, light: Light) -> None:
@@ -80,11 +82,11 @@ def _paint_leg(painting: Painting, leg: Leg, label: int, color: Array, pose: Pos
     tone = color * (0.5 * (light.sky + light.ground) + 0.55 * light.strength)
 
     def stroke(a: Array, b: Array, width: float, gain: float = 1.0, mark: bool = True) -> None:
-        ends = [tuple(int(round(float(c) * 16)) for c in point) for point in (a, b)]
+        start, end = ((round(float(x) * 16), round(float(y) * 16)) for x, y in (a, b))
         thick = max(1, round(width * unit))
-        cv2.line(painting.color, *ends, tuple(float(c) * gain for c in tone), thick, cv2.LINE_8, 4)
+        cv2.line(painting.color, start, end, tuple(float(c) * gain for c in tone), thick, cv2.LINE_8, 4)
         if mark:
-            cv2.line(painting.part, *ends, label, thick, cv2.LINE_8, 4)
+            cv2.line(painting.part, start, end, label, thick, cv2.LINE_8, 4)
 
     foot = leg.foot
     stroke(leg.hip, leg.ankle, 0.085, 0.95)
@@ -114,15 +116,15 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
     density = _DENSITY_STEP ** int(np.ceil(np.log(0.86 * pose.unit) / np.log(_DENSITY_STEP)))
     positions, normals, colors, labels = [], [], [], []
     turn = (pose.view / pose.unit).T
-    for surface, color, points, normal, other in _parts(species, pose, density):
-        turned = normal @ turn
-        if surface.part[0] in (PART_ID["tail"], PART_ID["left wing"]):  # thin: seen from both sides
+    for surface in _parts(species, pose, density):
+        turned = surface.normals @ turn
+        if surface.part[0] in _THIN:
             turned *= np.where(turned[:, 2:] < 0, -1, 1).astype(np.float32)
         front = np.flatnonzero(turned[:, 2] > -0.05)
-        positions.append(pose.place(points[front]))
+        positions.append(pose.place(surface.points[front]))
         normals.append(turned[front])
-        colors.append(color[front])
-        labels.append(surface.part[front] + np.uint8(other))
+        colors.append(surface.colors[front])
+        labels.append(surface.part[front])
     where = np.concatenate(positions)
     column, row = (where[:, :2] - 0.5).astype(np.int32).T  # cut, not floored: outside is left out below
     inside = np.flatnonzero((where[:, :2] >= 0.5).all(1) & (column < side - 1) & (row < side - 1))

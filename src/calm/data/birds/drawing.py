@@ -12,16 +12,19 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from calm.data.birds.anatomy import PART_ID, Array
+from calm.data.birds.anatomy import PART_ID
 from calm.data.birds.attributes import PART_GROUP, PARTS
-from calm.data.birds.draw import Light, Painting, paint_bird
+from calm.data.birds.draw import Painting, paint_bird
+from calm.data.birds.light import Light, finish, sample_light
 from calm.data.birds.pose import Pose, sample_pose
-from calm.data.birds.scene import finish, paint_background, paint_foreground, paint_perch, sample_light
+from calm.data.birds.scene import paint_background, paint_foreground, paint_perch
 from calm.data.birds.species import GROUPS, Species, choose_species
 
 __all__ = ["Drawing", "draw_bird"]
 
 SUPERSAMPLE = 2
+# Clicks on outer parts go a little outward from the bird's middle (as a share of the distance), on the tail inward:
+# then the nearest-point regions of the cue protocol meet near where the parts themselves meet.
 _OUTWARD = {"back": 0.25, "breast": 0.15, "tail": -0.08}
 _GROUP_OF_LABEL = np.array([-1] + [GROUPS.index(PART_GROUP[part]) for part in PARTS] + [GROUPS.index("head")])
 _REFERENCE = choose_species(2)[0]
@@ -101,8 +104,8 @@ def _extents(pose: Pose, light: Light, side: int) -> dict[str, NDArray[np.bool_]
 
 def draw_bird(species: Species, seed: np.random.SeedSequence, size: int = 96) -> Drawing:
     """Draw one picture of ``size`` x ``size`` pixels; the same arguments give the same bytes."""
-    streams = [np.random.default_rng(s) for s in np.random.SeedSequence(
-        seed.entropy, spawn_key=seed.spawn_key).spawn(5)]
+    fresh = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # spawning counts: not on the caller's
+    streams = [np.random.default_rng(child) for child in fresh.spawn(5)]
     side = size * SUPERSAMPLE
     pose = sample_pose(streams[0], side)
     tint = (streams[1].normal(1, 0.05) * streams[1].normal(1, 0.02, 3)).astype(np.float32)
@@ -113,5 +116,5 @@ def draw_bird(species: Species, seed: np.random.SeedSequence, size: int = 96) ->
     before = _shrink_labels(painting.part, size)
     paint_foreground(painting, streams[3], _extents(pose, light, side))
     labels = _shrink_labels(painting.part, size)
-    shrunk: Array = cv2.resize(painting.color, (size, size), interpolation=cv2.INTER_AREA)
+    shrunk = np.asarray(cv2.resize(painting.color, (size, size), interpolation=cv2.INTER_AREA), np.float32)
     return Drawing(finish(shrunk, streams[4]), labels, _part_points(before, labels))

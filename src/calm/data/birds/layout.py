@@ -17,9 +17,17 @@ from typing import Any
 import numpy as np
 
 from calm.atomic import write_json, write_text
-from calm.data.birds.attributes import ATTRIBUTES, CERTAINTIES, PART_GROUP, PARTS, attribute_group, species_attributes
+from calm.data.birds.attributes import (
+    ATTRIBUTES,
+    CERTAINTIES,
+    PART_GROUP,
+    PARTS,
+    attribute_group,
+    species_attributes,
+)
+from calm.data.birds.plan import BirdsConfig, Item, plan_items
 from calm.data.birds.species import GROUPS, MAX_SPECIES, Species, choose_species
-from calm.data.birds.worker import Item, Truth, draw_items
+from calm.data.birds.worker import Truth, draw_items
 from calm.errors import CalmError
 
 __all__ = ["BirdsConfig", "BirdsSummary", "write_birds"]
@@ -28,22 +36,6 @@ GENERATOR_VERSION = 1
 """Grows whenever the same configuration gives other files."""
 MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
 
-
-
-@dataclass(frozen=True)
-class BirdsConfig:
-    """What decides every byte of the data set."""
-
-    species: int
-    images_per_species: int
-    size: int
-    seed: int
-    test_fraction: float
-
-    @property
-    def test_images(self) -> int:
-        """Test images of each species."""
-        return round(self.images_per_species * self.test_fraction)
 
 
 @dataclass(frozen=True)
@@ -88,18 +80,6 @@ def _validate(config: BirdsConfig, workers: int | None) -> None:
         raise CalmError(
             f"test_fraction={config.test_fraction!r} makes {config.test_images} of {config.images_per_species} "
             "images a species test images: both train and test need at least one; try 0.3")
-
-
-def _plan(config: BirdsConfig, species: Sequence[Species]) -> list[Item]:
-    items = []
-    for label, kind in enumerate(species):
-        order = np.random.default_rng([config.seed, label, 1]).permutation(config.images_per_species)
-        test = set(order[: config.test_images].tolist())
-        for index in range(config.images_per_species):
-            number = len(items) + 1
-            stem = f"{label + 1:03d}.{kind.name}/{kind.name}_{index + 1:04d}_{number}"
-            items.append(Item(number, label, stem, index not in test))
-    return items
 
 
 def _lines(rows: Iterator[str] | Sequence[str]) -> str:
@@ -215,7 +195,7 @@ def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_sp
     _validate(config, workers)
     root = Path(out)
     chosen = choose_species(species)
-    items = _plan(config, chosen)
+    items = plan_items(config, chosen)
     differing = [len(a.differing_groups(b)) for a, b in combinations(chosen, 2)]
     one, two, three = (differing.count(count) for count in (1, 2, 3))
     record = {"format": "CUB_200_2011", "generator": GENERATOR_VERSION, "config": asdict(config),
@@ -236,7 +216,7 @@ def _fill(root: Path, config: BirdsConfig, species: Sequence[Species], items: Se
     for kind in ("images", "segmentations"):
         for name in class_names:
             (root / kind / name).mkdir(parents=True, exist_ok=True)
-    truths = draw_items(root, config.species, config.seed, config.size, items, workers)
+    truths = draw_items(root, config, workers)
     _write_image_lists(root, items, truths, class_names)
     _write_parts(root, items, truths, config.seed)
     _write_attributes(root, items, truths, species, config.seed)

@@ -46,7 +46,7 @@ def _grain(u: Array, v: Array, along: float, across: float) -> Array:
     tile = _noise(256)
     rows = (u * along * 4).astype(int) % 256
     columns = (v * across * 4).astype(int) % 256
-    return tile[rows, columns]
+    return np.asarray(tile[rows, columns], np.float32)
 
 
 def _spots(u: Array, v: Array, pitch: float, radius: float) -> NDArray[np.bool_]:
@@ -94,8 +94,7 @@ def _skull(look: Head, surface: Surface, shape: Array) -> Array:
     out[:] = rgb(look.nape)
     for part in ("crown", "forehead", "throat"):
         out[surface.part == PART_ID[part]] = rgb(getattr(look, part))
-    eye = anatomy.EYE * np.array([1, np.sign(1), 1], np.float32)
-    distance = np.linalg.norm(np.abs(shape * [0, 1, 0]) + shape * [1, 0, 1] - eye, axis=1)
+    from_eye = np.stack([shape[:, 0], np.abs(shape[:, 1]), shape[:, 2]], 1) - anatomy.EYE
     line = z - 0.22 - 0.12 * (0.45 - x)  # height over a line from the bill through the eye
     if look.pattern == "capped":
         out[(z + 0.1 * x > 0.30)] = rgb(look.crown)
@@ -109,7 +108,7 @@ def _skull(look: Head, surface: Surface, shape: Array) -> Array:
     elif look.pattern == "malar":
         out[(np.abs(z + 0.36) < 0.13) & (x > 0.0)] = rgb("black")
     elif look.pattern == "eyering":
-        out[distance < 0.062] = rgb("white")
+        out[np.linalg.norm(from_eye, axis=1) < 0.062] = rgb("white")
     elif look.pattern == "striped":
         out[(z > 0.45) & (np.abs(np.abs(shape[:, 1]) - 0.06) < 0.02)] = rgb("black")
     return out * (1 + 0.05 * _grain(x, z, 10, 10)[:, None])
@@ -130,7 +129,7 @@ def _wing(look: Plumage, surface: Surface) -> Array:
     scale = np.cos(u * 60 + 3.0 * np.cos(v * 9.0)) * (u < 0.42)
     quill = np.cos((v + 0.35 * u) * 15) * (u >= 0.42)
     edge = 1 - 0.30 * np.clip((np.abs(v) - 0.80) / 0.2, 0, 1) - 0.25 * np.clip((u - 0.85) / 0.15, 0, 1)
-    return out * ((1 + 0.10 * scale + 0.13 * quill) * edge)[:, None]
+    return np.asarray(out * ((1 + 0.10 * scale + 0.13 * quill) * edge)[:, None], np.float32)
 
 
 def _tail(species: Species, surface: Surface) -> Array:

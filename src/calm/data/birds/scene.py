@@ -1,4 +1,4 @@
-"""Where the bird is: background, perch, foreground, light. Nothing here knows the species.
+"""Where the bird is: background, perch, foreground. Nothing here knows the species.
 
 Backgrounds are clutter on purpose: leaves, grass, water, berries and feather-like shapes in every bird colour,
 drawn from one palette for all species, so that only the bird itself tells what it is.
@@ -11,13 +11,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calm.data.birds.anatomy import Array
-from calm.data.birds.draw import Light, Painting
+from calm.data.birds.draw import Painting
 from calm.data.birds.plumage import COLORS
 from calm.data.birds.pose import Pose
 
-__all__ = ["finish", "paint_background", "paint_foreground", "paint_perch", "sample_light"]
+__all__ = ["paint_background", "paint_foreground", "paint_perch"]
 
 Generator = np.random.Generator
+_Canvas = NDArray[np.float32] | NDArray[np.uint8]
 _SHIFT = 4  # fixed-point bits of OpenCV's drawing coordinates
 
 _SCENES: dict[str, tuple[tuple[tuple[int, int, int], ...], tuple[tuple[int, int, int], ...]]] = {
@@ -54,11 +55,11 @@ def _fixed(points: Array) -> NDArray[np.int32]:
     return np.asarray(np.round(points * (1 << _SHIFT)), np.int32)
 
 
-def _polygon(canvas: NDArray[np.generic], points: Array, color: tuple[float, ...] | int) -> None:
+def _polygon(canvas: _Canvas, points: Array, color: tuple[float, ...] | int) -> None:
     cv2.fillPoly(canvas, [_fixed(points)], color, cv2.LINE_8, _SHIFT)
 
 
-def _line(canvas: NDArray[np.generic], points: Array, color: tuple[float, ...] | int, width: float) -> None:
+def _line(canvas: _Canvas, points: Array, color: tuple[float, ...] | int, width: float) -> None:
     cv2.polylines(canvas, [_fixed(points)], False, color, max(1, round(width)), cv2.LINE_8, _SHIFT)
 
 
@@ -164,7 +165,7 @@ def paint_background(rng: Generator, side: int) -> Array:
             tip = root + np.array([rng.normal(0, 0.10), -rng.uniform(0.15, 0.45)], np.float32) * side
             tone = _tone(rng, _pick(rng, _LEAF[:5] if name == "meadow" else ((176, 140, 80), (140, 120, 60))))
             _line(canvas, _curve(root, tip, rng.normal(0, 0.12)), tone, 0.010 * side)
-    return cv2.GaussianBlur(canvas, (0, 0), 0.003 * side)  # type: ignore[no-any-return]
+    return np.asarray(cv2.GaussianBlur(canvas, (0, 0), 0.003 * side), np.float32)
 
 
 def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
@@ -266,25 +267,3 @@ def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDAr
             painting.color[hidden] = layer[hidden]
             painting.part[hidden] = 0
             return
-
-
-def sample_light(rng: Generator) -> Light:
-    """A sun from above, left or right, in front of the bird, with sky and ground glow."""
-    sun = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.45, 1.0), rng.uniform(0.35, 0.9)], np.float32)
-    strength = rng.uniform(0.45, 0.75)
-    warm = rng.normal(0, 0.03)
-    sky = (1.18 - strength) * np.array([0.96 + warm, 1.0, 1.04 - warm], np.float32)
-    ground = np.array([0.36, 0.36, 0.31], np.float32) * rng.uniform(0.7, 1.15)
-    return Light(sun / np.linalg.norm(sun), float(strength), sky.astype(np.float32), ground)
-
-
-def finish(picture: Array, rng: Generator) -> NDArray[np.uint8]:
-    """The camera: exposure, colour temperature, a gradient of brightness, a little noise -> uint8 (h, w, 3)."""
-    height, width = picture.shape[:2]
-    warm = rng.normal(0, 0.035)
-    gain = rng.uniform(0.86, 1.10) * np.array([1 + warm, 1.0, 1 - warm], np.float32)
-    slope = rng.uniform(-0.12, 0.12, 2)
-    gradient = 1 + slope[0] * np.linspace(-1, 1, width)[None] + slope[1] * np.linspace(-1, 1, height)[:, None]
-    noise = rng.normal(0, 0.007, (height, width, 1))
-    lit = picture * gain * gradient[..., None].astype(np.float32) + noise.astype(np.float32)
-    return np.asarray(np.clip(lit, 0, 1) * 255 + 0.5, np.float32).astype(np.uint8)

@@ -11,8 +11,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,19 +20,12 @@ import cv2
 import numpy as np
 
 from calm.data.birds.drawing import draw_bird
+from calm.data.birds.plan import BirdsConfig, plan_items
 from calm.data.birds.species import choose_species
 
-__all__ = ["Item", "Truth", "draw_items"]
+__all__ = ["Truth", "draw_items"]
 
-
-@dataclass(frozen=True)
-class Item:
-    """One image to be: its id (from 1), class (from 0), path without suffix, and whether it is for training."""
-
-    number: int
-    label: int
-    stem: str
-    train: bool
+_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
 
 
 @dataclass(frozen=True)
@@ -49,46 +42,40 @@ def _write(path: Path, encoded: tuple[bool, Any]) -> None:
     path.write_bytes(encoded[1].tobytes())
 
 
-def _draw_share(root: Path, species: int, seed: int, size: int, items: Sequence[Item],
-                wanted: Callable[[], bool]) -> list[Truth]:
-    """Draw items and write each one's picture and segmentation, as long as they are ``wanted``."""
-    kinds = choose_species(species)
+def _draw_share(root: Path, config: BirdsConfig, share: int, shares: int,
+                wanted: Callable[[], bool] = lambda: True) -> list[Truth]:
+    """Draw every ``shares``-th image from the ``share``-th on, picture and segmentation, while ``wanted``."""
+    species = choose_species(config.species)
     truths = []
-    options = [cv2.IMWRITE_JPEG_QUALITY, 95,
-               cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-    for item in items:
+    for item in plan_items(config, species)[share::shares]:
         if not wanted():
             break
-        drawing = draw_bird(kinds[item.label], np.random.SeedSequence([seed, item.number, 0]), size)
-        _write(root / "images" / f"{item.stem}.jpg", cv2.imencode(".jpg", drawing.image[..., ::-1], options))
+        seed = np.random.SeedSequence([config.seed, item.number, 0])
+        drawing = draw_bird(species[item.label], seed, config.size)
+        _write(root / "images" / f"{item.stem}.jpg", cv2.imencode(".jpg", drawing.image[..., ::-1], _JPEG))
         mask = drawing.mask.astype(np.uint8) * np.uint8(255)
         _write(root / "segmentations" / f"{item.stem}.png", cv2.imencode(".png", mask))
         truths.append(Truth(drawing.box, drawing.points))
     return truths
 
 
-def draw_items(root: Path, species: int, seed: int, size: int, items: Sequence[Item], workers: int) -> list[Truth]:
-    """Draw all items with ``workers`` processes, this one included, and return their truths in order.
+def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
+    """Draw all images with ``workers`` processes, this one included, and return their truths in order.
 
     Raises:
         RuntimeError: a worker process failed; its last words are in the message.
         OSError: a picture cannot be written.
     """
-    shares = [list(items[k::workers]) for k in range(workers)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     children = []
     try:
-        for share in shares[1:]:
-            child = subprocess.Popen([sys.executable, "-m", __name__], stdin=subprocess.PIPE, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-            children.append(child)
-            assert child.stdin is not None
-            task = {"parent": os.getpid(), "root": str(root), "species": species, "seed": seed, "size": size,
-                    "items": [list(vars(item).values()) for item in share]}
-            child.stdin.write(json.dumps(task))
-            child.stdin.close()
-            child.stdin = None
-        results = [_draw_share(root, species, seed, size, shares[0], lambda: True)]
+        for share in range(1, workers):
+            task = {"parent": os.getpid(), "root": str(root), "config": asdict(config), "share": share,
+                    "shares": workers}
+            children.append(subprocess.Popen(
+                [sys.executable, "-m", __name__, json.dumps(task)], env=environment, text=True,
+                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+        results = [_draw_share(root, config, 0, workers)]
         for child in children:
             output, errors = child.communicate()
             if child.returncode != 0:
@@ -97,21 +84,19 @@ def draw_items(root: Path, species: int, seed: int, size: int, items: Sequence[I
                             for box, points in json.loads(output)])
     finally:
         for child in children:
-            if child.poll() is None:
-                child.kill()
-                child.wait()
-    return [results[index % workers][index // workers] for index in range(len(items))]
+            child.kill()  # does nothing to one that has ended
+            child.communicate()
+    count = sum(len(result) for result in results)
+    return [results[index % workers][index // workers] for index in range(count)]
 
 
-def _main() -> None:
-    """Draw the share that standard input describes; answer with its truths on standard output."""
-    task = json.load(sys.stdin)
+def _main(task: dict[str, Any]) -> None:
+    """Draw the share that the parent process described; answer with its truths on standard output."""
     cv2.setNumThreads(1)
-    items = [Item(*values) for values in task["items"]]
-    truths = _draw_share(Path(task["root"]), task["species"], task["seed"], task["size"], items,
+    truths = _draw_share(Path(task["root"]), BirdsConfig(**task["config"]), task["share"], task["shares"],
                          lambda: os.getppid() == task["parent"])
     json.dump([[truth.box, truth.points] for truth in truths], sys.stdout)
 
 
 if __name__ == "__main__":
-    _main()
+    _main(json.loads(sys.argv[1]))
