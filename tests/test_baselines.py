@@ -442,6 +442,7 @@ def test_images_and_targets_are_checked(images: Tensor) -> None:
         (images[0], TARGETS, "images must be floats of shape"),
         (images.to(torch.uint8), TARGETS, "images must be floats"),
         (images[:0], TARGETS[:0], "empty"),
+        (images.to("meta"), TARGETS, "images are on meta, the model on cpu"),
         (images, TARGETS[:2], "one per image"),
         (images, TARGETS.double(), "class indices"),
         (images, TARGETS + 1, "out of range: 5, allowed are 0 to 4"),

@@ -12,8 +12,12 @@ import time
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 
+import calm
 from calm import cli
 from calm.cli import COMMANDS, Command, main
 from calm.command_line import build_parser, parse
@@ -131,6 +135,8 @@ def stand_in(
     """
     if size == 13:
         raise CalmError("13 is no size: choose another")
+    if size == 12:
+        raise PermissionError(13, "Permission denied", "/somewhere")
     if size == 14:
         raise KeyboardInterrupt
     if size == 15:
@@ -177,6 +183,7 @@ def test_flags_become_arguments_and_the_result_the_exit_code(results: list[Any])
         (["a", "3", "--model", "m", "--kind", "c"], "kind"),
         (["a", "3", "--model", "m", "--depe"], "--depe"),
         (["a", "13", "--model", "m"], "13 is no size: choose another"),
+        (["a", "12", "--model", "m"], "Permission denied: '/somewhere'"),
     ],
 )
 def test_a_mistake_is_one_line_and_code_2(
@@ -242,6 +249,23 @@ def test_what_the_command_sets_is_no_flag() -> None:
 def test_commands_can_be_called_from_python_too(name: str) -> None:
     module, _, function = COMMANDS[name].function.partition(":")
     assert inspect.getdoc(getattr(importlib.import_module(module), function))
+
+
+def test_a_saved_model_explains_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = calm.create_model(
+        "small_resnet", 3, class_names=["owl", "auk", "wren"], preprocessing=calm.Preprocessing((32, 32))
+    )
+    model.save_pretrained(tmp_path / "model")
+    Image.new("RGB", (50, 40), (200, 100, 50)).save(tmp_path / "a.png")
+    words = ["--model", str(tmp_path / "model"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
+    assert main(["attribute", *words, "--target", "auk", "--grid"]) == 0
+    assert "auk" in capsys.readouterr().out
+    grid = np.load(tmp_path / "out" / "a.jointll.grid.npy")
+    with torch.no_grad():
+        probs = model.eval()(model.preprocess(tmp_path / "a.png")).probs
+    assert grid.sum() == pytest.approx(float(probs[0, 1]), rel=1e-4)
+    assert main(["attribute", *words, "--target", "gull"]) == 2
+    assert "no class 'gull'" in capsys.readouterr().err
 
 
 def test_check_gives_code_1_for_a_bad_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

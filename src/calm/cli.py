@@ -124,7 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     try:
         return _run(words)
-    except CalmError as error:
+    except (CalmError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
         print(f"calm: {error}", file=sys.stderr)

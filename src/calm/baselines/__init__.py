@@ -126,7 +126,7 @@ def attribute(
     _check_options(method, asked, BASELINES[name].options if name in BASELINES else frozenset({"superclass"}))
     options = Options(batch_size=batch_size, **given)
     _check_values(options)
-    _check_input(images, targets, model.config.num_classes)
+    _check_input(model, images, targets)
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
     with left_as_found(model):
@@ -171,11 +171,13 @@ def _check_values(options: Options) -> None:
         raise CalmError(f"noise must be a number of at least 0, got {options.noise!r}")
 
 
-def _check_input(images: Tensor, targets: Tensor, classes: int) -> None:
+def _check_input(model: CalmModel, images: Tensor, targets: Tensor) -> None:
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         raise CalmError(
             f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
         )
+    if images.device != model.device:
+        raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
     if targets.shape != images.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
@@ -183,6 +185,6 @@ def _check_input(images: Tensor, targets: Tensor, classes: int) -> None:
             f"targets must be class indices of shape ({len(images)},), one per image, "
             f"got {targets.dtype} {tuple(targets.shape)}"
         )
-    low, high = int(targets.min()), int(targets.max())
+    low, high, classes = int(targets.min()), int(targets.max()), model.config.num_classes
     if low < 0 or high >= classes:
         raise CalmError(f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
