@@ -123,6 +123,18 @@ def test_versus_is_the_models_difference(model: CalmModel, tmp_path: Path) -> No
     assert (out / f"{name}.png").is_file()
 
 
+def test_without_a_target_versus_is_asked_against_the_best_other_class(calm_model: CalmModel) -> None:
+    pictures = [np.full((16, 16, 3), value, np.uint8) for value in (0, 128, 255)]
+    with torch.no_grad():
+        best = calm_model(calm_model.preprocess(pictures)).probs.topk(2).indices.tolist()
+    for first, second in best:
+        answers = explain(calm_model, pictures, Question("jointll", versus=first))
+        expected = [b if a == first else a for a, b in best]
+        assert [answer.target for answer in answers] == expected
+        assert second in expected
+        assert all(float(answer.grid.sum()) > 0 for answer in answers)
+
+
 def test_superclass_sums_its_classes(calm_model: CalmModel, tmp_path: Path) -> None:
     file, out = picture(tmp_path / "a.png"), tmp_path / "out"
     attribute_files([str(file)], model="m", superclass="red finch,green finch", out=out, grid=True)

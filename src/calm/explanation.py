@@ -1,5 +1,4 @@
-"""A question to a model about pictures, and its answer: one forward pass for a batch of pictures of any
-sizes."""
+"""A question to a model about pictures of any sizes, and its answer from one forward pass."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ class Question:
 
     Attributes:
         method: a map kind of the model or a baseline, under its canonical name.
-        target: the class to explain; None: in each picture the most probable one.
+        target: the class to explain; None: in each picture the most probable one (other than ``versus``).
         versus: the class it is told apart from, for a difference map.
         superclass: the classes to sum over, for a ``-superclass`` kind.
     """
@@ -153,7 +152,14 @@ def explain(
         output = model(images)
         probs = output.probs
         best = probs.topk(min(top, probs.shape[1])).indices
-        first = best[:, :1] if question.target is None else torch.full_like(best[:, :1], question.target)
+        if question.target is not None:
+            first = torch.full_like(best[:, :1], question.target)
+        elif question.versus is not None:
+            first = probs.index_fill(1, torch.tensor([question.versus]).to(best.device), -1).argmax(
+                1, keepdim=True
+            )
+        else:
+            first = best[:, :1]
         second = [] if question.versus is None else [torch.full_like(first, question.versus)]
         asked = torch.cat([first, *second], dim=1)
         if question.method in BASELINES:

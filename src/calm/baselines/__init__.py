@@ -88,11 +88,11 @@ def attribute(
     seed: int | None = None,
     target_layer: nn.Module | str | None = None,
 ) -> Float[Tensor, "b H W"]:
-    """One attribution map per image, by any method. The score explained is the logit for CAM, log p(y | x)
-    for CALM.
+    """One attribution map per image, by any method.
 
-    The model is left as it was found (mode, gradients, hooks, random numbers), also after an error, and is
-    asked in evaluation mode. The maps carry no gradient; for a differentiable map use ``model.attribute``.
+    Baselines explain the target's score: the logit for CAM, log p(y | x) for CALM. The model is left as it
+    was found (mode, gradients, hooks, random numbers), also after an error, and is asked in evaluation mode.
+    The maps carry no gradient; for a differentiable map use ``model(images).attribute``.
 
     Args:
         model: a model of this package.
