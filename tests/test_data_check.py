@@ -101,6 +101,20 @@ def test_a_bad_line_is_reported_with_file_line_and_value(
         assert words in str(report)
 
 
+def test_a_wrong_label_is_said_once(tmp_path: Path) -> None:
+    write_pack(tmp_path)
+    edit(tmp_path / "metadata/val/class_labels.txt", "0.png,0", "0.png,zero")
+    assert [problem.kind for problem in check(tmp_path).errors] == ["label-not-integer"]
+
+
+def test_lines_of_no_image_count_as_left_out(tmp_path: Path) -> None:
+    write_cub(tmp_path)
+    with (tmp_path / "images.txt").open("a") as file:
+        file.write("x y\nz\n")
+    report = check(tmp_path)
+    assert report.left_out("train") == len(report.errors) == 2
+
+
 def test_a_stated_size_that_differs_from_the_file_is_reported(tmp_path: Path) -> None:
     write_pack(tmp_path)
     edit(tmp_path / "metadata/val/image_sizes.txt", "0.png,8,6", "0.png,6,8")

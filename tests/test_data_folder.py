@@ -50,18 +50,18 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:
 
 
 def test_without_split_folders_train_val_and_test_are_carved(tmp_path: Path) -> None:
-    splits = load_splits(_tree(tmp_path, 10), val_fraction=0.2)
+    splits = load_splits(_tree(tmp_path, 20), val_fraction=0.25)
     ids = {name: {record.id for record in split.records} for name, split in splits.items()}
     assert {name: split.class_counts() for name, split in splits.items()} == {
-        "train": (6, 6),
-        "val": (2, 2),
-        "test": (2, 2),
+        "train": (10, 10),
+        "val": (5, 5),
+        "test": (5, 5),
     }
-    assert len(ids["train"] | ids["val"] | ids["test"]) == 20
-    assert splits["val"].origin == "0.2 of train, by class, seed 0"
+    assert len(ids["train"] | ids["val"] | ids["test"]) == 40
+    assert splits["val"].origin == "0.25 of train, by class, seed 0"
     assert splits["train"].origin == "own files without test and val"
-    assert load_split(tmp_path, "val", val_fraction=0.2) == splits["val"]
-    assert load_split(tmp_path, "val", val_fraction=0.2, seed=1) != splits["val"]
+    assert load_split(tmp_path, "val", val_fraction=0.25) == splits["val"]
+    assert load_split(tmp_path, "val", val_fraction=0.25, seed=1) != splits["val"]
 
 
 def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
@@ -94,6 +94,12 @@ def test_carving_is_a_stratified_partition_whatever_the_order(listed, fraction, 
         assert carved == min(max(round(fraction * total), 1), total - 1)
     shuffled = random.sample(listed, len(listed))
     assert {r.id for r in carve(shuffled, fraction, seed, "val")[1]} == {r.id for r in part}
+
+
+def test_carvings_for_different_ends_are_independent() -> None:
+    listed = [Record(str(index), Path(str(index)), 0) for index in range(40)]
+    parts = [{record.id for record in carve(listed, 0.5, 0, salt)[1]} for salt in ("val", "test")]
+    assert 3 < len(parts[0] & parts[1]) < 17
 
 
 @given(st.integers(2, 30), st.floats(0.05, 0.45))
