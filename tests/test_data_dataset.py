@@ -15,7 +15,7 @@ from data_files import edit, write_cub, write_image, write_pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from calm.data import dataset as dataset_module
@@ -313,3 +313,14 @@ def test_a_summary_counts(tmp_path: Path) -> None:
         "with_masks": 2,
         "origin": "own files",
     }
+
+
+def test_rank_and_number_of_processes_come_from_the_process_group(tmp_path: Path) -> None:
+    distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        sampler = EpochSampler(_unread(8), 4)
+        assert (sampler.rank, sampler.world_size) == (0, 1)
+        other = EpochSampler(_unread(8), 4, rank=1, world_size=2)
+        assert (other.rank, other.local_batch_size, len(other)) == (1, 2, 4)
+    finally:
+        distributed.destroy_process_group()
