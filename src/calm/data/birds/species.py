@@ -157,7 +157,7 @@ _FAMILIES = (
     _family(
         "Shrike", "Silver",
         (Head("grey", "grey", "grey", "white", "black", "hooked", "masked"), Plumage("grey"),
-         Plumage("white"), Plumage("white"), Plumage("black", "multi-colored", "white"),
+         Plumage("white"), Plumage("white"), Plumage("black", "striped", "white"),
          Tail("black", "pointed_tail"), "black"),
         back=("Chestnut_backed", Plumage("rufous")),
         breast=("Pink_breasted", Plumage("pink")),
