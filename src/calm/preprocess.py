@@ -52,6 +52,9 @@ class Preprocessing:
 
         Raises:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
+
+        Files are read by `calm.data.images.read_rgb`: grey, CMYK and palette images become RGB, transparent pixels
+        are laid over white, and an EXIF orientation is not applied.
         """
         several: Sequence[ImageLike] = images if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
         if not several:
@@ -82,24 +85,14 @@ class Preprocessing:
 def _open(image: ImageLike) -> PIL.Image.Image:
     """``image`` as an RGB PIL image."""
     import numpy as np
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
+
+    from calm.data.images import read_rgb, to_rgb
 
     if isinstance(image, Image.Image):
-        return image.convert("RGB")
+        return to_rgb(image)
     if isinstance(image, (str, Path)):
-        try:
-            with Image.open(image) as file:
-                return file.convert("RGB")
-        except FileNotFoundError:
-            raise CalmError(f"no image file {str(image)!r}") from None
-        except (
-            UnidentifiedImageError,
-            OSError,
-            SyntaxError,
-            ValueError,
-            Image.DecompressionBombError,
-        ) as error:
-            raise CalmError(f"cannot read {str(image)!r} as an image: {error}") from error
+        return Image.fromarray(read_rgb(Path(image)))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise CalmError(
