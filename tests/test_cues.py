@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from calm.data.birds import choose_species, write_birds
-from calm.data.cues import (
-    CUB_GROUPS,
-    PartPoints,
-    class_pairs,
-    group_mask,
-    group_votes,
-    part_regions,
-    read_class_attributes,
-    read_pairs,
-    read_part_points,
-    read_segmentation,
-)
+from calm.data.cue_files import read_class_attributes, read_pairs, read_part_points, read_segmentation
+from calm.data.cues import CUB_GROUPS, PartPoints, class_pairs, group_mask, group_votes, part_regions
 from calm.errors import CalmError
 
 SAMPLES = os.environ.get("CALM_SAMPLE_DATA")

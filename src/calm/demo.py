@@ -148,9 +148,9 @@ def _write(
         "Birds": f"{config.species} species, {birds.train_images} training pictures (some of them for validation),"
         f" {birds.test_images} test pictures, {config.size}×{config.size} pixels, seed {config.seed};"
         f" fingerprint of the training split {study.calm.training_summary['fingerprint'][:16]}",
-        "Models": f"{run.config['backbone']}, {weights:.1f} million weights; preset “birds”,"
-        f" {run.config['epochs']} epochs, batches of {run.config['batch_size']}, seed {run.config['seed']}; of each run the weights of the epoch with"
-        " the best validation accuracy",
+        "Models": f"{run.config['backbone']}, {weights:.1f} million weights; preset “birds”, {run.config['epochs']}"
+        f" epochs, batches of {run.config['batch_size']}, seed {run.config['seed']}; of each run the weights of the"
+        " epoch with the best validation accuracy",
         "Time": ", ".join(
             f"{name} {'used again' if seconds is None else f'{seconds:.0f} s'}"
             for name, seconds in times.items()

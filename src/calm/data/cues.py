@@ -4,15 +4,7 @@ The ground truth of cue localization (paper, section 5.2). Classes have attribut
 attribute belongs to a part group by its name, and a pair of classes is told apart by the groups of the attributes
 in which they differ. Images have part points; every pixel of the bird belongs to its nearest point.
 
-Files, below the root of CUB_200_2011 or of any data set written like it. ``attributes/attributes.txt``, number and
-name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, one percentage per attribute::
-
-    1 has_bill_shape::curved_(up_or_down)
-    0.0 2.9197 1.4599 0.0 59.8540 ...
-
-``parts/part_locs.txt``, image number of ``images.txt``, part number, x, y in pixels of the image, visible or not::
-
-    1 2 312.0 182.0 1
+Here is what is done with attributes and points; `calm.data.cue_files` reads them.
 """
 
 from __future__ import annotations
@@ -20,15 +12,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
 
-import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
-from PIL import Image
 from torch import Tensor
 
-from calm.data.lines import numbered
 from calm.errors import CalmError
 
 __all__ = [
@@ -40,14 +28,8 @@ __all__ = [
     "group_mask",
     "group_votes",
     "part_regions",
-    "read_class_attributes",
-    "read_pairs",
-    "read_part_points",
-    "read_segmentation",
 ]
 
-PRESENT_PERCENT = 50.0
-"""A class has an attribute if at least this percentage of its annotations say so."""
 PROTOCOL_SIZE = (224, 224)
 """(height, width) of the protocol's pixels."""
 
@@ -215,94 +197,3 @@ def part_regions(
         nearest = torch.where(closer, distance, nearest)
         regions.masked_fill_(closer, group)
     return regions if inside is None else regions.masked_fill_(~inside, -1)
-
-
-def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c a"]]:
-    """Names of the attributes, and which class has which (at least 50 percent).
-
-    ``attributes.txt`` is also found in ``root`` and beside it, where CUB's archive leaves it.
-
-    Raises:
-        CalmError: a file that is missing, a line that is not what the format asks for.
-    """
-    places = (root / "attributes", root, root.parent)
-    path = next(
-        (place / "attributes.txt" for place in places if (place / "attributes.txt").is_file()),
-        places[0] / "attributes.txt",
-    )
-    names: list[str] = []
-    for line, text in numbered(path):
-        number, _, name = text.partition(" ")
-        if number != str(len(names) + 1) or not name:
-            raise CalmError(f"{path}:{line}: {text!r} is not '{len(names) + 1} NAME'")
-        names.append(name.strip())
-    table = root / "attributes" / "class_attribute_labels_continuous.txt"
-    rows = [_percentages(table, line, text, len(names)) for line, text in numbered(table)]
-    return tuple(names), torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)) >= PRESENT_PERCENT
-
-
-def _percentages(path: Path, line: int, text: str, count: int) -> list[float]:
-    values = _floats(text)
-    if len(values) != count or not all(0 <= value <= 100 for value in values):
-        raise CalmError(
-            f"{path}:{line}: needs {count} percentages from 0 to 100, one per attribute,"
-            f" found {len(text.split())} values"
-        )
-    return values
-
-
-def read_pairs(
-    root: Path, counts: Iterable[int] = (1, 2, 3), groups: Sequence[PartGroup] = CUB_GROUPS
-) -> list[CuePair]:
-    """`class_pairs` of the attribute table below ``root``. The official files give 31, 64 and 96 pairs."""
-    names, present = read_class_attributes(root)
-    return class_pairs(present, group_votes(names, groups), counts)
-
-
-def read_part_points(root: Path) -> PartPoints:
-    """The part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
-
-    Raises:
-        CalmError: a file that is missing, a malformed line, an image or part number that is not listed.
-    """
-    places: dict[str, int] = {}
-    ids: list[str] = []
-    for _, text in numbered(root / "images.txt"):
-        number, _, name = text.partition(" ")
-        places[number] = len(ids)
-        ids.append(name.strip())
-    parts = sum(1 for _ in numbered(root / "parts" / "parts.txt"))
-    xy, visible = np.zeros((len(ids), parts, 2)), np.zeros((len(ids), parts), dtype=bool)
-    path = root / "parts" / "part_locs.txt"
-    for line, text in numbered(path):
-        number, _, rest = text.partition(" ")
-        values = _floats(rest)
-        if len(values) != 4 or values[3] not in (0, 1):
-            raise CalmError(f"{path}:{line}: {text!r} is not 'image-number part-number x y visible(0|1)'")
-        if number not in places or not 1 <= values[0] <= parts:
-            raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {values[0]:g}")
-        place, part = places[number], int(values[0]) - 1
-        xy[place, part], visible[place, part] = values[1:3], bool(values[3])
-    return PartPoints(tuple(ids), torch.from_numpy(xy), torch.from_numpy(visible))
-
-
-def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool[Tensor, "h w"]:
-    """A segmentation as the protocol reads it: 8-bit grey, resized by Pillow's bicubic filter, object above 0.
-
-    Raises:
-        CalmError: the file is missing or no image.
-    """
-    try:
-        with Image.open(path) as image:
-            grey = image.convert("L").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CalmError(f"cannot read segmentation {path}: {error}") from error
-    return torch.from_numpy(np.array(grey) > 0)
-
-
-def _floats(text: str) -> list[float]:
-    """The numbers of a line; none if one of them is not a number."""
-    try:
-        return [float(word) for word in text.split()]
-    except ValueError:
-        return []

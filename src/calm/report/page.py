@@ -80,7 +80,8 @@ def render(page: Page) -> Html:
         tag(
             "div",
             tag("dt", figure.label),
-            tag("dd", figure.value, tag("small", figure.note) if figure.note else None),
+            tag("dd", figure.value),
+            tag("dd", figure.note, class_="aside") if figure.note else None,
         )
         for figure in page.figures
     ]

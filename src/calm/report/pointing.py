@@ -16,15 +16,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calm.data.cues import (
-    PROTOCOL_SIZE,
-    CuePair,
-    group_mask,
-    part_regions,
-    read_pairs,
-    read_part_points,
-    read_segmentation,
-)
+from calm.data.cue_files import read_pairs, read_part_points, read_segmentation
+from calm.data.cues import PROTOCOL_SIZE, CuePair, group_mask, part_regions
 from calm.data.records import Split
 from calm.errors import CalmError
 from calm.normalize import Normalization, normalize

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from calm.baselines import attribute
 from calm.checkpoint import load
-from calm.data.cues import CUB_GROUPS, PROTOCOL_SIZE, CuePair, read_pairs
+from calm.data.cue_files import read_pairs
+from calm.data.cues import CUB_GROUPS, PROTOCOL_SIZE, CuePair
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.data.transforms import eval_transform

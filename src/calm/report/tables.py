@@ -11,6 +11,7 @@ from calm.report.html import Html, Part, join, tag
 
 __all__ = ["Column", "Row", "figures_table", "percent"]
 
+_PERCENT = "\N{NARROW NO-BREAK SPACE}%"
 Better: TypeAlias = Literal["higher", "lower", ""]
 
 
@@ -46,7 +47,7 @@ def percent(value: float, digits: int = 1) -> str:
     >>> percent(0.9876), percent(0.5, 0)
     ('98.8\\u202f%', '50\\u202f%')
     """
-    return f"{100 * value:.{digits}f}\N{NARROW NO-BREAK SPACE}%"
+    return f"{100 * value:.{digits}f}{_PERCENT}"
 
 
 def figures_table(
@@ -66,7 +67,7 @@ def figures_table(
         for place, (column, value) in enumerate(zip(columns, row.values, strict=True)):
             text = _written(value, column)
             interval = row.intervals[place] if row.intervals else None
-            note = tag("small", "–".join(_written(end, column) for end in interval)) if interval else None
+            note = tag("small", _between(interval, column)) if interval else None
             stands_out = row.competes and best[place] is not None and text == best[place]
             cells.append(tag("td", tag("b", text) if stands_out else text, note))
         body.append(
@@ -84,6 +85,12 @@ def _written(value: float | str | None, column: Column) -> str:
     if isinstance(value, str):
         return value
     return percent(value) if column.form == "%" else format(value, column.form)
+
+
+def _between(interval: tuple[float, float], column: Column) -> str:
+    """An interval, with a percent sign only at its end."""
+    low, high = (_written(end, column) for end in interval)
+    return f"{low.removesuffix(_PERCENT)}–{high}"
 
 
 def _best(column: Column, values: Sequence[float | str | None]) -> str | None:

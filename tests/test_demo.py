@@ -1,0 +1,171 @@
+"""The demo, small: one page that needs nothing else, whose figures are those of the runs."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from calm.checkpoint import load
+from calm.data import ImageDataset, eval_transform, load_splits
+from calm.demo import demo
+from calm.errors import CalmError
+
+SMALL = {"species": 3, "images_per_species": 14, "size": 32, "epochs": 1}
+SECTIONS = ["the-birds", "evidence", "mistakes", "differences", "numbers", "training", "making"]
+
+
+class Document(HTMLParser):
+    """Elements, tables and text of a page; fails where elements are not properly nested."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.tables: list[list[list[str]]] = []
+        self.text = ""
+        self._open: list[str] = []
+        self.feed(html)
+        assert not self._open
+
+    def handle_starttag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+        if name not in ("img", "meta", "br"):
+            self._open.append(name)
+        if name == "table":
+            self.tables.append([])
+        if name == "tr":
+            self.tables[-1].append([])
+        if name in ("td", "th"):
+            self.tables[-1][-1].append("")
+
+    def handle_startendtag(self, name, attributes):
+        self.elements.append((name, dict(attributes)))
+
+    def handle_endtag(self, name):
+        assert self._open.pop() == name
+
+    def handle_data(self, text):
+        if "style" not in self._open:
+            self.text += text
+        if "td" in self._open or ("th" in self._open and "small" not in self._open):
+            self.tables[-1][-1][-1] += text if "small" not in self._open else ""
+
+    def of(self, name):
+        return [attributes for element, attributes in self.elements if element == name]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("demo") / "out"
+    assert demo(out, **SMALL) == out / "report.html"
+    return out
+
+
+@pytest.fixture(scope="module")
+def page(folder: Path) -> Document:
+    return Document((folder / "report.html").read_text(encoding="utf-8"))
+
+
+def test_the_page_needs_nothing_but_itself(page, folder):
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    for _, attributes in page.elements:
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/", "#")), value
+    assert not {"script", "link", "iframe", "object", "embed"} & {name for name, _ in page.elements}
+    assert all(target.startswith("#") for target in re.findall(r"url\(['\"]?(.)", html))
+    assert "@import" not in html
+    assert str(folder) not in html
+
+
+def test_it_has_all_sections_and_its_links_lead_to_them(page):
+    assert [attributes["id"] for attributes in page.of("section")] == SECTIONS
+    assert [attributes["href"] for attributes in page.of("a")] == [f"#{name}" for name in SECTIONS]
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    assert len(page.of("svg")) == 3
+
+
+def test_its_pictures_are_whole_and_described(page):
+    pictures = page.of("img")
+    assert len(pictures) > 25
+    for attributes in pictures:
+        assert attributes["alt"]
+        kind, _, code = attributes["src"].partition(";base64,")
+        with Image.open(io.BytesIO(base64.b64decode(code, validate=True))) as picture:
+            picture.load()
+            assert kind == f"data:image/{picture.format.lower()}"
+            assert picture.size == (int(attributes["width"]), int(attributes["height"]))
+
+
+def test_the_figures_of_the_table_are_those_of_the_runs(page, folder):
+    (table,) = [rows for rows in page.tables if rows[0][:2] == ["model", "accuracy"]]
+    assert table[0] == [
+        "model",
+        "accuracy",
+        "nll",
+        "calibration error",
+        "images/s in training",
+        "seconds of training",
+    ]
+    for row, method, label in ((table[1], "calm-em", "CALM-EM"), (table[2], "cam", "CAM")):
+        result = json.loads((folder / "runs" / method / "result.json").read_text())
+        test = result["best"]["test"]
+        assert row == [
+            label,
+            f"{100 * test['accuracy']:.1f}\N{NARROW NO-BREAK SPACE}%",
+            f"{test['nll']:.3f}",
+            f"{test['ece']:.3f}",
+            f"{result['images_per_second']:.0f}",
+            f"{result['seconds']:.0f}",
+        ]
+
+
+def test_the_mistakes_it_tells_are_those_that_the_saved_models_make(page, folder):
+    test = load_splits(folder / "birds", ["test"])["test"]
+    wrong = []
+    for method in ("calm-em", "cam"):
+        model = load(folder / "runs" / method)
+        dataset = ImageDataset(test, eval_transform(model.preprocessing))
+        images, labels = (
+            torch.stack([dataset[i][0] for i in range(len(dataset))]),
+            [r.label for r in test.records],
+        )
+        with torch.no_grad():
+            said = model(images).probs.argmax(dim=1).tolist()
+        wrong.append(sum(a != b for a, b in zip(said, labels, strict=True)))
+    assert (
+        f"CALM is wrong about {wrong[0]} of {len(test.records)} test images and CAM about {wrong[1]};"
+        in page.text
+    )
+
+
+def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, capsys):
+    kept = [folder / "birds" / "images.txt", *(folder / "runs").rglob("*.*")]
+    before = {path: path.stat().st_mtime_ns for path in kept}
+    demo(folder, **SMALL)
+    assert {path: path.stat().st_mtime_ns for path in kept} == before
+    again = Document((folder / "report.html").read_text(encoding="utf-8"))
+    assert again.tables == page.tables
+    said = capsys.readouterr().out
+    assert "already complete" in said
+    assert "report.html" in said
+
+
+@pytest.mark.parametrize(("change", "message"), [
+    ({"seed": 1}, "it holds birds made from"),
+    ({"epochs": 2}, r"epochs: 1 there, 2 now[\s\S]*--out"),
+    ({"species": 1}, "species=1: give a whole number"),
+])  # fmt: skip
+def test_a_folder_with_another_demo_or_a_wrong_value_is_refused(folder, change, message):
+    before = (folder / "report.html").read_bytes()
+    with pytest.raises(CalmError, match=message):
+        demo(folder, **SMALL | change)
+    assert (folder / "report.html").read_bytes() == before

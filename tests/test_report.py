@@ -1,0 +1,185 @@
+"""The building blocks of reports: markup, pages, pictures, tables, charts, run folders."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from subprocess import run
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from calm.errors import CalmError
+from calm.report import Figure, Page, Section, join, render, tag, write
+from calm.report.charts import Line, chart, legend
+from calm.report.pictures import Shot, colour_bar, data_uri, image, strip
+from calm.report.runs import read_run
+from calm.report.tables import Column, Row, figures_table
+
+HOSTILE = """<script>alert("x")</script> & 'so' on"""
+
+
+class Texts(HTMLParser):
+    """All text of a page, by the element it is in."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._open: list[str] = []
+        self.feed(html)
+
+    def handle_starttag(self, name, attributes):
+        if name not in ("img", "br", "meta"):
+            self._open.append(name)
+
+    def handle_endtag(self, name):
+        assert self._open.pop() == name, f"</{name}> closes another element"
+
+    def handle_data(self, text):
+        if text.strip():
+            self.found.append((self._open[-1] if self._open else "", text))
+
+    def of(self, name):
+        return [text for element, text in self.found if element == name]
+
+
+def test_text_is_escaped_exactly_once_in_content_and_attributes():
+    html = tag("p", HOSTILE, tag("b", HOSTILE), title=HOSTILE)
+    assert "<script" not in html
+    assert Texts(html).found == [("p", HOSTILE), ("b", HOSTILE)]
+    titles = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda name, attributes: titles.append(dict(attributes).get("title"))
+    parser.feed(html)
+    assert titles == [HOSTILE, None]
+
+
+def test_elements_without_content_and_attributes_without_value():
+    assert tag("img", src="a", alt="", hidden=True, title=None, lang=False) == '<img src="a" alt="" hidden>'
+    assert join("a", None, tag("br"), "<", between=" ") == "a <br> &lt;"
+
+
+def test_a_page_holds_its_sections_with_links_to_them():
+    page = Page(
+        HOSTILE,
+        "kind",
+        "summary",
+        [Section("One & only", tag("p", "first")), Section("A very long title", tag("p", "second"), "Two")],
+        [Figure("98 %", "accuracy", "of 540")],
+    )
+    html = render(page)
+    texts = Texts(html)
+    assert texts.of("h1") == texts.of("title") == [HOSTILE]
+    assert texts.of("h2") == ["One & only", "A very long title"]
+    links = re.findall(r'<a href="#([^"]+)">', html)
+    assert links == re.findall(r'<section id="([^"]+)">', html) == ["one-only", "two"]
+    assert texts.of("dd") == ["98 %", "of 540"]
+    assert html.startswith("<!doctype html>\n<html")
+
+
+def test_the_style_is_inside_and_knows_dark_screens_phones_and_paper(tmp_path):
+    path = write(Page("t", "k", "s", []), tmp_path / "a" / "report.html")
+    html = path.read_text(encoding="utf-8")
+    assert [p.name for p in path.parent.iterdir()] == ["report.html"]
+    for wanted in ("prefers-color-scheme: dark", "max-width: 46rem", "@media print", "width=device-width"):
+        assert wanted in html
+    assert not re.search(r"url\(|@import|<link|<script", html)
+
+
+def test_a_picture_survives_its_address():
+    picture = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
+    kind, _, code = data_uri(picture, lossless=True).partition(";base64,")
+    assert kind == "data:image/png"
+    assert (np.array(Image.open(io.BytesIO(base64.b64decode(code)))) == picture).all()
+    smooth = np.full((16, 16, 3), (200, 90, 40), dtype=np.uint8)
+    kind, _, code = data_uri(smooth).partition(";base64,")
+    decoded = np.array(Image.open(io.BytesIO(base64.b64decode(code)))).astype(int)
+    assert kind == "data:image/jpeg"
+    assert abs(decoded - smooth).max() <= 3
+    assert 'width="9" height="12"' in image(picture, "noise")
+
+
+def test_pictures_say_what_they_show():
+    html = strip([Shot(np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE, "note")], columns=3)
+    assert Texts(html).found == [("figcaption", HOSTILE), ("small", "note")]
+    assert "<script" not in html
+    assert "--columns:3;--narrow:2" in html
+    assert Texts(colour_bar("low", "high", "signed", "0")).of("span") == ["low", "0", "high"]
+
+
+def test_the_best_figure_stands_out_and_ties_and_chance_are_treated_fairly():
+    columns = [
+        Column("accuracy", "%", "higher"),
+        Column("nll", ".2f", "lower"),
+        Column("seconds", ".0f"),
+        Column("n"),
+    ]
+    rows = [
+        Row("a", [0.98761, 0.5, 3.2, "7"], [(0.97, 0.99), None, None, None]),
+        Row("b", [0.98764, 0.4, None, "8"]),
+        Row("chance", [0.999, 0.1, 1.0, "9"], competes=False),
+    ]
+    html = figures_table(columns, rows, corner="model", caption="Figures")
+    texts = Texts(html)
+    thin = "\N{NARROW NO-BREAK SPACE}%"
+    assert texts.of("b") == [f"98.8{thin}", f"98.8{thin}", "0.40"]  # equal as written: equally good
+    assert texts.of("small") == [f"97.0–99.0{thin}"]  # noqa: RUF001
+    assert texts.of("td") == ["0.50", "3", "7", "–", "8", f"99.9{thin}", "0.10", "1", "9"]  # noqa: RUF001
+    assert texts.of("th") == ["model", "accuracy", "nll", "seconds", "n", "a", "b", "chance"]
+
+
+def drawn_paths(svg: str, colour: str) -> list[np.ndarray]:
+    """The points of the curves in a colour, in units of the drawing."""
+    root = ElementTree.fromstring(re.search(r"<svg.*</svg>", svg, re.DOTALL).group().replace("xlink:", ""))
+    paths = [p for p in root.iter("path") if f"stroke: var(--{colour})" in p.get("style", "")]
+    return [np.array(re.findall(r"[-\d.]+", p.get("d")), dtype=float).reshape(-1, 2) for p in paths]
+
+
+def test_a_chart_draws_its_figures_in_the_colours_of_the_page():
+    x, y = [1, 2, 3, 5], [0.1, 0.5, 0.4, 0.9]
+    lines = [Line(x, y, "a", "calm"), Line(x, y[::-1], "b", "cam", dashed=True, band=(y, y))]
+    html = chart(lines, title="Loss & more", x_label="epoch", percent=True)
+    (curve,) = drawn_paths(html, "calm")
+    for axis, values in ((0, x), (1, y)):
+        fitted = np.polyval(np.polyfit(values, curve[:, axis], 1), values)
+        assert abs(fitted - curve[:, axis]).max() < 1e-3  # the drawing is linear in the figures
+    assert len(drawn_paths(html, "cam")) == 1
+    assert not re.search(r"#0\d0\d0\d|<metadata|https?://|<style", html)
+    assert 'aria-label="Loss &amp; more"' in html
+    assert Texts(legend([*lines, lines[0]])).of("li") == ["a", "b"]
+
+
+def test_charts_of_one_page_do_not_share_ids():
+    charts = [chart([Line([1, 2], [1, 2], "a")], title=title, x_label="x") for title in ("one", "two")]
+    ids = [set(re.findall(r' id="([^"]+)"', html)) for html in charts]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+    for html, own in zip(charts, ids, strict=True):
+        assert set(re.findall(r"url\(#([^)]+)\)", html)) <= own
+
+
+def test_a_run_is_read_as_it_was_written_and_an_unfinished_one_is_refused(tmp_path):
+    with pytest.raises(CalmError, match=r"no finished run of calm train: it has no config\.yaml"):
+        read_run(tmp_path)
+    (tmp_path / "config.yaml").write_text("method: calm-ml\nepochs: 2\n")
+    (tmp_path / "versions.json").write_text('{"python": "3"}')
+    (tmp_path / "metrics.csv").write_text("epoch,val_nll\n1,0.5\n2,0.25\n")
+    with pytest.raises(CalmError, match=r"result\.json"):
+        read_run(tmp_path)
+    result = {"best": {"test": {"accuracy": 0.5}}, "seconds": 3}
+    (tmp_path / "result.json").write_text(json.dumps(result))
+    read = read_run(tmp_path)
+    assert (read.label, read.test, read.result["seconds"]) == ("CALM-ML", {"accuracy": 0.5}, 3)
+    assert read.history == {"epoch": [1, 2], "val_nll": [0.5, 0.25]}
+
+
+def test_the_package_costs_no_plotting_library_until_a_chart_is_drawn():
+    code = "import sys, calm.report, calm.report.charts, calm.demo; print({'matplotlib', 'torch'} & {*sys.modules})"
+    done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "set()"
