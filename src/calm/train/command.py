@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
-from calm.command_line import Formatter
+from calm import command_line
 from calm.errors import CalmError, unknown
 from calm.train.config import TrainConfig
 
@@ -39,10 +38,12 @@ def build_parser() -> ArgumentParser:
     here: `parse` takes them out before."""
     parser = ArgumentParser(
         prog="calm train",
+        usage="calm train [--preset NAME] --data DIR [--FLAG VALUE ...]",
         description="Train CALM or CAM on images in any layout that `calm data check` reads.",
         epilog=EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=command_line.Formatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     presets = ", ".join(preset_names())
     hidden = argparse.SUPPRESS  # not in the configuration
@@ -71,7 +72,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         return load_config(Path(resume) / "config.yaml")
     if chosen is not None:
         rest = ["--config", str(_preset_path(chosen)), *rest]
-    return _instantiate(build_parser(), rest)
+    return _config(rest)
 
 
 def load_config(path: Path | str, *overrides: str) -> TrainConfig:
@@ -82,7 +83,7 @@ def load_config(path: Path | str, *overrides: str) -> TrainConfig:
     """
     if not Path(path).is_file():
         raise CalmError(f"no configuration file {path}")
-    return _instantiate(build_parser(), ["--config", str(path), *overrides])
+    return _config(["--config", str(path), *overrides])
 
 
 def preset(name: str, *overrides: str) -> TrainConfig:
@@ -97,12 +98,8 @@ def main(arguments: Sequence[str]) -> Path:
     return train(parse(arguments))
 
 
-def _instantiate(parser: ArgumentParser, arguments: Sequence[str]) -> TrainConfig:
-    try:
-        parsed: Namespace = parser.parse_args(list(arguments))
-    except argparse.ArgumentError as error:
-        raise CalmError(f"calm train: {error}") from error
-    values: Any = parser.instantiate(parsed)
+def _config(arguments: Sequence[str]) -> TrainConfig:
+    values = command_line.parse(build_parser(), arguments)
     return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
 
 

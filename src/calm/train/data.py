@@ -94,6 +94,8 @@ class RunData(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0,
             pin_memory=trainer.strategy.root_device.type == "cuda",
+            # A loader draws a seed for its workers whenever it is iterated: not from the generator that dropout uses.
+            generator=torch.Generator(),
         )
 
     @property

@@ -94,7 +94,8 @@ class TrainingMeasures(nn.Module):
 
     def add_loss(self, loss: Tensor, images: int) -> None:
         """Add the mean loss of a batch."""
-        self.loss.update(loss.detach(), images)
+        # Not by the weight argument: torchmetrics 1.9 ignores it where it does not look for NaN.
+        self.loss.update(loss.detach().expand(images))
 
     @torch.no_grad()
     def add_output(self, output: CalmOutput | CamOutput, targets: Tensor) -> None:

@@ -65,10 +65,11 @@ def learning_rate_factor(optim: OptimOptions, run: Run, step: int) -> float:
 
 
 def _one_cycle(step: int, steps: int, rise: int) -> float:
-    """Half a cosine up to 1 in ``rise`` steps, half a cosine down to almost 0 at the last step."""
-    if step < rise:
-        return _half_cosine(step / rise, ONE_CYCLE_START, 1.0)
-    return _half_cosine((step - rise) / max(1, steps - 1 - rise), 1.0, ONE_CYCLE_START * ONE_CYCLE_END)
+    """Half a cosine up to 1 at the last of ``rise`` steps, half a cosine down to almost 0 at the last step."""
+    peak = max(rise, 1) - 1
+    if step < peak:
+        return _half_cosine(step / peak, ONE_CYCLE_START, 1.0)
+    return _half_cosine((step - peak) / max(1, steps - 1 - peak), 1.0, ONE_CYCLE_START * ONE_CYCLE_END)
 
 
 def _half_cosine(progress: float, start: float, end: float) -> float:

@@ -1,0 +1,135 @@
+"""Flags, files and presets become a configuration; what cannot work is refused with the reason."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from calm.errors import CalmError
+from calm.train.command import load_config, parse, preset, preset_names
+from calm.train.config import DataOptions, Hardware, LossOptions, OptimOptions, TrainConfig
+from calm.train.folder import config_dict, default_run_dir, differences, inspect, write_config
+
+
+def test_defaults_are_the_released_recipe() -> None:
+    config = TrainConfig(data=Path("x"))
+    assert (config.epochs, config.batch_size, config.lr, config.backbone) == (40, 64, 0.01, "resnet50")
+    optim = config.optim
+    assert (optim.name, optim.momentum, optim.nesterov, optim.weight_decay) == ("sgd", 0.9, True, 1e-4)
+    assert (optim.head_ratio, optim.schedule, optim.step_epochs, optim.step_factor) == (10, "step", 30, 0.1)
+    assert (config.reading.image_size, config.augment.crop, config.augment.flip) == (224, "resize-crop", 0.5)
+    assert (config.model.pretrained, config.model.large_feature_map) == (True, True)
+    assert config.loss == LossOptions(posterior="current", temperature=1.0)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> None:
+    config = config_dict(preset(name, "--data=x"))
+    default = config_dict(TrainConfig(data=Path("x")))
+    from calm.train.command import _preset_path
+
+    def leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
+        parts = [
+            leaves(v, f"{before}{k}.") if isinstance(v, dict) else {before + k: v} for k, v in tree.items()
+        ]
+        return {name: value for part in parts for name, value in part.items()}
+
+    written = leaves(yaml.safe_load(_preset_path(name).read_text()))
+    assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
+
+
+def test_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("data: here\nlr: 0.3\nepochs: 7\n")
+    config = parse(["--preset", "small", f"--config={file}", "--epochs=9", "--optim.betas=[0.8,0.9]"])
+    assert (config.backbone, config.lr, config.epochs, config.optim.betas) == (
+        "small_resnet",
+        0.3,
+        9,
+        (0.8, 0.9),
+    )
+
+
+def test_printed_configuration_gives_the_same_configuration(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--preset=small", "--data=here", "--loss.temperature=0.5:1.0"]
+    with pytest.raises(SystemExit):
+        parse([*flags, "--print_config"])
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert parse([f"--config={tmp_path / 'printed.yaml'}"]) == parse(flags)
+
+
+def test_written_configuration_loads_and_resumes(tmp_path: Path) -> None:
+    config = preset("small", f"--data={tmp_path}", "--loss.temperature=0.5:1.0", "--hardware.devices=2")
+    write_config(config, tmp_path)
+    assert load_config(tmp_path / "config.yaml") == config
+    assert parse(["--resume", str(tmp_path)]) == config
+    with pytest.raises(CalmError, match="all settings from the run"):
+        parse(["--resume", str(tmp_path), "--epochs=3"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--preset=smal"], "did you mean 'small'"),
+        (["--epoch=3"], "epoch"),
+        (["--optim.schedule=cosin"], "cosin"),
+        (["--epochs=0"], "epochs is 0"),
+        (["--optim.warmup_epochs=40"], "leaves nothing"),
+        (["--method=cam", "--loss.posterior=ema"], "not cam's"),
+        (["--optim.grouping=released", "--backbone=small_resnet"], "small_resnet"),
+        (["--loss.temperature=hot"], "hot"),
+        (["--augment.crop=middle"], "middle"),
+        (["--config=nowhere.yaml"], "nowhere"),
+        (["--preset"], "needs a value"),
+    ],
+)
+def test_wrong_flags_are_refused(flags: list[str], message: str) -> None:
+    with pytest.raises(CalmError, match=message):
+        parse(["--data=x", *flags])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: OptimOptions(momentum=0.0),
+        lambda: OptimOptions(ema_decay=1.5),
+        lambda: OptimOptions(name="adam"),
+        lambda: OptimOptions(accumulate=0),
+        lambda: DataOptions(val_fraction=0.7),
+        lambda: DataOptions(workers=-1),
+        lambda: Hardware(devices=0),
+        lambda: Hardware(precision="16"),
+        lambda: LossOptions(teacher_decay=-0.1),
+        lambda: TrainConfig(data=Path("x"), method="calm"),
+    ],
+)
+def test_impossible_options_are_refused_in_python_too(make: Any) -> None:
+    with pytest.raises(CalmError, match=r"allowed|needs|give"):
+        make()
+
+
+def test_run_folder_names_what_differs(tmp_path: Path) -> None:
+    config = TrainConfig(data=tmp_path)
+    assert inspect(tmp_path / "run", config) == "new"
+    write_config(config, tmp_path / "run")
+    assert inspect(tmp_path / "run", config) == "unfinished"
+    assert (
+        inspect(tmp_path / "run", replace(config, reading=DataOptions(workers=1, cache=True))) == "unfinished"
+    )
+    with pytest.raises(CalmError, match=r"lr: 0.01 there, 0.5 now\n  optim.name: 'sgd' there, 'adamw' now"):
+        inspect(tmp_path / "run", replace(config, lr=0.5, optim=OptimOptions(name="adamw")))
+    with pytest.raises(CalmError, match="holds no run"):
+        inspect(tmp_path, config)
+    (tmp_path / "run" / "result.json").write_text("{}")
+    assert inspect(tmp_path / "run", config) == "finished"
+
+
+def test_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path) -> None:
+    config = TrainConfig(data=tmp_path / "birds", backbone="timm/resnet18", method="cam")
+    assert default_run_dir(config) == Path("runs/birds-timm-resnet18-cam")

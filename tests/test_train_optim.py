@@ -1,0 +1,100 @@
+"""Parameter groups: every parameter once, the new layers at the higher rate."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from train_cases import tiny_net
+
+from calm.errors import CalmError
+from calm.model import create_model
+from calm.train.config import OptimOptions
+from calm.train.ema import Average
+from calm.train.optim import build_optimizer, is_new, parameter_groups
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    model = create_model(tiny_net(), 3)
+    groups = parameter_groups(model, "custom", 0.1, OptimOptions(decay="weights", weight_decay=0.5))
+    listed = [parameter for group in groups for parameter in group["params"]]
+    assert {id(p) for p in listed} == {id(p) for p in model.parameters()}
+    assert len(listed) == len(list(model.parameters()))
+    for group in groups:
+        assert all((p.ndim > 1) == (group["weight_decay"] == 0.5) for p in group["params"])
+
+
+def test_head_gets_the_ratio() -> None:
+    model = create_model(tiny_net(), 3)
+    groups = parameter_groups(model, "custom", 0.1, OptimOptions(head_ratio=4))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.head.parameters()} == {0.4}
+    assert {rates[id(p)] for p in model.backbone.parameters()} == {0.1}
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = create_model(tiny_net(), 3)
+    model.backbone.requires_grad_(False)
+    (group,) = parameter_groups(model, "custom", 0.1, OptimOptions())
+    assert len(group["params"]) == 4
+
+
+def test_released_grouping_reproduces_the_released_rates() -> None:
+    # Released code, main.py: what is not named conv1, layer1, layer2 or layer3 gets ten times the rate.
+    high = (
+        "backbone.bn1.weight",
+        "backbone.layer4.0.conv2.weight",
+        "backbone.layer4.2.bn3.bias",
+        "head.conv_last.bias",
+    )
+    low = ("backbone.conv1.weight", "backbone.layer4.1.conv1.weight", "backbone.layer1.0.bn1.weight")
+    assert all(is_new(name, "resnet50", "released") for name in high)
+    assert not any(is_new(name, "resnet50", "released") for name in low)
+    assert is_new("backbone.conv6.weight", "vgg16", "released")
+    assert is_new("backbone.A3_1b.0.weight", "inception_v3", "released")
+    assert not is_new("backbone.Mixed_6e.branch1x1.conv.weight", "inception_v3", "released")
+
+
+def test_released_grouping_of_another_backbone_is_refused() -> None:
+    with pytest.raises(CalmError, match="small_resnet"):
+        is_new("head.x", "small_resnet", "released")
+
+
+def test_optimizers_take_their_options() -> None:
+    model = create_model(tiny_net(), 3)
+    sgd = build_optimizer(model, "custom", 0.1, OptimOptions(momentum=0.7))
+    adamw = build_optimizer(model, "custom", 0.1, OptimOptions(name="adamw", betas=(0.8, 0.95)))
+    assert isinstance(sgd, torch.optim.SGD)
+    assert isinstance(adamw, torch.optim.AdamW)
+    assert (sgd.defaults["momentum"], sgd.defaults["nesterov"]) == (0.7, True)
+    assert adamw.defaults["betas"] == (0.8, 0.95)
+
+
+def test_average_follows_its_recurrence() -> None:
+    model = create_model(tiny_net(), 3)
+    average = Average(model, decay=0.5)
+    expected = {name: value.double() for name, value in model.state_dict().items()}
+    for step in range(6):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        model.train()(torch.rand(2, 3, 16, 16))  # moves BatchNorm's statistics
+        average.update(model)
+        decay = min(0.5, (1 + step) / (10 + step))
+        for name, value in model.state_dict().items():
+            mixed = decay * expected[name] + (1 - decay) * value.double()
+            expected[name] = mixed if value.is_floating_point() else value.double()
+    for name, value in average.model.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
+    assert not average.model.training
+    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+
+
+def test_average_goes_on_from_its_state() -> None:
+    model = create_model(tiny_net(), 3)
+    average, other = Average(model, 0.9), Average(create_model(tiny_net(), 3), 0.9)
+    average.update(model)
+    other.load_state_dict(average.state_dict())
+    average.update(model)
+    other.update(model)
+    for name, value in average.model.state_dict().items():
+        assert torch.equal(value, other.model.state_dict()[name])
