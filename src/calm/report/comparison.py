@@ -76,6 +76,10 @@ def _figures(study: Study) -> list[Figure]:
         Figure(
             f"{calm.result['seconds'] / 60:.1f} min",
             "training of CALM",
-            f"CAM {cam.result['seconds'] / 60:.1f} min, {calm.versions['threads']} threads",
+            f"CAM {cam.result['seconds'] / 60:.1f} min; {_counted(calm.versions['threads'], 'thread')}",
         ),
     ]
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

@@ -12,12 +12,17 @@ from calm.report.evidence import SIDE, enlarged
 from calm.report.html import Html, Part, join, tag
 from calm.report.page import Section
 from calm.report.pictures import Shot, colour_bar, strip
+from calm.report.pointing import chance
+from calm.report.provenance import facts
 from calm.report.study import Study
+from calm.report.tables import percent
 from calm.resample import resize_maps
 
 __all__ = ["differences_section"]
 
 SHOWN = 4
+RING = 10
+"""Radius of the ring around a map's peak, in pixels: wide enough to see the peak."""
 
 
 def differences_section(study: Study, plate: list[Picture]) -> Section:
@@ -63,8 +68,23 @@ def _card(study: Study, plate: list[Picture], number: int) -> Html:
     return tag(
         "article",
         tag("h3", f"{one} or {other}? ", tag("span", f"only the {part} differs", class_="plain")),
-        strip(rows, columns=4, narrow=2),
-        class_="card pair",
+        tag("div", strip(rows, columns=4, narrow=2), _rates(study, number, part), class_="pair"),
+        class_="card",
+    )
+
+
+def _rates(study: Study, number: int, part: str) -> Html:
+    """How often the maps of all the pair's images peak in the part."""
+    own = study.task.pair == number
+    _, bird = chance(study.task)
+    rates = {run.label: study.pointing[run.label].hit for run in (study.calm_run, study.cam_run)}
+    rates["a random pixel of the bird"] = bird.hit
+    return tag(
+        "aside",
+        tag(
+            "p", f"In all {int(own.sum())} test images of the two that show the {part}, the map peaks in it:"
+        ),
+        facts({name: percent(float(hits[own].double().mean()), 0) for name, hits in rates.items()}),
     )
 
 
@@ -97,7 +117,7 @@ def _maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
         hit = bool(truth[y, x])
         drawn = _outlined(overlay(picture, values, colormap="signed", size=(SIDE, SIDE)), truth)
         scale = SIDE / PROTOCOL_SIZE[0]
-        drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale)
+        drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale, radius=RING)
         says: Part = f"says {study.names[int(probs[image].argmax())]}, {float(probs[image].max()):.2f}"
         verdict = tag("span", "in the part" if hit else "elsewhere", class_="good" if hit else "bad")
         shots.append(

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from calm.baselines import attribute
+from calm.data.cues import CUB_GROUPS
 from calm.output import CalmOutput
 from calm.render import Picture, overlay, resize_picture
 from calm.report.html import Html, join, tag
-from calm.report.names import listed
+from calm.report.names import P_Y, P_YZ, P_Z, P_Z_GIVEN_Y, listed
 from calm.report.page import Section
 from calm.report.pictures import Shot, colour_bar, strip
 from calm.report.study import Study
@@ -35,11 +36,11 @@ def evidence_section(study: Study) -> Section:
             " for every cell z of a grid how probable it is that the cue is there, and what the bird is if so. Hence"
             " its maps are probabilities: the ",
             tag("b", "prior"),
-            " p(z | x) is where it looks, whatever the species; the ",
+            f" {P_Z} is where it looks, whatever the species; the ",
             tag("b", "joint"),
-            " p(y, z | x) is the evidence for species y, and its cells add up to the prediction p(y | x); the ",
+            f" {P_YZ} is the evidence for species y, and its cells add up to the prediction {P_Y}; the ",
             tag("b", "posterior"),
-            " p(z | x, y) is the same map scaled to add up to 1. The three share one colour scale for each image."
+            f" {P_Z_GIVEN_Y} is the same map scaled to add up to 1. The three share one colour scale for each image."
             " CAM’s map is a score without unit, and the gradient tells which pixels would change that score:"
             " both are scaled to their own range.",
         ),
@@ -73,9 +74,13 @@ def mistakes_section(study: Study) -> Section:
     cards = []
     for index, first, second in zip(chosen.tolist(), said[chosen].tolist(), rivals.tolist(), strict=True):
         parts = study.differing(first, second)
-        told = f" The two differ in {listed(parts)}." if parts else ""
+        where = "every part" if len(parts) == len(CUB_GROUPS) else listed(parts or ["no part"])
+        told = f" The two differ in {where}."
         right = "" if len(wrong) else " (right)"
-        note = f"p = {_p(study.calm_probs[index, first])} and {_p(study.calm_probs[index, second])}.{told}"
+        note = (
+            f"CALM: {P_Y} = {_p(study.calm_probs[index, first])} for {names[first]} and"
+            f" {_p(study.calm_probs[index, second])} for {names[second]}.{told}"
+        )
         cards.append(
             _card(
                 f"CALM says {names[first]}{right}",
@@ -123,9 +128,9 @@ def _cards(study: Study, indices: Tensor) -> list[Html]:
             _shot(picture, gradient[place], "max", "SmoothGrad of CAM", name),
         ]
         note = (
-            f"CALM: p(y | x) = {_p(study.calm_probs[index, target])}, and the {joint[place].numel()} cells of the"
+            f"CALM: {P_Y} = {_p(study.calm_probs[index, target])}, and the {joint[place].numel()} cells of the"
             f" joint map sum to {_p(joint[place].sum())}. {_rest(study, study.calm_probs[index])}"
-            f" CAM: p(y | x) = {_p(study.cam_probs[index, target])}."
+            f" CAM: {P_Y} = {_p(study.cam_probs[index, target])}."
         )
         verdict = (
             "both models are right" if int(study.cam_probs[index].argmax()) == target else "CAM is wrong"

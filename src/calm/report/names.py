@@ -1,11 +1,15 @@
-"""Names as people write them."""
+"""Names and formulas as people write them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Sequence
 
-__all__ = ["listed", "species_name"]
+__all__ = ["P_Y", "P_YZ", "P_Z", "P_Z_GIVEN_Y", "listed", "species_name"]
+
+P_Y, P_Z, P_YZ, P_Z_GIVEN_Y = (
+    text.replace(" ", "\N{NO-BREAK SPACE}") for text in ("p(y | x)", "p(z | x)", "p(y, z | x)", "p(z | x, y)")
+)
 
 
 def species_name(name: str) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from calm.data.cues import CUB_GROUPS
 from calm.report.html import Html, join, tag
+from calm.report.names import P_Y
 from calm.report.page import Section
 from calm.report.pointing import Pointing, chance, interval
 from calm.report.runs import Run
@@ -48,48 +49,56 @@ def results_section(study: Study) -> Section:
     """All tables, and what their figures mean."""
     total, bird = chance(study.task)
     body = join(
-        classification_table([study.calm_run, study.cam_run]),
-        _notes(
-            ("Accuracy", "share of test images whose most probable species is the right one."),
-            (
-                "nll",
-                "negative log-likelihood: −log p of the right species, averaged, in nats. It punishes confident"
-                " mistakes; 0 is perfect,"
-                f" guessing gives {torch.tensor(len(study.names)).log():.2f}.",
+        tag(
+            "div",
+            classification_table([study.calm_run, study.cam_run]),
+            _notes(
+                ("Accuracy", "share of test images whose most probable species is the right one."),
+                (
+                    "nll",
+                    "negative log-likelihood: −log p of the right species, averaged, in nats. It punishes confident"
+                    " mistakes; 0 is perfect,"
+                    f" guessing gives {torch.tensor(len(study.names)).log():.2f}.",
+                ),
+                (
+                    "Calibration error",
+                    "how far stated probabilities are from how often they come true (15 bins, 0 is perfect). If a model"
+                    " says 0.9 ten times, nine of these should be right.",
+                ),
             ),
-            (
-                "Calibration error",
-                "how far stated probabilities are from how often they come true (15 bins, 0 is perfect). If a model"
-                " says 0.9 ten times, nine of these should be right.",
-            ),
+            class_="measure",
         ),
-        _pointing_table(study, total, bird),
-        _notes(
-            (
-                "Peak in the part",
-                f"share of the {len(study.task.image)} difference maps (a test image, and a pair of species that"
-                " differ in one part, one of which it shows) whose highest value lies in that part.",
+        tag(
+            "div",
+            _pointing_table(study, total, bird),
+            _notes(
+                (
+                    "Peak in the part",
+                    f"share of the {len(study.task.image)} difference maps (a test image, and a pair of species that"
+                    " differ in one part, one of which it shows) whose highest value lies in that part.",
+                ),
+                (
+                    "Map in the part",
+                    "how much of the map lies there. CALM’s maps are used as the probabilities they are; the others are"
+                    " first scaled to their own range, as in the paper’s protocol.",
+                ),
+                (
+                    "By chance",
+                    "what a random pixel of the picture would score, and a random pixel of the bird: a map that finds"
+                    " the bird, but not the part, scores like the latter.",
+                ),
+                (
+                    "Intervals",
+                    "95 percent, by drawing the images anew 1,000 times. They do not include what another seed of the"
+                    " training would change.",
+                ),
             ),
-            (
-                "Map in the part",
-                "how much of the map lies there. CALM’s maps are used as the probabilities they are; the others are"
-                " first scaled to their own range, as in the paper’s protocol.",
-            ),
-            (
-                "By chance",
-                "what a random pixel of the picture would score, and a random pixel of the bird: a map that finds"
-                " the bird, but not the part, scores like the latter.",
-            ),
-            (
-                "Intervals",
-                "95 percent, by drawing the images anew 1,000 times. They do not include what another seed of the"
-                " training would change.",
-            ),
+            class_="measure",
         ),
         _pairs_table(study, bird),
         tag(
             "p",
-            f"A check: over all test images and species, the sum of CALM’s joint map and its p(y | x) differ by at most"
+            f"A check: over all test images and species, the sum of CALM’s joint map and its {P_Y} differ by at most"
             f" {study.sum_error:.1e}. The map is the prediction, taken apart by place.",
         ),
     )

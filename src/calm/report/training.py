@@ -3,6 +3,7 @@
 # ruff: noqa: RUF001 -- typographic signs in prose
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from calm.report.charts import Line, chart, legend
@@ -54,11 +55,23 @@ def training_section(runs: Sequence[Run]) -> Section:
             "p",
             "Spread is the entropy of the map over that of a uniform one: at 100 percent the model looks everywhere,"
             " near 0 at a single cell. Training figures are on augmented images and on the way through the epoch,"
-            " validation figures at its end.",
+            f" validation figures at its end.{_cells(runs)}",
             class_="note",
         ),
     )
     return Section("Training", body)
+
+
+def _cells(runs: Sequence[Run]) -> str:
+    """The entropy of the last epoch as a number of cells."""
+    texts = []
+    for run in runs:
+        if "prior_entropy" in run.history:
+            cells = math.exp(run.history["prior_entropy"][-1])
+            texts.append(
+                f" In the end the prior of {run.label} is as spread out as a uniform one over {cells:.1f} cells."
+            )
+    return "".join(texts)
 
 
 def _lines(runs: Sequence[Run], column: str, name: str, *, dashed: bool = False) -> list[Line]:
