@@ -56,7 +56,8 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         _initialise(model, options.init_from, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
-    return model
+    # Lightning trains each module in the mode it comes in, and one that was loaded comes in evaluation mode.
+    return model.train()
 
 
 def _initialise(model: CalmModel, source: str, backbone: nn.Module | None) -> None:
