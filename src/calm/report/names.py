@@ -8,7 +8,8 @@ from collections.abc import Sequence
 __all__ = ["P_Y", "P_YZ", "P_Z", "P_Z_GIVEN_Y", "listed", "species_name"]
 
 P_Y, P_Z, P_YZ, P_Z_GIVEN_Y = (
-    text.replace(" ", "\N{NO-BREAK SPACE}") for text in ("p(y | x)", "p(z | x)", "p(y, z | x)", "p(z | x, y)")
+    text.replace(" ", "\N{NO-BREAK SPACE}").replace("|", "|\N{WORD JOINER}")
+    for text in ("p(y | x)", "p(z | x)", "p(y, z | x)", "p(z | x, y)")
 )
 
 

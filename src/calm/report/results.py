@@ -88,6 +88,11 @@ def results_section(study: Study) -> Section:
                     " the bird, but not the part, scores like the latter.",
                 ),
                 (
+                    "A peak elsewhere",
+                    "need not be a wrong reason. A cell of the grid sees a neighbourhood, so that it may lie beside the part"
+                    f" it judges by; and its species is told from {len(study.names) - 1} others at once.",
+                ),
+                (
                     "Intervals",
                     "95 percent, by drawing the images anew 1,000 times. They do not include what another seed of the"
                     " training would change.",
