@@ -89,8 +89,8 @@ def results_section(study: Study) -> Section:
                 ),
                 (
                     "A peak elsewhere",
-                    "need not be a wrong reason. A cell of the grid sees a neighbourhood, so that it may lie beside the part"
-                    f" it judges by; and its species is told from {len(study.names) - 1} others at once.",
+                    "need not be a wrong reason. A cell of the grid sees a neighbourhood, so that it may lie beside the"
+                    f" part it judges by; and its species is told from {len(study.names) - 1} others at once.",
                 ),
                 (
                     "Intervals",
