@@ -27,7 +27,9 @@ def seed(number: int) -> np.random.SeedSequence:
 def protocol_groups(first: tuple[bool, ...], second: tuple[bool, ...]) -> set[str]:
     """The part groups that the cue-localization protocol finds for two rows of attributes."""
     names = [name for name, a, b in zip(ATTRIBUTES, first, second, strict=True) if a != b]
-    return {group for name in names for group, words in SUBSTRINGS.items() if any(word in name for word in words)}
+    return {
+        group for name in names for group, words in SUBSTRINGS.items() if any(word in name for word in words)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,10 @@ def test_pairs_differ_in_one_two_and_three_groups_by_the_protocols_rule(
 def test_the_protocol_finds_exactly_the_groups_whose_looks_differ() -> None:
     species = choose_species(128)
     rows = np.array([species_attributes(kind) for kind in species])
-    names = [[group for group, words in SUBSTRINGS.items() if any(word in name for word in words)]
-             for name in ATTRIBUTES]
+    names = [
+        [group for group, words in SUBSTRINGS.items() if any(word in name for word in words)]
+        for name in ATTRIBUTES
+    ]
     for first, second in combinations(range(128), 2):
         found = {group for index in np.flatnonzero(rows[first] != rows[second]) for group in names[index]}
         assert found == set(species[first].differing_groups(species[second]))
@@ -105,7 +109,9 @@ def test_pictures_have_the_size_asked_for(size: int) -> None:
     assert drawing.labels.shape == (size, size)
 
 
-def test_points_lie_on_the_pixel_of_their_part_and_only_visible_parts_have_one(drawings: list[Drawing]) -> None:
+def test_points_lie_on_the_pixel_of_their_part_and_only_visible_parts_have_one(
+    drawings: list[Drawing],
+) -> None:
     for drawing in drawings:
         for number, point in enumerate(drawing.points, 1):
             if point is None:
@@ -136,7 +142,9 @@ def test_the_side_that_shows_follows_from_where_the_bird_faces(drawings: list[Dr
         if not head.any() or not tail.any():
             continue
         faces_right = np.nonzero(head)[1].mean() > np.nonzero(tail)[1].mean()
-        area = {side: int((drawing.labels == PARTS.index(f"{side} wing") + 1).sum()) for side in ("left", "right")}
+        area = {
+            side: int((drawing.labels == PARTS.index(f"{side} wing") + 1).sum()) for side in ("left", "right")
+        }
         near, far = ("right", "left") if faces_right else ("left", "right")
         assert area[near] > area[far]
 

@@ -62,8 +62,9 @@ def test_ids_run_from_one_and_every_list_names_every_image(birds: BirdsSummary) 
     assert [row[0] for row in classes] == ["1", "2", "3", "4", "5"]
     assert all(re.fullmatch(rf"{int(number):03d}\.[A-Z][A-Za-z_]+", name) for number, name in classes)
     assert [name[4:] for _, name in classes] == list(birds.class_names)
-    for (_, image), (_, label) in zip(rows(birds.root / "images.txt"), rows(birds.root / "image_class_labels.txt"),
-                                      strict=True):
+    for (_, image), (_, label) in zip(
+        rows(birds.root / "images.txt"), rows(birds.root / "image_class_labels.txt"), strict=True
+    ):
         folder, file = image.split("/")
         assert folder == classes[int(label) - 1][1]
         assert re.fullmatch(rf"{folder[4:]}_\d{{4}}_\d+\.jpg", file)
@@ -77,7 +78,9 @@ def test_each_species_has_its_share_of_test_images(birds: BirdsSummary) -> None:
 
 
 def test_boxes_are_the_extents_of_the_segmentations(birds: BirdsSummary) -> None:
-    for (_, image), box in zip(rows(birds.root / "images.txt"), rows(birds.root / "bounding_boxes.txt"), strict=True):
+    for (_, image), box in zip(
+        rows(birds.root / "images.txt"), rows(birds.root / "bounding_boxes.txt"), strict=True
+    ):
         assert all(re.fullmatch(r"\d+\.0", value) for value in box[1:])
         picture = read(birds.root / "images" / image)
         mask = read(birds.root / "segmentations" / image.replace(".jpg", ".png"))
@@ -116,11 +119,14 @@ def test_attribute_files_agree_with_each_other(birds: BirdsSummary) -> None:
     folder = birds.root / "attributes"
     assert rows(folder / "attributes.txt") == [[str(n), name] for n, name in enumerate(ATTRIBUTES, 1)]
     assert (folder / "certainties.txt").read_text() == "1 not visible\n2 guessing\n3 probably\n4 definitely\n"
-    percent = np.array([[float(value) for value in row]
-                        for row in rows(folder / "class_attribute_labels_continuous.txt")])
+    percent = np.array(
+        [[float(value) for value in row] for row in rows(folder / "class_attribute_labels_continuous.txt")]
+    )
     assert percent.shape == (5, 312)
     assert set(np.unique(percent)) == {0.0, 100.0}
-    labels = np.array([float(v) for row in rows(folder / "image_attribute_labels.txt") for v in row]).reshape(-1, 5)
+    labels = np.array([float(v) for row in rows(folder / "image_attribute_labels.txt") for v in row]).reshape(
+        -1, 5
+    )
     assert labels.shape == (20 * 312, 5)
     assert np.array_equal(labels[:, 0], np.repeat(np.arange(1, 21), 312))
     assert np.array_equal(labels[:, 1], np.tile(np.arange(1, 313), 20))
@@ -167,11 +173,14 @@ def test_a_folder_of_somebody_elses_files_is_refused(tmp_path: Path) -> None:
         write_birds(tmp_path / "notes.txt", **SMALL)
 
 
-def test_a_killed_run_looks_incomplete_and_the_same_call_completes_it(birds: BirdsSummary, tmp_path: Path) -> None:
+def test_a_killed_run_looks_incomplete_and_the_same_call_completes_it(
+    birds: BirdsSummary, tmp_path: Path
+) -> None:
     root = tmp_path / "birds"
     code = f"from calm.data.birds import write_birds; write_birds({str(root)!r}, workers=1, **{SMALL!r})"
-    process = subprocess.Popen([sys.executable, "-c", code],
-                               env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    )
     deadline = time.monotonic() + 60
     while not any(root.glob("images/*/*.jpg")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)

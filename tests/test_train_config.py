@@ -42,6 +42,12 @@ def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> 
     assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
 
 
+def test_the_e_step_of_a_preset_is_for_calm_em_alone() -> None:
+    for method, temperature in (("calm-em", "0.5:1.0"), ("calm-ml", 1.0), ("cam", 1.0)):
+        config = parse(["--preset", "small", "--data", "birds", "--method", method])
+        assert config.loss.temperature == temperature
+
+
 def test_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data: here\nlr: 0.3\nepochs: 7\n")

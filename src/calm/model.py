@@ -188,8 +188,10 @@ class CalmModel(nn.Module):
             CalmError: see `calm.maps.attribute`; checked before the forward pass where possible.
         """
         kind = self.map_kind(kind)
-        output = self(images)
-        return output.attribute(targets, kind, superclass=superclass, size=size or _height_width(images))
+        found: Tensor = self(images).attribute(
+            targets, kind, superclass=superclass, size=size or _height_width(images)
+        )
+        return found
 
     @torch.no_grad()
     def difference(

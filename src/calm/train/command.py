@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from calm import command_line
 from calm.errors import CalmError, unknown
-from calm.train.config import TrainConfig
+from calm.train.config import LossOptions, TrainConfig
 
 __all__ = ["build_parser", "load_config", "main", "parse", "preset", "preset_names"]
 
@@ -70,9 +72,7 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
             given = " ".join(rest or ["--preset"])
             raise CalmError(f"--resume takes all settings from the run; it was given with {given}")
         return load_config(Path(resume) / "config.yaml")
-    if chosen is not None:
-        rest = ["--config", str(_preset_path(chosen)), *rest]
-    return _config(rest)
+    return _config(rest) if chosen is None else preset(chosen, *rest)
 
 
 def load_config(path: Path | str, *overrides: str) -> TrainConfig:
@@ -87,8 +87,16 @@ def load_config(path: Path | str, *overrides: str) -> TrainConfig:
 
 
 def preset(name: str, *overrides: str) -> TrainConfig:
-    """The configuration of a preset, with flags that win: ``preset("small", "--data=DIR")``."""
-    return load_config(_preset_path(name), *overrides)
+    """The configuration of a preset, with flags that win: ``preset("small", "--data=DIR")``.
+
+    What a preset says of the E-step is for calm-em alone, so that one preset trains all three methods.
+    """
+    path = _preset_path(name)
+    e_step = LossOptions(**yaml.safe_load(path.read_text(encoding="utf-8")).get("loss", {}))
+    values = _values(["--config", str(path), *overrides])
+    if values["method"] != "calm-em" and values["loss"] == e_step:
+        values["loss"] = LossOptions()
+    return TrainConfig(**values)
 
 
 def main(arguments: Sequence[str]) -> Path:
@@ -99,8 +107,12 @@ def main(arguments: Sequence[str]) -> Path:
 
 
 def _config(arguments: Sequence[str]) -> TrainConfig:
+    return TrainConfig(**_values(arguments))
+
+
+def _values(arguments: Sequence[str]) -> dict[str, Any]:
     values = command_line.parse(build_parser(), arguments)
-    return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    return {field.name: values[field.name] for field in fields(TrainConfig)}
 
 
 def _take_out(flag: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:

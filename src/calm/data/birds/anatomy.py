@@ -17,8 +17,24 @@ from numpy.typing import NDArray
 
 from calm.data.birds.attributes import PARTS
 
-__all__ = ["CHEEK", "EYE", "HEAD_PIVOT", "HIP", "PART_ID", "SHOULDER", "TAIL_PIVOT", "Array", "Surface", "bill",
-           "body", "crest", "eye", "head", "tail", "wing"]
+__all__ = [
+    "CHEEK",
+    "EYE",
+    "HEAD_PIVOT",
+    "HIP",
+    "PART_ID",
+    "SHOULDER",
+    "TAIL_PIVOT",
+    "Array",
+    "Surface",
+    "bill",
+    "body",
+    "crest",
+    "eye",
+    "head",
+    "tail",
+    "wing",
+]
 
 Array = NDArray[np.floating[Any]]
 
@@ -118,8 +134,16 @@ def head(density: float) -> Surface:
     return _surface(unit * _HEAD_RADII, x, z, part.astype(np.uint8), inside=np.zeros(3, np.float32))
 
 
-def _cone(root: Array, axis: Array, bend: Array, length: float, radius: tuple[float, float], power: float,
-          part: str, density: float) -> Surface:
+def _cone(
+    root: Array,
+    axis: Array,
+    bend: Array,
+    length: float,
+    radius: tuple[float, float],
+    power: float,
+    part: str,
+    density: float,
+) -> Surface:
     """A tapering, bent tube: bill and crest. u runs from root (0) to tip (1), v is the angle (0 top, pi bottom)."""
     t = np.linspace(0, 1, _steps(length * 1.3, density), dtype=np.float32)[:, None]
     angle = np.linspace(-np.pi, np.pi, _steps(6.3 * max(radius), density), dtype=np.float32)[None]
@@ -128,7 +152,8 @@ def _cone(root: Array, axis: Array, bend: Array, length: float, radius: tuple[fl
     taper = ((1 - t) ** power)[..., None]
     grid = centre[:, None] + taper * (
         up * (radius[0] * np.cos(angle))[..., None]
-        + np.array([0, 1, 0], np.float32) * (radius[1] * np.sin(angle))[..., None])
+        + np.array([0, 1, 0], np.float32) * (radius[1] * np.sin(angle))[..., None]
+    )
     return _surface(grid, t, np.abs(angle), PART_ID[part], inside=centre[:, None])
 
 
@@ -147,7 +172,9 @@ def bill(shape: str, density: float) -> Surface:
     """A bill of one of CUB's shapes, in the head's frame."""
     length, bend, high, wide, power = _BILLS[shape]
     root, axis = np.array([0.130, 0, -0.012], np.float32), np.array([1, 0, 0], np.float32)
-    return _cone(root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density)
+    return _cone(
+        root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density
+    )
 
 
 @lru_cache(maxsize=64)

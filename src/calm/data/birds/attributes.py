@@ -18,26 +18,73 @@ PARTS = (
     "back", "beak", "belly", "breast", "crown", "forehead", "left eye", "left leg", "left wing", "nape",
     "right eye", "right leg", "right wing", "tail", "throat",
 )  # fmt: skip
-PART_GROUP = {part: part.split()[-1] if part.split()[-1] in {"back", "belly", "breast", "tail", "leg", "wing"}
-              else "head" for part in PARTS}
+PART_GROUP = {
+    part: part.split()[-1]
+    if part.split()[-1] in {"back", "belly", "breast", "tail", "leg", "wing"}
+    else "head"
+    for part in PARTS
+}
 CERTAINTIES = ("not visible", "guessing", "probably", "definitely")
 
-_COLORS = ("blue", "brown", "iridescent", "purple", "rufous", "grey", "yellow", "olive", "green", "pink",
-           "orange", "black", "white", "red", "buff")
+_COLORS = (
+    "blue",
+    "brown",
+    "iridescent",
+    "purple",
+    "rufous",
+    "grey",
+    "yellow",
+    "olive",
+    "green",
+    "pink",
+    "orange",
+    "black",
+    "white",
+    "red",
+    "buff",
+)
 _PATTERNS = ("solid", "spotted", "striped", "multi-colored")
 _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("bill_shape", ("curved_(up_or_down)", "dagger", "hooked", "needle", "hooked_seabird", "spatulate",
-                    "all-purpose", "cone", "specialized")),
+    (
+        "bill_shape",
+        (
+            "curved_(up_or_down)",
+            "dagger",
+            "hooked",
+            "needle",
+            "hooked_seabird",
+            "spatulate",
+            "all-purpose",
+            "cone",
+            "specialized",
+        ),
+    ),
     ("wing_color", _COLORS),
     ("upperparts_color", _COLORS),
     ("underparts_color", _COLORS),
     ("breast_pattern", _PATTERNS),
     ("back_color", _COLORS),
-    ("tail_shape", ("forked_tail", "rounded_tail", "notched_tail", "fan-shaped_tail", "pointed_tail",
-                    "squared_tail")),
+    (
+        "tail_shape",
+        ("forked_tail", "rounded_tail", "notched_tail", "fan-shaped_tail", "pointed_tail", "squared_tail"),
+    ),
     ("upper_tail_color", _COLORS),
-    ("head_pattern", ("spotted", "malar", "crested", "masked", "unique_pattern", "eyebrow", "eyering",
-                      "plain", "eyeline", "striped", "capped")),
+    (
+        "head_pattern",
+        (
+            "spotted",
+            "malar",
+            "crested",
+            "masked",
+            "unique_pattern",
+            "eyebrow",
+            "eyering",
+            "plain",
+            "eyeline",
+            "striped",
+            "capped",
+        ),
+    ),
     ("breast_color", _COLORS),
     ("throat_color", _COLORS),
     ("eye_color", tuple(color for color in _COLORS if color != "iridescent")),
@@ -47,11 +94,35 @@ _TABLE: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("nape_color", _COLORS),
     ("belly_color", _COLORS),
     ("wing_shape", ("rounded-wings", "pointed-wings", "broad-wings", "tapered-wings", "long-wings")),
-    ("size", ("large_(16_-_32_in)", "small_(5_-_9_in)", "very_large_(32_-_72_in)", "medium_(9_-_16_in)",
-              "very_small_(3_-_5_in)")),
-    ("shape", ("upright-perching_water-like", "chicken-like-marsh", "long-legged-like", "duck-like",
-               "owl-like", "gull-like", "hummingbird-like", "pigeon-like", "tree-clinging-like", "hawk-like",
-               "sandpiper-like", "upland-ground-like", "swallow-like", "perching-like")),
+    (
+        "size",
+        (
+            "large_(16_-_32_in)",
+            "small_(5_-_9_in)",
+            "very_large_(32_-_72_in)",
+            "medium_(9_-_16_in)",
+            "very_small_(3_-_5_in)",
+        ),
+    ),
+    (
+        "shape",
+        (
+            "upright-perching_water-like",
+            "chicken-like-marsh",
+            "long-legged-like",
+            "duck-like",
+            "owl-like",
+            "gull-like",
+            "hummingbird-like",
+            "pigeon-like",
+            "tree-clinging-like",
+            "hawk-like",
+            "sandpiper-like",
+            "upland-ground-like",
+            "swallow-like",
+            "perching-like",
+        ),
+    ),
     ("back_pattern", _PATTERNS),
     ("tail_pattern", _PATTERNS),
     ("belly_pattern", _PATTERNS),
@@ -78,7 +149,9 @@ def attribute_group(attribute: str) -> str | None:
     ('tail', None)
     """
     topic = attribute.split("::")[0]
-    return next((group for group, words in _GROUP_WORDS.items() if any(word in topic for word in words)), None)
+    return next(
+        (group for group, words in _GROUP_WORDS.items() if any(word in topic for word in words)), None
+    )
 
 
 def _colors(look: Plumage | Tail) -> set[str]:
@@ -88,8 +161,11 @@ def _colors(look: Plumage | Tail) -> set[str]:
 def _head(head: Head) -> dict[str, set[str]]:
     shape = head.bill_shape
     long, short = {"dagger", "needle"}, {"cone", "all-purpose"}
-    length = "longer_than_head" if shape in long else (
-        "shorter_than_head" if shape in short else "about_the_same_as_head")
+    length = (
+        "longer_than_head"
+        if shape in long
+        else ("shorter_than_head" if shape in short else "about_the_same_as_head")
+    )
     return {
         "bill_shape": {shape}, "bill_length": {length}, "bill_color": {head.bill_color},
         "crown_color": {head.crown}, "forehead_color": {head.forehead}, "nape_color": {head.nape},

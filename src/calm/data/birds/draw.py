@@ -132,7 +132,9 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
     flat = row[order] * side + column[order]
     winner = np.full(side * side, -1, np.int32)
     footprint = (flat[:, None] + np.array([0, 1, side, side + 1], np.int32)).ravel()
-    winner[footprint] = np.repeat(order.astype(np.int32), 4)  # far to near: the last write, the nearest, stays
+    winner[footprint] = np.repeat(
+        order.astype(np.int32), 4
+    )  # far to near: the last write, the nearest, stays
     hit = np.flatnonzero(winner >= 0)
     seen = winner[hit]
     shaded = _shade(np.concatenate(colors)[seen] * tint, np.concatenate(normals)[seen], light)

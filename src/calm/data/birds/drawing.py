@@ -104,7 +104,9 @@ def _extents(pose: Pose, light: Light, side: int) -> dict[str, NDArray[np.bool_]
 
 def draw_bird(species: Species, seed: np.random.SeedSequence, size: int = 96) -> Drawing:
     """Draw one picture of ``size`` x ``size`` pixels; the same arguments give the same bytes."""
-    fresh = np.random.SeedSequence(seed.entropy, spawn_key=seed.spawn_key)  # spawning counts: not on the caller's
+    fresh = np.random.SeedSequence(
+        seed.entropy, spawn_key=seed.spawn_key
+    )  # spawning counts: not on the caller's
     streams = [np.random.default_rng(child) for child in fresh.spawn(5)]
     side = size * SUPERSAMPLE
     pose = sample_pose(streams[0], side)

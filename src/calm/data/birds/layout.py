@@ -37,7 +37,6 @@ GENERATOR_VERSION = 1
 MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
 
 
-
 @dataclass(frozen=True)
 class BirdsSummary:
     """What is in the folder.
@@ -63,9 +62,11 @@ class BirdsSummary:
     def __str__(self) -> str:
         one, two, three = self.pairs
         state = "already complete, nothing drawn" if self.reused else "written"
-        return (f"{self.root}: {len(self.class_names)} species, {self.train_images} training and "
-                f"{self.test_images} test images of {self.config.size}x{self.config.size} pixels; species pairs "
-                f"that differ in 1, 2, 3 part groups: {one}, {two}, {three} ({state})")
+        return (
+            f"{self.root}: {len(self.class_names)} species, {self.train_images} training and "
+            f"{self.test_images} test images of {self.config.size}x{self.config.size} pixels; species pairs "
+            f"that differ in 1, 2, 3 part groups: {one}, {two}, {three} ({state})"
+        )
 
 
 def _validate(config: BirdsConfig, workers: int | None) -> None:
@@ -79,7 +80,8 @@ def _validate(config: BirdsConfig, workers: int | None) -> None:
     if not 0 < config.test_images < config.images_per_species:
         raise CalmError(
             f"test_fraction={config.test_fraction!r} makes {config.test_images} of {config.images_per_species} "
-            "images a species test images: both train and test need at least one; try 0.3")
+            "images a species test images: both train and test need at least one; try 0.3"
+        )
 
 
 def _lines(rows: Iterator[str] | Sequence[str]) -> str:
@@ -90,15 +92,23 @@ def _numbered(names: Sequence[str]) -> str:
     return _lines([f"{index} {name}" for index, name in enumerate(names, 1)])
 
 
-def _write_image_lists(root: Path, items: Sequence[Item], truths: Sequence[Truth],
-                       class_names: Sequence[str]) -> None:
+def _write_image_lists(
+    root: Path, items: Sequence[Item], truths: Sequence[Truth], class_names: Sequence[str]
+) -> None:
     boxes = [truth.box for truth in truths]
     write_text(root / "images.txt", _lines([f"{item.number} {item.stem}.jpg" for item in items]))
     write_text(root / "classes.txt", _numbered(class_names))
     write_text(root / "image_class_labels.txt", _lines([f"{item.number} {item.label + 1}" for item in items]))
     write_text(root / "train_test_split.txt", _lines([f"{item.number} {int(item.train)}" for item in items]))
-    write_text(root / "bounding_boxes.txt", _lines(
-        [f"{item.number} {x}.0 {y}.0 {w}.0 {h}.0" for item, (x, y, w, h) in zip(items, boxes, strict=True)]))
+    write_text(
+        root / "bounding_boxes.txt",
+        _lines(
+            [
+                f"{item.number} {x}.0 {y}.0 {w}.0 {h}.0"
+                for item, (x, y, w, h) in zip(items, boxes, strict=True)
+            ]
+        ),
+    )
 
 
 def _write_parts(root: Path, items: Sequence[Item], truths: Sequence[Truth], seed: int) -> None:
@@ -112,15 +122,18 @@ def _write_parts(root: Path, items: Sequence[Item], truths: Sequence[Truth], see
             x, y, seen = (point[0], point[1], 1) if point else (0, 0, 0)
             locations.append(f"{key} {x}.0 {y}.0 {seen}")
             dx, dy = offsets[part - 1] * seen
-            for (px, py), time in zip(((x, y), (x - dx, y - dy), (x + dx, y + dy)), times[part - 1], strict=True):
+            for (px, py), time in zip(
+                ((x, y), (x - dx, y - dy), (x + dx, y + dy)), times[part - 1], strict=True
+            ):
                 clicks.append(f"{key} {px}.0 {py}.0 {seen} {time:.3f}")
     write_text(root / "parts" / "parts.txt", _numbered(PARTS))
     write_text(root / "parts" / "part_locs.txt", _lines(locations))
     write_text(root / "parts" / "part_click_locs.txt", _lines(clicks))
 
 
-def _write_attributes(root: Path, items: Sequence[Item], truths: Sequence[Truth],
-                      species: Sequence[Species], seed: int) -> None:
+def _write_attributes(
+    root: Path, items: Sequence[Item], truths: Sequence[Truth], species: Sequence[Species], seed: int
+) -> None:
     """Attributes of classes (0 or 100 percent) and of images (certainty 1, and absent, where not visible)."""
     folder = root / "attributes"
     classes = [species_attributes(kind) for kind in species]
@@ -129,14 +142,18 @@ def _write_attributes(root: Path, items: Sequence[Item], truths: Sequence[Truth]
     for item, truth in zip(items, truths, strict=True):
         seen = {PART_GROUP[part] for part, point in zip(PARTS, truth.points, strict=True) if point}
         times = np.random.default_rng([seed, item.number, 3]).uniform(1, 30, len(ATTRIBUTES)).tolist()
-        for number, (present, group, time) in enumerate(zip(classes[item.label], groups, times, strict=True), 1):
+        for number, (present, group, time) in enumerate(
+            zip(classes[item.label], groups, times, strict=True), 1
+        ):
             visible = group is None or group in seen
             rows.append(f"{item.number} {number} {int(present and visible)} {4 if visible else 1} {time:.3f}")
     write_text(folder / "attributes.txt", _numbered(ATTRIBUTES))
     write_text(folder / "certainties.txt", _numbered(CERTAINTIES))
     write_text(folder / "image_attribute_labels.txt", _lines(rows))
-    write_text(folder / "class_attribute_labels_continuous.txt",
-               _lines([" ".join("100.0" if present else "0.0" for present in row) for row in classes]))
+    write_text(
+        folder / "class_attribute_labels_continuous.txt",
+        _lines([" ".join("100.0" if present else "0.0" for present in row) for row in classes]),
+    )
 
 
 def _claim(root: Path, record: dict[str, Any]) -> bool:
@@ -150,24 +167,40 @@ def _claim(root: Path, record: dict[str, Any]) -> bool:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise CalmError(f"cannot write birds to {root}: {path} is not readable ({error}); delete the folder "
-                            "or choose another") from error
-        same = isinstance(found, dict) and all(found.get(key) == record[key] for key in ("config", "generator"))
+            raise CalmError(
+                f"cannot write birds to {root}: {path} is not readable ({error}); delete the folder "
+                "or choose another"
+            ) from error
+        same = isinstance(found, dict) and all(
+            found.get(key) == record[key] for key in ("config", "generator")
+        )
         if not same:
-            raise CalmError(f"cannot write birds to {root}: it holds birds made from {found.get('config')} "
-                            f"(generator {found.get('generator')}), asked for {record['config']} (generator "
-                            f"{record['generator']}); choose another folder, or delete this one")
+            raise CalmError(
+                f"cannot write birds to {root}: it holds birds made from {found.get('config')} "
+                f"(generator {found.get('generator')}), asked for {record['config']} (generator "
+                f"{record['generator']}); choose another folder, or delete this one"
+            )
         return name == MANIFEST
     if root.exists() and any(root.iterdir()):
-        raise CalmError(f"cannot write birds to {root}: the folder is not empty and not a set of birds; choose "
-                        "an empty or new folder")
+        raise CalmError(
+            f"cannot write birds to {root}: the folder is not empty and not a set of birds; choose "
+            "an empty or new folder"
+        )
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / PARTIAL, record)
     return False
 
 
-def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_species: int = 180, size: int = 96,
-                seed: int = 0, test_fraction: float = 0.3, workers: int | None = None) -> BirdsSummary:
+def write_birds(
+    out: str | os.PathLike[str],
+    *,
+    species: int = 10,
+    images_per_species: int = 180,
+    size: int = 96,
+    seed: int = 0,
+    test_fraction: float = 0.3,
+    workers: int | None = None,
+) -> BirdsSummary:
     """Draw a data set of birds in the layout of CUB_200_2011, with segmentations.
 
     The same arguments give the same bytes whatever ``workers`` is. Boxes and segmentations are of the *visible*
@@ -198,20 +231,34 @@ def write_birds(out: str | os.PathLike[str], *, species: int = 10, images_per_sp
     items = plan_items(config, chosen)
     differing = [len(a.differing_groups(b)) for a, b in combinations(chosen, 2)]
     one, two, three = (differing.count(count) for count in (1, 2, 3))
-    record = {"format": "CUB_200_2011", "generator": GENERATOR_VERSION, "config": asdict(config),
-              "class_names": [kind.name for kind in chosen], "part_groups": list(GROUPS),
-              "pairs": {"1": one, "2": two, "3": three}}
+    record = {
+        "format": "CUB_200_2011",
+        "generator": GENERATOR_VERSION,
+        "config": asdict(config),
+        "class_names": [kind.name for kind in chosen],
+        "part_groups": list(GROUPS),
+        "pairs": {"1": one, "2": two, "3": three},
+    }
     reused = _claim(root, record)
     if not reused:
         _fill(root, config, chosen, items, workers or min(os.cpu_count() or 1, 1 + len(items) // 200))
         write_json(root / MANIFEST, record)
     (root / PARTIAL).unlink(missing_ok=True)
     train = sum(item.train for item in items)
-    return BirdsSummary(root, config, tuple(kind.name for kind in chosen), train, len(items) - train,
-                        (one, two, three), reused)
+    return BirdsSummary(
+        root,
+        config,
+        tuple(kind.name for kind in chosen),
+        train,
+        len(items) - train,
+        (one, two, three),
+        reused,
+    )
 
 
-def _fill(root: Path, config: BirdsConfig, species: Sequence[Species], items: Sequence[Item], workers: int) -> None:
+def _fill(
+    root: Path, config: BirdsConfig, species: Sequence[Species], items: Sequence[Item], workers: int
+) -> None:
     class_names = [f"{label:03d}.{kind.name}" for label, kind in enumerate(species, 1)]
     for kind in ("images", "segmentations"):
         for name in class_names:

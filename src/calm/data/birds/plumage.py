@@ -36,8 +36,11 @@ def rgb(color: str) -> Array:
 def _noise(size: int) -> Array:
     """A fixed tile of smooth noise (size, size), mean 0, standard deviation 1."""
     rng = np.random.default_rng(7)
-    tile = cv2.resize(rng.standard_normal((size // 4, size // 4)).astype(np.float32), (size, size),
-                      interpolation=cv2.INTER_CUBIC)
+    tile = cv2.resize(
+        rng.standard_normal((size // 4, size // 4)).astype(np.float32),
+        (size, size),
+        interpolation=cv2.INTER_CUBIC,
+    )
     return np.asarray((tile - tile.mean()) / tile.std(), np.float32)
 
 
@@ -164,8 +167,11 @@ def bird_surfaces(species: Species, density: float) -> dict[str, tuple[Surface, 
     """
     look = species.head
     trunk, skull, flank = anatomy.body(density), anatomy.head(density), anatomy.wing(density)
-    rear, beak, disc = anatomy.tail(species.tail.shape, density), anatomy.bill(look.bill_shape, density), \
-        anatomy.eye(2 * density)
+    rear, beak, disc = (
+        anatomy.tail(species.tail.shape, density),
+        anatomy.bill(look.bill_shape, density),
+        anatomy.eye(2 * density),
+    )
     lower = np.where(beak.v > 1.75, 0.72, 1.0) * np.where(np.abs(beak.v - 1.75) < 0.14, 0.6, 1.0)
     surfaces = {
         "body": (trunk, _trunk(species, trunk)),
@@ -179,5 +185,3 @@ def bird_surfaces(species: Species, density: float) -> dict[str, tuple[Surface, 
         tuft = anatomy.crest(density)
         surfaces["crest"] = (tuft, rgb(look.crown) * (1 + 0.10 * np.cos(tuft.v * 8))[:, None])
     return {name: (surface, colors.astype(np.float32)) for name, (surface, colors) in surfaces.items()}
-
-

@@ -55,8 +55,14 @@ class Pose:
         """The same pose in a picture ``factor`` times as large."""
         k = np.float32(factor)
         legs = [Leg(leg.hip * k, leg.ankle * k, leg.foot * k, leg.depth * factor) for leg in self.legs]
-        return replace(self, view=self.view * k, centre=self.centre * k, legs=(legs[0], legs[1]),
-                       unit=self.unit * factor, perch=(self.perch[0] * k, self.perch[1] * k))
+        return replace(
+            self,
+            view=self.view * k,
+            centre=self.centre * k,
+            legs=(legs[0], legs[1]),
+            unit=self.unit * factor,
+            perch=(self.perch[0] * k, self.perch[1] * k),
+        )
 
 
 def _rotation(axis: str, degrees: float) -> Array:
@@ -90,16 +96,26 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(0, 20)
     near = 1.0 if facing_left else -1.0  # the side that faces the viewer: +1 left, -1 right
     look = float(np.clip(rng.normal(-8, 22), -50, 45)) * -near  # negative values look at the viewer
-    head_turn = (_rotation("z", look) @ _rotation("y", upright * 0.8 + rng.normal(0, 8))
-                 @ _rotation("x", rng.normal(0, 7)))
-    head_at = HEAD_PIVOT + rng.uniform(-0.025, 0.025, 3).astype(np.float32) * np.array([1, 0.3, 1.0], np.float32)
+    head_turn = (
+        _rotation("z", look)
+        @ _rotation("y", upright * 0.8 + rng.normal(0, 8))
+        @ _rotation("x", rng.normal(0, 7))
+    )
+    head_at = HEAD_PIVOT + rng.uniform(-0.025, 0.025, 3).astype(np.float32) * np.array(
+        [1, 0.3, 1.0], np.float32
+    )
     # A tail seen edge-on would show nothing: birds here hold it tilted, its upper side to the viewer.
-    tail_turn = (_rotation("x", -near * rng.uniform(32, 62)) @ _rotation("z", rng.normal(0, 6))
-                 @ _rotation("y", rng.uniform(-22, 16)))
+    tail_turn = (
+        _rotation("x", -near * rng.uniform(32, 62))
+        @ _rotation("z", rng.normal(0, 6))
+        @ _rotation("y", rng.uniform(-22, 16))
+    )
     wings = []
     for hand in (1.0, -1.0):
         droop, lift = rng.uniform(-9, 12), abs(rng.normal(0, 4))
-        wings.append(_rotation("x", hand * lift * 0.6) @ _rotation("y", -droop) @ _rotation("z", hand * lift * -0.3))
+        wings.append(
+            _rotation("x", hand * lift * 0.6) @ _rotation("y", -droop) @ _rotation("z", hand * lift * -0.3)
+        )
     turn = _rotation("z", yaw + 180 * facing_left) @ _rotation("y", -upright) @ _rotation("x", roll)
     plump = np.diag(np.array([rng.uniform(0.95, 1.04), 1, rng.uniform(0.94, 1.06)], np.float32))
     view = _rotation("x", elevation) @ _BIRD_TO_VIEW @ turn @ plump
@@ -134,8 +150,17 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     placed = [Leg(pixel(leg[0]), pixel(leg[1]), pixel(leg[2]), float(unit * leg[0][2])) for leg in legs]
     along = np.array([1, slope, 0], np.float32)
     anchor = np.array([middle, low - 0.02, 0], np.float32)
-    return Pose(view * np.float32(unit), centre, head_turn, head_at, tail_turn, (wings[0], wings[1]),
-                (placed[0], placed[1]), float(unit), (pixel(anchor - along), pixel(anchor + along)))
+    return Pose(
+        view * np.float32(unit),
+        centre,
+        head_turn,
+        head_at,
+        tail_turn,
+        (wings[0], wings[1]),
+        (placed[0], placed[1]),
+        float(unit),
+        (pixel(anchor - along), pixel(anchor + along)),
+    )
 
 
 def wing_points(points: Array, turn: Array, hand: float) -> Array:

@@ -43,7 +43,9 @@ _LEAF = ((84, 128, 58), (122, 160, 74), (60, 104, 62), (150, 160, 70), (178, 128
 
 
 def _tone(rng: Generator, color: tuple[int, int, int], spread: float = 0.08) -> tuple[float, float, float]:
-    r, g, b = np.clip(np.array(color) / 255 * (1 + rng.normal(0, spread)) + rng.normal(0, spread / 4, 3), 0, 1)
+    r, g, b = np.clip(
+        np.array(color) / 255 * (1 + rng.normal(0, spread)) + rng.normal(0, spread / 4, 3), 0, 1
+    )
     return float(r), float(g), float(b)
 
 
@@ -63,7 +65,9 @@ def _line(canvas: _Canvas, points: Array, color: tuple[float, ...] | int, width:
     cv2.polylines(canvas, [_fixed(points)], False, color, max(1, round(width)), cv2.LINE_8, _SHIFT)
 
 
-def _leaf_shape(at: Array, length: float, width: float, angle: float, bend: float = 0.0) -> tuple[Array, Array]:
+def _leaf_shape(
+    at: Array, length: float, width: float, angle: float, bend: float = 0.0
+) -> tuple[Array, Array]:
     """Outline (26, 2) and midrib (13, 2) of a leaf whose stem is at ``at``."""
     t = np.linspace(0, 1, 13)
     half = width * np.sin(np.pi * t**0.8) * (1 - 0.25 * t)
@@ -73,8 +77,9 @@ def _leaf_shape(at: Array, length: float, width: float, angle: float, bend: floa
     return np.asarray(outline, np.float32), np.asarray(rib, np.float32)
 
 
-def _paint_leaf(canvas: Array, rng: Generator, shape: tuple[Array, Array], color: tuple[int, int, int],
-                rib_width: float) -> None:
+def _paint_leaf(
+    canvas: Array, rng: Generator, shape: tuple[Array, Array], color: tuple[int, int, int], rib_width: float
+) -> None:
     outline, rib = shape
     base = _tone(rng, color)
     _polygon(canvas, outline, base)
@@ -88,15 +93,29 @@ def _curve(start: Array, end: Array, sag: float) -> Array:
     return np.asarray(start * (1 - t) + end * t + side * (4 * t * (1 - t)), np.float32)
 
 
-def _soft_layer(canvas: Array, rng: Generator, colors: tuple[tuple[int, int, int], ...], count: int,
-                sizes: tuple[float, float], blur: float) -> None:
+def _soft_layer(
+    canvas: Array,
+    rng: Generator,
+    colors: tuple[tuple[int, int, int], ...],
+    count: int,
+    sizes: tuple[float, float],
+    blur: float,
+) -> None:
     """Round out-of-focus shapes, then blur all that is there (at half size: it is soft anyway)."""
     side = canvas.shape[0]
     for _ in range(count):
         at = tuple(int(c) for c in rng.uniform(-0.05, 1.05, 2) * side)
         axes = rng.uniform(*sizes) * side * rng.uniform(0.7, 1.3, 2)
-        cv2.ellipse(canvas, at, (max(1, int(axes[0])), max(1, int(axes[1]))), float(rng.uniform(0, 180)), 0, 360,
-                    _tone(rng, _pick(rng, colors)), -1)
+        cv2.ellipse(
+            canvas,
+            at,
+            (max(1, int(axes[0])), max(1, int(axes[1]))),
+            float(rng.uniform(0, 180)),
+            0,
+            360,
+            _tone(rng, _pick(rng, colors)),
+            -1,
+        )
     small = cv2.resize(canvas, (side // 2, side // 2), interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), max(0.3, blur * side / 2))
     canvas[:] = cv2.resize(small, (side, side), interpolation=cv2.INTER_LINEAR)
@@ -112,15 +131,22 @@ def _distractors(canvas: Array, rng: Generator, count: int) -> None:
         size = float(rng.uniform(0.025, 0.075)) * side
         kind = int(rng.integers(4))
         if kind == 0:
-            _paint_leaf(canvas, rng, _leaf_shape(at, 2.6 * size, 0.5 * size, rng.uniform(0, 6.3), rng.normal(0, .2)),
-                        color, 0.006 * side)
+            _paint_leaf(
+                canvas,
+                rng,
+                _leaf_shape(at, 2.6 * size, 0.5 * size, rng.uniform(0, 6.3), rng.normal(0, 0.2)),
+                color,
+                0.006 * side,
+            )
         elif kind == 1:  # berries
             tone = _tone(rng, color)
             for offset in rng.normal(0, 0.6 * size, (4, 2)):
                 centre = tuple(int(c) for c in at + offset)
                 cv2.circle(canvas, centre, max(1, int(0.38 * size)), tone, -1)
                 glint = (int(centre[0] - 0.12 * size), int(centre[1] - 0.12 * size))
-                cv2.circle(canvas, glint, max(1, int(0.12 * size)), tuple(min(1.0, c * 1.5 + 0.1) for c in tone), -1)
+                cv2.circle(
+                    canvas, glint, max(1, int(0.12 * size)), tuple(min(1.0, c * 1.5 + 0.1) for c in tone), -1
+                )
         elif kind == 2:  # a flower
             turn = rng.uniform(0, 6.3)
             for petal in range(5):
@@ -128,8 +154,16 @@ def _distractors(canvas: Array, rng: Generator, count: int) -> None:
                 _polygon(canvas, outline, _tone(rng, color, 0.05))
             cv2.circle(canvas, (int(at[0]), int(at[1])), max(1, int(0.25 * size)), (0.95, 0.78, 0.30), -1)
         else:  # a round or egg-like patch
-            cv2.ellipse(canvas, (int(at[0]), int(at[1])), (max(1, int(1.1 * size)), max(1, int(0.7 * size))),
-                        float(rng.uniform(0, 180)), 0, 360, _tone(rng, color), -1)
+            cv2.ellipse(
+                canvas,
+                (int(at[0]), int(at[1])),
+                (max(1, int(1.1 * size)), max(1, int(0.7 * size))),
+                float(rng.uniform(0, 180)),
+                0,
+                360,
+                _tone(rng, color),
+                -1,
+            )
 
 
 def paint_background(rng: Generator, side: int) -> Array:
@@ -146,16 +180,33 @@ def paint_background(rng: Generator, side: int) -> Array:
     if name == "shore":
         for y in np.sort(rng.uniform(0.45, 1.0, 7)) * side:
             at = (int(rng.uniform(0, side)), int(y))
-            cv2.ellipse(canvas, at, (int(rng.uniform(0.1, 0.35) * side), max(1, int(0.008 * side))), 0, 0, 360,
-                        _tone(rng, (206, 224, 230)), -1)
+            cv2.ellipse(
+                canvas,
+                at,
+                (int(rng.uniform(0.1, 0.35) * side), max(1, int(0.008 * side))),
+                0,
+                0,
+                360,
+                _tone(rng, (206, 224, 230)),
+                -1,
+            )
     else:
         for _ in range(int(rng.integers(1, 4))):  # distant branches
             ends = np.asarray(rng.uniform(-0.1, 1.1, (2, 2)) * side, np.float32)
-            _line(canvas, _curve(ends[0], ends[1], rng.normal(0, 0.12)), _tone(rng, _pick(rng, _BARK)),
-                  rng.uniform(0.012, 0.035) * side)
+            _line(
+                canvas,
+                _curve(ends[0], ends[1], rng.normal(0, 0.12)),
+                _tone(rng, _pick(rng, _BARK)),
+                rng.uniform(0.012, 0.035) * side,
+            )
     for _ in range(int(rng.integers(3, 10))):
-        shape = _leaf_shape(np.asarray(rng.uniform(0, 1, 2) * side, np.float32), rng.uniform(0.08, 0.22) * side,
-                            rng.uniform(0.018, 0.05) * side, rng.uniform(0, 6.3), rng.normal(0, 0.2))
+        shape = _leaf_shape(
+            np.asarray(rng.uniform(0, 1, 2) * side, np.float32),
+            rng.uniform(0.08, 0.22) * side,
+            rng.uniform(0.018, 0.05) * side,
+            rng.uniform(0, 6.3),
+            rng.normal(0, 0.2),
+        )
         _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
     canvas[:] = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.004, 0.012) * side)
     _distractors(canvas, rng, int(rng.integers(1, 4)))
@@ -174,13 +225,23 @@ def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
     angle = np.linspace(0, 2 * np.pi, 40)[:-1]
     width, height = rng.uniform(0.8, 1.5) * unit, rng.uniform(0.4, 0.8) * unit
     edge = 1 + np.convolve(rng.normal(0, 0.05, 41), [0.25, 0.5, 0.25], "valid")
-    shape = np.stack([np.sign(np.cos(angle)) * np.abs(np.cos(angle)) ** 0.7 * width,
-                      np.sign(np.sin(angle)) * np.abs(np.sin(angle)) ** 0.6 * height], 1) * edge[:, None]
+    shape = (
+        np.stack(
+            [
+                np.sign(np.cos(angle)) * np.abs(np.cos(angle)) ** 0.7 * width,
+                np.sign(np.sin(angle)) * np.abs(np.sin(angle)) ** 0.6 * height,
+            ],
+            1,
+        )
+        * edge[:, None]
+    )
     cover = np.zeros((side, side), np.uint8)
     _polygon(cover, np.asarray(shape + top + [0, height * 0.97], np.float32), 1)
     rows, columns = np.nonzero(cover)
     depth = np.clip((rows - top[1]) / (2 * height), 0, 1)
-    rough = cv2.resize(rng.normal(0, 1, (40, 40)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC)
+    rough = cv2.resize(
+        rng.normal(0, 1, (40, 40)).astype(np.float32), (side, side), interpolation=cv2.INTER_CUBIC
+    )
     slant = (columns - top[0]) / width * rng.uniform(-0.18, 0.18)
     stone = np.array(_tone(rng, _pick(rng, ((136, 130, 122), (156, 144, 126), (110, 112, 116)))), np.float32)
     moss = np.array(_tone(rng, (104, 132, 66)), np.float32)
@@ -220,15 +281,27 @@ def paint_perch(canvas: Array, rng: Generator, pose: Pose) -> None:
         wobble = np.convolve(rng.normal(0, 0.05 * thick, 14), [0.3, 0.4, 0.3], "valid")[:, None]
         spine = np.asarray(spine + wobble * down, np.float32)
         for shift, width, gain in ((0.0, 2.0, 0.72), (-0.25, 1.4, 1.0), (-0.55, 0.55, 1.22)):
-            _line(canvas, spine + down * thick * shift, tuple(min(1.0, c * gain) for c in bark), width * thick)
+            _line(
+                canvas, spine + down * thick * shift, tuple(min(1.0, c * gain) for c in bark), width * thick
+            )
         for place in rng.uniform(-0.9, 0.9, 7):  # cracks in the bark
             spot = middle + along * place * side + down * thick * rng.uniform(0.3, 1.5)
-            _line(canvas, np.array([spot, spot + along * 0.05 * side]), tuple(c * 0.6 for c in bark), 0.006 * side)
+            _line(
+                canvas,
+                np.array([spot, spot + along * 0.05 * side]),
+                tuple(c * 0.6 for c in bark),
+                0.006 * side,
+            )
         for place in rng.uniform(-0.8, 0.8, int(rng.integers(2, 6))):
             stem = np.asarray(middle + along * place * side + down * thick, np.float32)
             angle = rng.uniform(0.2, 2.9) if rng.random() < 0.65 else rng.uniform(-2.6, -0.5)
-            shape = _leaf_shape(stem, rng.uniform(0.09, 0.19) * side, rng.uniform(0.02, 0.045) * side, angle,
-                                rng.normal(0, 0.2))
+            shape = _leaf_shape(
+                stem,
+                rng.uniform(0.09, 0.19) * side,
+                rng.uniform(0.02, 0.045) * side,
+                angle,
+                rng.normal(0, 0.2),
+            )
             _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
     elif kind < 0.90:
         _paint_rock(canvas, rng, middle + down * 0.03 * pose.unit, pose.unit)
@@ -254,8 +327,12 @@ def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDAr
         at = np.array([columns[pick], rows[pick]], np.float32)
         angle = rng.uniform(0, 2 * np.pi)
         twig = rng.random() < 0.4
-        length, width = (rng.uniform(0.5, 1.0), 0.011) if twig else (rng.uniform(0.16, 0.30), rng.uniform(0.03, 0.05))
-        stem = at - np.array([np.cos(angle), np.sin(angle)], np.float32) * length * side * rng.uniform(0.45, 1.0)
+        length, width = (
+            (rng.uniform(0.5, 1.0), 0.011) if twig else (rng.uniform(0.16, 0.30), rng.uniform(0.03, 0.05))
+        )
+        stem = at - np.array([np.cos(angle), np.sin(angle)], np.float32) * length * side * rng.uniform(
+            0.45, 1.0
+        )
         shape = _leaf_shape(stem, length * side, width * side, angle, rng.normal(0, 0.18))
         color = _pick(rng, _BARK if twig else _LEAF)
         cover = np.zeros((side, side), np.uint8)

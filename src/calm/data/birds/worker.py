@@ -42,8 +42,9 @@ def _write(path: Path, encoded: tuple[bool, Any]) -> None:
     path.write_bytes(encoded[1].tobytes())
 
 
-def _draw_share(root: Path, config: BirdsConfig, share: int, shares: int,
-                wanted: Callable[[], bool] = lambda: True) -> list[Truth]:
+def _draw_share(
+    root: Path, config: BirdsConfig, share: int, shares: int, wanted: Callable[[], bool] = lambda: True
+) -> list[Truth]:
     """Draw every ``shares``-th image from the ``share``-th on, picture and segmentation, while ``wanted``."""
     species = choose_species(config.species)
     truths = []
@@ -70,18 +71,36 @@ def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
     children = []
     try:
         for share in range(1, workers):
-            task = {"parent": os.getpid(), "root": str(root), "config": asdict(config), "share": share,
-                    "shares": workers}
-            children.append(subprocess.Popen(
-                [sys.executable, "-m", __name__, json.dumps(task)], env=environment, text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE))
+            task = {
+                "parent": os.getpid(),
+                "root": str(root),
+                "config": asdict(config),
+                "share": share,
+                "shares": workers,
+            }
+            children.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", __name__, json.dumps(task)],
+                    env=environment,
+                    text=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                )
+            )
         results = [_draw_share(root, config, 0, workers)]
         for child in children:
             output, errors = child.communicate()
             if child.returncode != 0:
-                raise RuntimeError(f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}")
-            results.append([Truth(tuple(box), tuple(tuple(p) if p else None for p in points))
-                            for box, points in json.loads(output)])
+                raise RuntimeError(
+                    f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}"
+                )
+            results.append(
+                [
+                    Truth(tuple(box), tuple(tuple(p) if p else None for p in points))
+                    for box, points in json.loads(output)
+                ]
+            )
     finally:
         for child in children:
             child.kill()  # does nothing to one that has ended
@@ -93,8 +112,13 @@ def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
 def _main(task: dict[str, Any]) -> None:
     """Draw the share that the parent process described; answer with its truths on standard output."""
     cv2.setNumThreads(1)
-    truths = _draw_share(Path(task["root"]), BirdsConfig(**task["config"]), task["share"], task["shares"],
-                         lambda: os.getppid() == task["parent"])
+    truths = _draw_share(
+        Path(task["root"]),
+        BirdsConfig(**task["config"]),
+        task["share"],
+        task["shares"],
+        lambda: os.getppid() == task["parent"],
+    )
     json.dump([[truth.box, truth.points] for truth in truths], sys.stdout)
 
 
