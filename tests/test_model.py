@@ -11,9 +11,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+from calm.backbones.timm_models import TimmBackbone
 from calm.errors import CalmError
 from calm.model import ModelConfig, create_model
 from calm.output import CalmOutput
+from calm.preprocess import Preprocessing
 
 METHODS = ["calm-em", "calm-ml", "cam"]
 
@@ -206,3 +208,17 @@ def test_a_wrong_number_of_class_names_is_refused():
 def test_pretrained_needs_a_named_backbone():
     with pytest.raises(CalmError, match="your own module"):
         tiny(pretrained=True)
+
+
+def test_pretrained_timm_weights_bring_the_normalisation_they_expect(monkeypatch):
+    def build(name, **options):
+        return TimmBackbone(name)  # no weights: nothing can be downloaded here
+
+    monkeypatch.setattr("calm.backbones.build_backbone", build)
+    name = "vit_tiny_patch16_224.augreg_in21k_ft_in1k"
+    half = (0.5, 0.5, 0.5)
+    expected = create_model(name, 2, pretrained=True).preprocessing
+    assert (expected.mean, expected.std) == (half, half)
+    own = Preprocessing(size=(96, 96), mean=(0.1, 0.2, 0.3))
+    assert create_model(name, 2, pretrained=True, preprocessing=own).preprocessing == own
+    assert create_model(name, 2).preprocessing == Preprocessing()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from calm.output import CalmOutput as CalmOutput
     from calm.output import CamOutput as CamOutput
     from calm.preprocess import Preprocessing as Preprocessing
+    from calm.released import convert as convert
     from calm.released import load_released as load_released
     from calm.resample import resize_maps as resize_maps
 
@@ -33,6 +34,7 @@ _HOMES = {
     "ModelConfig": "calm.model",
     "Preprocessing": "calm.preprocess",
     "attribute": "calm.baselines",
+    "convert": "calm.released",
     "create_model": "calm.model",
     "load": "calm.checkpoint",
     "load_released": "calm.released",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -22,6 +22,8 @@ from calm.resample import resize_maps
 __all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
 
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
+
+_IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
 
 @dataclass(frozen=True)
@@ -225,6 +227,12 @@ class CalmModel(nn.Module):
 
         return checkpoint.save_pretrained(self, folder)
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Upload to a Hugging Face repository: see `calm.checkpoint.push_to_hub`."""
+        from calm import checkpoint
+
+        return checkpoint.push_to_hub(self, repo_id, **options)
+
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> CalmModel:
         """Load from a folder or a hub id: `calm.load`."""
@@ -257,7 +265,8 @@ def create_model(
         backbone: a name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
         pretrained: start the backbone from ImageNet weights (needs a network the first time).
         class_names: names of the classes, in the order of their indices.
-        preprocessing: input size and normalisation; the default is 224x224 and ImageNet's mean and std.
+        preprocessing: input size and normalisation; the default is 224x224 and ImageNet's mean and std. Where these
+            are ImageNet's and a timm model's pretrained weights expect others, theirs are taken.
 
     The other arguments are those of `ModelConfig`.
 
@@ -270,6 +279,7 @@ def create_model(
     """
     from calm.backbones import adapt_backbone, build_backbone
 
+    prepared = preprocessing or Preprocessing()
     config = ModelConfig(
         backbone=backbone if isinstance(backbone, str) else "custom",
         num_classes=num_classes,
@@ -293,14 +303,17 @@ def create_model(
             "pretrained and output_stride choose among named backbones: your own module comes as it is"
         )
     else:
-        body = adapt_backbone(backbone)
+        body = adapt_backbone(backbone, prepared.size)
+    normalization = getattr(body, "normalization", None)
+    if pretrained and normalization is not None and (prepared.mean, prepared.std) == _IMAGENET:
+        prepared = replace(prepared, mean=normalization[0], std=normalization[1])
     channels = int(body.out_channels)  # type: ignore[arg-type]
     head = (
         CamHead(channels, num_classes)
         if method == "cam"
         else CalmHead(channels, num_classes, prior_activation, prior_denominator)
     )
-    return CalmModel(config, body, head, class_names=class_names, preprocessing=preprocessing)
+    return CalmModel(config, body, head, class_names=class_names, preprocessing=prepared)
 
 
 def _height_width(images: Tensor) -> tuple[int, int]:

@@ -26,9 +26,9 @@ class SmallResNet(nn.Module):
     def __init__(
         self,
         widths: Sequence[int] = (32, 64, 128, 256),
-        strides: Sequence[int] = (1, 2, 2, 2),
+        strides: Sequence[int] = (1, 2, 2, 1),
         depth: int = 2,
-        stem_stride: int = 1,
+        stem_stride: int = 2,
     ) -> None:
         super().__init__()
         if len(widths) != len(strides):
@@ -57,7 +57,7 @@ class SmallResNet(nn.Module):
 
 def tiny_resnet() -> SmallResNet:
     """0.3 million parameters, stride 8, for demonstrations: about ten times as fast as the default `SmallResNet`."""
-    return SmallResNet(widths=(16, 32, 64, 128), strides=(1, 2, 2, 1), depth=1, stem_stride=2)
+    return SmallResNet(widths=(16, 32, 64, 128), depth=1)
 
 
 def _block(inputs: int, width: int, stride: int) -> BasicBlock:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from jaxtyping import Float
@@ -37,6 +38,7 @@ class TimmBackbone(nn.Module):
     Attributes:
         out_channels: D.
         fixed_size: (height, width) in pixels if the model takes images of one size only, else None.
+        normalization: mean and std per channel that its pretrained weights expect, of RGB in [0, 1].
 
     Raises:
         CalmError: an unknown tag, a stride that the model cannot have, a model whose features are no grid, or
@@ -53,7 +55,9 @@ class TimmBackbone(nn.Module):
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
         features = _Features(self.model)
-        height, width = (int(side) for side in self.model.pretrained_cfg["input_size"][1:])  # type: ignore[index]
+        card: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        self.normalization = tuple(card["mean"]), tuple(card["std"])
+        height, width = (int(side) for side in card["input_size"][1:])
         shape = output_shape(features, height, width)
         self.layout, self.stride = self._layout(shape, height, width)
         if output_stride is not None and self.stride != output_stride:
