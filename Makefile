@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test lint clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
@@ -28,9 +28,6 @@ lint: $(VENV)/.installed  ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check --quiet . || { echo "calm: run '$(BIN)/ruff format .'"; exit 1; }
 	@$(BIN)/mypy
-
-bench: $(VENV)/.installed  ## the comparisons of benchmarks/
-	@for script in benchmarks/*.py; do echo "calm: $$script"; $(BIN)/python $$script || exit 1; done
 
 clean:  ## remove the environment, caches and the demo
 	rm -rf $(VENV) $(OUT) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -48,6 +48,12 @@ def test_the_e_step_of_a_preset_is_for_calm_em_alone() -> None:
         assert config.loss.temperature == temperature
 
 
+def test_skip_bad_is_short_for_its_option() -> None:
+    for words in (["--skip-bad"], ["--skip_bad"], ["--reading.skip_bad", "true"]):
+        assert parse(["--data", "birds", *words]).reading.skip_bad
+    assert not parse(["--data", "birds"]).reading.skip_bad
+
+
 def test_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data: here\nlr: 0.3\nepochs: 7\n")

@@ -59,6 +59,7 @@ def build_parser(
         epilog="examples:\n" + examples,
         formatter_class=Formatter,
         exit_on_error=False,
+        allow_abbrev=False,
     )
     skip: set[str | int] = set(fixed or {})
     for name, kind in _required_lists(function).items():

@@ -29,6 +29,10 @@ examples:
 """
 
 
+SKIP_BAD = ("--skip-bad", "--skip_bad")
+"""Short for ``--reading.skip_bad true``: the report of a failed check asks for it."""
+
+
 def preset_names() -> list[str]:
     """Names for ``--preset``: the YAML files of ``calm/presets``."""
     names = (path.name for path in files("calm").joinpath("presets").iterdir())
@@ -52,6 +56,12 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings; later flags win")
     parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {presets}", default=hidden)
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder", default=hidden)
+    parser.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="go on without images that the check complains about",
+        default=hidden,
+    )
     parser.add_class_arguments(TrainConfig)
     return parser
 
@@ -65,7 +75,8 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         CalmError: an unknown flag, preset or value; a value out of range.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    chosen, rest = _take_out("--preset", arguments)
+    spelled_out = ["--reading.skip_bad=true" if flag in SKIP_BAD else flag for flag in arguments]
+    chosen, rest = _take_out("--preset", spelled_out)
     resume, rest = _take_out("--resume", rest)
     if resume is not None:
         if chosen is not None or rest:

@@ -1,0 +1,67 @@
+"""Draw docs/birds.png, the picture of the README, from a finished demo: python docs/birds_picture.py demo"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+import calm
+from calm.data import load_split
+from calm.data.cue_files import read_pairs
+from calm.data.cues import group_mask
+from calm.render import Tile, draw_contour, overlay, panel, resize_picture
+from calm.report.pointing import read_task
+
+CELL = 192
+
+
+def main(demo: Path) -> None:
+    """One row for each of some pairs of species that differ in one part: the first test image of the pair that both
+    models classify rightly and that shows the part."""
+    root, split = demo / "birds", load_split(demo / "birds", "test")
+    ours, cam = (calm.load(demo / "runs" / method) for method in ("calm-em", "cam"))
+    task, pairs, rows = read_task(split, root), read_pairs(root, (1,)), []
+    images = ours.preprocess([record.path for record in split.records])
+    labels = torch.tensor([record.label for record in split.records])
+    right = (ours(images).probs.argmax(1) == labels) & (cam(images).probs.argmax(1) == labels)
+    for number, pair in enumerate(pairs[:4]):
+        index = next(
+            i
+            for i, p in zip(task.image.tolist(), task.pair.tolist(), strict=True)
+            if p == number and right[i]
+        )
+        one, label = images[index : index + 1], labels[index : index + 1]
+        other = torch.tensor([pair.second if pair.first == int(label) else pair.first])
+        picture = resize_picture(np.array(Image.open(split.records[index].path).convert("RGB")), (CELL, CELL))
+        output = ours(one)
+        joint, prior = output.attribute(label)[0], output.prior[0]
+        why = ours.difference(one, label, other, size=joint.shape[-2:])[0]
+        outlined = draw_contour(
+            overlay(picture, why), group_mask(task.regions[index], pair.groups).float(), 0.5
+        )
+        name, rival = (ours.class_names[int(c)].split(".")[-1].replace("_", " ") for c in (label, other))
+        rows.append(
+            [
+                Tile(picture, name),
+                Tile(overlay(picture, joint), f"sums to {joint.sum():.3f}"),
+                Tile(overlay(picture, prior)),
+                Tile(
+                    overlay(picture, cam(one).attribute(label)[0], how="minmax"),
+                    f"p = {cam(one).probs[0, label].item():.3f}",
+                ),
+                Tile(outlined, f"not {rival}"),
+            ]
+        )
+    columns = ["image", "CALM: p(y, z | x)", "CALM: prior p(z | x)", "CAM", "CALM: why, and not ..."]
+    Image.fromarray(panel(rows, columns=columns, cell=CELL)).save(
+        Path(__file__).parent / "birds.png", optimize=True
+    )
+
+
+if __name__ == "__main__":
+    with torch.no_grad():
+        main(Path(sys.argv[1]))
