@@ -32,6 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calm.errors import CalmError, unknown
+from calm.latent import log_posterior
 from calm.normalize import normalize
 from calm.resample import resize_maps
 
@@ -65,7 +66,7 @@ def joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k
 def posterior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     """p(z | x, y) for the classes asked: their joints, each divided by its sum."""
     log_joint = output.log_joint_of(classes)
-    return (log_joint - torch.logsumexp(log_joint, dim=(-2, -1), keepdim=True)).exp()
+    return log_posterior(log_joint).exp()
 
 
 def prior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:

@@ -99,7 +99,7 @@ class CalmOutput:
     @property
     def log_posterior(self) -> Tensor:
         """log p(z | x, y), (B, C, h, w)."""
-        return self.log_joint - self.log_probs[..., None, None]
+        return latent.log_posterior(self.log_joint)
 
     @property
     def conditional(self) -> Tensor:
@@ -139,8 +139,8 @@ class CalmOutput:
         return self._joined(rows)
 
     def _joined(self, rows: Float[Tensor, "b k h w"]) -> Float[Tensor, "b k h w"]:
-        """log joint of some rows of the logits. The large numbers cancel first, and one buffer is made."""
-        return (widen(rows) - self.log_normalizer.unsqueeze(1)).add_(self.log_prior.unsqueeze(1))
+        """log joint of some rows of the logits: their log conditional plus the log prior."""
+        return latent.log_joint(widen(rows) - self.log_normalizer.unsqueeze(1), self.log_prior)
 
     def target_rows(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """log p(y, z | x) of each image's target."""
