@@ -121,7 +121,10 @@ class PartPoints:
         for parts in members:
             weights = self.visible[:, parts].to(scaled)
             count = weights.sum(dim=1)
-            points.append((scaled[:, parts] * weights[..., None]).sum(dim=1) / count.clamp(min=1)[:, None])
+            # Part by part, not by torch's sum: its order is its own, and the last bit decides which pixel the
+            # mean is truncated to.
+            total = sum((scaled[:, parts] * weights[..., None]).unbind(dim=1), torch.zeros_like(scaled[:, 0]))
+            points.append(total / count.clamp(min=1)[:, None])
             seen.append(count > 0)
         return torch.stack(points, dim=1), torch.stack(seen, dim=1), owner
 
