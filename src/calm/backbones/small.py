@@ -56,7 +56,7 @@ class SmallResNet(nn.Module):
 
 
 def tiny_resnet() -> SmallResNet:
-    """0.3 million parameters, stride 8, for demonstrations: about ten times as fast as the default `SmallResNet`."""
+    """0.3 million parameters, stride 8, for demonstrations."""
     return SmallResNet(widths=(16, 32, 64, 128), depth=1)
 
 

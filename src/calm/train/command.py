@@ -25,7 +25,7 @@ examples:
   calm train --data CUB_200_2011                                    the released recipe: pretrained resnet50, 40 epochs
   calm train --preset small --data DIR --loss.temperature 0.5:1.0   soft E-step, annealed
   calm train --preset small --data DIR --print_config               show every setting; a file for --config
-  calm train --resume runs/birds-small_resnet-calm-em               continue a run; so does the same command again
+  calm train --resume runs/birds-tiny_resnet-calm-em                continue a run; so does the same command again
 """
 
 
