@@ -1,0 +1,1 @@
+"""Benchmarks: a data set, any explainer, and the metrics."""

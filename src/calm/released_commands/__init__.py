@@ -1,0 +1,1 @@
+"""The commands of the released CALM code, translated into this package."""
