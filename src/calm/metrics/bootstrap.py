@@ -11,7 +11,7 @@ Source: Hanley and MacGibbon, Creating non-parametric bootstrap samples using Po
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -25,8 +25,7 @@ REPLICATES = 1000
 """Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""
 
 
-@dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedTuple):
     """A figure and its 95 percent bootstrap interval, all in the figure's own unit; NaN where it is undefined."""
 
     value: float
@@ -56,7 +55,8 @@ def weights(keys: Int[Tensor, " b"], replicates: int, seed: int = 0) -> Float[Te
     if replicates < 0:
         raise CalmError(f"replicates is {replicates}: give 0 (no interval) or more")
     rows = torch.arange(1, replicates + 1, device=keys.device, dtype=torch.int64)
-    mixed = _mix(_mix(keys.to(torch.int64) + _ODD * (seed + 1))[None, :] + _ODD * rows[:, None])
+    odd = torch.tensor(_ODD, device=keys.device)  # a tensor, whose products wrap around
+    mixed = _mix(_mix(keys.to(torch.int64) + odd * (seed + 1))[None, :] + odd * rows[:, None])
     uniform = ((mixed >> 11) & (2**53 - 1)).double() / 2**53
     draws = torch.bucketize(uniform, _CUMULATIVE.to(keys.device), right=True).double()
     return torch.cat([torch.ones(1, len(keys), dtype=torch.float64, device=keys.device), draws])
@@ -75,9 +75,7 @@ def estimate(values: Float[Tensor, " r"]) -> Estimate:
     return Estimate(float(values[0]), float(low), float(high))
 
 
-def bootstrap_mean(
-    values: Float[Tensor, " n"], replicates: int = REPLICATES, seed: int = 0
-) -> Estimate:
+def bootstrap_mean(values: Float[Tensor, " n"], replicates: int = REPLICATES, seed: int = 0) -> Estimate:
     """Mean of values at hand, and its interval.
 
     Raises:
@@ -91,7 +89,6 @@ def bootstrap_mean(
 
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number
 _CUMULATIVE = torch.tensor([1 / math.factorial(n) for n in range(21)], dtype=torch.float64).cumsum(0) / math.e
-
 
 
 def _mix(bits: Tensor) -> Tensor:

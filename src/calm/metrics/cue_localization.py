@@ -1,0 +1,130 @@
+"""Cue localization: does the difference of two classes' maps find the part that tells them apart?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from calm.errors import CalmError, unknown
+from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
+from calm.metrics.pixel_ap import COUNTINGS, Counting, check_maps, histograms, precision_recall
+from calm.metrics.thresholds import Thresholds, thresholds
+
+__all__ = ["ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationResult"]
+
+Accumulation = Literal["pair", "cumulative"]
+ACCUMULATIONS: tuple[Accumulation, ...] = ("pair", "cumulative")
+"""``pair``: each pair by its own pixels. ``cumulative``: as the released code does, which never empties its
+histogram: each pair's figure includes the pixels of all pairs before it, by number of differing groups."""
+
+
+class CueLocalizationResult(NamedTuple):
+    """PxAP of class pairs, in [0, 1].
+
+    Attributes:
+        per_pair: of each pair, NaN for pairs without an image.
+        by_groups: mean over the pairs that differ in this many part groups.
+        mean: over all pairs: mPxAP.
+        empty: pairs without an image; they are in no mean.
+    """
+
+    per_pair: tuple[float, ...]
+    by_groups: dict[int, Estimate]
+    mean: Estimate
+    empty: int
+
+
+class CueLocalization(Metric):
+    """Mean over class pairs of the PxAP of their difference maps (mPxAP), with intervals over pairs.
+
+    Higher is better, from 0 to 1; a map without information scores the share of pixels of the differing parts,
+    a few percent. It says nothing about whether the classifier tells the classes apart.
+
+    Args:
+        groups: the number of part groups in which each pair differs, (p,).
+        which: thresholds, see `calm.metrics.thresholds`.
+        counting: see `calm.metrics.pixel_ap.COUNTINGS`.
+        accumulation: see ``ACCUMULATIONS``.
+        replicates: bootstrap samples of pairs.
+        seed: of the bootstrap.
+
+    Source: paper, section 5.2 and its table of mPxAP.
+    """
+
+    higher_is_better = True
+    full_state_update = False
+    histogram: Tensor
+    thresholds: Tensor
+
+    def __init__(
+        self,
+        groups: Sequence[int],
+        which: Thresholds | Tensor = "even",
+        counting: Counting = "strict",
+        accumulation: Accumulation = "pair",
+        *,
+        replicates: int = REPLICATES,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        if counting not in COUNTINGS:
+            raise unknown("counting", counting, COUNTINGS)
+        if accumulation not in ACCUMULATIONS:
+            raise unknown("accumulation", accumulation, ACCUMULATIONS)
+        if not groups:
+            raise CalmError("no class pair: give the number of differing part groups of at least one")
+        self.groups = tuple(groups)
+        self.counting, self.accumulation = counting, accumulation
+        self.replicates, self.seed = replicates, seed
+        self.register_buffer("thresholds", thresholds(which))
+        zeros = torch.zeros(len(groups), len(self.thresholds) + 1, 2, dtype=torch.float64)
+        self.add_state("histogram", zeros, dist_reduce_fx="sum")
+
+    def update(
+        self, maps: Float[Tensor, "s h w"], positive: Bool[Tensor, "s h w"], pair: Int[Tensor, " s"]
+    ) -> None:
+        """Add samples: an image and a pair each.
+
+        Args:
+            maps: normalised difference maps, in [0, 1].
+            positive: the pixels of the parts that differ.
+            pair: index of each sample's pair.
+
+        Raises:
+            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``.
+        """
+        check_maps(maps, positive)
+        counts = histograms(maps, positive, self.thresholds).double()
+        self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
+
+    def compute(self) -> CueLocalizationResult:
+        """The figures.
+
+        Raises:
+            CalmError: no pair has a positive pixel.
+        """
+        positives = self.histogram[..., 1].sum(1)
+        if not positives.any():
+            raise CalmError("no image shows a part that tells a pair of classes apart")
+        histogram = self.histogram
+        if self.accumulation == "cumulative":
+            order = torch.tensor(sorted(range(len(self.groups)), key=lambda pair: self.groups[pair]))
+            histogram = torch.empty_like(histogram)
+            histogram[order] = self.histogram[order].cumsum(0)
+        per_pair = precision_recall(histogram, self.counting)[2]
+        per_pair = per_pair.masked_fill(positives == 0, torch.nan)
+        groups = torch.tensor(self.groups, device=per_pair.device)
+        seen = per_pair.isfinite()
+
+        def mean(wanted: Tensor) -> Estimate:
+            return bootstrap_mean(per_pair[wanted & seen], self.replicates, self.seed)
+
+        numbers = sorted(set(groups[seen].tolist()))
+        return CueLocalizationResult(
+            tuple(per_pair.tolist()), {n: mean(groups == n) for n in numbers}, mean(seen), int((~seen).sum())
+        )
