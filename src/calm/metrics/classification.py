@@ -1,0 +1,118 @@
+"""Classification: is the prediction right, and is its probability worth its name?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torchmetrics import Metric
+
+from calm.errors import CalmError
+from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
+
+__all__ = ["BINS", "Classification", "ClassificationResult"]
+
+BINS = 15
+
+
+@dataclass(frozen=True)
+class ClassificationResult:
+    """Figures of a classifier.
+
+    Attributes:
+        top1: share of images whose most probable class is the label, in [0, 1].
+        top5: share of images whose label is among the five most probable classes; 1 with five classes or fewer.
+        nll: negative log-likelihood of the label, mean, in nats. Probabilities below 1.2e-38 count as that.
+        ece: expected calibration error, in [0, 1].
+        bins: share of images, mean confidence and accuracy by confidence, (15, 3); NaN in empty bins. Row i has
+            the confidences from i/15 to below (i + 1)/15, the last one also 1.
+    """
+
+    top1: Estimate
+    top5: Estimate
+    nll: Estimate
+    ece: Estimate
+    bins: Float[Tensor, "15 3"]
+
+
+class Classification(Metric):
+    """Top-1, top-5, negative log-likelihood and expected calibration error of p(y | x).
+
+    The same figures as torchmetrics' ``MulticlassAccuracy`` (micro) and ``MulticlassCalibrationError`` (15 bins, l1),
+    from sums that also carry bootstrap samples. Calibration error is biased upward when images are few: compare
+    intervals, not figures; a resampled one is a little higher still.
+
+    Args:
+        replicates: bootstrap samples of images, for the intervals.
+        seed: of the bootstrap.
+
+    Source: Guo et al., On Calibration of Modern Neural Networks, 2017, for the calibration error.
+    """
+
+    full_state_update = False
+    sums: Tensor
+    binned: Tensor
+
+    def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
+        super().__init__()
+        self.replicates, self.seed = replicates, seed
+        # images, right, right in five, nll | by bin: images, confidence, right
+        self.add_state("sums", torch.zeros(replicates + 1, 4, dtype=torch.float64), dist_reduce_fx="sum")
+        # torchmetrics gives a confidence of exactly 1 a bin of its own, the last one here
+        binned = torch.zeros(replicates + 1, BINS + 1, 3, dtype=torch.float64)
+        self.add_state("binned", binned, dist_reduce_fx="sum")
+
+    def update(self, probs: Float[Tensor, "b c"], labels: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> None:
+        """Add a batch.
+
+        Args:
+            probs: p(y | x); rows sum to 1.
+            labels: the right classes.
+            keys: the index of each image in its data set.
+
+        Raises:
+            CalmError: NaN or values outside [0, 1]; a label that is no class.
+        """
+        if not len(labels):
+            return
+        low, high = (float(value) for value in torch.aminmax(probs))
+        if not (low >= 0 and high <= 1 + 1e-4):
+            raise CalmError(f"probabilities go from {low:g} to {high:g}: give p(y | x), in [0, 1]")
+        if not 0 <= int(labels.min()) <= int(labels.max()) < probs.shape[1]:
+            raise CalmError(
+                f"labels go from {int(labels.min())} to {int(labels.max())}, the classifier has classes 0 to"
+                f" {probs.shape[1] - 1}: the data set is not the one it was trained for"
+            )
+        best = probs.topk(min(5, probs.shape[1]), dim=1)
+        hits = best.indices == labels[:, None]
+        likelihood = probs.gather(1, labels[:, None]).squeeze(1)
+        nll = -likelihood.clamp(min=torch.finfo(torch.float32).tiny).double().log()
+        confidence = best.values[:, 0].clamp(max=1)
+        edges = torch.linspace(0, 1, BINS + 1, dtype=confidence.dtype, device=confidence.device)
+        place = torch.bucketize(confidence, edges, right=True) - 1
+        drawn = weights(keys.to(probs.device), self.replicates, self.seed)
+        ones = torch.ones_like(nll)
+        self.sums += drawn @ torch.stack([ones, hits[:, 0], hits.any(dim=1), nll], dim=1).double()
+        rows = torch.stack([ones, confidence, hits[:, 0]], dim=1).double()
+        spread = torch.zeros(len(labels), BINS + 1, 3, dtype=torch.float64, device=probs.device)
+        spread[torch.arange(len(labels), device=probs.device), place] = rows
+        self.binned += (drawn @ spread.flatten(1)).view_as(self.binned)
+
+    def compute(self) -> ClassificationResult:
+        """The figures with their intervals.
+
+        Raises:
+            CalmError: no image.
+        """
+        if not self.sums[0, 0]:
+            raise CalmError("no image was classified: the split is empty")
+        images = self.sums[:, :1]
+        top1, top5, nll = (self.sums[:, 1:] / images).unbind(1)
+        gap = (self.binned[..., 2] - self.binned[..., 1]).abs().sum(dim=1) / images.squeeze(1)
+        bins = self.binned[0].clone()
+        bins[BINS - 1] += bins[BINS]
+        bins = bins[:BINS]
+        shares = torch.cat([bins[:, :1] / images[0], bins[:, 1:] / bins[:, :1]], dim=1)
+        return ClassificationResult(estimate(top1), estimate(top5), estimate(nll), estimate(gap), shares)
