@@ -1,4 +1,4 @@
-"""What a benchmark found out about one method: figures with intervals, curves, and how they came about."""
+"""What a benchmark found about one subject, as a JSON file that tables and reports read."""
 
 from __future__ import annotations
 
@@ -16,87 +16,95 @@ from calm.metrics.bootstrap import Estimate
 __all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_spec"]
 
 FORMAT = 1
+"""Of the JSON file."""
 
 
 @dataclass(frozen=True)
 class FigureSpec:
-    """How a figure is shown and read.
+    """How to read a figure.
 
     Attributes:
-        title: heading of its column.
-        unit: "percent": a share, shown times 100; "nats" and "ratio": shown as they are.
-        better: which direction is good; "" where neither is.
-        meaning: in a sentence.
+        title: head of its column.
+        unit: what a value is; "percent" is stored as a fraction, and shown times 100.
+        better: which way is good.
+        meaning: one sentence.
     """
 
     title: str
-    unit: Literal["percent", "nats", "ratio"]
-    better: Literal["higher", "lower", ""]
+    unit: Literal["percent", "nats", "ratio"] = "percent"
+    better: Literal["higher", "lower"] = "higher"
     meaning: str = ""
 
 
+_PAIRS = "mean over class pairs of the area under the pixel precision-recall curve"
+
 FIGURES: dict[str, FigureSpec] = {
-    "top1": FigureSpec("accuracy", "percent", "higher", "share of images whose most probable class is right"),
-    "top5": FigureSpec("top-5", "percent", "higher", "share of images whose class is among the five most probable"),
-    "nll": FigureSpec("nll", "nats", "lower", "mean of -log p(y | x)"),
-    "ece": FigureSpec("ece", "percent", "lower", "mean gap of confidence and accuracy, 15 bins"),
-    "mpxap": FigureSpec("mPxAP", "percent", "higher", "mean over class pairs of the pixel average precision"),
-    "mpxap-released": FigureSpec(
-        "mPxAP, released counting", "percent", "higher", "the same as the released code counts it: running over pairs,"
-        " without the pixels below the smallest threshold"
+    "mpxap": FigureSpec("mPxAP", meaning=f"{_PAIRS}, every pixel counted"),
+    "mpxap_1": FigureSpec("1 part", meaning=f"{_PAIRS} that differ in one part"),
+    "mpxap_2": FigureSpec("2 parts", meaning=f"{_PAIRS} that differ in two parts"),
+    "mpxap_3": FigureSpec("3 parts", meaning=f"{_PAIRS} that differ in three parts"),
+    "mpxap_released": FigureSpec(
+        "mPxAP released",
+        meaning=f"{_PAIRS}; pixels below the smallest threshold dropped, as in the released code",
     ),
-    "peak-in-part": FigureSpec("peak in part", "percent", "higher", "share of maps whose highest value is in the part"),
-    "mass-in-part": FigureSpec("mass in part", "percent", "higher", "share of the map's mass in the part"),
-    "maxboxacc": FigureSpec("MaxBoxAcc", "percent", "higher", "box of the largest contour, IoU 0.5, best threshold"),
-    "maxboxacc-v2": FigureSpec("MaxBoxAccV2", "percent", "higher", "best box, mean of IoU 0.3, 0.5 and 0.7"),
-    "top1-loc": FigureSpec("Top-1 localization", "percent", "higher", "class and box right"),
-    "top5-loc": FigureSpec("Top-5 localization", "percent", "higher", "class among five, and box right"),
-    "pxap": FigureSpec("PxAP", "percent", "higher", "area under the pixel precision-recall curve"),
-    "pxap-released": FigureSpec("PxAP, released counting", "percent", "higher", "without the pixels below the smallest"
-                                " threshold"),
-    "pointing": FigureSpec("pointing game", "percent", "higher", "share of maps whose highest value is in the object"),
-    "energy": FigureSpec("energy inside", "percent", "higher", "share of the map's mass in the object"),
-    **{f"r{k}": FigureSpec(f"R_{k}", "ratio", "lower", f"right after erasing the top {k} percent, over right after"
-                           " erasing as many at random") for k in (10, 30, 50, 70, 90)},
-}  # fmt: skip
-"""Every figure that has a fixed name."""
+    "mpxap_released_1": FigureSpec("1 released", meaning="one part, counted as the released code does"),
+    "mpxap_released_2": FigureSpec("2 released", meaning="two parts, counted as the released code does"),
+    "mpxap_released_3": FigureSpec("3 released", meaning="three parts, counted as the released code does"),
+    "peak_in_part": FigureSpec(
+        "peak in part", meaning="the map's highest pixel lies in the one part that differs"
+    ),
+    "mass_in_part": FigureSpec(
+        "mass in part", meaning="share of the map that lies in the one part that differs"
+    ),
+    "chance": FigureSpec(
+        "chance", meaning="share of pixels that belong to the differing parts: what a constant map scores"
+    ),
+    "top1": FigureSpec("top-1", meaning="the most probable class is the right one"),
+    "top5": FigureSpec("top-5", meaning="the right class is among the five most probable"),
+    "nll": FigureSpec("NLL", "nats", "lower", "negative log-likelihood of the right class"),
+    "ece": FigureSpec("ECE", "percent", "lower", "expected calibration error of the top class"),
+}
+"""Every known figure. A benchmark may add its own names; others are shown as they are."""
 
 
 def figure_spec(name: str) -> FigureSpec:
-    """How to show a figure; those with a number in their name (``mpxap-2``) read like the one they derive from."""
-    if name in FIGURES:
-        return FIGURES[name]
-    stem, _, rest = name.rpartition("-")
-    if stem in FIGURES:
-        base = FIGURES[stem]
-        return FigureSpec(f"{base.title} {rest}", base.unit, base.better, base.meaning)
-    return FigureSpec(name, "percent", "")
+    """The entry of ``FIGURES``, or a plain one of that title."""
+    return FIGURES.get(name) or FigureSpec(name.replace("_", " "))
 
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, with the 95 percent band where there is one."""
+    """A curve, perhaps with a 95 percent band.
+
+    Attributes:
+        x: places, in the order of drawing.
+        y: values there.
+        low: lower end of the band, or None.
+        high: upper end, or None.
+        x_name: what x is.
+        y_name: what y is.
+    """
 
     x: list[float]
     y: list[float]
-    x_name: str
-    y_name: str
     low: list[float] | None = None
     high: list[float] | None = None
+    x_name: str = ""
+    y_name: str = ""
 
 
 @dataclass(frozen=True)
 class Result:
-    """One method on one benchmark.
+    """One subject on one benchmark.
 
     Attributes:
-        benchmark: "cue-localization", "remove-and-classify", "localization" or "classification".
-        label: the method, as it stands in tables.
-        figures: by name (see ``FIGURES``); shares from 0 to 1, nats, ratios.
-        curves: by name.
-        scores: by image id, how well the method did there, higher is better: to find best and worst.
-        details: what else came out, as JSON.
-        provenance: model, data, options, versions: what makes the same result again.
+        benchmark: "cue-localization", "remove-and-classify", ...
+        label: the subject's.
+        figures: by name (`FIGURES`), fractions or nats, with intervals.
+        curves: by title.
+        scores: per image, by image id, higher is better: what the report's gallery sorts by.
+        details: anything else that is worth keeping, ready for JSON.
+        provenance: subject, data, options, versions, time.
     """
 
     benchmark: str
@@ -107,66 +115,68 @@ class Result:
     details: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: Path) -> Path:
-        """Write JSON, whole or not at all; what is undefined (NaN) becomes null."""
-        value = {
-            "format": FORMAT,
-            "benchmark": self.benchmark,
-            "label": self.label,
-            "figures": {name: list(figure) for name, figure in self.figures.items()},
-            "curves": {name: vars(curve) for name, curve in self.curves.items()},
-            "scores": self.scores,
-            "details": self.details,
-            "provenance": self.provenance,
-        }
-        write_json(path, _without_nan(value))
-        return path
+    def save(self, path: Path) -> None:
+        """Write it, whole or not at all. Numbers that are not finite become null."""
+        write_json(
+            path,
+            _plain(
+                {
+                    "format": FORMAT,
+                    "benchmark": self.benchmark,
+                    "label": self.label,
+                    "figures": {name: list(estimate) for name, estimate in self.figures.items()},
+                    "curves": {name: vars(curve) for name, curve in self.curves.items()},
+                    "scores": self.scores,
+                    "details": self.details,
+                    "provenance": self.provenance,
+                }
+            ),
+        )
 
-    @classmethod
-    def load(cls, path: Path) -> Result:
+    @staticmethod
+    def load(path: Path) -> Result:
         """Read what `save` wrote.
 
         Raises:
-            CalmError: no such file, or one that is no result.
+            CalmError: no such file, or no result of this format.
         """
         try:
-            value = json.loads(Path(path).read_text(encoding="utf-8"))
-            if value["format"] != FORMAT:
-                raise CalmError(f"{path}: format {value['format']!r}, this version reads {FORMAT}")
-            return cls(
-                value["benchmark"],
-                value["label"],
-                {name: Estimate(*map(_number, figure)) for name, figure in value["figures"].items()},
-                {name: _curve(curve) for name, curve in value["curves"].items()},
-                {name: _number(score) for name, score in value["scores"].items()},
-                value["details"],
-                value["provenance"],
+            read = json.loads(Path(path).read_text())
+            if read["format"] != FORMAT:
+                raise CalmError(f"{path} is a result of format {read['format']}, this release reads {FORMAT}")
+            return Result(
+                read["benchmark"],
+                read["label"],
+                {name: Estimate(*map(_number, values)) for name, values in read["figures"].items()},
+                {
+                    name: Curve(
+                        **{
+                            key: [_number(value) for value in entry] if isinstance(entry, list) else entry
+                            for key, entry in curve.items()
+                        }
+                    )
+                    for name, curve in read["curves"].items()
+                },
+                {name: _number(value) for name, value in read["scores"].items()},
+                read["details"],
+                read["provenance"],
             )
+        except CalmError:
+            raise
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, CalmError):
-                raise
-            raise CalmError(
-                f"{path} is no result of calm evaluate: {error!r}; delete it and evaluate again"
-            ) from error
+            raise CalmError(f"{path} is no result of calm evaluate: {error!r}") from error
 
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
 
 
-def _curve(value: Mapping[str, Any]) -> Curve:
-    numbers = {
-        name: None if value[name] is None else [_number(entry) for entry in value[name]]
-        for name in ("x", "y", "low", "high")
-    }
-    return Curve(**numbers, x_name=value["x_name"], y_name=value["y_name"])  # type: ignore[arg-type]
-
-
-def _without_nan(value: Any) -> Any:
+def _plain(value: Any) -> Any:
+    """``value`` with None for every number that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _without_nan(entry) for key, entry in value.items()}
+        return {str(key): _plain(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nan(entry) for entry in value]
+        return [_plain(entry) for entry in value]
     return value

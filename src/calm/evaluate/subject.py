@@ -1,134 +1,78 @@
-"""What is evaluated: anything that predicts, and says where for any class, from one look at the images."""
+"""What is benchmarked: a model with one way to explain it, behind one call.
+
+A benchmark asks a `Subject` to look at a batch once, and takes from what it saw the class probabilities and the
+maps of as many classes as it needs. The model's own maps all come from that one forward pass; a baseline explains
+each class asked anew.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calm.baselines import BASELINES, attribute, canonical_method
+from calm import baselines
+from calm.errors import CalmError, unknown
+from calm.maps import MAP_KINDS
 from calm.model import CalmModel
 from calm.normalize import Normalization
 from calm.output import CalmOutput, CamOutput
 from calm.preprocess import Preprocessing
 
-__all__ = ["Look", "Looked", "Subject", "model_subject"]
+__all__ = ["Looked", "Subject", "model_subject", "weights_digest"]
+
+_NAMES = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
 
 
 class Looked(Protocol):
-    """Images that were looked at once."""
+    """One look at a batch of images."""
 
     @property
     def probs(self) -> Float[Tensor, "b c"]:
-        """p(y | x), (B, C) float32."""
+        """p(y | x)."""
 
-    def maps(self, classes: Int[Tensor, "b k"], /) -> Float[Tensor, "b k h w"]:
-        """Score maps of K classes per image, at the method's own resolution, not normalised."""
-
-
-Look = Callable[[Tensor], Looked]
-"""Normalised images (B, 3, H, W) to what they look like to the method."""
+    def maps(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """Score maps of the classes asked, at the method's own resolution, not normalised."""
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A method under test.
+    """A row of a benchmark's table.
 
     Attributes:
-        label: its row in tables, "CALM-EM jointll".
-        look: see :data:`Look`.
-        preprocessing: from pictures to the images that ``look`` takes.
-        device: where they must be.
-        normalization: of its maps, before a protocol cuts or ranks them.
-        thresholds: "even" or "log", at which they are cut.
-        about: what it is, in words and numbers that JSON can hold: enters provenance and the key of saved parts.
+        label: its name in the table, "CALM-EM jointll".
+        look: normalised images (b, 3, H, W) on ``device`` to what was seen in them.
+        preprocessing: how image files become its input.
+        device: where images must be.
+        normalization: of its maps before a protocol.
+        thresholds: of its protocol, "even" or "log".
+        about: the model's weights, the method and its options, ready for JSON: what a stored result is known by.
     """
 
     label: str
-    look: Look
+    look: Callable[[Tensor], Looked]
     preprocessing: Preprocessing
     device: torch.device
-    normalization: Normalization
-    thresholds: str
-    about: dict[str, Any]
-
-
-def model_subject(
-    model: CalmModel,
-    *,
-    method: str | None = None,
-    label: str | None = None,
-    about: dict[str, Any] | None = None,
-    normalization: Normalization | None = None,
-    thresholds: str | None = None,
-    **options: Any,
-) -> Subject:
-    """A model with one way of explaining it.
-
-    Args:
-        model: is put into evaluation mode.
-        method: a map kind of the model or a baseline (`calm.baselines.METHODS`); None: the model's default map.
-        label: row in tables; by default the model's method and ``method``.
-        about: where the model comes from.
-        normalization: by default clipping for the maps of a CALM model, which are probabilities, and minmax for
-            all others.
-        thresholds: by default log for those, and even for all others.
-        options: of the baseline, see `calm.attribute`.
-
-    Raises:
-        CalmError: an unknown method, or one that the model has no map for.
-    """
-    name = model.map_kind() if method is None else canonical_method(method)
-    own = name not in BASELINES
-    if own:
-        name = model.map_kind(name)
-    probabilities = own and model.config.method != "cam"
-    model.eval()
-    normalization = normalization or ("clipping" if probabilities else "minmax")
-    thresholds = thresholds or ("log" if probabilities else "even")
-    return Subject(
-        label or f"{model.config.method.upper()} {name}",
-        _OwnMaps(model, name) if own else _Baseline(model, name, options),
-        model.preprocessing,
-        model.device,
-        normalization,
-        thresholds,
-        {
-            **(about or {}),
-            "model_method": model.config.method,
-            "method": name,
-            "options": options,
-            "normalization": normalization,
-            "thresholds": thresholds,
-        },
-    )
+    normalization: Normalization = "minmax"
+    thresholds: str = "even"
+    about: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class _OwnMaps:
-    """The model's own maps: prediction and maps of any classes from one forward pass."""
+    """The model's own maps: from one output."""
 
-    model: CalmModel
-    kind: str
-
-    def __call__(self, images: Tensor) -> Looked:
-        with torch.no_grad():
-            return _Output(self.model(images), self.kind)
-
-
-@dataclass(frozen=True)
-class _Output:
     output: CalmOutput | CamOutput
     kind: str
 
     @property
     def probs(self) -> Tensor:
-        with torch.no_grad():
-            return self.output.probs
+        return self.output.probs
 
     def maps(self, classes: Tensor) -> Tensor:
         with torch.no_grad():
@@ -136,30 +80,90 @@ class _Output:
 
 
 @dataclass(frozen=True)
-class _Baseline:
-    """A baseline: every class costs passes of its own."""
+class _BaselineMaps:
+    """A baseline's maps: asked of the model for one column of classes after another."""
 
     model: CalmModel
-    method: str
-    options: dict[str, Any]
-
-    def __call__(self, images: Tensor) -> Looked:
-        return _Images(self, images)
-
-
-@dataclass(frozen=True)
-class _Images:
-    baseline: _Baseline
     images: Tensor
-
-    @property
-    def probs(self) -> Tensor:
-        with torch.no_grad():
-            probs: Tensor = self.baseline.model(self.images).probs
-            return probs
+    probs: Tensor
+    method: str
+    options: Mapping[str, Any]
 
     def maps(self, classes: Tensor) -> Tensor:
-        """One class after another."""
-        own = self.baseline
-        columns = [attribute(own.model, self.images, k, own.method, **own.options) for k in classes.unbind(1)]
+        columns = [
+            baselines.attribute(self.model, self.images, column, self.method, **self.options)
+            for column in classes.unbind(dim=1)
+        ]
         return torch.stack(columns, dim=1)
+
+
+def model_subject(
+    model: CalmModel,
+    *,
+    method: str | None = None,
+    label: str | None = None,
+    about: Mapping[str, Any] | None = None,
+    normalization: Normalization | None = None,
+    thresholds: str | None = None,
+    **options: Any,
+) -> Subject:
+    """A model and one of its explanations.
+
+    Args:
+        model: is put in evaluation mode.
+        method: a map kind of the model or a baseline (`calm.baselines.METHODS`); None: the model's main kind.
+        label: the row's name; None: the training method and the explanation, "CAM gradcam".
+        about: more to know the result by, such as the path of the model.
+        normalization: None: ``clipping`` for CALM's own maps, which are probabilities, else ``minmax``.
+        thresholds: None: ``log`` for CALM's own maps, else ``even``.
+        options: of the baseline: steps, samples, noise, seed, target_layer, batch_size.
+
+    Raises:
+        CalmError: an unknown method, one that the model does not have, or an option that it does not read.
+    """
+    name = model.map_kind() if method is None else baselines.canonical_method(method)
+    own = name in MAP_KINDS
+    if own:
+        name = model.map_kind(name)
+        if MAP_KINDS[name].over == "superclass":
+            raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
+    allowed = frozenset({"batch_size"}) | (frozenset() if own else baselines.BASELINES[name].options)
+    for option in options:
+        if option not in allowed:
+            raise unknown(f"option of {name!r}", option, sorted(allowed))
+    model.eval()
+
+    def look(images: Tensor) -> Looked:
+        with torch.no_grad():
+            output: CalmOutput | CamOutput = model(images)
+            if own:
+                return _OwnMaps(output, name)
+            return _BaselineMaps(model, images, output.probs, name, options)
+
+    calm_maps = own and MAP_KINDS[name].family == "calm"
+    return Subject(
+        label or f"{_NAMES[model.config.method]} {name}",
+        look,
+        model.preprocessing,
+        model.device,
+        normalization or ("clipping" if calm_maps else "minmax"),
+        thresholds or ("log" if calm_maps else "even"),
+        {
+            "training_method": model.config.method,
+            "backbone": model.config.backbone,
+            "weights": weights_digest(model),
+            "method": name,
+            "options": {key: value for key, value in options.items() if key != "batch_size"},
+            **(about or {}),
+        },
+    )
+
+
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 of a model's parameters and buffers: 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(raw.numpy().tobytes())
+    return digest.hexdigest()
