@@ -68,6 +68,13 @@ COMMANDS: dict[str, Command] = {
         "  calm attribute --model runs/birds bird.jpg --target 'Painted Bunting' --versus 'Indigo Bunting'\n"
         "  calm attribute --model runs/birds 'photos/*.jpg' --method integrated-gradients\n",
     ),
+    "report": Command(
+        "calm.report.command:report",
+        "show what calm evaluate measured on one page: tables, curves, images",
+        "  calm report runs/birds\n  calm report evaluation --out benchmarks.html\n"
+        "  calm report runs/calm-em runs/calm-ml runs/cam --gallery=false\n",
+        finish=_print,
+    ),
     "convert": Command(
         "calm.released:convert",
         "turn a checkpoint of the released CALM code into a model of this package",

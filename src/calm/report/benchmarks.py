@@ -1,0 +1,168 @@
+"""A section for each benchmark: its table, its curves, and the paper's figures where the data set is the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from calm.evaluate.result import FIGURES, Curve, Result, figure_spec
+from calm.report.charts import Line, chart, legend
+from calm.report.cues import cue_charts
+from calm.report.found import Group, Style
+from calm.report.html import Html, join, tag
+from calm.report.page import Section
+from calm.report.published import Published, published
+from calm.report.tables import Column, Row, figures_table, percent
+
+__all__ = ["benchmark_section", "best", "main_figure", "written"]
+
+STEP = 0.004
+"""A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""
+CROWDED = 0.01
+"""If half of the x are below it, the x axis is logarithmic."""
+
+
+def benchmark_section(group: Group, style: Mapping[str, Style]) -> Section:
+    """All figures and curves of a benchmark on one data set."""
+    names = _figure_names(group)
+    paper = published(group.benchmark, group.published_data)
+    body = join(
+        _table(group, names, paper),
+        _notes(names),
+        tag("p", paper.note, class_="note") if paper else None,
+        _curves(group, style),
+        cue_charts(group, style),
+    )
+    return Section(group.heading, body)
+
+
+def main_figure(group: Group) -> str | None:
+    """The benchmark's figure that stands for it: the first that is described, of those that it has."""
+    names = _figure_names(group)
+    return names[0] if names else None
+
+
+def written(name: str, value: float) -> str:
+    """A figure as people write it."""
+    form = _FORMS[figure_spec(name).unit]
+    return percent(value) if form == "%" else format(value, form)
+
+
+def best(group: Group, name: str) -> list[Result]:
+    """The results that have a figure, best first."""
+    have = [r for r in group.results if name in r.figures and math.isfinite(r.figures[name].value)]
+    sign = 1 if figure_spec(name).better == "lower" else -1
+    return sorted(have, key=lambda result: sign * result.figures[name].value)
+
+
+_FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
+
+
+def _figure_names(group: Group) -> list[str]:
+    """The figures that any result has, in the order in which they are described."""
+    have = dict.fromkeys(name for result in group.results for name in result.figures)
+    order = {name: place for place, name in enumerate(FIGURES)}
+    return sorted(have, key=lambda name: _rank(name, order))
+
+
+def _rank(name: str, order: Mapping[str, int]) -> tuple[int, str]:
+    """Place of a figure among those described; one derived from another follows it."""
+    stem = name if name in order else name.rpartition("-")[0]
+    return order.get(stem, len(order)), name if stem != name else ""
+
+
+def _table(group: Group, names: Sequence[str], paper: Published | None) -> Html:
+    specs = [figure_spec(name) for name in names]
+    columns = [Column(spec.title, _FORMS[spec.unit], spec.better) for spec in specs]
+    rows = []
+    for result in group.results:
+        estimates = [result.figures.get(name) for name in names]
+        rows.append(
+            Row(
+                result.label,
+                [e.value if e and math.isfinite(e.value) else None for e in estimates],
+                [(e.low, e.high) if e and math.isfinite(e.low + e.high) else None for e in estimates],
+            )
+        )
+    for method, figures in paper.rows.items() if paper else ():
+        rows.append(Row(f"paper: {method}", [figures.get(name) for name in names], competes=False))
+    images = group.data.get("images")
+    caption = f"{images:,} test images; 95 percent intervals" if images else "95 percent intervals"
+    return figures_table(columns, rows, corner="method", caption=caption)
+
+
+def _notes(names: Sequence[str]) -> Html | None:
+    """What the columns mean, and which way is good."""
+    entries = []
+    for name in names:
+        spec = figure_spec(name)
+        if spec.meaning:
+            way = f"; {spec.better} is better" if spec.better else ""
+            entries.append(tag("div", tag("dt", spec.title), tag("dd", f"{spec.meaning.rstrip('.')}{way}.")))
+    if not entries:
+        return None
+    return tag("details", tag("summary", "What the columns mean"), tag("dl", *entries, class_="notes"))
+
+
+def _curves(group: Group, style: Mapping[str, Style]) -> Html | None:
+    """One chart for each kind of curve, with the curves of all methods that have it."""
+    kinds = dict.fromkeys(name for result in group.results for name in result.curves)
+    charts: list[Html] = []
+    drawn: list[Line] = []
+    for kind in kinds:
+        curves = {r.label: r.curves[kind] for r in group.results if kind in r.curves}
+        lines = [_line(label, curve, style[label]) for label, curve in curves.items()]
+        charts.append(_chart(kind, list(curves.values()), lines))
+        drawn += lines
+    if not charts:
+        return None
+    bands = any(line.band is not None for line in drawn)
+    return join(
+        tag("div", *charts, class_="charts"),
+        legend(drawn),
+        tag("p", "The bands are 95 percent intervals.", class_="note") if bands else None,
+    )
+
+
+def _chart(kind: str, curves: Sequence[Curve], lines: Sequence[Line]) -> Html:
+    """Shares in percent, and thresholds that crowd near 0 on a logarithmic axis."""
+    x = [value for curve in curves for value in curve.x if math.isfinite(value)]
+    y = [value for line in lines for value in line.y]
+    crowded = any(sorted(curve.x)[len(curve.x) // 2] < CROWDED for curve in curves if curve.x)
+    name = curves[0].y_name
+    return chart(
+        lines,
+        title=f"{name} over {curves[0].x_name}: {kind.replace('-', ' ').replace('_', ' ')}",
+        x_label=curves[0].x_name,
+        percent=_shares(y) and not name.startswith("R"),
+        x_log=crowded,
+        x_percent=_shares(x) and not crowded and "threshold" not in curves[0].x_name,
+        whole=False,
+    )
+
+
+def _shares(values: Sequence[float]) -> bool:
+    return bool(values) and min(values) >= 0 and max(values) <= 1
+
+
+def _line(label: str, curve: Curve, style: Style) -> Line:
+    """The curve with the points that can be told apart."""
+    keep = _kept(curve.x, curve.y)
+    band = None
+    if curve.low is not None and curve.high is not None:
+        band = [curve.low[i] for i in keep], [curve.high[i] for i in keep]
+    colour, dashed = style
+    return Line([curve.x[i] for i in keep], [curve.y[i] for i in keep], label, colour, dashed, band)
+
+
+def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
+    """Places of the points that are at least `STEP` from the one kept before them; and the last."""
+    finite = [i for i in range(len(x)) if math.isfinite(x[i]) and math.isfinite(y[i])]
+    spans = [max(v[i] for i in finite) - min(v[i] for i in finite) or 1.0 for v in (x, y)] if finite else []
+    kept: list[int] = []
+    for i in finite:
+        if not kept or any(
+            abs(v[i] - v[kept[-1]]) >= STEP * span for v, span in zip((x, y), spans, strict=True)
+        ):
+            kept.append(i)
+    return kept if not finite or kept[-1] == finite[-1] else [*kept, finite[-1]]

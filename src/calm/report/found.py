@@ -1,0 +1,135 @@
+"""The results of benchmarks below some folders, grouped for a report."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from calm.errors import CalmError
+from calm.evaluate.result import Result
+from calm.report.charts import PALETTE
+from calm.report.published import data_set
+
+__all__ = ["Group", "Style", "find_groups", "styles"]
+
+Style = tuple[str, bool]
+"""Colour and whether dashed: how a method is drawn in every chart of a page."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """The results of one benchmark on one data set.
+
+    Attributes:
+        benchmark: its name.
+        results: methods, each with a label of its own.
+        data: what the provenance says about the data set.
+    """
+
+    benchmark: str
+    results: tuple[Result, ...]
+    data: Mapping[str, Any]
+
+    @property
+    def title(self) -> str:
+        """The benchmark's name as a heading."""
+        return self.benchmark.replace("-", " ").capitalize()
+
+    @property
+    def heading(self) -> str:
+        """The benchmark, and the data set where its name is known."""
+        name = self.published_data or self.data.get("name")
+        return f"{self.title} on {name}" if name else self.title
+
+    @property
+    def published_data(self) -> str | None:
+        """The data set of the paper that this is, if it is one."""
+        return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)))
+
+
+def find_groups(folders: Iterable[Path]) -> list[Group]:
+    """All results below the folders, by benchmark and data set; a file found twice counts once.
+
+    Raises:
+        CalmError: a folder that is missing, or no result below any.
+    """
+    folders = list(folders)
+    files: dict[Path, None] = {}
+    for folder in folders:
+        if not folder.exists():
+            raise CalmError(f"{folder}: no such folder; give runs or the folders that calm evaluate wrote")
+        inside = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
+        files.update({path.resolve(): None for path in inside if _is_result(path)})
+    if not files:
+        names = ", ".join(map(str, folders))
+        raise CalmError(f"no result of a benchmark below {names}: make some with calm evaluate")
+    found: dict[tuple[str, str], list[tuple[Path, Result]]] = {}
+    for path in files:
+        result = Result.load(path)
+        key = result.benchmark, json.dumps(_data(result).get("fingerprint"))
+        found.setdefault(key, []).append((path, result))
+    return [
+        Group(benchmark, _distinct(members), _data(members[0][1]))
+        for (benchmark, _), members in sorted(found.items(), key=lambda item: _order(item[0]))
+    ]
+
+
+def styles(groups: Sequence[Group]) -> dict[str, Style]:
+    """How each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
+    labels = list(dict.fromkeys(result.label for group in groups for result in group.results))
+    own = {
+        name: next((label for label in labels if label.startswith(name)), None) for name in ("CALM", "CAM")
+    }
+    chosen = {label: (name.lower(), False) for name, label in own.items() if label is not None}
+    taken = {colour for colour, _ in chosen.values()}
+    pool = [(c, dashed) for dashed in (False, True) for c in PALETTE if dashed or c not in taken]
+    for number, label in enumerate(label for label in labels if label not in chosen):
+        chosen[label] = pool[number % len(pool)]
+    return chosen
+
+
+_ORDER = ("cue-localization", "remove-and-classify", "localization", "classification")
+
+
+def _order(key: tuple[str, str]) -> tuple[int, str, str]:
+    return (_ORDER.index(key[0]) if key[0] in _ORDER else len(_ORDER), *key)
+
+
+def _data(result: Result) -> Mapping[str, Any]:
+    data = result.provenance.get("data", {})
+    return data if isinstance(data, Mapping) else {}
+
+
+def _is_result(path: Path) -> bool:
+    """Whether a JSON file is a saved result, and not a table, a configuration, or something else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(content, dict) and {"benchmark", "label", "figures", "provenance"} <= content.keys()
+
+
+def _distinct(members: Sequence[tuple[Path, Result]]) -> tuple[Result, ...]:
+    """Results whose labels differ: equal ones are told apart by the run's folder, or else by a number."""
+    counts = Counter(result.label for _, result in members)
+    seen: Counter[str] = Counter()
+    results = []
+    for _, result in members:
+        label = result.label
+        if counts[label] > 1:
+            label = f"{label} ({_run_name(result) or 'run'})"
+        seen[label] += 1
+        if seen[label] > 1:
+            label = f"{label} {seen[label]}"
+        results.append(replace(result, label=label))
+    return tuple(results)
+
+
+def _run_name(result: Result) -> str:
+    subject = result.provenance.get("subject", {})
+    model = subject.get("model") if isinstance(subject, Mapping) else None
+    return Path(str(model)).name if model else ""
