@@ -1,0 +1,148 @@
+"""Boxes around what a score map leaves above each threshold, and how well they fit the true ones.
+
+A map is cut as 8-bit grey, so a thousand thresholds make at most 255 different pictures. Contours are found once
+for each picture that differs from the one below it, in the part of the map that is not yet empty; all the boxes of
+a map are then compared with the truth in one go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from calm.errors import CalmError
+
+__all__ = ["Boxes", "MapBoxes", "box_ious", "map_boxes", "threshold_ious"]
+
+Boxes: TypeAlias = NDArray[np.int64]
+"""(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
+
+
+class MapBoxes(NamedTuple):
+    """The boxes of a map at every cut that makes a picture of its own.
+
+    Attributes:
+        boxes: (n, 4), cut by cut; a cut that leaves nothing has the box 0, 0, 0, 0.
+        starts: (c,) place of each cut's first box.
+        largest: (c,) place of the box of each cut's largest contour, by the area that the contour encloses.
+        cut: (t,) the cut that each threshold makes.
+    """
+
+    boxes: Boxes
+    starts: NDArray[np.int64]
+    largest: NDArray[np.int64]
+    cut: NDArray[np.int64]
+
+
+def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]) -> MapBoxes:
+    """The boxes of all contours at all thresholds, as the published evaluator of MaxBoxAcc finds them.
+
+    The map becomes 8-bit grey by truncation; a threshold t becomes the whole part of t times the brightest grey;
+    what is brighter than that is the foreground. Its contours include the borders of holes. A box goes from a
+    contour's first pixel to one beyond its last, cut off at the last pixel of the map.
+
+    Args:
+        scores: (h, w) in [0, 1], not checked.
+        thresholds: (t,) in [0, 1], in any order.
+
+    Source: Choe et al., 2020, appendix on the computation of boxes; OpenCV's ``findContours``.
+    """
+    grey = (scores * 255).astype(np.uint8)
+    shades = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
+    levels = (thresholds * int(shades[-1])).astype(np.int64)
+    removed = np.searchsorted(shades, levels, side="right")  # shades that a threshold takes away
+    removed, first, cut = np.unique(removed, return_index=True, return_inverse=True)
+    contours, counts = _contours(grey, levels[first].tolist())
+    boxes, areas = _boxes_and_areas(contours)
+    if removed[-1] == len(shades):
+        boxes[-1] = 0
+    height, width = grey.shape
+    boxes[:, 2:] = np.minimum(boxes[:, 2:], [width - 1, height - 1])
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    top = np.repeat(np.maximum.reduceat(areas, starts), counts)
+    candidates = np.flatnonzero(areas == top)  # the first of equals is the largest, as Python's max has it
+    largest = candidates[np.searchsorted(candidates, starts)]
+    return MapBoxes(boxes, starts, largest, cut.reshape(-1))
+
+
+def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
+    """Intersection over union of every box with every true one, (n, m); pixels counted, both corners inside."""
+    first = np.maximum(boxes[:, None, :2], truth[None, :, :2])
+    last = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
+    shared = np.maximum(last - first + 1, 0).prod(axis=2)
+    union = _pixels(boxes)[:, None] + _pixels(truth)[None, :] - shared
+    ratio: NDArray[np.float64] = shared / union
+    return ratio
+
+
+def threshold_ious(
+    scores: NDArray[np.floating[Any]], truth: Boxes, thresholds: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """How well the boxes of a map fit, at each threshold: with the best of the true boxes.
+
+    Args:
+        scores: (h, w) in [0, 1], not checked.
+        truth: (m, 4) at least one box, in pixels of the map.
+        thresholds: (t,) in [0, 1].
+
+    Returns:
+        (t,) the largest contour's intersection over union, and (t,) that of the best contour.
+
+    Raises:
+        CalmError: no true box, or one whose corners are in the wrong order.
+    """
+    if truth.ndim != 2 or truth.shape[1] != 4 or not len(truth):
+        raise CalmError(f"true boxes have shape {truth.shape}: give at least one, as x0, y0, x1, y1")
+    if (truth[:, 2:] < truth[:, :2]).any():
+        wrong = truth[(truth[:, 2:] < truth[:, :2]).any(axis=1)][0].tolist()
+        raise CalmError(f"true box {wrong} ends before it starts: give x0, y0, x1, y1")
+    found = map_boxes(scores, thresholds)
+    fits = box_ious(found.boxes, truth).max(axis=1)
+    return fits[found.largest][found.cut], np.maximum.reduceat(fits, found.starts)[found.cut]
+
+
+def _contours(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[list[Any], NDArray[np.int64]]:
+    """Contours of what is brighter than each of the ascending levels, and how many each has.
+
+    Where nothing is left, a single point stands for the contour that there is not.
+    """
+    found: list[Any] = []
+    counts = np.ones(len(levels), dtype=np.int64)
+    part, left, top = grey, 0, 0
+    for place, level in enumerate(levels):
+        picture = cv2.threshold(part, level, 255, cv2.THRESH_BINARY)[1]
+        x, y, width, height = cv2.boundingRect(picture)
+        if not width:
+            found.append(np.zeros((1, 1, 2), dtype=np.int32))
+            continue
+        window = np.s_[y : y + height, x : x + width]
+        part, picture, left, top = part[window], picture[window], left + x, top + y
+        contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[0]
+        found += contours
+        counts[place] = len(contours)
+    return found, counts
+
+
+def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]:
+    """Boxes (n, 4), the second corner one beyond the last pixel, and twice the enclosed areas (n,)."""
+    lengths = np.array([len(contour) for contour in contours])
+    points = np.concatenate(contours)[:, 0].astype(np.int64)
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    boxes = np.concatenate(
+        [np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts) + 1], axis=1
+    )
+    following = np.empty_like(points)
+    following[:-1] = points[1:]
+    following[ends - 1] = points[starts]
+    turned = points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0]
+    return boxes, np.abs(np.add.reduceat(turned, starts))
+
+
+def _pixels(boxes: Boxes) -> NDArray[np.int64]:
+    sides = boxes[:, 2:] - boxes[:, :2] + 1
+    return sides[:, 0] * sides[:, 1]
