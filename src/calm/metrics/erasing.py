@@ -127,7 +127,8 @@ def filling(
         return mean.expand_as(images)
     drawn = random_order(keys, images[0].numel(), seed ^ 0x5DEECE66).view(images.shape).double()
     normal = torch.special.ndtri((drawn + 0.5) / 2**32).to(images.dtype)
-    return mean + images.std(dim=(-2, -1), keepdim=True, correction=0) * normal
+    noisy: Tensor = mean + images.std(dim=(-2, -1), keepdim=True, correction=0) * normal
+    return noisy
 
 
 def erase(
