@@ -1,0 +1,144 @@
+"""main.py: train as the released code does, and leave what it leaves."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from calm import checkpoint
+from calm.data.loading import load_split
+from calm.errors import CalmError
+from calm.released import save_released
+from calm.released_commands.data import proxy_lists, test_split
+from calm.released_commands.experiment import check_place, clear, finished
+from calm.released_commands.flags import Flags, method
+from calm.released_commands.performance import Performance
+from calm.released_commands.terminal import RULE, Log
+from calm.released_commands.weights import check_pretrained, load_model, transplant
+from calm.released_file import FILE_NAME
+from calm.train import TrainConfig, preset, train
+from calm.train.optim import build_optimizer
+
+__all__ = ["main", "train_config"]
+
+
+def main(flags: Flags) -> None:
+    """Train, unless ``--is_train=False``; test the last epoch's weights; write everything to the experiment's folder.
+
+    An experiment that was interrupted goes on after its last whole epoch.
+
+    Raises:
+        CalmError: data, weights or a folder that cannot work; before training starts.
+    """
+    check_place(flags)
+    log = Log(flags.folder / "log.log")
+    if flags.is_train:
+        _train(flags, log)
+    else:
+        _only_test(flags, log)
+
+
+def train_config(flags: Flags, *, lists: Path, start: Path | None = None) -> TrainConfig:
+    """The flags as this package's training configuration, on the preset ``released``.
+
+    Args:
+        flags: the flags.
+        lists: folder of the metadata lists.
+        start: a saved model to start from, in place of ImageNet's weights.
+    """
+    config = preset(
+        "released",
+        f"--data={flags.images}",
+        f"--method={method(flags)}",
+        f"--backbone={flags.architecture}",
+        f"--epochs={flags.epochs}",
+        f"--batch_size={flags.batch_size}",
+        f"--lr={flags.lr}",
+        f"--seed={flags.seed or 0}",
+        f"--run_dir={flags.folder / 'run'}",
+    )
+    return replace(
+        config,
+        reading=replace(
+            config.reading,
+            layout="metadata",
+            metadata_root=lists,
+            image_size=flags.crop_size,
+            workers=flags.workers,
+        ),
+        augment=replace(config.augment, resize_ratio=flags.resize_size / flags.crop_size),
+        model=replace(
+            config.model,
+            pretrained=flags.pretrained and start is None,
+            large_feature_map=flags.large_feature_map,
+            use_bn=flags.batch_norm,
+            init_from=None if start is None else str(start),
+        ),
+        optim=replace(
+            config.optim,
+            momentum=flags.momentum,
+            weight_decay=flags.weight_decay,
+            head_ratio=flags.lr_classifier_ratio,
+            step_epochs=flags.lr_decay_frequency,
+            grouping="head" if flags.is_different_checkpoint else "released",
+        ),
+    )
+
+
+def _train(flags: Flags, log: Log) -> None:
+    if finished(flags) and not flags.override_cache:
+        raise CalmError(
+            f"experiment with the same name exists: {flags.folder} holds a finished training. Choose another "
+            "--experiment_name, or --override_cache=True to delete it and train anew"
+        )
+    train_config(flags, lists=flags.lists)  # a wrong value is said before anything is read or written
+    split = load_split(flags.images, "train", layout="metadata", metadata_root=flags.lists)
+    if flags.pretrained and not flags.use_load_checkpoint:
+        check_pretrained(flags)
+    source = load_model(flags) if flags.use_load_checkpoint else None
+    if flags.override_cache:
+        clear(flags)
+    lists = proxy_lists(flags) if flags.proxy_training_set else flags.lists
+    start = None
+    if source is not None:
+        if flags.is_different_checkpoint:
+            source = transplant(source, split.num_classes, seed=flags.seed or 0)
+        start = source.save_pretrained(flags.folder / "start")
+    config = train_config(flags, lists=lists, start=start)
+    log(f"{flags}\nLoading model {flags.architecture}")
+    run_dir = train(config)
+    _export(config, run_dir, flags.folder / FILE_NAME)
+    performance = Performance.of_run(run_dir)
+    for line in performance.epoch_lines():
+        log(line)
+    log(f"{RULE}\nFinal epoch evaluation on test set ...")
+    performance.save(flags.folder)
+    log(performance.last_lines())
+
+
+def _only_test(flags: Flags, log: Log) -> None:
+    from calm.evaluate.classification import classification
+    from calm.evaluate.subject import model_subject
+
+    model = load_model(flags)
+    split = test_split(flags, model)
+    flags.folder.mkdir(parents=True, exist_ok=True)
+    log(f"{flags}\n{RULE}\nFinal epoch evaluation on test set ...")
+    result = classification(
+        model_subject(model), split, batch_size=flags.batch_size, workers=flags.workers, progress=None
+    )
+    performance = Performance.read(flags.folder)
+    performance.values["test"]["cls"] = [100 * result.figures["top1"].value]
+    performance.save(flags.folder)
+    log(performance.last_lines())
+
+
+def _export(config: TrainConfig, run_dir: Path, path: Path) -> None:
+    """Write the last epoch's weights, and the optimiser's state, as the released code does."""
+    model = checkpoint.load(run_dir / "last")
+    state = torch.load(run_dir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
+    optimizer.load_state_dict(state["optimizer_states"][0])
+    save_released(model, path, epoch=config.epochs, optimizer=optimizer)

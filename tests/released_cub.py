@@ -1,0 +1,67 @@
+"""Small birds laid out as the released code wants CUB: dataset/CUB, metadata/CUB/{train,val,test}."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from calm.data.birds import write_birds
+
+ROOT = Path(__file__).parent.parent
+SMALL = (
+    "--crop_size=32",
+    "--resize_size=40",
+    "--batch_size=4",
+    "--workers=0",
+    "--epochs=1",
+    "--pretrained=False",
+)
+
+
+def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> Path:
+    """A project folder with ``dataset/CUB`` and ``metadata/CUB``; half of the images are test images, val is train."""
+    cub = project / "dataset" / "CUB"
+    write_birds(cub, species=species, images_per_species=images, size=48, test_fraction=0.5, workers=1)
+
+    def column(name: str) -> dict[str, str]:
+        rows = (line.split(maxsplit=1) for line in (cub / name).read_text().splitlines())
+        return dict(rows)  # type: ignore[arg-type]
+
+    paths, labels, sides = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
+    boxes = column("bounding_boxes.txt")
+    for split, side in (("train", "1"), ("val", "1"), ("test", "0")):
+        numbers = [number for number in paths if sides[number] == side]
+        rows: dict[str, list[str]] = {
+            name: [] for name in ("image_ids", "class_labels", "image_sizes", "localization")
+        }
+        for number in numbers:
+            x, y, w, h = (int(float(value)) for value in boxes[number].split())
+            rows["image_ids"].append(paths[number])
+            rows["class_labels"].append(f"{paths[number]},{int(labels[number]) - 1}")
+            rows["image_sizes"].append(f"{paths[number]},48,48")
+            rows["localization"].append(f"{paths[number]},{x},{y},{min(x + w, 47)},{min(y + h, 47)}")
+        folder = project / "metadata" / "CUB" / split
+        folder.mkdir(parents=True)
+        for name, lines in rows.items():
+            (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
+    # The validation images of the released layout are another data set, CUBV2, with the same folders.
+    (project / "dataset" / "CUBV2").symlink_to(cub / "images", target_is_directory=True)
+    return project
+
+
+def call(project: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """Run a script of the repository's root in the project's folder, as a user would, without a network."""
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+        "TORCH_HOME": str(project / "no-cache"),
+        "https_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
+    command = [sys.executable, str(ROOT / script), *flags]
+    return subprocess.run(
+        command, cwd=project, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
