@@ -19,6 +19,7 @@ from torch import Tensor
 from calm import baselines
 from calm.errors import CalmError, unknown
 from calm.maps import MAP_KINDS
+from calm.metrics.thresholds import Thresholds
 from calm.model import CalmModel
 from calm.normalize import Normalization
 from calm.output import CalmOutput, CamOutput
@@ -59,7 +60,7 @@ class Subject:
     preprocessing: Preprocessing
     device: torch.device
     normalization: Normalization = "minmax"
-    thresholds: str = "even"
+    thresholds: Thresholds = "even"
     about: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -104,7 +105,7 @@ def model_subject(
     label: str | None = None,
     about: Mapping[str, Any] | None = None,
     normalization: Normalization | None = None,
-    thresholds: str | None = None,
+    thresholds: Thresholds | None = None,
     **options: Any,
 ) -> Subject:
     """A model and one of its explanations.

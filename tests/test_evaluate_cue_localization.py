@@ -1,0 +1,251 @@
+"""Cue localization over a data set, against the protocol written out pair by pair and pixel by pixel."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import calm
+from calm.data import load_splits
+from calm.data.birds import write_birds
+from calm.data.part_groups import read_part_groups
+from calm.errors import CalmError
+from calm.evaluate.cue_localization import cue_localization, read_cue_data
+from calm.evaluate.result import Result
+from calm.evaluate.subject import model_subject
+
+GROUPS = ["head", "back", "belly", "breast", "tail", "leg", "wing"]
+WORDS = [["bill", "crown", "eye", "forehead", "head", "nape", "throat"], *[[g] for g in GROUPS[1:]]]
+POINTS = [[[2, 5, 6, 7, 10, 11, 15]], [[1]], [[3]], [[4]], [[14]], [[8], [12]], [[9], [13]]]
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    root = tmp_path_factory.mktemp("cues") / "birds"
+    write_birds(root, species=5, images_per_species=6, size=40, seed=2, workers=1)
+    return root, load_splits(root, ["test"])["test"]
+
+
+@pytest.fixture(scope="module")
+def models():
+    torch.manual_seed(0)
+    size = calm.Preprocessing(size=(48, 48))
+    return {m: calm.create_model("small_resnet", 5, m, preprocessing=size).eval() for m in ("calm-em", "cam")}
+
+
+def slow_pairs(root):
+    names = [line.split(" ", 1)[1] for line in (root / "attributes/attributes.txt").read_text().splitlines()]
+    table = np.loadtxt(root / "attributes/class_attribute_labels_continuous.txt") >= 50
+    for a, b in combinations(range(len(table)), 2):
+        groups = sorted(
+            {
+                g
+                for n in np.flatnonzero(table[a] != table[b])
+                for g in range(7)
+                if any(w in names[n] for w in WORDS[g])
+            }
+        )
+        if len(groups) in (1, 2, 3):
+            yield a, b, groups
+
+
+def slow_truth(root, record, groups):
+    """Pixels of the groups; None if no part of them is visible."""
+    ids = dict(line.split(" ", 1)[::-1] for line in (root / "images.txt").read_text().splitlines())
+    rows = [line.split() for line in (root / "parts/part_locs.txt").read_text().splitlines()]
+    parts = {int(r[1]): (float(r[2]), float(r[3])) for r in rows if r[0] == ids[record.id] and r[4] == "1"}
+    with Image.open(record.path) as image:
+        width, height = image.size
+    centres = []
+    for group, points in enumerate(POINTS):
+        for members in points:
+            here = [parts[m] for m in members if m in parts]
+            if here:
+                x, y = (sum(v[axis] for v in here) / len(here) for axis in (0, 1))
+                centres.append((int(x * 224 / width), int(y * 224 / height), group))
+    if not any(group in groups for *_, group in centres):
+        return None
+    rows, columns = np.mgrid[:224, :224]
+    distance = np.stack([(columns - x) ** 2 + (rows - y) ** 2 for x, y, _ in centres])
+    owner = np.array([group for *_, group in centres])[distance.argmin(axis=0)]
+    with Image.open(record.masks[0]) as image:
+        grey = image.convert("L").resize((224, 224), Image.Resampling.BICUBIC)
+    mask = np.array(grey) > 0
+    return np.isin(owner, groups) & mask
+
+
+def slow_pxap(scores, truth, edges, released):
+    """Threshold by threshold."""
+    area = last = 0.0
+    kept = scores >= edges[0] if released else np.ones_like(truth)
+    for edge in sorted(edges, reverse=True):
+        found = scores >= edge
+        if found.any():
+            recall = (found & truth).sum() / (truth & kept).sum()
+            area += (found & truth).sum() / found.sum() * (recall - last)
+            last = recall
+    return area
+
+
+@pytest.mark.parametrize("method", ["calm-em", "cam"])
+def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, method):
+    root, split = birds
+    model = models[method]
+    edges = np.linspace(0, 0.999, 1000) if method == "cam" else 10.0 ** -(np.arange(1000)[::-1] * 0.007)
+    got = cue_localization(model_subject(model), split, root, batch_size=4, replicates=20)
+    wanted, released, pooled = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}, []
+    for a, b, groups in slow_pairs(root):
+        scores, truths = [], []
+        for record in split.records:
+            truth = slow_truth(root, record, groups) if record.label in (a, b) else None
+            if truth is None:
+                continue
+            image = model.preprocess(record.path)
+            one, other = (model(image).attribute(torch.tensor([c])).detach() for c in (a, b))
+            grid = (one - other).abs()[:, None]
+            big = torch.nn.functional.interpolate(grid, size=(224, 224), mode="bilinear")[0, 0].numpy()
+            big = (big - big.min()) / (big.max() - big.min()) if method == "cam" else big.clip(0, 1)
+            scores.append(big)
+            truths.append(truth)
+        if scores:
+            scores, truths = np.stack(scores).ravel(), np.stack(truths).ravel()
+            wanted[len(groups)].append(slow_pxap(scores, truths, edges, False))
+            released[len(groups)].append(slow_pxap(scores, truths, edges, True))
+            pooled.append(truths.mean())
+    every = [value for values in wanted.values() for value in values]
+    assert len(every) >= 3
+    assert got.figures["mpxap"].value == pytest.approx(np.mean(every), abs=2e-5)
+    assert got.figures["chance"].value == pytest.approx(np.mean(pooled))
+    for number, values in wanted.items():
+        if values:
+            assert got.figures[f"mpxap_{number}"].value == pytest.approx(np.mean(values), abs=2e-5)
+            assert got.figures[f"mpxap_released_{number}"].value == pytest.approx(
+                np.mean(released[number]), abs=2e-5
+            )
+    assert got.details["samples"] > got.details["images"]  # images serve several pairs
+
+
+def test_batches_do_not_change_a_figure(birds, models):
+    root, split = birds
+    one, many = (
+        cue_localization(model_subject(models["cam"]), split, root, batch_size=size, replicates=5)
+        for size in (1, 7)
+    )
+    for name, estimate in one.figures.items():
+        assert many.figures[name].value == pytest.approx(estimate.value, abs=1e-5), name
+
+
+def test_each_image_is_looked_at_once(birds, models):
+    root, split = birds
+    subject, seen = model_subject(models["calm-em"]), []
+
+    def look(images):
+        seen.append(len(images))
+        return subject.look(images)
+
+    counting = type(subject)(**{**vars(subject), "look": look})
+    result = cue_localization(counting, split, root, batch_size=4, replicates=5)
+    assert sum(seen) == result.details["images"]
+
+
+def test_the_truth_itself_as_a_map_scores_everything(birds):
+    """A subject whose map of the pair's first class is 1 on the wing, for the pair that differs in the wing."""
+    root, split = birds
+    data = read_cue_data(split, root)
+    number, pair = next((n, p) for n, p in enumerate(data.pairs) if len(p.groups) == 1)
+    samples = {image: (number,) for image, pairs in data.samples.items() if number in pairs}
+    data = type(data)(**{**vars(data), "samples": samples})
+    order = iter(samples)
+
+    class Perfect:
+        probs = None
+
+        def __init__(self, images):
+            regions = data.regions(split.records, torch.tensor([next(order) for _ in images]))
+            self.truth = (regions == pair.groups[0]).float()
+
+        def maps(self, classes):
+            return self.truth[:, None] * (classes == pair.first)[..., None, None]
+
+    base = calm.evaluate.subject.Subject("oracle", Perfect, calm.Preprocessing(), torch.device("cpu"))
+    result = cue_localization(base, split, data, batch_size=3, replicates=5)
+    assert result.figures["mpxap"].value == 1.0
+    assert result.figures["peak_in_part"] == (1.0, 1.0, 1.0)
+    assert result.figures["mass_in_part"].value == pytest.approx(1.0)
+    assert set(result.scores.values()) == {1.0}
+
+
+def test_segmentations_are_optional(birds, models):
+    from dataclasses import replace
+
+    root, split = birds
+    bare = replace(split, records=tuple(replace(record, masks=()) for record in split.records))
+    result = cue_localization(model_subject(models["cam"]), bare, root, replicates=5)
+    assert not result.details["segmented"]
+    whole = read_cue_data(bare, root).regions(bare.records, torch.tensor([0]))
+    assert (whole >= 0).all()
+
+
+def test_baselines_are_benchmarked_by_the_same_call(birds, models):
+    root, split = birds
+    some = type(split)(**{**vars(split), "records": split.records[::2]})
+    result = cue_localization(model_subject(models["calm-em"], method="gradcam"), some, root, replicates=5)
+    assert 0 < result.figures["mpxap"].value < 1
+    assert result.label == "CALM-EM gradcam"
+
+
+def test_a_data_set_with_groups_of_its_own_is_told_apart_by_them(birds, models, tmp_path):
+    import shutil
+
+    root, _ = birds
+    other = tmp_path / "birds"
+    shutil.copytree(root, other)
+    (other / "parts/groups.yaml").write_text(
+        "- {name: upper, words: [wing, back, bill, crown, eye, tail, leg], points: [[1, 9, 13], [2]]}\n"
+        "- {name: lower, words: [belly, breast], points: [[3, 4]]}\n"
+    )
+    split = load_splits(other, ["test"])["test"]
+    data = read_cue_data(split, other, (1, 2))
+    assert [group.name for group in data.groups] == ["upper", "lower"]
+    assert {group for pair in data.pairs for group in pair.groups} <= {0, 1}
+    assert (
+        cue_localization(model_subject(models["cam"]), split, data, replicates=5).figures["mpxap"].value > 0
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "needs a list"),
+        ("- {name: a, words: [b]}", "group 1 needs name, words and points"),
+        ("- {name: a, words: b, points: [[1]]}", "words of group 1"),
+        ("- {name: a, words: [b], points: [[0]]}", "points of group 1"),
+        ("[", "cannot read"),
+    ],
+)
+def test_a_malformed_file_of_groups_is_refused(tmp_path, text, message):
+    (tmp_path / "parts").mkdir()
+    (tmp_path / "parts/groups.yaml").write_text(text)
+    with pytest.raises(CalmError, match=message):
+        read_part_groups(tmp_path)
+
+
+def test_a_result_survives_its_file(birds, models, tmp_path):
+    root, split = birds
+    result = cue_localization(model_subject(models["cam"]), split, root, replicates=5)
+    result.save(tmp_path / "r.json")
+    read = Result.load(tmp_path / "r.json")
+    assert read.figures["mpxap"] == result.figures["mpxap"]
+    assert read.scores == result.scores
+    assert np.isnan(read.figures["chance"].low)
+
+
+def test_a_table_of_other_classes_is_refused(birds):
+    root, split = birds
+    fewer = type(split)(**{**vars(split), "class_names": split.class_names[:4]})
+    with pytest.raises(CalmError, match="describes 5 classes, the data set has 4"):
+        read_cue_data(fewer, root)
