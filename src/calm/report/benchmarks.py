@@ -20,12 +20,14 @@ STEP = 0.004
 """A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""
 CROWDED = 0.01
 """If half of the x are below it, the x axis is logarithmic."""
+MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")
+"""The figures that papers compare by."""
 
 
 def benchmark_section(group: Group, style: Mapping[str, Style]) -> Section:
     """All figures and curves of a benchmark on one data set."""
-    names = _figure_names(group)
     paper = published(group.benchmark, group.published_data)
+    names = _figure_names(group, paper)
     body = join(
         _table(group, names, paper),
         _notes(names),
@@ -37,9 +39,9 @@ def benchmark_section(group: Group, style: Mapping[str, Style]) -> Section:
 
 
 def main_figure(group: Group) -> str | None:
-    """The benchmark's figure that stands for it: the first that is described, of those that it has."""
+    """The benchmark's figure that stands for it: the first one it has of `MAIN`, or else of all."""
     names = _figure_names(group)
-    return names[0] if names else None
+    return next((name for name in (*MAIN, *names) if name in names), None)
 
 
 def written(name: str, value: float) -> str:
@@ -58,17 +60,12 @@ def best(group: Group, name: str) -> list[Result]:
 _FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
 
 
-def _figure_names(group: Group) -> list[str]:
-    """The figures that any result has, in the order in which they are described."""
-    have = dict.fromkeys(name for result in group.results for name in result.figures)
-    order = {name: place for place, name in enumerate(FIGURES)}
-    return sorted(have, key=lambda name: _rank(name, order))
-
-
-def _rank(name: str, order: Mapping[str, int]) -> tuple[int, str]:
-    """Place of a figure among those described; one derived from another follows it."""
-    stem = name if name in order else name.rpartition("-")[0]
-    return order.get(stem, len(order)), name if stem != name else ""
+def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
+    """The figures that any result or the paper has: those that are described in that order, then the others."""
+    ours = (name for result in group.results for name in result.figures)
+    theirs = (name for figures in (paper.rows.values() if paper else ()) for name in figures)
+    have = dict.fromkeys((*ours, *theirs))
+    return [*(name for name in FIGURES if name in have), *(name for name in have if name not in FIGURES)]
 
 
 def _table(group: Group, names: Sequence[str], paper: Published | None) -> Html:

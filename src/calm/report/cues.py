@@ -24,17 +24,17 @@ def cue_charts(group: Group, style: Mapping[str, Style]) -> Html | None:
     if group.benchmark != "cue-localization":
         return None
     keys = legend([Line([], [], r.label, *style[r.label]) for r in group.results])
-    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap-released")]
+    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")]
     return join(tag("div", *charts, class_="charts"), keys, _by_pair(group, style))
 
 
 def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Html | None:
     """mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
-    found = {name.removeprefix(f"{stem}-") for r in group.results for name in r.figures}
+    found = {name.removeprefix(f"{stem}_") for r in group.results for name in r.figures}
     numbers = sorted((name for name in found if name.isdecimal()), key=int)
     if not numbers:
         return None
-    names = [*(f"{stem}-{number}" for number in numbers), stem]
+    names = [*(f"{stem}_{number}" for number in numbers), stem]
     dots = [_dots(r.label, [r.figures.get(name) for name in names], style[r.label]) for r in group.results]
     title = f"{figure_spec(stem).title} by the number of differing parts"
     return dot_chart(dots, [*numbers, "all"], title=title, x_label="part groups that differ", percent=True)

@@ -34,7 +34,7 @@ class Published:
     note: str
 
 
-_CUE_COLUMNS = ("mpxap-released-1", "mpxap-released-2", "mpxap-released-3", "mpxap-released")
+_CUE_COLUMNS = ("mpxap_published_1", "mpxap_published_2", "mpxap_published_3", "mpxap_published")
 _CUE_ROWS = {
     "vanilla gradient": (10.0, 13.7, 15.3, 13.9),
     "integrated gradients": (12.0, 15.1, 17.3, 15.7),
@@ -59,7 +59,7 @@ PUBLISHED = (
             for name, values in _CUE_ROWS.items()
         },
         "The paper's figures of cue localization count cumulatively: the released code never empties its histogram,"
-        " so that each pair's figure includes all pairs before it. They stand in the columns of the released counting."
+        " so that each pair's figure includes all pairs before it. They stand in the columns that count so."
         " Its network is a ResNet-50 with a 28x28 grid.",
     ),
     *(

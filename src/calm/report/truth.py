@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,12 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
-from calm.data.cue_files import read_pairs, read_part_points, read_segmentation
-from calm.data.cues import CUB_GROUPS, CuePair, group_mask, part_regions
+from calm.data.cues import group_mask
 from calm.data.images import read_rgb
 from calm.data.loading import load_split
 from calm.data.records import Record, Split
 from calm.errors import CalmError
+from calm.evaluate.cue_localization import read_cue_data
 from calm.render import Picture
 from calm.report.found import Group
 from calm.report.names import listed, species_name
@@ -103,38 +103,25 @@ def _masks(record: Record) -> Tensor | None:
 
 def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Scene]:
     """Each image with a pair of its class that differs in as few part groups as possible, one of them visible."""
-    pairs = sorted(read_pairs(root), key=lambda pair: len(pair.groups))
-    points = read_part_points(root).select(record.id for record in records)
-    pictures = [_picture(split, record) for record in records]
-    sizes = torch.tensor([[picture.shape[1], picture.shape[0]] for picture in pictures])
-    regions = part_regions(points, sizes)
-    visible = points.visible_groups()
+    chosen = replace(split, records=tuple(records))
+    data = read_cue_data(chosen, root)
+    regions = data.regions(chosen.records, torch.arange(len(records)))
     found = []
-    for place, (record, picture) in enumerate(zip(records, pictures, strict=True)):
-        pair = _first_pair(pairs, record.label, visible[place].tolist())
-        region = group_mask(regions[place], pair.groups).float()
-        mask = root / "segmentations" / Path(record.id).with_suffix(".png")
-        if mask.is_file():
-            region = region * read_segmentation(mask).float()
-        parts = listed([CUB_GROUPS[number].name for number in pair.groups])
+    for place, record in enumerate(records):
+        if place not in data.samples:
+            raise CalmError(f"image {record.id!r} shows no part that tells its class from another")
+        pair = min((data.pairs[number] for number in data.samples[place]), key=lambda pair: len(pair.groups))
         other = pair.second if record.label == pair.first else pair.first
-        names = split.class_names
+        parts = listed([data.groups[number].name for number in pair.groups])
         found.append(
             Scene(
                 record,
-                picture,
+                _picture(split, record),
                 (),
-                region,
+                group_mask(regions[place], pair.groups).float(),
                 (pair.first, pair.second),
-                species_name(names[record.label]),
-                f"versus {species_name(names[other])}: {parts}",
+                species_name(split.class_names[record.label]),
+                f"versus {species_name(split.class_names[other])}: {parts}",
             )
         )
     return found
-
-
-def _first_pair(pairs: Sequence[CuePair], label: int, visible: Sequence[bool]) -> CuePair:
-    for pair in pairs:
-        if label in (pair.first, pair.second) and any(visible[number] for number in pair.groups):
-            return pair
-    raise CalmError(f"no pair of class {label} differs in a part that its image shows")

@@ -1,0 +1,309 @@
+"""`calm report`: what was measured stands on the page, for all methods, with the truth drawn where it is."""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_report import Texts, drawn_paths
+
+from calm.cli import main
+from calm.data.birds import write_birds
+from calm.data.loading import load_split
+from calm.errors import CalmError
+from calm.evaluate.result import Curve, Result, figure_spec
+from calm.metrics.bootstrap import Estimate
+from calm.model import create_model
+from calm.preprocess import Preprocessing
+from calm.report.benchmarks import benchmark_section
+from calm.report.charts import Dots, dot_chart
+from calm.report.drawn_maps import maps_of
+from calm.report.found import Group, find_groups, styles
+from calm.report.gallery import choose, gallery_section
+from calm.report.published import PUBLISHED, published
+from calm.report.truth import scenes
+
+HOSTILE = "<script>x</script> & co"
+
+
+def made(benchmark="localization", label="CALM-EM jointll", **changes):
+    """A result as `calm evaluate` writes it."""
+    x = np.linspace(0, 1, 400)
+    fields = {
+        "figures": {"maxboxacc": Estimate(0.61, 0.55, 0.66), "maxboxacc_v2": Estimate(0.5, 0.44, 0.57)},
+        "curves": {
+            "box-accuracy": Curve(
+                x=x.tolist(),
+                y=(x * (1 - x)).tolist(),
+                x_name="threshold",
+                y_name="accuracy",
+                low=(x * (1 - x) - 0.02).tolist(),
+                high=(x * (1 - x) + 0.02).tolist(),
+            )
+        },
+        "provenance": {"data": {"images": 40, "classes": 4, "fingerprint": "f0"}, "subject": {}},
+    }
+    return Result(benchmark, label, **{**fields, **changes})
+
+
+def cue_result(label="CALM-EM jointll", shift=0.0, **changes):
+    figures = {
+        f"mpxap{kind}{number}": Estimate(0.3 + shift, 0.25 + shift, 0.35 + shift)
+        for kind in ("", "_published")
+        for number in ("", "_1", "_2")
+    }
+    pairs = [
+        {"first": "001.Red_Bird", "second": "002.Blue_Bird", "groups": ["head"], "pxap": 0.25 + shift},
+        {"first": "001.Red_Bird", "second": "003.Grey_Bird", "groups": ["head", "leg"], "pxap": 0.4 + shift},
+        {"first": "002.Blue_Bird", "second": "003.Grey_Bird", "groups": ["tail"], "pxap": math.nan},
+    ]
+    fields = {"figures": figures, "curves": {}, "details": {"pairs": pairs}}
+    return made("cue-localization", label, **{**fields, **changes})
+
+
+def group(*results):
+    return Group(results[0].benchmark, results, results[0].provenance["data"])
+
+
+def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(tmp_path):
+    made(label="CAM cam").save(tmp_path / "a" / "localization" / "cam-0123abcd.json")
+    made().save(tmp_path / "b" / "deep" / "calm-0123abcd.json")
+    cue_result().save(tmp_path / "b" / "cue.json")
+    other = {"data": {"images": 9, "classes": 2, "fingerprint": "f1"}}
+    made(provenance=other).save(tmp_path / "b" / "other.json")
+    (tmp_path / "b" / "table.json").write_text("[1, 2]")
+    (tmp_path / "b" / "broken.json").write_text("{")
+    groups = find_groups([tmp_path / "a", tmp_path / "b", tmp_path])  # the last finds all of them again
+    found = [(g.benchmark, [r.label for r in g.results], g.data["images"]) for g in groups]
+    assert found == [
+        ("cue-localization", ["CALM-EM jointll"], 40),
+        ("localization", ["CAM cam", "CALM-EM jointll"], 40),
+        ("localization", ["CALM-EM jointll"], 9),
+    ]
+
+
+def test_missing_and_empty_folders_are_named(tmp_path, capsys):
+    with pytest.raises(CalmError, match=r"gone: no such folder"):
+        find_groups([tmp_path / "gone"])
+    with pytest.raises(CalmError, match=r"make some with calm evaluate"):
+        find_groups([tmp_path])
+    assert main(["report", str(tmp_path)]) == 2
+    assert "no result of a benchmark below" in capsys.readouterr().err
+
+
+def test_equal_labels_are_told_apart_by_their_runs(tmp_path):
+    for seed in (0, 1):
+        provenance = {"data": {"fingerprint": "f"}, "subject": {"model": f"runs/calm-{seed}"}}
+        made(provenance=provenance).save(tmp_path / f"{seed}.json")
+    (found,) = find_groups([tmp_path])
+    assert [r.label for r in found.results] == ["CALM-EM jointll (calm-0)", "CALM-EM jointll (calm-1)"]
+
+
+def test_every_method_has_a_look_of_its_own_and_calm_and_cam_theirs():
+    labels = ["CAM gradient", "CALM-ML jointll", "CAM cam", *map(str, range(12))]
+    looks = styles([group(*(made(label=label) for label in labels))])
+    assert len(set(looks.values())) == len(labels)
+    assert looks["CALM-ML jointll"] == ("calm", False)
+    assert looks["CAM gradient"] == ("cam", False)
+
+
+def test_the_table_has_each_figure_with_its_interval_and_a_dash_for_what_is_undefined():
+    nothing = Estimate(math.nan, math.nan, math.nan)
+    one = made(label=HOSTILE, figures={"nll": Estimate(0.5, 0.4, 0.6), "top1": Estimate(0.61, 0.55, 0.66)})
+    two = made(label="CAM cam", figures={"top1": Estimate(0.4, 0.3, 0.5), "nll": nothing})
+    three = made(label="third", figures={"nll": Estimate(0.3, math.nan, math.nan)})
+    section = benchmark_section(group(one, two, three), styles([group(one, two, three)]))
+    texts = Texts(section.body)
+    thin = "\N{NARROW NO-BREAK SPACE}%"
+    assert texts.of("caption") == ["40 test images; 95 percent intervals"]
+    titles = [figure_spec(name).title for name in ("top1", "nll")]
+    assert texts.of("th") == ["method", *titles, HOSTILE, "CAM cam", "third"]
+    assert texts.of("b") == [f"61.0{thin}", "0.300"]  # the higher accuracy, the lower loss
+    assert texts.of("td") == ["0.500", f"40.0{thin}", "–", "–"]  # noqa: RUF001
+    assert texts.of("small") == [f"55.0–66.0{thin}", "0.400–0.600", f"30.0–50.0{thin}"]  # noqa: RUF001
+    assert "<script" not in section.body
+
+
+def test_curves_of_all_methods_share_a_chart_and_lose_no_visible_point():
+    both = group(made(), made(label="CAM cam"))
+    section = benchmark_section(both, styles([both]))
+    assert section.body.count("<svg") == 1
+    (curve,) = drawn_paths(section.body, "calm")
+    assert 50 < len(curve) <= 400
+    share = (curve[:, 0] - curve[0, 0]) / (curve[-1, 0] - curve[0, 0])
+    x = np.linspace(0, 1, 400)
+    drawn = np.interp(x, share, (curve[0, 1] - curve[:, 1]) / np.ptp(curve[:, 1]))
+    assert abs(drawn - 4 * x * (1 - x)).max() < 0.01
+    assert len(drawn_paths(section.body, "cam")) == 1
+
+
+def test_cue_localization_has_dots_by_number_of_parts_and_by_pair_and_skips_pairs_without_images():
+    both = group(cue_result(), cue_result("CAM cam", -0.1))
+    body = benchmark_section(both, styles([both])).body
+    assert body.count("<svg") == 3  # per pair counting, released counting, single pairs
+    assert "Red Bird / Blue Bird (1)" in body
+    assert "Red Bird / Grey Bird (2)" in body
+    assert "Blue Bird / Grey Bird" not in body
+
+
+def test_dots_stand_at_their_values_with_their_intervals():
+    values, ends = [0.2, 0.6, math.nan], [(0.1, 0.3), (0.5, 0.7), None]
+    html = dot_chart([Dots(values, "a", "calm", intervals=ends)], "xyz", title="t", x_label="x")
+    dots = [
+        (float(x), float(y))
+        for x, y in re.findall(
+            r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--calm\)', html
+        )
+    ]
+    bars = drawn_paths(html, "calm")
+    bars = [bar for bar in bars if len(bar) == 2 and bar[0, 0] == bar[1, 0]]
+    assert len(dots) == 2
+    assert len(bars) == 2
+    for (x, y), bar in zip(dots, bars, strict=True):
+        assert abs(bar[0, 0] - x) < 1e-6
+        assert abs(bar[:, 1].mean() - y) < 1e-4  # these intervals are symmetric
+
+
+def test_the_papers_figures_stand_beside_ours_on_its_data_only():
+    cub = {"data": {"images": 5794, "classes": 200, "fingerprint": "f"}}
+    ours = group(cue_result(provenance=cub))
+    body = benchmark_section(ours, styles([ours])).body
+    assert "paper: CALM-EM" in body
+    assert all(f"{value}\N{NARROW NO-BREAK SPACE}%" in body for value in (30.4, 33.3, 36.3, 34.3, 29.6))
+    birds = group(cue_result())
+    assert "paper:" not in benchmark_section(birds, styles([birds])).body
+    assert published("localization", "CUB-200-2011") is None
+
+
+def test_the_papers_means_agree_with_its_columns_weighted_by_pairs():
+    """31, 64 and 96 pairs: a slip of the pen in the table would show."""
+    (cues,) = (table for table in PUBLISHED if table.benchmark == "cue-localization")
+    for figures in cues.rows.values():
+        columns = [figures[f"mpxap_published_{n}"] for n in (1, 2, 3)]
+        assert abs(np.dot(columns, [31, 64, 96]) / 191 - figures["mpxap_published"]) < 0.004
+
+
+def test_images_are_chosen_by_the_mean_score_from_those_that_all_methods_have():
+    scores = {f"{n:02d}": n / 20 for n in range(20)}
+    one = made(scores={**scores, "only-here": 9.0})
+    two = made(label="CAM cam", scores={**scores, "19": 0.0, "05": math.nan})
+    chosen = choose(group(one, two))
+    assert [name for why, name in chosen if why == "best"] == ["18", "17", "16"]
+    assert [name for why, name in chosen if why == "worst"] == ["00", "01", "02"]
+    names = [name for _, name in chosen]
+    assert len(set(names)) == len(names) == 10
+    assert not {"only-here", "05"} & set(names)
+    assert choose(group(one, two)) == chosen
+    assert choose(group(made(scores={"a": 1.0}))) == [("best", "a")]
+    assert choose(group(made())) == []
+
+
+@pytest.fixture(scope="module")
+def birds(tmp_path_factory):
+    """Birds in CUB's layout and an untrained model, where a result says that they are."""
+    folder = tmp_path_factory.mktemp("gallery")
+    write_birds(folder / "birds", species=4, images_per_species=10, size=64, workers=1)
+    split = load_split(folder / "birds", "test")
+    torch.manual_seed(0)
+    model = create_model(
+        "small_resnet",
+        split.num_classes,
+        class_names=split.class_names,
+        preprocessing=Preprocessing((64, 64)),
+    )
+    model.save_pretrained(folder / "model")
+    data = {
+        "root": str(folder / "birds"),
+        "split": "test",
+        "images": len(split.records),
+        "classes": split.num_classes,
+        "fingerprint": "f",
+    }
+    scores = {record.id: place / len(split.records) for place, record in enumerate(split.records)}
+    subject = {
+        "model": str(folder / "model"),
+        "method": "jointll",
+        "options": {},
+        "normalization": "clipping",
+    }
+    return folder, split, model.eval(), {"data": data, "subject": subject}, scores
+
+
+def test_the_gallery_shows_the_models_maps_on_the_images_that_the_result_names(birds):
+    _, split, model, provenance, scores = birds
+    result = made(provenance=provenance, scores=scores)
+    views = scenes(group(result), [record.id for record in split.records[:3]])
+    maps = maps_of(result, views)
+    for view, values, record in zip(views, maps, split.records, strict=False):
+        assert view.boxes == record.boxes
+        output = model(model.preprocess(record.path))
+        expected = output.joint[0, record.label].detach()
+        torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-4)
+    html = gallery_section(group(result, made(label="CAM cam"))).body
+    assert (
+        html.count("data:image/jpeg") == 10 * 2
+    )  # of the method without scores and model nothing can be drawn
+    assert "The maps of CAM cam are not shown: its provenance names no model." in html
+    assert Texts(html).of("h3") == ["Best", "Worst", "At random"]
+
+
+def test_cue_scenes_ask_about_a_pair_of_the_images_class_and_outline_what_differs(birds):
+    folder, split, model, provenance, scores = birds
+    result = cue_result(provenance=provenance, scores=scores)
+    (view,) = scenes(group(result), [split.records[0].id])
+    assert split.records[0].label in view.classes
+    assert len(view.classes) == 2
+    segmentation = folder / "birds" / "segmentations" / Path(split.records[0].id).with_suffix(".png")
+    bird = np.array(Image.open(segmentation).convert("L").resize((224, 224), Image.Resampling.BICUBIC)) > 0
+    region = view.region.numpy() > 0
+    assert region.any()
+    assert not (region & ~bird).any()
+    (values,) = maps_of(result, [view])
+    output = model(model.preprocess(split.records[0].path))
+    one, other = (output.joint[0, c].detach() for c in view.classes)
+    torch.testing.assert_close(values, (one - other).abs(), atol=1e-6, rtol=1e-4)
+
+
+def test_without_model_or_data_the_gallery_is_a_sentence(birds, tmp_path):
+    _, _, _, provenance, scores = birds
+    lost = {**provenance, "subject": {**provenance["subject"], "model": str(tmp_path / "gone")}}
+    html = gallery_section(group(made(provenance=lost, scores=scores))).body
+    assert "its model is no longer at" in html
+    assert html.count("data:image/jpeg") == 10  # the images themselves are there
+    moved = {**provenance, "data": {**provenance["data"], "root": str(tmp_path / "moved")}}
+    html = gallery_section(group(made(provenance=moved, scores=scores))).body
+    assert "the data cannot be read any more" in html
+    assert "<img" not in html
+
+
+def test_the_command_writes_one_page_that_needs_no_other_file(birds, tmp_path, capsys):
+    _, _, _, provenance, scores = birds
+    made(provenance=provenance, scores=scores).save(tmp_path / "e" / "localization" / "a.json")
+    cue_result(provenance=provenance, scores=scores).save(tmp_path / "e" / "cue" / "a.json")
+    out = tmp_path / "pages" / "report.html"
+    assert main(["report", str(tmp_path / "e"), "--out", str(out)]) == 0
+    assert capsys.readouterr().out.strip() == str(out)
+    html = out.read_text(encoding="utf-8")
+    Texts(html)
+    headings = Texts(html).of("h2")
+    assert headings == [
+        "Cue localization",
+        "Localization",
+        "Images: cue localization",
+        "Images: localization",
+        "How it was made",
+    ]
+    assert not re.search(r"url\((?!#)|@import|<link|<script|src=\"(?!data:)|href=\"(?!#)", html)
+    ids = re.findall(r' id="([^"]+)"', html)
+    assert len(ids) == len(set(ids))
+
+
+def test_a_folder_is_no_place_for_a_page(tmp_path, capsys):
+    made().save(tmp_path / "a.json")
+    assert main(["report", str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "give the name of a file" in capsys.readouterr().err
