@@ -129,18 +129,17 @@ def _contours(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[list[Any]
 
 def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]:
     """Boxes (n, 4), the second corner one beyond the last pixel, and twice the enclosed areas (n,)."""
-    lengths = np.array([len(contour) for contour in contours])
-    points = np.concatenate(contours)[:, 0].astype(np.int64)
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    boxes = np.concatenate(
-        [np.minimum.reduceat(points, starts), np.maximum.reduceat(points, starts) + 1], axis=1
-    )
-    following = np.empty_like(points)
-    following[:-1] = points[1:]
-    following[ends - 1] = points[starts]
-    turned = points[:, 0] * following[:, 1] - points[:, 1] * following[:, 0]
-    return boxes, np.abs(np.add.reduceat(turned, starts))
+    ends = np.cumsum([len(contour) for contour in contours])
+    starts = np.concatenate([[0], ends[:-1]])
+    points = np.concatenate(contours)[:, 0]
+    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
+    first = [np.minimum.reduceat(axis, starts) for axis in (x, y)]
+    beyond = [np.maximum.reduceat(axis, starts) + 1 for axis in (x, y)]
+    turned = np.empty(len(x), dtype=np.int64)
+    turned[:-1] = x[:-1] * y[1:] - y[:-1] * x[1:]
+    last = ends - 1
+    turned[last] = x[last] * y[starts] - y[last] * x[starts]
+    return np.stack(first + beyond, axis=1).astype(np.int64), np.abs(np.add.reduceat(turned, starts))
 
 
 def _pixels(boxes: Boxes) -> NDArray[np.int64]:
