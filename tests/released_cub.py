@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
-import subprocess
+import runpy
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 from calm.data.birds import write_birds
@@ -51,17 +53,21 @@ def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> P
     return project
 
 
-def call(project: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
-    """Run a script of the repository's root in the project's folder, as a user would, without a network."""
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TORCH_HOME": str(project / "no-cache"),
-        "https_proxy": "http://127.0.0.1:9",
-        "HTTPS_PROXY": "http://127.0.0.1:9",
-    }
-    command = [sys.executable, str(ROOT / script), *flags]
-    return subprocess.run(
-        command, cwd=project, env=environment, capture_output=True, text=True, timeout=240, check=False
-    )
+def call(project: Path, script: str, *flags: str) -> tuple[int, str]:
+    """Run a script of the repository's root in the project's folder, as ``python SCRIPT FLAGS`` would.
+
+    Returns:
+        Its exit code, and what it printed.
+    """
+    argv, here, printed = sys.argv, Path.cwd(), io.StringIO()
+    sys.argv = [script, *flags]
+    os.chdir(project)
+    try:
+        with redirect_stdout(printed), redirect_stderr(printed):
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0), printed.getvalue()
+    finally:
+        sys.argv = argv
+        os.chdir(here)
+    raise AssertionError(f"{script} did not say how it ended")

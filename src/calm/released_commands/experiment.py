@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import shutil
 from pathlib import Path
@@ -24,7 +25,17 @@ from calm.released_file import FILE_NAME
 
 __all__ = ["OWN_NAMES", "check_place", "clear", "finished", "save_measures"]
 
-OWN_NAMES = ("log.log", FILE_NAME, "performance_log.*", "reports", "measure_*", "cue_*", "run", "start", "proxy")
+OWN_NAMES = (
+    "log.log",
+    FILE_NAME,
+    "performance_log.*",
+    "reports",
+    "measure_*",
+    "cue_*",
+    "run",
+    "start",
+    "proxy",
+)
 """What the commands write into an experiment's folder, as patterns; nothing else is ever deleted."""
 
 
@@ -74,6 +85,14 @@ def clear(flags: Flags) -> None:
 
 
 def save_measures(path: Path, measures: Any) -> None:
-    """Write plain Python values to ``path``.pickle, as the released code does, and to ``path``.json."""
+    """Write plain Python values to ``path``.pickle, as the released code does, and to ``path``.json, where NaN is null."""
     write_bytes(path.with_name(f"{path.name}.pickle"), pickle.dumps(measures))
-    write_json(path.with_name(f"{path.name}.json"), measures)
+    write_json(path.with_name(f"{path.name}.json"), _without_nan(measures))
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(member) for key, member in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(member) for member in value]
+    return None if isinstance(value, float) and math.isnan(value) else value

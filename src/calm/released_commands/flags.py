@@ -116,6 +116,8 @@ def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
         raise CalmError(
             f"--resize_size={flags.resize_size} is below --crop_size={flags.crop_size}: the crop is cut from it"
         )
+    if flags.seed is not None and flags.seed < 0:
+        raise CalmError(f"--seed={flags.seed}: give 0 or more")
     for name in ("workers", "crop_size", "batch_size", "smooth_grad_nr_iter", "integrated_grad_nr_iter"):
         lowest = 0 if name == "workers" else 1
         if getattr(flags, name) < lowest:
@@ -165,9 +167,15 @@ def _add_experiment(add: Add) -> None:
     )
     add("--workers", type=int, default=4, help="processes that read images")
     _add_boolean(add, "--use_load_checkpoint", False, "read weights from --load_checkpoint")
-    add("--load_checkpoint", help="folder with last_checkpoint.pth.tar, or a saved model or run of this package")
+    add(
+        "--load_checkpoint",
+        help="folder with last_checkpoint.pth.tar, or a saved model or run of this package",
+    )
     _add_boolean(
-        add, "--is_different_checkpoint", False, "the checkpoint is of other classes: its classifier is left out"
+        add,
+        "--is_different_checkpoint",
+        False,
+        "the checkpoint is of other classes: its classifier is left out",
     )
     add("--save_root", default="save", help="folder of the experiments")
     add("--logger_type", default="PythonLogger", choices=("PythonLogger",), help="there is one")
@@ -197,7 +205,9 @@ def _add_training(add: Add) -> None:
     add("--batch_size", type=int, default=64, help="images a step")
     add("--lr", type=float, default=0.01, help="learning rate at the start")
     add("--lr_decay_frequency", type=int, default=30, help="epochs between two decays of the rate by 10")
-    add("--lr_classifier_ratio", type=float, default=10, help="rate of the new layers over that of the others")
+    add(
+        "--lr_classifier_ratio", type=float, default=10, help="rate of the new layers over that of the others"
+    )
     add("--momentum", type=float, default=0.9, help="of SGD, Nesterov's")
     add("--weight_decay", type=float, default=1e-4, help="L2 penalty")
 
@@ -211,7 +221,12 @@ def _add_maps(add: Add) -> None:
         choices=("activation_map", "backprop"),
         help="backprop: the gradient in place of an activation map",
     )
-    add("--norm_type", default="minmax", choices=("max", "minmax", "clipping"), help="normalisation of the map")
+    add(
+        "--norm_type",
+        default="minmax",
+        choices=("max", "minmax", "clipping"),
+        help="normalisation of the map",
+    )
     add("--threshold_type", default="even", choices=("even", "log"), help="thresholds of cue localization")
     add("--cam_curve_interval", type=float, default=0.001, help="distance of the thresholds")
     add("--iou_thresholds", type=int, nargs="+", default=[30, 50, 70], help="without effect, as released")

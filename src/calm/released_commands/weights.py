@@ -86,7 +86,9 @@ def transplant(model: CalmModel, num_classes: int, *, seed: int) -> CalmModel:
             prior_denominator=config.prior_denominator,
             preprocessing=model.preprocessing,
         )
-    kept = {name: value for name, value in model.state_dict().items() if not name.startswith("head.conv_last")}
+    kept = {
+        name: value for name, value in model.state_dict().items() if not name.startswith("head.conv_last")
+    }
     other.load_state_dict(kept, strict=False)
     return other
 
@@ -100,7 +102,9 @@ def _source(flags: Flags) -> Path:
     for place in places:
         if place.is_dir():
             return place
-    raise CalmError(f"no checkpoint: there is no folder {' nor '.join(map(str, places))}; see --load_checkpoint")
+    raise CalmError(
+        f"no checkpoint: there is no folder {' nor '.join(map(str, places))}; see --load_checkpoint"
+    )
 
 
 def _check(flags: Flags, found: ModelConfig, source: Path) -> None:

@@ -1,0 +1,9 @@
+"""Remove-and-classify as in the released code's README; its own repository calls it eval_remove_classify.py."""
+
+import sys
+
+from calm.released_commands.remove_and_classify import main
+from calm.released_commands.terminal import run
+
+if __name__ == "__main__":
+    sys.exit(run("eval_pixel_perturb.py", main))

@@ -1,0 +1,9 @@
+"""The same as eval_pixel_perturb.py, under the name that the released repository gave it."""
+
+import sys
+
+from calm.released_commands.remove_and_classify import main
+from calm.released_commands.terminal import run
+
+if __name__ == "__main__":
+    sys.exit(run("eval_remove_classify.py", main))
