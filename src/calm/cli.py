@@ -75,6 +75,11 @@ COMMANDS: dict[str, Command] = {
         "  calm report runs/calm-em runs/calm-ml runs/cam --gallery=false\n",
         finish=_print,
     ),
+    "evaluate": Command(
+        "calm.evaluate.command:evaluate",
+        "benchmark models and their explanations: tables with intervals",
+        own_parser=True,
+    ),
     "convert": Command(
         "calm.released:convert",
         "turn a checkpoint of the released CALM code into a model of this package",

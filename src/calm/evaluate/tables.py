@@ -1,0 +1,122 @@
+"""Results as tables: for the terminal, and as JSON, CSV and Markdown files."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from calm.atomic import write_json, write_text
+from calm.evaluate.result import FIGURES, FigureSpec, Result, figure_spec
+from calm.metrics.bootstrap import Estimate
+
+__all__ = ["markdown", "print_tables", "records", "written", "write_tables"]
+
+
+def written(estimate: Estimate | None, spec: FigureSpec) -> str:
+    """A figure with its interval, in the unit that it is shown in: "34.3 (33.0-35.5)"."""
+    if estimate is None or math.isnan(estimate.value):
+        return "-"
+    scale, digits = (100, 1) if spec.unit == "percent" else (1, 3)
+    value, low, high = (f"{scale * number:.{digits}f}" for number in estimate)
+    return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}-{high})"
+
+
+def records(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """A row for each figure: benchmark, label, figure, value, low, high, unit; None where undefined."""
+    return [
+        {
+            "benchmark": result.benchmark,
+            "label": result.label,
+            "figure": name,
+            **{end: number if math.isfinite(number) else None for end, number in estimate._asdict().items()},
+            "unit": "fraction" if figure_spec(name).unit == "percent" else figure_spec(name).unit,
+        }
+        for result in results
+        for name, estimate in result.figures.items()
+    ]
+
+
+def markdown(results: Sequence[Result]) -> str:
+    """A table for each benchmark, all figures; the best value of a column is bold."""
+    parts = []
+    for benchmark, some in _by_benchmark(results).items():
+        names = _names(some, every=True)
+        head = ["method", *(_head(name) for name in names)]
+        rows = [
+            [result.label.replace("|", "\\|"), *(_cell(name, result, some, "**{}**") for name in names)]
+            for result in some
+        ]
+        lines = [head, ["---"] + ["---:"] * len(names), *rows]
+        parts.append(f"## {benchmark}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+    return "\n".join([*parts, "In brackets: 95 percent bootstrap interval.\n"])
+
+
+def write_tables(results: Sequence[Result], out: Path) -> None:
+    """Write ``table.json``, ``table.csv`` and ``table.md`` in ``out``."""
+    rows = records(results)
+    write_json(out / "table.json", rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(out / "table.csv", text.getvalue())
+    write_text(out / "table.md", markdown(results))
+
+
+def print_tables(results: Sequence[Result], console: Console) -> None:
+    """The main figures on the terminal."""
+    for benchmark, some in _by_benchmark(results).items():
+        names = _names(some, every=False)
+        table = Table(
+            title=benchmark,
+            title_justify="left",
+            caption="in brackets: 95 percent bootstrap interval",
+            caption_justify="left",
+        )
+        table.add_column("method", overflow="fold")
+        for name in names:
+            table.add_column(escape(_head(name)), justify="right")
+        for result in some:
+            cells = (_cell(name, result, some, "[bold]{}[/bold]") for name in names)
+            table.add_row(escape(result.label), *cells)
+        console.print(table)
+
+
+def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:
+    found: dict[str, list[Result]] = {}
+    for result in results:
+        found.setdefault(result.benchmark, []).append(result)
+    return found
+
+
+def _names(results: Sequence[Result], *, every: bool) -> list[str]:
+    """Figures that a result has, those of ``FIGURES`` first and in its order."""
+    have = dict.fromkeys(name for result in results for name in result.figures)
+    known = [name for name in FIGURES if name in have]
+    others = [name for name in have if name not in FIGURES]
+    return [name for name in (*known, *others) if every or figure_spec(name).main]
+
+
+def _head(name: str) -> str:
+    spec = figure_spec(name)
+    unit = {"percent": " %", "nats": " nats", "ratio": ""}[spec.unit]
+    return f"{spec.title}{unit}{' (lower is better)' if spec.better == 'lower' else ''}"
+
+
+def _cell(name: str, result: Result, beside: Sequence[Result], bold: str) -> str:
+    spec, estimate = figure_spec(name), result.figures.get(name)
+    values = [r.figures[name].value for r in beside if name in r.figures]
+    values = [value for value in values if math.isfinite(value)]
+    text = written(estimate, spec)
+    if estimate is None or len(values) < 2 or name == "chance":
+        return text
+    best = max(values) if spec.better == "higher" else min(values)
+    return bold.format(text) if estimate.value == best else text
