@@ -21,6 +21,8 @@ from calm.model import CalmModel
 __all__ = ["Order", "randomisation", "reinitialise", "stages"]
 
 Order: TypeAlias = Literal["cascading", "all"]
+_SEEDS = 0x52414E444F4D
+"""Added to seeds, so that a small one does not draw the very weights that a model was initialised with."""
 
 
 def randomisation(
@@ -72,7 +74,8 @@ def randomisation(
     count = len(split.records)
     chosen = range(count) if images >= count else [i * count // images for i in range(images)]
     changed = copy.deepcopy(model)
-    rounds = stages(changed) if order == "cascading" else [("all", [changed])]
+    whole: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
+    rounds = stages(changed) if order == "cascading" else whole
 
     def maps_of(subject: Subject) -> list[Tensor]:
         return list(_maps(subject, split, chosen, batch_size, workers, progress))
@@ -117,12 +120,15 @@ def randomisation(
 def stages(model: CalmModel) -> list[tuple[str, list[nn.Module]]]:
     """The parts of a model that have weights, from the head down: the head, then the backbone's children, last first.
 
-    A wrapper around a single child counts as the child.
+    A wrapper around a single child counts as the child. Where there would be fewer than four parts, sequences among
+    them are taken apart.
     """
     body: nn.Module = model.backbone
     prefix = "backbone"
     while len(children := _with_weights(body)) == 1 and not list(body.parameters(recurse=False)):
         prefix, body = f"{prefix}.{children[0][0]}", children[0][1]
+    if len(children) < 4:
+        children = [part for name, child in children for part in _opened(name, child)]
     parts = [(f"{prefix}.{name}", [child]) for name, child in reversed(children)]
     if list(body.parameters(recurse=False)) or not parts:
         parts = [(prefix, [body])]
@@ -137,7 +143,7 @@ def reinitialise(module: nn.Module, seed: int) -> None:
     statistics) do it themselves; the weights of any other are shuffled, which keeps their distribution.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(seed)
+        torch.manual_seed(_SEEDS + seed)
         for layer in module.modules():
             reset = getattr(layer, "reset_parameters", None)
             if callable(reset):
@@ -146,6 +152,12 @@ def reinitialise(module: nn.Module, seed: int) -> None:
             for weight in layer.parameters(recurse=False):
                 mixed = torch.randperm(weight.numel()).to(weight.device)
                 weight.copy_(weight.flatten()[mixed].view_as(weight))
+
+
+def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
+    if not isinstance(module, (nn.Sequential, nn.ModuleList)):
+        return [(name, module)]
+    return [(f"{name}.{inner}", child) for inner, child in _with_weights(module)]
 
 
 def _with_weights(module: nn.Module) -> list[tuple[str, nn.Module]]:

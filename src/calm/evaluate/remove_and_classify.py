@@ -23,10 +23,10 @@ from calm.metrics.remove_and_classify import (
     RemoveAndClassifyResult,
     check_fractions,
 )
-from calm.normalize import normalize
+from calm.normalize import Normalization, normalize
 from calm.resample import resize_maps
 
-__all__ = ["Explain", "after_erasing", "remove_and_classify"]
+__all__ = ["Explain", "after_erasing", "maps_to_rank", "remove_and_classify"]
 
 Explain: TypeAlias = Literal["label", "prediction"]
 _Classify: TypeAlias = Callable[[Tensor], Tensor]
@@ -113,9 +113,9 @@ def remove_and_classify(
             )
         predicted = probs.argmax(dim=1)
         explained = labels if explain == "label" else predicted
-        maps = resize_maps(looked.maps(explained[:, None])[:, 0], (images.shape[-2], images.shape[-1]))
-        maps = normalize(maps, subject.normalization)
-        silent += (maps.amax(dim=(1, 2)) == maps.amin(dim=(1, 2))).sum()
+        grid = looked.maps(explained[:, None])[:, 0]
+        maps = maps_to_rank(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
+        silent += (~maps.flatten(1).any(dim=1)).sum()
         random = random_order(keys, images.shape[-2] * images.shape[-1], seed)
         order = erasing_order(maps, random)
         filler = filling(images, fill, keys=keys, seed=seed)
@@ -169,6 +169,18 @@ def remove_and_classify(
         for name, points in (("insertion", areas.insertion), ("deletion", areas.deletion)):
             result.curves[name] = _curve(areas.fractions, points, f"p(y | x) after {name}")
     return result
+
+
+def maps_to_rank(
+    maps: Float[Tensor, "b h w"], size: tuple[int, int], how: Normalization
+) -> Float[Tensor, "b H W"]:
+    """Maps at the size of the images, normalised.
+
+    A map that is constant on its own grid becomes zeros, as a constant map does in `calm.normalize`: interpolation
+    would give it differences in the last bit, and an order that means nothing.
+    """
+    constant = (maps == maps[:, :1, :1]).flatten(1).all(dim=1)
+    return normalize(resize_maps(maps, size), how).masked_fill(constant[:, None, None], 0.0)
 
 
 def after_erasing(

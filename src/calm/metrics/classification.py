@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -17,8 +17,7 @@ __all__ = ["BINS", "Classification", "ClassificationResult"]
 BINS = 15
 
 
-@dataclass(frozen=True)
-class ClassificationResult:
+class ClassificationResult(NamedTuple):
     """Figures of a classifier.
 
     Attributes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -60,8 +60,7 @@ def insertion_deletion_curves(
     return torch.stack([*inserted, full], dim=1), torch.stack([full, *deleted], dim=1)
 
 
-@dataclass(frozen=True)
-class InsertionDeletionResult:
+class InsertionDeletionResult(NamedTuple):
     """Mean curves, and the mean height (area) of each; probabilities in [0, 1].
 
     Attributes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,8 +20,7 @@ FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The paper's shares of erased pixels."""
 
 
-@dataclass(frozen=True)
-class RemoveAndClassifyResult:
+class RemoveAndClassifyResult(NamedTuple):
     """Figures by share of erased pixels, in the order of ``fractions``.
 
     Attributes:

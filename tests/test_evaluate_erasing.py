@@ -1,0 +1,287 @@
+"""Remove-and-classify, classification and randomisation over a split, against loops over single images."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from data_files import write_pack
+from torch import nn
+
+from calm.data import load_split
+from calm.errors import CalmError
+from calm.evaluate.classification import classification
+from calm.evaluate.randomisation import randomisation, reinitialise, stages
+from calm.evaluate.remove_and_classify import remove_and_classify
+from calm.evaluate.result import Result
+from calm.evaluate.subject import Subject, model_subject
+from calm.metrics.erasing import erase, erasing_order, filling, first_pixels, random_order
+from calm.model import create_model
+from calm.normalize import normalize
+from calm.preprocess import Preprocessing
+from calm.resample import resize_maps
+
+
+class Net(nn.Module):
+    """Two convolutions; a grid of a quarter of the image."""
+
+    out_channels = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 5, 3, stride=2, padding=1)
+        self.last = nn.Conv2d(5, 6, 3, stride=2, padding=1)
+
+    def forward(self, images):
+        return self.last(self.stem(images).relu()).relu()
+
+
+@pytest.fixture
+def split(tmp_path):
+    labels = (0, 1, 1, 0, 1, 0, 0)
+    return load_split(write_pack(tmp_path, dict.fromkeys(("train", "val", "test"), labels)), "test")
+
+
+def model_of(method: str = "calm-em"):
+    model = create_model(Net(), 2, method, preprocessing=Preprocessing(size=(16, 20)))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.mul_(4)  # predictions that erasing can change
+    return model.eval()
+
+
+class Counting:
+    """A subject's look that counts its passes."""
+
+    def __init__(self, look) -> None:
+        self.look, self.passes = look, 0
+
+    def __call__(self, images):
+        self.passes += 1
+        return self.look(images)
+
+
+def with_look(subject: Subject, look) -> Subject:
+    return Subject(**{**vars(subject), "look": look})
+
+
+@pytest.mark.parametrize("fill", ["zero", "mean", "noise", "blur"])
+@pytest.mark.parametrize(("method", "explain"), [("calm-em", "label"), ("cam", "prediction")])
+def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, explain):
+    model = model_of(method)
+    found = remove_and_classify(
+        model_subject(model), split, batch_size=1, fill=fill, explain=explain, seed=5, replicates=20
+    )
+    fractions = (0.1, 0.3, 0.5, 0.7, 0.9)
+    right = {"topk": [0] * 5, "random": [0] * 5}
+    whole = 0
+    for i, record in enumerate(split.records):
+        image, key = model.preprocess(record.path), torch.tensor([i])
+        with torch.no_grad():
+            predicted = int(model(image).probs.argmax())
+            whole += predicted == record.label
+            target = record.label if explain == "label" else predicted
+            grid = model(image).attribute(torch.tensor([target]))
+            maps = normalize(resize_maps(grid, (16, 20)), "minmax" if method == "cam" else "clipping")
+            numbers = random_order(key, 320, 5)
+            chances = {}
+            for name, order in (("topk", erasing_order(maps, numbers)), ("random", numbers)):
+                chances[name] = []
+                for k, fraction in enumerate(fractions):
+                    mask = first_pixels(order, [round(320 * fraction)])[0]
+                    probs = model(erase(image, mask, filling(image, fill, keys=key, seed=5))).probs[0]
+                    right[name][k] += int(probs.argmax()) == record.label
+                    chances[name].append(float(probs[record.label]))
+        gained = sum(chances["random"]) / 5 - sum(chances["topk"]) / 5
+        assert found.scores[record.id] == pytest.approx(gained, abs=1e-5)
+    for k, fraction in enumerate(fractions):
+        figure = found.figures[f"r{round(100 * fraction)}"].value
+        if right["random"][k]:
+            assert figure == pytest.approx(right["topk"][k] / right["random"][k])
+        else:
+            assert math.isnan(figure)
+        assert found.curves["topk"].y[k + 1] == pytest.approx(right["topk"][k] / 7)
+        assert found.curves["random"].y[k + 1] == pytest.approx(right["random"][k] / 7)
+    assert found.figures["top1"].value == pytest.approx(whole / 7)
+
+
+def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_path):
+    model = model_of()
+    runs = [
+        remove_and_classify(
+            model_subject(model), split, batch_size=size, replicates=10, insertion_deletion_steps=4
+        )
+        for size in (2, 7)
+    ]
+    for name, figure in runs[0].figures.items():
+        assert list(runs[1].figures[name]) == pytest.approx(list(figure), nan_ok=True, abs=1e-6)
+    for name, score in runs[0].scores.items():  # scores equal but for rounding may change places
+        assert runs[1].scores[name] == pytest.approx(score, abs=1e-3)
+    runs[0].save(tmp_path / "result.json")
+    read = Result.load(tmp_path / "result.json")
+    assert list(read.figures["r30"]) == pytest.approx(list(runs[0].figures["r30"]), nan_ok=True)
+    assert len(read.curves["insertion"].x) == 5
+    assert 0 <= read.figures["deletion"].value <= 1
+
+
+def test_map_and_whole_prediction_come_from_one_pass(split):
+    subject = model_subject(model_of())
+    counting = Counting(subject.look)
+    told = []
+    remove_and_classify(with_look(subject, counting), split, batch_size=7, replicates=0, progress=told.append)
+    assert counting.passes == 1 + 2 * 5
+    assert told == [7]
+
+
+def test_a_constant_map_is_as_good_as_chance(split):
+    model = model_of()
+
+    class Flat:
+        def __init__(self, images) -> None:
+            self.probs = model(images).probs
+
+        def maps(self, classes):
+            return torch.full((*classes.shape, 4, 5), 0.2)
+
+    found = remove_and_classify(with_look(model_subject(model), Flat), split, replicates=10)
+    assert found.curves["topk"].y == found.curves["random"].y
+    assert set(found.scores.values()) == {0.0}
+    assert found.details["constant_maps"] == 7
+
+
+def test_impossible_options_are_refused_before_any_pass(split):
+    subject = model_subject(model_of())
+    counting = Counting(subject.look)
+    for options, message in (
+        ({"fill": "zeros"}, "did you mean 'zero'"),
+        ({"explain": "labels"}, "did you mean 'label'"),
+        ({"fractions": (0.5, 2)}, "fractions"),
+        ({"insertion_deletion_steps": -1}, "insertion_deletion_steps is -1"),
+    ):
+        with pytest.raises(CalmError, match=message):
+            remove_and_classify(with_look(subject, counting), split, **options)
+    assert not counting.passes
+
+
+def test_a_data_set_of_more_classes_than_the_model_has_is_refused(tmp_path):
+    labels = dict.fromkeys(("train", "val", "test"), (0, 1, 2))
+    classes = [f"{i} n{i} class{i}" for i in range(3)]
+    split = load_split(write_pack(tmp_path, labels, classes=classes), "test")
+    for benchmark in (remove_and_classify, classification):
+        with pytest.raises(CalmError, match="classes 0 to 1"):
+            benchmark(model_subject(model_of()), split)
+
+
+def test_classification_of_a_split_and_the_joint_agrees_with_the_prediction(split):
+    model = model_of()
+    found = classification(model_subject(model), split, batch_size=3, replicates=10)
+    with torch.no_grad():
+        rows = [model(model.preprocess(record.path)).probs[0] for record in split.records]
+    labels = [record.label for record in split.records]
+    right = [int(row.argmax()) == label for row, label in zip(rows, labels, strict=True)]
+    assert found.figures["top1"].value == pytest.approx(sum(right) / 7)
+    assert found.figures["top5"].value == 1
+    nll = -sum(float(row[label].log()) for row, label in zip(rows, labels, strict=True)) / 7
+    assert found.figures["nll"].value == pytest.approx(nll, rel=1e-4)
+    assert found.scores[split.records[3].id] == pytest.approx(float(rows[3][labels[3]]), abs=1e-6)
+    assert 0 <= found.details["agreement"] < 1e-6
+
+
+def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_other_maps(split):
+    subject = model_subject(model_of())
+
+    class Off:
+        def __init__(self, images) -> None:
+            self.seen = subject.look(images)
+            self.probs = self.seen.probs
+
+        def maps(self, classes):
+            maps = self.seen.maps(classes)
+            maps[0, 0, 0, 0] += 0.125
+            return maps
+
+    found = classification(with_look(subject, Off), split, replicates=0)
+    assert found.details["agreement"] == pytest.approx(0.125, abs=1e-5)
+    assert classification(model_subject(model_of("cam")), split, replicates=0).details["agreement"] is None
+
+
+def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
+    model = model_of()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = randomisation(partial(model_subject, method="gtcond"), model, split, images=4, replicates=10)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.details["stages"] == ["head", "backbone.last", "backbone.stem"]
+    assert found.curves["randomisation"].x == [0, 1, 2, 3]
+    assert found.curves["randomisation"].y[0] == 1
+    again = randomisation(partial(model_subject, method="gtcond"), model, split, images=4, replicates=10)
+    assert again.figures == found.figures
+
+
+def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split):
+    def edges(changed):
+        """Every pixel's brightness, whatever the model."""
+        subject = model_subject(changed)
+
+        class Brightness:
+            def __init__(self, images) -> None:
+                self.images, self.probs = images, changed(images).probs
+
+            def maps(self, classes):
+                return self.images.mean(1)[:, None].expand(-1, classes.shape[1], -1, -1)
+
+        return with_look(subject, Brightness)
+
+    assert (
+        randomisation(edges, model_of(), split, order="all", replicates=5).figures["randomisation"].value == 1
+    )
+    own = randomisation(partial(model_subject, method="gtcond"), model_of(), split, order="all", replicates=5)
+    assert own.figures["randomisation"].value < 0.9
+
+
+def test_stages_of_a_named_backbone_run_from_the_head_to_the_stem():
+    model = create_model("small_resnet", 2, preprocessing=Preprocessing(size=(32, 32)))
+    names = [name for name, _ in stages(model)]
+    assert names[0] == "head"
+    covered = {id(p) for _, modules in stages(model) for m in modules for p in m.parameters()}
+    assert covered == {id(p) for p in model.parameters()}
+    assert len(names) == len(set(names)) > 3
+
+
+def test_every_weight_is_drawn_anew_and_the_generator_is_left_as_it_was():
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gain = nn.Parameter(torch.arange(50.0))
+
+    module = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), Scale())
+    module[1].running_mean.fill_(3)
+    before = [weight.clone() for weight in module.parameters()]
+    state = torch.get_rng_state()
+    reinitialise(module, 0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not torch.equal(module[0].weight, before[0])
+    assert not module[1].running_mean.any()
+    assert not torch.equal(module[2].gain, before[-1])
+    assert torch.equal(module[2].gain.sort().values, before[-1])
+
+
+def test_randomisation_of_what_cannot_be_compared_is_refused(split):
+    with pytest.raises(CalmError, match="did you mean 'cascading'"):
+        randomisation(model_subject, model_of(), split, order="cascade")
+    with pytest.raises(CalmError, match="images is 0"):
+        randomisation(model_subject, model_of(), split, images=0)
+
+    def flat(changed):
+        class Flat:
+            def __init__(self, images) -> None:
+                self.probs = changed(images).probs
+
+            def maps(self, classes):
+                return torch.zeros(*classes.shape, 2, 2)
+
+        return with_look(model_subject(changed), Flat)
+
+    with pytest.raises(CalmError, match="constant"):
+        randomisation(flat, model_of(), split)
