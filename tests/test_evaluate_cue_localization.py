@@ -79,14 +79,17 @@ def slow_truth(root, record, groups):
 
 
 def slow_pxap(scores, truth, edges, released):
-    """Threshold by threshold."""
+    """Threshold by threshold, from sorted scores."""
+    order = np.argsort(scores)
+    ordered, truth = scores[order].astype(float), truth[order]
+    above = np.append(truth[::-1].cumsum()[::-1], 0)  # true pixels from each place on
+    positives = above[np.searchsorted(ordered, edges[0])] if released else above[0]
     area = last = 0.0
-    kept = scores >= edges[0] if released else np.ones_like(truth)
     for edge in sorted(edges, reverse=True):
-        found = scores >= edge
-        if found.any():
-            recall = (found & truth).sum() / (truth & kept).sum()
-            area += (found & truth).sum() / found.sum() * (recall - last)
+        place = np.searchsorted(ordered, edge)
+        if place < len(ordered):
+            recall = above[place] / positives
+            area += above[place] / (len(ordered) - place) * (recall - last)
             last = recall
     return area
 

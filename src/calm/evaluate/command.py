@@ -14,7 +14,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from calm.baselines import BASELINES, canonical_method
 from calm.checkpoint import load
-from calm.command_line import Formatter
 from calm.data.loading import LAYOUTS, load_split
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
@@ -49,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
         " table.md and a file for each result; a result that is there already is not computed again.\n\n"
         f"benchmarks:\n{listed}\n  {'all':<20} those that the data set has annotation for",
         epilog=_EXAMPLES,
-        formatter_class=Formatter,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add = parser.add_argument

@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -184,7 +184,7 @@ def run(
         "options": options,
         "device": str(subject.device),
         "seconds": round(time.perf_counter() - began, 2),
-        "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("calm", "torch")},
     }
     result = replace(result, provenance=provenance)

@@ -17,7 +17,10 @@ from calm.atomic import write_json, write_text
 from calm.evaluate.result import FIGURES, FigureSpec, Result, figure_spec
 from calm.metrics.bootstrap import Estimate
 
-__all__ = ["markdown", "print_tables", "records", "written", "write_tables"]
+__all__ = ["markdown", "print_tables", "records", "write_tables", "written"]
+
+_WIDTH = 16
+"""Of a column on the terminal, with its border."""
 
 
 def written(estimate: Estimate | None, spec: FigureSpec) -> str:
@@ -72,22 +75,23 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
-    """The main figures on the terminal."""
+    """The main figures on the terminal, in as many tables below each other as its width needs."""
     for benchmark, some in _by_benchmark(results).items():
         names = _names(some, every=False)
-        table = Table(
-            title=benchmark,
-            title_justify="left",
-            caption="in brackets: 95 percent bootstrap interval",
-            caption_justify="left",
-        )
-        table.add_column("method", overflow="fold")
-        for name in names:
-            table.add_column(escape(_head(name)), justify="right")
-        for result in some:
-            cells = (_cell(name, result, some, "[bold]{}[/bold]") for name in names)
-            table.add_row(escape(result.label), *cells)
-        console.print(table)
+        first = max(len(result.label) for result in some)
+        columns = max(1, (console.width - first - 4) // _WIDTH)
+        for start in range(0, len(names), columns):
+            table = Table(title=benchmark, title_justify="left", show_lines=True)
+            table.add_column("method", min_width=min(first, 24), overflow="fold")
+            for name in names[start : start + columns]:
+                table.add_column(escape(_head(name)), justify="right", max_width=_WIDTH - 3)
+            for result in some:
+                cells = (
+                    _cell(name, result, some, "[bold]{}[/bold]") for name in names[start : start + columns]
+                )
+                table.add_row(escape(result.label), *(cell.replace(" (", "\n(") for cell in cells))
+            console.print(table)
+    console.print("in brackets: 95 percent bootstrap interval", style="dim")
 
 
 def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:

@@ -1,0 +1,151 @@
+"""``calm evaluate`` from the command line: tables, resuming, and mistakes that are found before work starts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+
+import pytest
+import torch
+from rich.console import Console
+
+import calm
+from calm.cli import main
+from calm.data.birds import write_birds
+from calm.errors import CalmError
+from calm.evaluate import Result, runner
+from calm.evaluate.command import evaluate
+from calm.evaluate.result import FIGURES, FigureSpec
+from calm.evaluate.tables import markdown, print_tables, written
+from calm.metrics.bootstrap import Estimate
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("evaluate")
+    write_birds(root / "birds", species=4, images_per_species=6, size=40, seed=2, workers=1)
+    torch.manual_seed(0)
+    size = calm.Preprocessing(size=(48, 48))
+    for method in ("calm-em", "cam"):
+        calm.create_model("small_resnet", 4, method, preprocessing=size).save_pretrained(root / method)
+    return root
+
+
+def words(place, *more, models=("calm-em", "cam")):
+    paths = [str(place / name) for name in models]
+    return ["--model", *paths, "--data", str(place / "birds"), "--replicates", "20", "--device", "cpu", *more]
+
+
+def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
+    flags = words(place, "--method", "jointll", "cam", "--method", "gradcam", "--out", str(tmp_path))
+    assert main(["evaluate", "cue-localization", *flags]) == 0
+    shown = capsys.readouterr().out
+    labels = ["CALM-EM jointll", "CALM-EM gradcam", "CAM cam", "CAM gradcam"]
+    assert all(label in shown for label in labels)
+    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    assert list(dict.fromkeys(row["label"] for row in rows)) == labels
+    table = json.loads((tmp_path / "table.json").read_text())
+    stored = [Result.load(path) for path in (tmp_path / "cue-localization").glob("*.json")]
+    assert {result.label for result in stored} == set(labels)
+    for result in stored:
+        row = next(r for r in table if r["label"] == result.label and r["figure"] == "mpxap")
+        assert (row["value"], row["low"], row["high"]) == result.figures["mpxap"]
+        assert result.provenance["subject"]["model"].startswith(str(place))
+        assert result.provenance["data"]["images"] > 0
+    for label in labels:
+        assert f"| {label} |" in (tmp_path / "table.md").read_text()
+
+
+def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_path, monkeypatch):
+    flags = ["cue-localization", *words(place, "--out", str(tmp_path), models=("cam",))]
+    first = evaluate(flags)
+    monkeypatch.setattr(runner.Benchmark, "load", lambda self: pytest.fail("computed again"))
+    assert evaluate(flags)[0].figures["mpxap"] == first[0].figures["mpxap"]
+    with pytest.raises(pytest.fail.Exception, match="computed again"):
+        evaluate([*flags, "--norm", "max"])
+
+
+def test_other_annotation_is_another_result(place, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "birds", tmp_path / "birds")
+    split = calm.data.load_split(tmp_path / "birds", "test")
+    data = runner.Data.of(split, tmp_path / "birds")
+    subject = calm.evaluate.model_subject(calm.load(place / "cam"))
+    before = runner.place("cue-localization", subject, data, tmp_path, {})
+    other = runner.place("remove-and-classify", subject, data, tmp_path, {})
+    file = tmp_path / "birds/parts/part_locs.txt"
+    file.write_text(file.read_text().replace(" 1\n", " 0\n", 1))
+    assert runner.place("cue-localization", subject, data, tmp_path, {}) != before
+    assert runner.place("remove-and-classify", subject, data, tmp_path, {}) == other
+
+
+def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path):
+    images = tmp_path / "folder/test"
+    images.parent.mkdir()
+    (images.parent / "train").mkdir()
+    for path in sorted((place / "birds/images").iterdir()):
+        (images / path.name).mkdir(parents=True)
+        (images.parent / "train" / path.name).mkdir()
+        files = sorted(path.iterdir())
+        for to, file in ((images, files[0]), (images.parent / "train", files[1])):
+            (to / path.name / file.name).write_bytes(file.read_bytes())
+    flags = ["all", *words(place, "--out", str(tmp_path / "out"), models=("cam",))]
+    flags[flags.index(str(place / "birds"))] = str(images.parent)
+    assert [result.benchmark for result in evaluate(flags)] == ["remove-and-classify", "classification"]
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "more", "message"),
+    [
+        ("cue-localisation", [], "did you mean 'cue-localization'"),
+        ("classification", ["--method", "gradcamm"], "did you mean 'gradcam'"),
+        ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
+        ("classification", ["--steps", "5"], "no --method reads --steps"),
+        ("classification", ["--split", "tset"], "--split tset"),
+        ("classification", ["--device", "cuda:77"], "cannot be used"),
+        ("classification", ["--models", "x"], "unrecognized arguments"),
+    ],
+)
+def test_a_mistake_ends_in_one_line_before_work_starts(place, tmp_path, capsys, benchmark, more, message):
+    out = tmp_path / "out"
+    assert main(["evaluate", benchmark, *words(place, *more, "--out", str(out))]) == 2
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_a_map_kind_that_no_model_has_is_refused(place):
+    with pytest.raises(CalmError, match="gtcond needs a CALM model"):
+        evaluate(["cue-localization", *words(place, "--method", "gtcond", models=("cam",))])
+
+
+def test_a_model_of_other_classes_is_refused(place, tmp_path):
+    calm.create_model("small_resnet", 3, "cam").save_pretrained(tmp_path / "three")
+    with pytest.raises(CalmError, match="knows 3 classes"):
+        evaluate(["classification", "--model", str(tmp_path / "three"), "--data", str(place / "birds")])
+
+
+def test_figures_are_written_in_their_unit():
+    half = Estimate(0.5, 0.4, 0.625)
+    assert written(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
+    assert written(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
+    assert written(Estimate(0.25, math.nan, math.nan), FigureSpec("x")) == "25.0"
+    assert written(None, FigureSpec("x")) == "-"
+
+
+def test_the_best_of_a_column_is_bold_and_lower_can_be_better():
+    def result(label, top1, nll):
+        return Result("b", label, {"top1": Estimate(top1, 0, 1), "nll": Estimate(nll, 0, 1)})
+
+    lines = markdown([result("one", 0.9, 0.5), result("two", 0.8, 0.25)]).splitlines()
+    assert "| one | **90.0 (0.0-100.0)** | 0.500 (0.000-1.000) |" in lines
+    assert "| two | 80.0 (0.0-100.0) | **0.250 (0.000-1.000)** |" in lines
+    assert FIGURES["nll"].better == "lower"
+
+
+def test_labels_with_brackets_are_shown_as_they_are():
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_tables([Result("b", "[red]x", {"top1": Estimate(0.5, 0.4, 0.6)})], console)
+    assert "[red]x" in console.export_text()
