@@ -19,7 +19,7 @@ from torch import Tensor
 
 from calm.errors import CalmError
 
-__all__ = ["REPLICATES", "Estimate", "bootstrap_mean", "estimate", "weights"]
+__all__ = ["REPLICATES", "Estimate", "band", "bootstrap_mean", "estimate", "weights"]
 
 REPLICATES = 1000
 """Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""
@@ -73,6 +73,20 @@ def estimate(values: Float[Tensor, " r"]) -> Estimate:
         return Estimate(float(values[0]), math.nan, math.nan)
     low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64, device=drawn.device))
     return Estimate(float(values[0]), float(low), float(high))
+
+
+def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Lower and upper ends of the 95 percent intervals along a curve, NaN where it is undefined.
+
+    Args:
+        values: the curve in each sample, that of the data set itself first. Undefined points (NaN) are left out.
+    """
+    drawn = values[1:].double()
+    if not len(drawn):
+        drawn = torch.full_like(values[:1], torch.nan, dtype=torch.float64)
+    ends = torch.tensor([0.025, 0.975], dtype=drawn.dtype, device=drawn.device)
+    low, high = torch.nanquantile(drawn, ends, dim=0).masked_fill(values[0].isnan(), torch.nan)
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 def bootstrap_mean(values: Float[Tensor, " n"], replicates: int = REPLICATES, seed: int = 0) -> Estimate:

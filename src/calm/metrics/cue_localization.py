@@ -96,9 +96,10 @@ class CueLocalization(Metric):
             pair: index of each sample's pair.
 
         Raises:
-            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``.
+            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``; numbers
+                of samples that differ.
         """
-        check_maps(maps, positive)
+        check_maps(maps, positive, pair)
         counts = histograms(maps, positive, self.thresholds).double()
         self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
-from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
+from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
 from calm.metrics.thresholds import Thresholds, thresholds
 
 __all__ = [
@@ -30,12 +30,23 @@ scores below the smallest threshold, positives too: recall always reaches 1 and 
 
 
 class PixelAPResult(NamedTuple):
-    """Area and curve; all in [0, 1], the curves by ascending threshold, NaN where nothing is above it."""
+    """Area and curve, all in [0, 1].
+
+    Attributes:
+        ap: the area.
+        thresholds: ascending, (t,).
+        precision: share of positives among the pixels that reach each threshold; NaN where none does.
+        recall: share of the positives that reach it.
+        precision_band: lower and upper ends of the 95 percent intervals of ``precision``, (t,) each.
+        recall_band: the same for ``recall``.
+    """
 
     ap: Estimate
     thresholds: tuple[float, ...]
     precision: tuple[float, ...]
     recall: tuple[float, ...]
+    precision_band: tuple[tuple[float, ...], tuple[float, ...]]
+    recall_band: tuple[tuple[float, ...], tuple[float, ...]]
 
 
 class PixelAP(Metric):
@@ -92,9 +103,10 @@ class PixelAP(Metric):
             ignore: pixels that do not count.
 
         Raises:
-            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``.
+            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``; numbers
+                of images that differ.
         """
-        check_maps(maps, positive)
+        check_maps(maps, positive, keys, ignore)
         counts = histograms(maps, positive, self.thresholds, ignore).double()
         drawn = weights(keys.to(maps.device), self.replicates, self.seed)
         self.histogram += (drawn @ counts.flatten(1)).view_as(self.histogram)
@@ -108,20 +120,32 @@ class PixelAP(Metric):
         if not self.histogram[0, :, 1].sum():
             raise CalmError("no positive pixel in any image: the masks are empty, or all of them are ignored")
         precision, recall, area = precision_recall(self.histogram, self.counting)
-        curves = (tuple(curve.tolist()) for curve in (self.thresholds, precision[0], recall[0]))
-        return PixelAPResult(estimate(area), *curves)
+        return PixelAPResult(
+            estimate(area),
+            tuple(self.thresholds.tolist()),
+            tuple(precision[0].tolist()),
+            tuple(recall[0].tolist()),
+            band(precision),
+            band(recall),
+        )
 
 
-def check_maps(maps: Tensor, truth: Tensor) -> None:
+def check_maps(maps: Tensor, truth: Tensor, keys: Tensor | None = None, ignore: Tensor | None = None) -> None:
     """Refuse maps that no threshold in [0, 1] can cut.
 
     Raises:
-        CalmError: shapes differ; NaN; a value outside [0, 1].
+        CalmError: shapes differ; not one key an image; NaN; a value outside [0, 1].
     """
     if maps.shape != truth.shape:
         raise CalmError(
             f"maps have shape {tuple(maps.shape)}, the truth {tuple(truth.shape)}: resize the maps (calm.resample)"
         )
+    if ignore is not None and ignore.shape != maps.shape:
+        raise CalmError(
+            f"maps have shape {tuple(maps.shape)}, the pixels to ignore {tuple(ignore.shape)}: one each"
+        )
+    if keys is not None and keys.shape != maps.shape[:1]:
+        raise CalmError(f"{len(maps)} maps and keys of shape {tuple(keys.shape)}: give each image its index")
     if not maps.numel():
         return
     low, high = (float(value) for value in torch.aminmax(maps))
