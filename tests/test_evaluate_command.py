@@ -44,7 +44,7 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
     shown = capsys.readouterr().out
     labels = ["CALM-EM jointll", "CALM-EM gradcam", "CAM cam", "CAM gradcam"]
     assert all(label in shown for label in labels)
-    rows = list(csv.DictReader((tmp_path / "table.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert list(dict.fromkeys(row["label"] for row in rows)) == labels
     table = json.loads((tmp_path / "table.json").read_text())
     stored = [Result.load(path) for path in (tmp_path / "cue-localization").glob("*.json")]
