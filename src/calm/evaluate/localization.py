@@ -1,0 +1,208 @@
+"""Localization: does the map of an image's class cover the object? Boxes or masks, whichever the data set has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from calm.data.records import Split
+from calm.errors import CalmError
+from calm.evaluate.map_folder import MapFolder
+from calm.evaluate.object_truth import box_region, masks, scaled_boxes, truth_kind
+from calm.evaluate.reading import Progress, batches
+from calm.evaluate.result import Curve, Result
+from calm.evaluate.subject import Subject
+from calm.metrics.bootstrap import REPLICATES, Estimate
+from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
+from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
+from calm.metrics.pointing import EnergyInside, PointingGame
+from calm.metrics.thresholds import thresholds
+from calm.normalize import normalize
+from calm.resample import resize_maps
+
+__all__ = ["PROTOCOL_SIZE", "localization"]
+
+PROTOCOL_SIZE = (224, 224)
+"""(height, width) at which maps meet boxes and masks."""
+
+
+def localization(
+    subject: Subject | MapFolder,
+    split: Split,
+    *,
+    batch_size: int = 32,
+    workers: int = 0,
+    progress: Progress | None = None,
+    size: tuple[int, int] = PROTOCOL_SIZE,
+    replicates: int = REPLICATES,
+    seed: int = 0,
+) -> Result:
+    """Score a subject's maps of the true classes on a split with boxes or masks.
+
+    Boxes give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2`` and its parts ``maxboxacc_30`` ..., and, of a
+    model, ``top1_localization`` and ``top5_localization``. Masks give ``pxap`` and ``pxap_released``, the two
+    countings of `calm.metrics.pixel_ap`. Both give ``pointing`` and ``energy_inside``, in the union of the objects.
+
+    Args:
+        subject: a model with its explanation, or a folder of maps in [0, 1], which are taken as they are.
+        split: every image needs a box, or every image a mask.
+        batch_size: most images at a time.
+        workers: processes that read images ahead.
+        progress: told after each batch how many images it had.
+        size: (height, width) to which maps are resized, bilinear and before normalisation, and the truth too.
+        replicates: bootstrap samples of images.
+        seed: of the bootstrap.
+
+    Returns:
+        Figures, curves, and for each image the overlap of the largest contour's box at its best threshold, or the
+        area under its own precision-recall curve.
+
+    Raises:
+        CalmError: images without annotation; unreadable files; maps that are not in [0, 1].
+    """
+    kind = truth_kind(split)
+    if batch_size < 1:
+        raise CalmError(f"batch_size must be at least 1, got {batch_size}")
+    device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
+    judge = (_Boxes if kind == "boxes" else _Masks)(subject.thresholds, split, size, replicates, seed, device)
+    pointing = PointingGame(replicates=replicates, seed=seed).to(device)
+    energy = EnergyInside(replicates=replicates, seed=seed).to(device)
+    scores: dict[str, float] = {}
+    for seen in _looks(subject, split, size, batch_size, workers, progress):
+        places = seen.places.tolist()
+        inside, ignore, own = judge.update(seen)
+        for metric in (pointing, energy):
+            metric.update(seen.maps, inside, seen.places, ignore)
+        scores |= {split.records[place].id: score for place, score in zip(places, own, strict=True)}
+    figures, curves, details = judge.compute()
+    pointed = pointing.compute()
+    figures |= {"pointing": pointed.mean, "energy_inside": energy.compute().mean}
+    details |= {"truth": kind, "images": len(split.records), "size": list(size), "blank_maps": pointed.blank}
+    return Result("localization", subject.label, figures, curves, scores, details)
+
+
+class _Seen(NamedTuple):
+    """A batch of maps at the size of the protocol, in [0, 1]; predictions are None where there is no model."""
+
+    maps: Float[Tensor, "b h w"]
+    places: Int[Tensor, " b"]
+    labels: Int[Tensor, " b"]
+    predictions: Int[Tensor, "b k"] | None
+
+
+def _looks(
+    subject: Subject | MapFolder,
+    split: Split,
+    size: tuple[int, int],
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+) -> Iterator[_Seen]:
+    """The maps of the true classes, batch by batch."""
+    if isinstance(subject, MapFolder):
+        labels = torch.tensor([record.label for record in split.records])
+        for places in torch.split(torch.arange(len(split.records)), batch_size):  # type: ignore[no-untyped-call]
+            yield _Seen(subject.maps(places.tolist()), places, labels[places], None)
+            if progress is not None:
+                progress(len(places))
+        return
+    reading = batches(
+        split,
+        subject.preprocessing,
+        subject.device,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
+    )
+    for images, labels, places in reading:
+        looked = subject.look(images)
+        probs = looked.probs.detach()
+        raw = looked.maps(labels.to(probs.device)[:, None])[:, 0].detach()
+        maps = normalize(resize_maps(raw, size), subject.normalization)
+        yield _Seen(maps, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
+
+
+_Updated = tuple[Bool[Tensor, "b h w"], Bool[Tensor, "b h w"], Sequence[float]]
+"""What one batch is judged by: pixels of the objects, pixels to ignore, and each image's own score."""
+
+_Computed = tuple[dict[str, Estimate], dict[str, Curve], dict[str, Any]]
+"""Figures, curves and details."""
+
+
+class _Boxes:
+    def __init__(
+        self,
+        cuts: str,
+        split: Split,
+        size: tuple[int, int],
+        replicates: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.split, self.size = split, size
+        self.metric = MaxBoxAcc(thresholds(cuts), replicates=replicates, seed=seed).to(device)  # type: ignore[arg-type]
+        self.x_name = "threshold (log)" if cuts == "log" else "threshold"
+
+    def update(self, seen: _Seen) -> _Updated:
+        boxes = [scaled_boxes(self.split.records[place], self.size) for place in seen.places.tolist()]
+        labels = None if seen.predictions is None else seen.labels
+        self.metric.update(seen.maps, boxes, seen.places, seen.predictions, labels)
+        inside = torch.stack([box_region(each, self.size) for each in boxes]).to(seen.maps.device)
+        return inside, torch.zeros_like(inside), self.metric.latest.tolist()
+
+    def compute(self) -> _Computed:
+        result = self.metric.compute()
+        figures = {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
+        figures |= {f"maxboxacc_{round(100 * iou)}": figure for iou, figure in result.per_iou.items()}
+        if result.top1 is not None and result.top5 is not None:
+            figures |= {"top1_localization": result.top1, "top5_localization": result.top5}
+        curves = {"box accuracy": self._curve(result.thresholds, result.v1_curve)}
+        for iou, curve in result.curves.items():
+            curves[f"box accuracy V2 at IoU {iou:g}"] = self._curve(result.thresholds, curve)
+        return figures, curves, {"best_threshold": result.best_threshold}
+
+    def _curve(self, cuts: Sequence[float], curve: BoxCurve) -> Curve:
+        bands = list(curve.value), list(curve.low), list(curve.high)
+        return Curve(list(cuts), *bands, self.x_name, "images localized")
+
+
+class _Masks:
+    def __init__(
+        self,
+        cuts: str,
+        split: Split,
+        size: tuple[int, int],
+        replicates: int,
+        seed: int,
+        device: torch.device,
+    ) -> None:
+        self.split, self.size = split, size
+        self.edges = thresholds(cuts).to(device)  # type: ignore[arg-type]
+        self.strict, self.released = (
+            PixelAP(thresholds(cuts), counting, replicates=replicates, seed=seed).to(device)  # type: ignore[arg-type]
+            for counting in ("strict", "released")
+        )
+
+    def update(self, seen: _Seen) -> _Updated:
+        found = [masks(self.split.records[place], self.size) for place in seen.places.tolist()]
+        inside, ignore = (torch.stack(each).to(seen.maps.device) for each in zip(*found, strict=True))
+        for metric in (self.strict, self.released):
+            metric.update(seen.maps, inside, seen.places, ignore)
+        counts = histograms(seen.maps, inside, self.edges, ignore).double()
+        return inside, ignore, precision_recall(counts)[2].tolist()
+
+    def compute(self) -> _Computed:
+        figures, curves = {}, {}
+        for name, metric in (("pxap", self.strict), ("pxap_released", self.released)):
+            result = metric.compute()
+            figures[name] = result.ap
+            title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
+            low, high = map(list, result.precision_band)
+            curves[title] = Curve(
+                list(result.recall), list(result.precision), low, high, "recall", "precision"
+            )
+        return figures, curves, {}

@@ -1,0 +1,168 @@
+"""Maps that somebody else computed: a folder of ``.npy`` files, named by image.
+
+The map of image ``birds/003.jpg`` is ``birds/003.jpg.npy`` or ``birds/003.npy`` below the folder: (height, width) as
+the protocol has it, values in [0, 1], of the image's true class. Everything is looked at before anything is scored.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from calm.data.records import Split
+from calm.errors import CalmError
+
+__all__ = ["MapFolder", "open_map_folder"]
+
+_SHOWN = 5
+"""Examples of each kind of problem in a message."""
+
+
+@dataclass(frozen=True)
+class MapFolder:
+    """A row of a benchmark's table that needs no model.
+
+    Attributes:
+        label: its name in the table.
+        files: the map of each image of the split, in the split's order.
+        thresholds: of the protocol, "even" or "log".
+        about: what a stored result is known by, ready for JSON.
+    """
+
+    label: str
+    files: tuple[Path, ...]
+    thresholds: str
+    about: Mapping[str, Any]
+
+    def maps(self, places: Sequence[int]) -> Float[Tensor, "b h w"]:
+        """The maps of images by their places in the split, float32 or wider."""
+        return torch.from_numpy(np.stack([_wide(_read(self.files[place])) for place in places]))
+
+
+def open_map_folder(
+    folder: Path,
+    split: Split,
+    *,
+    size: tuple[int, int] = (224, 224),
+    label: str | None = None,
+    thresholds: str = "even",
+) -> MapFolder:
+    """Find and check the maps of all images of a split.
+
+    Args:
+        folder: where the ``.npy`` files are.
+        split: the images.
+        size: (height, width) that every map must have.
+        label: the row's name; None: the folder's.
+        thresholds: "even", or "log" for maps of small probabilities.
+
+    Raises:
+        CalmError: one report of everything that is wrong: no such folder, images without a map, maps of no image,
+            files that are no array of numbers, maps of another shape, with NaN, or with values outside [0, 1].
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise CalmError(f"there is no folder {folder}: give the folder with the .npy maps")
+    present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.npy"))}
+    found, problems = _matched([record.id for record in split.records], present)
+    digest = hashlib.sha256()
+    for path in found.values():
+        problem = _problem(path, size, digest)
+        if problem:
+            problems.append((problem[0], f"{path.relative_to(folder).as_posix()}{problem[1]}"))
+    if problems:
+        raise CalmError(_report(folder, split, size, problems))
+    about = {"method": "maps", "maps": str(folder.resolve()), "digest": digest.hexdigest()}
+    return MapFolder(label or folder.resolve().name, tuple(found.values()), thresholds, about)
+
+
+_FIXES = {
+    "images have no map": "save each as <image id>.npy",
+    "maps belong to no image of the split": "take them out, or choose the split they were made for",
+    "images have two maps": "keep either <image id>.npy or the one without the picture's suffix",
+    "files are no array of numbers": "save them with numpy.save, without pickled objects",
+    "maps have another shape": "resize them, bilinear, before normalising",
+    "maps hold NaN or infinite values": "find out where they come from; a map without information is all zeros",
+    "maps leave [0, 1]": "normalise each map, (map - min) / (max - min)",
+}
+
+
+def _matched(
+    ids: Sequence[str], present: Mapping[str, Path]
+) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+    """The file of each image that has one, in order; and images and files without their like."""
+    stems = Counter(_stem(name) for name in ids)
+    found: dict[str, Path] = {}
+    problems = []
+    used: set[str] = set()
+    for name in ids:
+        names = [f"{name}.npy"]
+        if stems[_stem(name)] == 1 and _stem(name) != name:
+            names.append(f"{_stem(name)}.npy")
+        there = [candidate for candidate in names if candidate in present]
+        used.update(there)
+        if not there:
+            problems.append(("images have no map", name))
+        elif len(there) > 1:
+            problems.append(("images have two maps", name))
+        else:
+            found[name] = present[there[0]]
+    problems += [("maps belong to no image of the split", name) for name in present if name not in used]
+    return found, problems
+
+
+def _stem(name: str) -> str:
+    return str(PurePosixPath(name).with_suffix(""))
+
+
+def _read(path: Path) -> NDArray[Any]:
+    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    return array
+
+
+def _wide(array: NDArray[Any]) -> NDArray[Any]:
+    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+
+
+def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] | None:
+    """What is wrong with a file, and how; its content goes into the digest."""
+    try:
+        array = _read(path)
+    except (OSError, ValueError, EOFError) as error:
+        return "files are no array of numbers", f" ({error})"
+    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
+        return "files are no array of numbers", ""
+    digest.update(np.ascontiguousarray(array).tobytes())
+    if array.shape != size:
+        return "maps have another shape", f" {array.shape}"
+    if not np.isfinite(array).all():
+        return "maps hold NaN or infinite values", ""
+    low, high = float(array.min()), float(array.max())
+    if low < 0 or high > 1:
+        return "maps leave [0, 1]", f" ({low:g} to {high:g})"
+    return None
+
+
+def _report(folder: Path, split: Split, size: tuple[int, int], problems: Iterable[tuple[str, str]]) -> str:
+    """One message about everything."""
+    kinds: dict[str, list[str]] = {}
+    for kind, what in problems:
+        kinds.setdefault(kind, []).append(what)
+    lines = [
+        f"the maps in {folder} do not fit split {split.name!r} ({len(split.records)} images, maps of "
+        f"{size[0]} x {size[1]}):"
+    ]
+    for kind, names in kinds.items():
+        more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        lines.append(f"  {len(names)} {kind}: {_FIXES[kind]}. {', '.join(names[:_SHOWN])}{more}")
+    return "\n".join(lines)

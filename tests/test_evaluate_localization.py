@@ -1,0 +1,192 @@
+"""The localization benchmark on pictures whose objects are known, and folders of maps that do or do not fit."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from calm.data.records import Record, Split
+from calm.errors import CalmError
+from calm.evaluate.localization import localization
+from calm.evaluate.map_folder import open_map_folder
+from calm.evaluate.object_truth import masks, scaled_boxes
+from calm.evaluate.result import Result
+from calm.evaluate.subject import Subject
+from calm.preprocess import Preprocessing
+
+SIZE = (56, 56)
+FAST = {"size": SIZE, "replicates": 20}
+
+
+def write_split(root, annotation, count=5):
+    """Pictures of 28 x 42 (h x w) with a white block; its box, or its mask, is the truth."""
+    records = []
+    for place in range(count):
+        y, x = 4 + place, 6 + 2 * place
+        inside = np.zeros((28, 42), dtype=np.uint8)
+        inside[y : y + 12, x : x + 18] = 255
+        path = root / "images" / f"{place}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.stack([inside] * 3, axis=2)).save(path)
+        record = Record(f"images/{place}.png", path, place % 3)
+        if annotation == "boxes":
+            record = replace(record, boxes=((x, y, x + 17, y + 11),))
+        else:
+            mask, ignore = root / f"{place}_mask.png", root / f"{place}_ignore.png"
+            Image.fromarray(inside).save(mask)
+            Image.fromarray(np.where(np.arange(42) < 5, 255, inside).astype(np.uint8)).save(ignore)
+            record = replace(record, masks=(mask,), ignore=ignore)
+        records.append(record)
+    return Split("test", tuple(records), ("a", "b", "c", "d", "e", "f"), root)
+
+
+class Bright:
+    """Sees brightness, for the classes asked, and is sure of class 0."""
+
+    def __init__(self, images):
+        self.images = images
+        self.probs = torch.tensor([0.5, 0.1, 0.1, 0.1, 0.1, 0.1]).repeat(len(images), 1)
+
+    def maps(self, classes):
+        return self.images.mean(1, keepdim=True).expand(-1, classes.shape[1], -1, -1)
+
+
+def bright(**options):
+    return Subject("brightness", Bright, Preprocessing(size=SIZE), torch.device("cpu"), **options)
+
+
+def truth_maps(split, folder, suffix=".npy"):
+    for record in split.records:
+        with Image.open(record.path) as image:
+            scores = np.asarray(image.convert("L").resize(SIZE, Image.Resampling.NEAREST)) / 255
+        path = folder / f"{record.id}{suffix}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, scores.astype(np.float32))
+
+
+def test_a_map_that_shows_the_object_gets_it_right_by_box_and_is_judged_with_its_prediction(tmp_path):
+    split = write_split(tmp_path, "boxes")
+    told = []
+    result = localization(bright(), split, batch_size=2, progress=told.append, **FAST)
+    assert told == [2, 2, 1]
+    figures = {name: estimate.value for name, estimate in result.figures.items()}
+    assert (
+        figures["maxboxacc"] == figures["maxboxacc_v2"] == figures["maxboxacc_70"] == figures["pointing"] == 1
+    )
+    assert figures["top1_localization"] == pytest.approx(2 / 5)  # labels 0 1 2 0 1
+    assert figures["top5_localization"] == 1
+    assert 0.6 < figures["energy_inside"] < 1
+    assert list(result.scores) == [record.id for record in split.records]
+    assert min(result.scores.values()) > 0.8
+    assert len(result.curves["box accuracy"].y) == 1000
+    result.save(tmp_path / "result.json")
+    assert Result.load(tmp_path / "result.json").figures == result.figures
+
+
+def test_masks_are_judged_by_pixels_without_those_to_ignore(tmp_path):
+    split = write_split(tmp_path, "masks")
+    truth_maps(split, tmp_path / "maps")
+    result = localization(open_map_folder(tmp_path / "maps", split, size=SIZE), split, **FAST)
+    assert result.label == "maps"
+    assert {name: estimate.value for name, estimate in result.figures.items()} == pytest.approx(
+        {"pxap": 1.0, "pxap_released": 1.0, "pointing": 1.0, "energy_inside": 1.0}
+    )
+    assert all(score == pytest.approx(1) for score in result.scores.values())
+    for record in split.records:  # bright where ignored: as if nothing were there
+        path = tmp_path / "maps" / f"{record.id}.npy"
+        scores, ignore = np.load(path), masks(record, SIZE)[1].numpy()
+        assert ignore.any()
+        np.save(path, np.where(ignore, 1, scores).astype(np.float32))
+    again = localization(open_map_folder(tmp_path / "maps", split, size=SIZE), split, **FAST)
+    assert again.figures == result.figures
+
+
+def test_counting_as_released_flatters_a_map_of_zeros_that_is_cut_at_log_thresholds(tmp_path):
+    split = write_split(tmp_path, "masks")
+    truth_maps(split, tmp_path / "maps")
+    for path in (tmp_path / "maps").rglob("*.npy"):
+        scores = np.load(path)
+        scores[:, ::2] = 0  # half of the object is missed
+        np.save(path, scores)
+    subject = open_map_folder(tmp_path / "maps", split, size=SIZE, thresholds="log")
+    figures = localization(subject, split, **FAST).figures
+    assert figures["pxap_released"].value == pytest.approx(1)
+    assert figures["pxap"].value == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_folder_scores_as_the_subject_that_made_it(tmp_path):
+    split = write_split(tmp_path, "boxes")
+
+    def write(images):
+        looked = Bright(images)
+        low, high = images.mean(1).amin((1, 2), True), images.mean(1).amax((1, 2), True)
+        kept.extend(((images.mean(1) - low) / (high - low)).numpy())
+        return looked
+
+    kept = []
+    model = localization(replace(bright(), look=write), split, **FAST)
+    for record, scores in zip(split.records, kept, strict=True):
+        path = tmp_path / "maps" / record.id.replace(".png", ".npy")  # the other way to name them
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, scores)
+    folder = localization(open_map_folder(tmp_path / "maps", split, size=SIZE), split, batch_size=3, **FAST)
+    assert folder.figures == {
+        name: estimate for name, estimate in model.figures.items() if not name.startswith("top")
+    }
+    assert folder.scores == model.scores
+
+
+def test_boxes_are_scaled_and_truncated():
+    record = Record("a", None, 0, boxes=((10, 3, 99, 74),), size=(100, 75))
+    assert scaled_boxes(record, (224, 224)).tolist() == [[22, 8, 221, 221]]
+
+
+def test_one_report_names_every_map_that_does_not_fit(tmp_path):
+    split, folder = write_split(tmp_path, "boxes", count=8), tmp_path / "maps"
+    truth_maps(split, folder)
+    good = np.load(folder / "images/0.png.npy")
+    (folder / "images/0.png.npy").unlink()
+    np.save(folder / "images/1.png.npy", good[:-1])
+    np.save(folder / "images/2.png.npy", np.where(good > 0, np.nan, good))
+    np.save(folder / "images/3.png.npy", good * 255)
+    np.save(folder / "images/4.png.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
+    (folder / "images/5.png.npy").write_bytes(b"no array")
+    np.save(folder / "images/6.npy", good)
+    np.save(folder / "images/stranger.npy", good)
+    with pytest.raises(CalmError) as caught:
+        open_map_folder(folder, split, size=SIZE)
+    lines = str(caught.value).splitlines()
+    for what in (
+        "1 images have no map: save each as <image id>.npy. images/0.png",
+        "1 maps have another shape",
+        "images/1.png.npy (55, 56)",
+        "1 maps hold NaN or infinite values",
+        "1 maps leave [0, 1]",
+        "images/3.png.npy (0 to 255)",
+        "2 files are no array of numbers",
+        "1 images have two maps",
+        "1 maps belong to no image of the split",
+        "images/stranger.npy",
+    ):
+        assert any(what in line for line in lines), what
+    with pytest.raises(CalmError, match="no folder"):
+        open_map_folder(tmp_path / "absent", split)
+
+
+def test_images_without_truth_stop_the_benchmark_before_it_starts(tmp_path):
+    split = write_split(tmp_path, "boxes")
+    bare = [replace(record, boxes=()) for record in split.records]
+    with pytest.raises(CalmError, match="neither boxes nor masks"):
+        localization(bright(), replace(split, records=tuple(bare)))
+    with pytest.raises(CalmError, match=r"1 of 5 images .* no boxes, first images/0.png"):
+        localization(bright(), replace(split, records=(bare[0], *split.records[1:])))
+    with pytest.raises(CalmError, match="no image"):
+        localization(bright(), replace(split, records=()))
+    masked = write_split(tmp_path / "m", "masks")
+    masked.records[2].masks[0].unlink()
+    with pytest.raises(CalmError, match=r"2_mask\.png cannot be read"):
+        localization(bright(), masked, **FAST)
