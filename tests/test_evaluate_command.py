@@ -149,3 +149,20 @@ def test_labels_with_brackets_are_shown_as_they_are():
     console = Console(record=True, width=80, file=io.StringIO())
     print_tables([Result("b", "[red]x", {"top1": Estimate(0.5, 0.4, 0.6)})], console)
     assert "[red]x" in console.export_text()
+
+
+def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
+    import numpy as np
+
+    split = calm.data.load_split(place / "birds", "test")
+    for record in split.records:
+        path = tmp_path / "maps" / f"{record.id}.npy"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.random.default_rng(0).random((224, 224), dtype=np.float32))
+    flags = words(place, "--maps", str(tmp_path / "maps"), "--out", str(tmp_path / "out"), models=("cam",))
+    results = evaluate(["localization", *flags])
+    assert [result.label for result in results] == ["CAM cam", "maps"]
+    with pytest.raises(CalmError, match="by localization only"):
+        evaluate(["classification", *flags])
+    with pytest.raises(CalmError, match="nothing to evaluate"):
+        evaluate(["localization", "--data", str(place / "birds")])

@@ -18,6 +18,7 @@ from calm.data.loading import LAYOUTS, load_split
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.map_folder import MapFolder, open_map_folder
 from calm.evaluate.result import Result
 from calm.evaluate.runner import BENCHMARKS, Data, benchmark, place, run
 from calm.evaluate.subject import Subject, model_subject
@@ -53,7 +54,15 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("benchmark", help="one of the above")
-    add("--model", nargs="+", action="extend", required=True, help="run folders, saved models or hub ids")
+    add("--model", nargs="+", action="extend", default=[], help="run folders, saved models or hub ids")
+    add(
+        "--maps",
+        nargs="+",
+        action="extend",
+        type=Path,
+        default=[],
+        help="localization: folders of .npy maps of any method, 224x224, in [0, 1], named by image id",
+    )
     add("--data", type=Path, required=True, help="folder of the data set")
     add(
         "--method",
@@ -96,10 +105,10 @@ def evaluate(words: Sequence[str]) -> list[Result]:
     names = list(BENCHMARKS) if asked.benchmark == "all" else [asked.benchmark]
     for name in names:
         benchmark(name)
-    _check_numbers(asked)
+    _check(asked)
     split = load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root)
     names = _possible(names, split, asked.data, everything=asked.benchmark == "all")
-    subjects = _subjects(asked, split)
+    subjects: list[Subject | MapFolder] = [*_subjects(asked, split), *_folders(asked, split)]
     out = asked.out or _default_out(asked.model)
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
@@ -137,7 +146,11 @@ def evaluate(words: Sequence[str]) -> list[Result]:
     return results
 
 
-def _check_numbers(asked: argparse.Namespace) -> None:
+def _check(asked: argparse.Namespace) -> None:
+    if not asked.model and not asked.maps:
+        raise CalmError("nothing to evaluate: give --model or, for localization, --maps")
+    if asked.maps and asked.benchmark != "localization":
+        raise CalmError(f"--maps can be scored by localization only, not by {asked.benchmark}")
     if asked.split not in SPLITS:
         raise CalmError(f"--split {asked.split}: choose one of {', '.join(SPLITS)}")
     least = {"batch_size": 1, "workers": 0, "replicates": 0, "seed": 0, "steps": 1, "samples": 1}
@@ -200,6 +213,11 @@ def _subjects(asked: argparse.Namespace, split: Split) -> list[Subject]:
     return _told_apart(subjects)
 
 
+def _folders(asked: argparse.Namespace, split: Split) -> list[MapFolder]:
+    thresholds = asked.thresholds or "even"
+    return [open_map_folder(folder, split, thresholds=thresholds) for folder in dict.fromkeys(asked.maps)]
+
+
 def _unread(asked: argparse.Namespace, methods: Iterable[str]) -> str | None:
     for name in ("steps", "samples"):
         if getattr(asked, name) is not None and not any(_reads(method, name) for method in methods):
@@ -230,7 +248,7 @@ def _told_apart(subjects: list[Subject]) -> list[Subject]:
     ]
 
 
-def _asked_of(name: str, subjects: list[Subject]) -> list[Subject]:
+def _asked_of(name: str, subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
     """All subjects, or the first of each model."""
     if not benchmark(name).per_model:
         return subjects

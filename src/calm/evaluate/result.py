@@ -28,28 +28,41 @@ class FigureSpec:
         unit: what a value is; "percent" is stored as a fraction, and shown times 100.
         better: which way is good.
         meaning: one sentence.
+        main: shown in the terminal's table; the others are in its files only.
     """
 
     title: str
     unit: Literal["percent", "nats", "ratio"] = "percent"
     better: Literal["higher", "lower"] = "higher"
     meaning: str = ""
+    main: bool = True
 
 
-_PAIRS = "mean over class pairs of the area under the pixel precision-recall curve"
+_COUNTED = {
+    "": "",
+    "_released": "; pixels below the smallest threshold dropped, as the released code does",
+    "_cumulative": "; each pair with the pixels of all pairs before it, as the released code does",
+    "_published": "; pixels dropped and pairs accumulated as the released code does, as for the published figures",
+}
+
+
+def _pxap(parts: int | None, way: str) -> FigureSpec:
+    which = f" that differ in {parts} part{'s' * (parts > 1)}" if parts else ""
+    title = f"{parts} part{'s' * (parts > 1)}" if parts else "mPxAP"
+    meaning = f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTED[way]}"
+    return FigureSpec(
+        f"{title}{way.replace('_', ' ')}",
+        meaning=meaning,
+        main=way == "" or (parts is None and way == "_published"),
+    )
+
 
 FIGURES: dict[str, FigureSpec] = {
-    "mpxap": FigureSpec("mPxAP", meaning=f"{_PAIRS}, every pixel counted"),
-    "mpxap_1": FigureSpec("1 part", meaning=f"{_PAIRS} that differ in one part"),
-    "mpxap_2": FigureSpec("2 parts", meaning=f"{_PAIRS} that differ in two parts"),
-    "mpxap_3": FigureSpec("3 parts", meaning=f"{_PAIRS} that differ in three parts"),
-    "mpxap_released": FigureSpec(
-        "mPxAP released",
-        meaning=f"{_PAIRS}; pixels below the smallest threshold dropped, as in the released code",
-    ),
-    "mpxap_released_1": FigureSpec("1 released", meaning="one part, counted as the released code does"),
-    "mpxap_released_2": FigureSpec("2 released", meaning="two parts, counted as the released code does"),
-    "mpxap_released_3": FigureSpec("3 released", meaning="three parts, counted as the released code does"),
+    **{
+        f"mpxap{way}" + (f"_{parts}" if parts else ""): _pxap(parts, way)
+        for way in _COUNTED
+        for parts in (1, 2, 3, None)
+    },
     "peak_in_part": FigureSpec(
         "peak in part", meaning="the map's highest pixel lies in the one part that differs"
     ),
@@ -59,6 +72,43 @@ FIGURES: dict[str, FigureSpec] = {
     "chance": FigureSpec(
         "chance", meaning="share of pixels that belong to the differing parts: what a constant map scores"
     ),
+    **{
+        f"r{k}": FigureSpec(
+            f"R_{k}",
+            "ratio",
+            "lower",
+            f"right after the {k} percent highest-scored pixels are erased, over right after as many random ones",
+        )
+        for k in (10, 30, 50, 70, 90)
+    },
+    "r_area": FigureSpec("R area", "ratio", "lower", "area under R_k over the share of erased pixels"),
+    "insertion": FigureSpec(
+        "insertion", meaning="area under the class's probability as pixels appear, best first"
+    ),
+    "deletion": FigureSpec(
+        "deletion", better="lower", meaning="area under the class's probability as pixels vanish, best first"
+    ),
+    "maxboxacc": FigureSpec(
+        "MaxBoxAcc", meaning="box of the largest contour at IoU 0.5, best threshold: GT-known"
+    ),
+    "maxboxacc_v2": FigureSpec("MaxBoxAccV2", meaning="best contour, mean of IoU 0.3, 0.5 and 0.7"),
+    **{
+        f"maxboxacc_{iou}": FigureSpec(
+            f"box IoU {iou}", meaning=f"best contour at IoU 0.{iou // 10}, best threshold", main=False
+        )
+        for iou in (30, 50, 70)
+    },
+    "top1_localization": FigureSpec("top-1 loc", meaning="class right and box right"),
+    "top5_localization": FigureSpec("top-5 loc", meaning="class among the five most probable and box right"),
+    "pxap": FigureSpec(
+        "PxAP", meaning="area under the pixel precision-recall curve, every labelled pixel counted"
+    ),
+    "pxap_released": FigureSpec(
+        "PxAP released",
+        meaning="the same without pixels below the smallest threshold, as the released code counts",
+    ),
+    "pointing": FigureSpec("pointing", meaning="the map's highest pixel lies in the object"),
+    "energy_inside": FigureSpec("energy inside", meaning="share of the map that lies in the object"),
     "top1": FigureSpec("top-1", meaning="the most probable class is the right one"),
     "top5": FigureSpec("top-5", meaning="the right class is among the five most probable"),
     "nll": FigureSpec("NLL", "nats", "lower", "negative log-likelihood of the right class"),
@@ -148,15 +198,7 @@ class Result:
                 read["benchmark"],
                 read["label"],
                 {name: Estimate(*map(_number, values)) for name, values in read["figures"].items()},
-                {
-                    name: Curve(
-                        **{
-                            key: [_number(value) for value in entry] if isinstance(entry, list) else entry
-                            for key, entry in curve.items()
-                        }
-                    )
-                    for name, curve in read["curves"].items()
-                },
+                {name: _curve(entry) for name, entry in read["curves"].items()},
                 {name: _number(value) for name, value in read["scores"].items()},
                 read["details"],
                 read["provenance"],
@@ -169,6 +211,12 @@ class Result:
 
 def _number(value: float | None) -> float:
     return math.nan if value is None else float(value)
+
+
+def _curve(entry: dict[str, Any]) -> Curve:
+    lists = {key: None if entry[key] is None else list(map(_number, entry[key])) for key in ("low", "high")}
+    x, y = (list(map(_number, entry[key])) for key in ("x", "y"))
+    return Curve(x, y, **lists, x_name=str(entry["x_name"]), y_name=str(entry["y_name"]))
 
 
 def _plain(value: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 from calm.data.digest import summary
 from calm.data.records import Split
 from calm.errors import unknown
+from calm.evaluate.map_folder import MapFolder
 from calm.evaluate.reading import Progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
@@ -115,7 +116,7 @@ class Data:
         return digest.hexdigest()
 
 
-def place(name: str, subject: Subject, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
+def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
     """Where a result is stored: its name has a digest of all that the figures depend on."""
     about = {
         key: value for key, value in subject.about.items() if key != "model"
@@ -123,8 +124,7 @@ def place(name: str, subject: Subject, data: Data, out: Path, options: Mapping[s
     known: list[Any] = [
         name,
         about,
-        subject.normalization,
-        subject.thresholds,
+        _protocol(subject),
         data.facts["fingerprint"],
         data.annotation() if benchmark(name).needs_root else None,
         sorted(options.items()),
@@ -137,7 +137,7 @@ def place(name: str, subject: Subject, data: Data, out: Path, options: Mapping[s
 
 def run(
     name: str,
-    subject: Subject,
+    subject: Subject | MapFolder,
     data: Data,
     out: Path,
     *,
@@ -178,11 +178,10 @@ def run(
     provenance = {
         **result.provenance,
         "subject": dict(subject.about),
-        "normalization": subject.normalization,
-        "thresholds": subject.thresholds,
+        **_protocol(subject),
         "data": dict(data.facts),
         "options": options,
-        "device": str(subject.device),
+        "device": str(subject.device) if isinstance(subject, Subject) else None,
         "seconds": round(time.perf_counter() - began, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("calm", "torch")},
@@ -190,3 +189,8 @@ def run(
     result = replace(result, provenance=provenance)
     result.save(path)
     return result
+
+
+def _protocol(subject: Subject | MapFolder) -> dict[str, str | None]:
+    """Stored maps are normalised already."""
+    return {"normalization": getattr(subject, "normalization", None), "thresholds": subject.thresholds}
