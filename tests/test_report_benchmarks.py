@@ -82,9 +82,10 @@ def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(t
     found = [(g.benchmark, [r.label for r in g.results], g.data["images"]) for g in groups]
     assert found == [
         ("cue-localization", ["CALM-EM jointll"], 40),
-        ("localization", ["CAM cam", "CALM-EM jointll"], 40),
+        ("localization", ["CALM-EM jointll", "CAM cam"], 40),
         ("localization", ["CALM-EM jointll"], 9),
     ]
+    assert len({g.heading for g in groups}) == 3
 
 
 def test_missing_and_empty_folders_are_named(tmp_path, capsys):
@@ -105,11 +106,14 @@ def test_equal_labels_are_told_apart_by_their_runs(tmp_path):
 
 
 def test_every_method_has_a_look_of_its_own_and_calm_and_cam_theirs():
-    labels = ["CAM gradient", "CALM-ML jointll", "CAM cam", *map(str, range(12))]
-    looks = styles([group(*(made(label=label) for label in labels))])
+    methods = {"CAM gradient": "gradient", "CALM-ML jointll": "jointll", "CAM cam": "cam"}
+    labels = [*methods, *map(str, range(12))]
+    subjects = [{"subject": {"method": methods.get(label)}} for label in labels]
+    results = [made(label=n, provenance={"data": {}, **s}) for n, s in zip(labels, subjects, strict=True)]
+    looks = styles([group(*results)])
     assert len(set(looks.values())) == len(labels)
     assert looks["CALM-ML jointll"] == ("calm", False)
-    assert looks["CAM gradient"] == ("cam", False)
+    assert looks["CAM cam"] == ("cam", False)
 
 
 def test_the_table_has_each_figure_with_its_interval_and_a_dash_for_what_is_undefined():
@@ -120,7 +124,7 @@ def test_the_table_has_each_figure_with_its_interval_and_a_dash_for_what_is_unde
     section = benchmark_section(group(one, two, three), styles([group(one, two, three)]))
     texts = Texts(section.body)
     thin = "\N{NARROW NO-BREAK SPACE}%"
-    assert texts.of("caption") == ["40 test images; 95 percent intervals"]
+    assert texts.of("caption") == ["40 images; 95 percent intervals"]
     titles = [figure_spec(name).title for name in ("top1", "nll")]
     assert texts.of("th") == ["method", *titles, HOSTILE, "CAM cam", "third"]
     assert texts.of("b") == [f"61.0{thin}", "0.300"]  # the higher accuracy, the lower loss
@@ -292,10 +296,10 @@ def test_the_command_writes_one_page_that_needs_no_other_file(birds, tmp_path, c
     Texts(html)
     headings = Texts(html).of("h2")
     assert headings == [
-        "Cue localization",
-        "Localization",
-        "Images: cue localization",
-        "Images: localization",
+        "Cue localization on birds",
+        "Localization on birds",
+        "Images: cue localization on birds",
+        "Images: localization on birds",
         "How it was made",
     ]
     assert not re.search(r"url\((?!#)|@import|<link|<script|src=\"(?!data:)|href=\"(?!#)", html)

@@ -20,6 +20,15 @@ STEP = 0.004
 """A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""
 CROWDED = 0.01
 """If half of the x are below it, the x axis is logarithmic."""
+WIDEST = 8
+"""Columns of one table."""
+TITLES = {
+    "ratio": "R_k: right after erasing the highest-scored pixels, over right after random ones",
+    "topk": "Accuracy when the highest-scored pixels are erased",
+    "random": "Accuracy when random pixels are erased",
+    "reliability": "Accuracy by stated confidence",
+}
+"""Headings of curves whose names say too little."""
 MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")
 """The figures that papers compare by."""
 
@@ -29,7 +38,7 @@ def benchmark_section(group: Group, style: Mapping[str, Style]) -> Section:
     paper = published(group.benchmark, group.published_data)
     names = _figure_names(group, paper)
     body = join(
-        _table(group, names, paper),
+        _tables(group, names, paper),
         _notes(names),
         tag("p", paper.note, class_="note") if paper else None,
         _curves(group, style),
@@ -68,7 +77,18 @@ def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
     return [*(name for name in FIGURES if name in have), *(name for name in have if name not in FIGURES)]
 
 
-def _table(group: Group, names: Sequence[str], paper: Published | None) -> Html:
+def _tables(group: Group, names: Sequence[str], paper: Published | None) -> Html:
+    """The figures in tables that fit the page."""
+    images = group.data.get("images")
+    caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
+    tables = []
+    for start in range(0, len(names), WIDEST):
+        some = names[start : start + WIDEST]
+        tables.append(_table(group, some, paper, caption if not start else None))
+    return tag("div", *tables, class_="benchmark")
+
+
+def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Html:
     specs = [figure_spec(name) for name in names]
     columns = [Column(spec.title, _FORMS[spec.unit], spec.better) for spec in specs]
     rows = []
@@ -82,9 +102,9 @@ def _table(group: Group, names: Sequence[str], paper: Published | None) -> Html:
             )
         )
     for method, figures in paper.rows.items() if paper else ():
-        rows.append(Row(f"paper: {method}", [figures.get(name) for name in names], competes=False))
-    images = group.data.get("images")
-    caption = f"{images:,} test images; 95 percent intervals" if images else "95 percent intervals"
+        values = [figures.get(name) for name in names]
+        if any(value is not None for value in values):
+            rows.append(Row(f"paper: {method}", values, competes=False))
     return figures_table(columns, rows, corner="method", caption=caption)
 
 
@@ -129,7 +149,7 @@ def _chart(kind: str, curves: Sequence[Curve], lines: Sequence[Line]) -> Html:
     name = curves[0].y_name
     return chart(
         lines,
-        title=f"{name} over {curves[0].x_name}: {kind.replace('-', ' ').replace('_', ' ')}",
+        title=TITLES.get(kind) or f"{kind[:1].upper()}{kind[1:]}".replace("-", " ").replace("_", " "),
         x_label=curves[0].x_name,
         percent=_shares(y) and not name.startswith("R"),
         x_log=crowded,

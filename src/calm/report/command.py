@@ -81,7 +81,7 @@ def _figure(group: Group) -> Figure | None:
     note = first.label
     if rest:
         note += f"; next {rest[0].label}, {written(name, rest[0].figures[name].value)}"
-    return Figure(written(name, first.figures[name].value), f"{group.title}: {spec.title}", note)
+    return Figure(written(name, first.figures[name].value), f"{group.heading}: {spec.title}", note)
 
 
 def _making(groups: Sequence[Group]) -> Section:

@@ -11,6 +11,7 @@ from typing import Any
 
 from calm.errors import CalmError
 from calm.evaluate.result import Result
+from calm.maps import MAP_KINDS
 from calm.report.charts import PALETTE
 from calm.report.published import data_set
 
@@ -28,11 +29,13 @@ class Group:
         benchmark: its name.
         results: methods, each with a label of its own.
         data: what the provenance says about the data set.
+        mark: told in the heading where another group would have the same.
     """
 
     benchmark: str
     results: tuple[Result, ...]
     data: Mapping[str, Any]
+    mark: str = ""
 
     @property
     def title(self) -> str:
@@ -41,9 +44,11 @@ class Group:
 
     @property
     def heading(self) -> str:
-        """The benchmark, and the data set where its name is known."""
-        name = self.published_data or self.data.get("name")
-        return f"{self.title} on {name}" if name else self.title
+        """The benchmark, and the data set: its name, or that of its folder."""
+        name = self.published_data or Path(str(self.data.get("root", ""))).name
+        split = str(self.data.get("split", "test"))
+        words = [f"on {name}" if name else "", f"({split})" if split != "test" else "", self.mark]
+        return " ".join([self.title, *filter(None, words)])
 
     @property
     def published_data(self) -> str | None:
@@ -72,15 +77,23 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
         result = Result.load(path)
         key = result.benchmark, json.dumps(_data(result).get("fingerprint"))
         found.setdefault(key, []).append((path, result))
-    return [
-        Group(benchmark, _distinct(members), _data(members[0][1]))
+    groups = [
+        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _data(members[0][1]))
         for (benchmark, _), members in sorted(found.items(), key=lambda item: _order(item[0]))
+    ]
+    headings = Counter(group.heading for group in groups)
+    return [
+        replace(group, mark=f"[{str(group.data.get('fingerprint'))[:8]}]")
+        if headings[group.heading] > 1
+        else group
+        for group in groups
     ]
 
 
 def styles(groups: Sequence[Group]) -> dict[str, Style]:
     """How each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
-    labels = list(dict.fromkeys(result.label for group in groups for result in group.results))
+    results = sorted((result for group in groups for result in group.results), key=_rank)
+    labels = list(dict.fromkeys(result.label for result in results))
     own = {
         name: next((label for label in labels if label.startswith(name)), None) for name in ("CALM", "CAM")
     }
@@ -97,6 +110,16 @@ _ORDER = ("cue-localization", "remove-and-classify", "localization", "classifica
 
 def _order(key: tuple[str, str]) -> tuple[int, str, str]:
     return (_ORDER.index(key[0]) if key[0] in _ORDER else len(_ORDER), *key)
+
+
+def _rank(result: Result) -> tuple[bool, str]:
+    """The maps of the models themselves before other explanations of them, each by label."""
+    return _subject(result).get("method") not in MAP_KINDS, result.label
+
+
+def _subject(result: Result) -> Mapping[str, Any]:
+    subject = result.provenance.get("subject", {})
+    return subject if isinstance(subject, Mapping) else {}
 
 
 def _data(result: Result) -> Mapping[str, Any]:
@@ -130,6 +153,5 @@ def _distinct(members: Sequence[tuple[Path, Result]]) -> tuple[Result, ...]:
 
 
 def _run_name(result: Result) -> str:
-    subject = result.provenance.get("subject", {})
-    model = subject.get("model") if isinstance(subject, Mapping) else None
+    model = _subject(result).get("model")
     return Path(str(model)).name if model else ""

@@ -30,7 +30,7 @@ def gallery_section(group: Group, *, seed: int = 0) -> Section:
         group: its results; scores of single images choose what is shown.
         seed: of the images at random.
     """
-    title = f"Images: {group.title.casefold()}"
+    title = f"Images: {group.heading[0].lower()}{group.heading[1:]}"
     chosen = choose(group, seed=seed)
     if not chosen:
         return Section(title, tag("p", "No images are shown: the methods have no scored images in common."))
