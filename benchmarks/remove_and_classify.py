@@ -1,0 +1,126 @@
+"""Remove-and-classify: its cost beside that of its forward passes, and beside a loop. Prints a Markdown table.
+
+Everything but reading images is timed: the map, the orders, the erasing, the metric with its bootstrap. The loop
+sorts every image's map for each share, draws its random pixels anew, and takes a pass of its own for the map.
+
+Run: python benchmarks/remove_and_classify.py [--rounds N] [--threads N]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import resource
+import time
+
+import torch
+
+from calm.evaluate.remove_and_classify import after_erasing, maps_to_rank
+from calm.evaluate.subject import model_subject
+from calm.metrics.erasing import erasing_order, filling, first_pixels, random_order
+from calm.metrics.remove_and_classify import FRACTIONS, RemoveAndClassify
+from calm.model import create_model
+from calm.preprocess import Preprocessing
+
+SETTINGS = [("small_resnet", 96, 32), ("resnet50", 224, 8)]
+
+
+def passes(subject, images, labels):
+    """The forward passes alone: one for map and prediction, two per share."""
+    for _ in range(1 + 2 * len(FRACTIONS)):
+        _ = subject.look(images).probs
+
+
+def ours(subject, images, labels):
+    """A batch, as `calm.evaluate.remove_and_classify` treats it."""
+    metric = RemoveAndClassify()
+    keys = torch.arange(len(images))
+    looked = subject.look(images)
+    whole = looked.probs.argmax(1) == labels
+    maps = maps_to_rank(looked.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization)
+    random = random_order(keys, maps[0].numel())
+    filler = filling(images, "zero", keys=keys)
+
+    def classify(batch):
+        return subject.look(batch).probs
+
+    topk, _ = after_erasing(classify, images, erasing_order(maps, random), filler, labels, FRACTIONS)
+    chance, _ = after_erasing(classify, images, random, filler, labels, FRACTIONS)
+    metric.update(topk, chance, whole, keys)
+
+
+def straightforward(subject, images, labels):
+    """Image by image and share by share, each with a sort, the erased images classified in a batch."""
+    _ = subject.look(images).probs
+    grid = subject.look(images).maps(labels[:, None])[:, 0]
+    maps = maps_to_rank(grid, tuple(images.shape[-2:]), subject.normalization)
+    pixels = maps[0].numel()
+    for share in FRACTIONS:
+        for by_map in (True, False):
+            erased = images.clone()
+            for i in range(len(images)):
+                order = maps[i].flatten().argsort(descending=True) if by_map else torch.randperm(pixels)
+                erased[i].flatten(1)[:, order[: round(share * pixels)]] = 0
+            _ = subject.look(erased).probs
+
+
+def selection(order, rounds):
+    """Milliseconds per image: one selection for all shares, a sort for all, a sort for each."""
+    counts = [round(share * order.shape[1]) for share in FRACTIONS]
+    ways = {
+        "one selection for all shares": lambda: first_pixels(order, counts),
+        "one sort for all shares": lambda: order.sort(dim=1),
+        "a sort for each share": lambda: [order.sort(dim=1) for _ in counts],
+    }
+    return {name: 1000 * least(way, rounds) / len(order) for name, way in ways.items()}
+
+
+def least(function, rounds):
+    function()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=3, help="the least time of so many is shown")
+    parser.add_argument("--threads", type=int, default=1, help="of PyTorch")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    print(f"{platform.machine()}, {arguments.threads} thread(s), PyTorch {torch.__version__}\n")
+    print("| model | pixels | batch | 11 passes, ms/image | ours | over the passes | loop | loop / ours |")
+    print("|---|---|---|---|---|---|---|---|")
+    for backbone, size, batch in SETTINGS:
+        model = create_model(backbone, 200, preprocessing=Preprocessing(size=(size, size)))
+        subject = model_subject(model)
+        images, labels = torch.randn(batch, 3, size, size), torch.randint(200, (batch,))
+        times = dict.fromkeys((passes, ours, straightforward), float("inf"))
+        with torch.no_grad():
+            passes(subject, images, labels)
+            for _ in range(arguments.rounds):  # in turn, so that a busy moment meets all of them
+                for way in times:
+                    start = time.perf_counter()
+                    way(subject, images, labels)
+                    times[way] = min(times[way], 1000 * (time.perf_counter() - start) / batch)
+        alone, own, loop = times.values()
+        print(
+            f"| {backbone} | {size}x{size} | {batch} | {alone:.1f} | {own:.1f} | {100 * (own / alone - 1):+.1f} % |"
+            f" {loop:.1f} | {loop / own:.2f} |",
+            flush=True,
+        )
+    print("\n| masks of a 224x224 map, five shares | ms/image |\n|---|---|")
+    order = erasing_order(torch.rand(16, 224, 224), random_order(torch.arange(16), 224 * 224))
+    for name, taken in selection(order, arguments.rounds).items():
+        print(f"| {name} | {taken:.2f} |")
+    print(
+        f"\nPeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
+    )
+
+
+if __name__ == "__main__":
+    main()
