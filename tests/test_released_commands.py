@@ -185,7 +185,10 @@ def test_a_finished_experiment_is_not_trained_again(project: Project) -> None:
         ("--attribution_method=CAM", "--attribution_method says cam, but the checkpoint"),
         ("--large_feature_map=False", "--large_feature_map says False"),
         ("--architecture=vgg16", "--architecture says vgg16"),
-        ("--load_checkpoint=nowhere/", "there is no folder nowhere nor save/nowhere"),
+        (
+            "--load_checkpoint=nowhere/",
+            "save/nowhere, which --load_checkpoint names; leave it out to take save/",
+        ),
         ("--use_load_checkpoint=False", "--use_load_checkpoint=True"),
         ("--score_map_process=vanilla", "cam"),
         ("--score_map_process=jointll-superclass", "superclass"),

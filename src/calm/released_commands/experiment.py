@@ -85,7 +85,7 @@ def clear(flags: Flags) -> None:
 
 
 def save_measures(path: Path, measures: Any) -> None:
-    """Write plain Python values to ``path``.pickle, as the released code does, and to ``path``.json, where NaN is null."""
+    """Write plain values to ``path``.pickle, as the released code does, and to ``path``.json, where NaN is null."""
     write_bytes(path.with_name(f"{path.name}.pickle"), pickle.dumps(measures))
     write_json(path.with_name(f"{path.name}.json"), _without_nan(measures))
 

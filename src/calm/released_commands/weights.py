@@ -14,6 +14,7 @@ from calm.errors import CalmError
 from calm.model import CalmModel, ModelConfig, create_model
 from calm.preprocess import Preprocessing
 from calm.released import load_released
+from calm.released_commands.experiment import finished
 from calm.released_commands.flags import Flags, method
 from calm.released_file import FILE_NAME
 
@@ -102,8 +103,9 @@ def _source(flags: Flags) -> Path:
     for place in places:
         if place.is_dir():
             return place
+    own = f"; leave it out to take {flags.folder / FILE_NAME}" if finished(flags) else ""
     raise CalmError(
-        f"no checkpoint: there is no folder {' nor '.join(map(str, places))}; see --load_checkpoint"
+        f"no checkpoint: there is no folder {' nor '.join(map(str, places))}, which --load_checkpoint names{own}"
     )
 
 
