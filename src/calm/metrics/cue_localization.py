@@ -12,8 +12,8 @@ from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
-from calm.metrics.pixel_ap import COUNTINGS, Counting, check_maps, histograms, precision_recall
-from calm.metrics.thresholds import Thresholds, thresholds
+from calm.metrics.pixel_ap import COUNTINGS, Counting, check_maps, histograms, pixel_edges, precision_recall
+from calm.metrics.thresholds import Thresholds
 
 __all__ = ["ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationResult"]
 
@@ -47,7 +47,7 @@ class CueLocalization(Metric):
 
     Args:
         groups: the number of part groups in which each pair differs, (p,).
-        which: thresholds, see `calm.metrics.thresholds`.
+        which: thresholds, see `calm.metrics.thresholds`; 1 is added to them, as for `calm.metrics.PixelAP`.
         counting: see `calm.metrics.pixel_ap.COUNTINGS`.
         accumulation: see ``ACCUMULATIONS``.
         replicates: bootstrap samples of pairs.
@@ -81,7 +81,7 @@ class CueLocalization(Metric):
         self.groups = tuple(groups)
         self.counting, self.accumulation = counting, accumulation
         self.replicates, self.seed = replicates, seed
-        self.register_buffer("thresholds", thresholds(which))
+        self.register_buffer("thresholds", pixel_edges(which))
         zeros = torch.zeros(len(groups), len(self.thresholds) + 1, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 

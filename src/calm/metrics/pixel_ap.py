@@ -20,6 +20,7 @@ __all__ = [
     "PixelAPResult",
     "check_maps",
     "histograms",
+    "pixel_edges",
     "precision_recall",
 ]
 
@@ -57,7 +58,7 @@ class PixelAP(Metric):
     differently from image to image is punished for it, and large objects weigh more than small ones.
 
     Args:
-        which: thresholds, see `calm.metrics.thresholds`.
+        which: thresholds, see `calm.metrics.thresholds`; 1 is added to them, see `pixel_edges`.
         counting: see ``COUNTINGS``.
         replicates: bootstrap samples of images, for the interval.
         seed: of the bootstrap.
@@ -82,7 +83,7 @@ class PixelAP(Metric):
         if counting not in COUNTINGS:
             raise unknown("counting", counting, COUNTINGS)
         self.counting, self.replicates, self.seed = counting, replicates, seed
-        self.register_buffer("thresholds", thresholds(which))
+        self.register_buffer("thresholds", pixel_edges(which))
         bins = len(self.thresholds) + 1
         zeros = torch.zeros(replicates + 1, bins, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
@@ -128,6 +129,15 @@ class PixelAP(Metric):
             band(precision),
             band(recall),
         )
+
+
+def pixel_edges(which: Thresholds | Float[Tensor, " t"]) -> Float[Tensor, " t"]:
+    """The thresholds of `calm.metrics.thresholds`, and 1 if they end below it.
+
+    The published evaluator cuts at 1 too: a map that minmax stretched reaches 1 at its peak.
+    """
+    edges = thresholds(which)
+    return edges if edges[-1] == 1 else torch.cat([edges, edges.new_ones(1)])
 
 
 def check_maps(maps: Tensor, truth: Tensor, keys: Tensor | None = None, ignore: Tensor | None = None) -> None:

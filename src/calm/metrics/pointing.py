@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -18,8 +18,7 @@ from calm.metrics.pixel_ap import check_maps
 __all__ = ["EnergyInside", "PointingGame", "PointingResult", "energy_inside", "peak_hits"]
 
 
-@dataclass(frozen=True)
-class PointingResult:
+class PointingResult(NamedTuple):
     """Mean over the images that have a true pixel.
 
     Attributes:
