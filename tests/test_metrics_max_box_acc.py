@@ -99,6 +99,7 @@ def test_memory_does_not_grow_with_images():
 def test_wrong_input_is_refused_with_its_reason():
     maps, boxes, keys, predictions, labels = cases(2)
     metric = MaxBoxAcc(CUTS, replicates=2)
+    metric.update(maps[:0], [], keys[:0])
     with pytest.raises(CalmError, match="no image"):
         metric.compute()
     for bad in (maps * 2, maps - 1, maps * torch.nan):

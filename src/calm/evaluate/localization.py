@@ -105,7 +105,7 @@ def _looks(
     """The maps of the true classes, batch by batch."""
     if isinstance(subject, MapFolder):
         labels = torch.tensor([record.label for record in split.records])
-        for places in torch.split(torch.arange(len(split.records)), batch_size):  # type: ignore[no-untyped-call]
+        for places in torch.split(torch.arange(len(split.records)), batch_size):
             yield _Seen(subject.maps(places.tolist()), places, labels[places], None)
             if progress is not None:
                 progress(len(places))
