@@ -1,6 +1,6 @@
 """Cue localization of this package against the plain loop over pairs: time, memory, and whether the figures agree.
 
-    python benchmarks/cue_localization.py [--species 16] [--images 20] [--backbone resnet50] [--device cpu]
+    python benchmarks/cue_localization.py [--species 24] [--images 3] [--backbone resnet50] [--device cpu]
 
 The loop does what the protocol says, pair by pair: reads the annotation and the pair's images, draws their part
 regions, one forward pass for each of the two classes, one resizing, and one histogram for each map.
@@ -70,8 +70,8 @@ def loop(model: calm.CalmModel, root: Path, batch_size: int) -> float:
 def main() -> None:
     """Draw birds, time both, print a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--species", type=int, default=16)
-    parser.add_argument("--images", type=int, default=20, help="per species")
+    parser.add_argument("--species", type=int, default=24)
+    parser.add_argument("--images", type=int, default=3, help="per species")
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
