@@ -104,6 +104,22 @@ def test_masks_are_judged_by_pixels_without_those_to_ignore(tmp_path):
     assert again.figures == result.figures
 
 
+def test_a_data_set_with_boxes_and_masks_is_judged_by_both(tmp_path):
+    by_box, by_mask = (write_split(tmp_path / kind, kind) for kind in ("boxes", "masks"))
+    records = tuple(
+        replace(mask, boxes=box.boxes) for mask, box in zip(by_mask.records, by_box.records, strict=True)
+    )
+    subject = bright(normalization="minmax", thresholds="even", about={})
+    both, boxes, pixels = (
+        localization(subject, split, **FAST) for split in (replace(by_mask, records=records), by_box, by_mask)
+    )
+    assert both.details["truth"] == ["masks", "boxes"]
+    assert both.figures["maxboxacc"] == boxes.figures["maxboxacc"]
+    assert both.figures["energy_inside"] == pixels.figures["energy_inside"]
+    assert both.figures["pxap"] == pixels.figures["pxap"]
+    assert both.scores == pixels.scores
+
+
 def test_counting_as_released_flatters_a_map_of_zeros_that_is_cut_at_log_thresholds(tmp_path):
     split = write_split(tmp_path, "masks")
     truth_maps(split, tmp_path / "maps")

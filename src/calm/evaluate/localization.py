@@ -1,4 +1,4 @@
-"""Localization: does the map of an image's class cover the object? Boxes or masks, whichever the data set has."""
+"""Localization: does the map of an image's class cover the object? Boxes, masks, or both, as the data set has them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.map_folder import MapFolder
-from calm.evaluate.object_truth import box_region, masks, scaled_boxes, truth_kind
+from calm.evaluate.object_truth import Truth, box_region, masks, scaled_boxes, truth_kinds
 from calm.evaluate.reading import Progress, batches
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
@@ -45,11 +45,12 @@ def localization(
 
     Boxes give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2`` and its parts ``maxboxacc_30`` ..., and, of a
     model, ``top1_localization`` and ``top5_localization``. Masks give ``pxap`` and ``pxap_released``, the two
-    countings of `calm.metrics.pixel_ap`. Both give ``pointing`` and ``energy_inside``, in the union of the objects.
+    countings of `calm.metrics.pixel_ap`. ``pointing`` and ``energy_inside`` are about the union of the objects: their
+    masks, or else their boxes.
 
     Args:
         subject: a model with its explanation, or a folder of maps in [0, 1], which are taken as they are.
-        split: every image needs a box, or every image a mask.
+        split: every image needs a box, or every image a mask; with both, all figures are given.
         batch_size: most images at a time.
         workers: processes that read images ahead.
         progress: told after each batch how many images it had.
@@ -59,29 +60,35 @@ def localization(
 
     Returns:
         Figures, curves, and for each image the overlap of the largest contour's box at its best threshold, or the
-        area under its own precision-recall curve.
+        area under its own precision-recall curve where there are masks.
 
     Raises:
         CalmError: images without annotation; unreadable files; maps that are not in [0, 1].
     """
-    kind = truth_kind(split)
+    kinds = truth_kinds(split)
     if batch_size < 1:
         raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
-    judge = (_Boxes if kind == "boxes" else _Masks)(subject.thresholds, split, size, replicates, seed, device)
+    judges = [_JUDGES[kind](subject.thresholds, split, size, replicates, seed, device) for kind in kinds]
     pointing = PointingGame(replicates=replicates, seed=seed).to(device)
     energy = EnergyInside(replicates=replicates, seed=seed).to(device)
     scores: dict[str, float] = {}
     for seen in _looks(subject, split, size, batch_size, workers, progress):
         places = seen.places.tolist()
-        inside, ignore, own = judge.update(seen)
+        updated = [judge.update(seen) for judge in judges]
+        inside, ignore, own = updated[0]
         for metric in (pointing, energy):
             metric.update(seen.maps, inside, seen.places, ignore)
         scores |= {split.records[place].id: score for place, score in zip(places, own, strict=True)}
-    figures, curves, details = judge.compute()
+    figures: dict[str, Estimate] = {}
+    curves: dict[str, Curve] = {}
+    details: dict[str, Any] = {"truth": list(kinds), "images": len(split.records), "size": list(size)}
+    for judge in judges:
+        for whole, part in zip((figures, curves, details), judge.compute(), strict=True):
+            whole.update(part)
     pointed = pointing.compute()
     figures |= {"pointing": pointed.mean, "energy_inside": energy.compute().mean}
-    details |= {"truth": kind, "images": len(split.records), "size": list(size), "blank_maps": pointed.blank}
+    details["blank_maps"] = pointed.blank
     return Result("localization", subject.label, figures, curves, scores, details)
 
 
@@ -206,3 +213,6 @@ class _Masks:
                 list(result.recall), list(result.precision), low, high, "recall", "precision"
             )
         return figures, curves, {}
+
+
+_JUDGES: dict[Truth, type[_Boxes] | type[_Masks]] = {"masks": _Masks, "boxes": _Boxes}

@@ -17,32 +17,34 @@ from torch import Tensor
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 
-__all__ = ["Truth", "box_region", "masks", "scaled_boxes", "truth_kind"]
+__all__ = ["Truth", "box_region", "masks", "scaled_boxes", "truth_kinds"]
 
 Truth = Literal["boxes", "masks"]
 
 
-def truth_kind(split: Split) -> Truth:
-    """What the images of a split are annotated with; masks where there are both.
+def truth_kinds(split: Split) -> tuple[Truth, ...]:
+    """What every image of a split is annotated with: masks, boxes, or both.
 
     Raises:
         CalmError: no image, no annotation, or images without the one that others have.
     """
     if not split.records:
         raise CalmError(f"split {split.name!r} of {split.root} has no image")
-    kind: Truth = "masks" if any(record.masks for record in split.records) else "boxes"
-    without = [record.id for record in split.records if not getattr(record, kind)]
-    if len(without) == len(split.records):
+    kinds: tuple[Truth, ...] = ("masks", "boxes")
+    without = {kind: [record.id for record in split.records if not getattr(record, kind)] for kind in kinds}
+    whole = tuple(kind for kind in kinds if not without[kind])
+    if whole:
+        return whole
+    nearest = min(kinds, key=lambda kind: len(without[kind]))
+    if len(without[nearest]) == len(split.records):
         raise CalmError(
             f"split {split.name!r} of {split.root} has neither boxes nor masks: localization needs bounding_boxes.txt "
             "(CUB's layout) or localization.txt (the metadata format)"
         )
-    if without:
-        raise CalmError(
-            f"{len(without)} of {len(split.records)} images of split {split.name!r} have no {kind}, "
-            f"first {without[0]}: annotate them, or take them out of the lists of images"
-        )
-    return kind
+    raise CalmError(
+        f"{len(without[nearest])} of {len(split.records)} images of split {split.name!r} have no {nearest}, "
+        f"first {without[nearest][0]}: annotate them, or take them out of the lists of images"
+    )
 
 
 def scaled_boxes(record: Record, size: tuple[int, int]) -> Int[Tensor, "n 4"]:
