@@ -11,6 +11,7 @@ import pytest
 
 from calm.cli import COMMANDS
 from calm.command_line import build_parser, parse
+from calm.evaluate import command as evaluate_command
 from calm.train import command as train_command
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +49,9 @@ def test_the_readmes_commands_parse():
     for words in commands:
         if words[0] == "train":
             train_command.parse(words[1:])
+            continue
+        if words[0] == "evaluate":
+            evaluate_command.flags().parse_args(words[1:])
             continue
         name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
         module, _, function = COMMANDS[name].function.partition(":")

@@ -27,7 +27,7 @@ from calm.maps import MAP_KINDS
 from calm.metrics.bootstrap import REPLICATES
 from calm.model import CalmModel
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "flags"]
 
 _EXAMPLES = """examples:
   calm evaluate cue-localization --model runs/calm runs/cam --data birds
@@ -41,7 +41,8 @@ class _Parser(argparse.ArgumentParser):
         raise CalmError(f"{message}; see {self.prog} --help")
 
 
-def _parser() -> argparse.ArgumentParser:
+def flags() -> argparse.ArgumentParser:
+    """The command's parser."""
     listed = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
     parser = _Parser(
         prog="calm evaluate",
@@ -101,7 +102,7 @@ def evaluate(words: Sequence[str]) -> list[Result]:
     Raises:
         CalmError: anything wrong with a flag, a model or the data: before work starts, where it can be known.
     """
-    asked = _parser().parse_args(list(words))
+    asked = flags().parse_args(list(words))
     names = list(BENCHMARKS) if asked.benchmark == "all" else [asked.benchmark]
     for name in names:
         benchmark(name)
