@@ -93,6 +93,12 @@ COMMANDS: dict[str, Command] = {
         "  calm data birds birds\n  calm data birds birds-large --species 24 --images_per_species 100 --size 128\n",
         finish=_print,
     ),
+    "data prepare": Command(
+        "calm.data.prepare.command:main",
+        "unpack published archives (CUB, ILSVRC, OpenImages30k, Tiny ImageNet)",
+        finish=_print,
+        own_parser=True,
+    ),
     "data check": Command(
         "calm.data.check:check",
         "look at every image and annotation of a data set, and say all that is wrong",
@@ -195,7 +201,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 def _help(under: str = "") -> str:
     rows = [
-        f"  calm {name:<11} {command.line}" for name, command in COMMANDS.items() if name.startswith(under)
+        f"  calm {name:<12} {command.line}" for name, command in COMMANDS.items() if name.startswith(under)
     ]
     return "\n".join(
         [

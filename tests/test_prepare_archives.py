@@ -1,0 +1,141 @@
+"""What an archive may not do to the folder it is unpacked in."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from calm.data.prepare.archives import Limits, unpack
+from calm.data.prepare.staging import staged
+from calm.errors import CalmError
+
+
+def make_tar(path: Path, files: dict[str, bytes], mode: str = "w:gz") -> Path:
+    with tarfile.open(path, mode) as archive:
+        for name, data in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return path
+
+
+def make_zip(path: Path, files: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in files.items():
+            archive.writestr(name, data)
+    return path
+
+
+MAKERS = {"tgz": make_tar, "zip": make_zip}
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_files_come_out_as_they_went_in(tmp_path, kind):
+    files = {"a/b.txt": b"one", "c.bin": bytes(range(256)) * 300}
+    path = MAKERS[kind](tmp_path / f"x.{kind}", files)
+    assert unpack(path, tmp_path / "out") == 2
+    assert {name: (tmp_path / "out" / name).read_bytes() for name in files} == files
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "C:/evil", "a\\..\\evil"])
+def test_members_that_leave_the_folder_are_refused(tmp_path, kind, name):
+    path = MAKERS[kind](tmp_path / f"x.{kind}", {name: b"x"})
+    with pytest.raises(CalmError, match="leaves the folder"):
+        unpack(path, tmp_path / "out" / "in")
+    assert not list(tmp_path.rglob("evil"))
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
+def test_links_and_devices_are_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        member = tarfile.TarInfo("link")
+        member.type, member.linkname = kind, "target"
+        archive.addfile(member)
+    with pytest.raises(CalmError, match="link or device"):
+        unpack(tmp_path / "x.tar", tmp_path / "out")
+
+
+def test_a_link_in_a_zip_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        member = zipfile.ZipInfo("link")
+        member.external_attr = 0o120777 << 16
+        archive.writestr(member, "/etc")
+    with pytest.raises(CalmError, match="link or device"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("kind", MAKERS)
+def test_an_archive_that_swells_is_refused(tmp_path, kind):
+    path = MAKERS[kind](tmp_path / f"x.{kind}", {"zeros": bytes(2_000_000), "more": b"x"})
+    assert path.stat().st_size < 10_000
+    with pytest.raises(CalmError, match="more than 1,000,000 bytes"):
+        unpack(path, tmp_path / "out", limits=Limits(bytes=1_000_000))
+    with pytest.raises(CalmError, match="more than 1 files"):
+        unpack(path, tmp_path / "out2", limits=Limits(files=1))
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_an_archive_cut_short_anywhere_is_refused(tmp_path, mode, share):
+    noise = bytes((i * i * 31 + i // 7) % 251 for i in range(40_000))
+    path = make_tar(tmp_path / "x.tar", {f"{i}": noise for i in range(3)}, mode)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CalmError, match="download it again"):
+        unpack(path, tmp_path / "out")
+
+
+def test_a_tar_cut_between_two_members_is_refused(tmp_path):
+    path = make_tar(tmp_path / "x.tar", {"a": b"x" * 512, "b": b"y" * 512}, "w")
+    path.write_bytes(path.read_bytes()[:1024])
+    with pytest.raises(CalmError, match="end of the archive is missing"):
+        unpack(path, tmp_path / "out")
+
+
+@pytest.mark.parametrize("cut", [4, 9])
+def test_a_gzip_without_its_checksum_is_refused(tmp_path, cut):
+    path = make_tar(tmp_path / "x.tgz", {"a": b"x" * 512})
+    path.write_bytes(path.read_bytes()[:-cut])
+    with pytest.raises(CalmError, match="download it again"):
+        unpack(path, tmp_path / "out")
+
+
+def test_a_damaged_zip_member_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a", b"needle" * 10)
+    data = (tmp_path / "x.zip").read_bytes()
+    (tmp_path / "x.zip").write_bytes(data.replace(b"needle", b"noodle", 1))
+    with pytest.raises(CalmError, match="download it again"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
+@pytest.mark.parametrize("data", [b"", b"<html>login</html>"])
+def test_a_file_that_is_no_archive_is_refused(tmp_path, data):
+    (tmp_path / "x.zip").write_bytes(data)
+    with pytest.raises(CalmError, match="download it again"):
+        unpack(tmp_path / "x.zip", tmp_path / "out")
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    final = tmp_path / "data"
+
+    def fail() -> None:
+        with staged(final) as (_, result):
+            result.mkdir()
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+    (tmp_path / ".data.preparing" / "result").mkdir(parents=True)  # a killed run
+    (tmp_path / ".data.preparing" / "result" / "half").touch()
+    with staged(final) as (_, result):
+        result.mkdir()
+        (result / "whole").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+    assert [path.name for path in final.iterdir()] == ["whole"]

@@ -1,0 +1,233 @@
+"""Small archives of the published structure become data sets that ``calm data check`` passes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from test_prepare_archives import make_tar, make_zip
+
+import calm.data.prepare.cub as cub
+import calm.data.prepare.large as large
+import calm.data.prepare.tiny_imagenet as tiny
+from calm.cli import main
+from calm.data import load_splits
+from calm.data.check import check
+from calm.data.cue_files import read_class_attributes
+from calm.data.prepare import prepare
+from calm.errors import CalmError
+
+
+def picture(side: int = 16, kind: str = "JPEG") -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB" if kind == "JPEG" else "L", (side, side), 200).save(file, kind)
+    return file.getvalue()
+
+
+def cub_archives(folder: Path) -> Path:
+    names = [f"00{c}.Bird_{c}/Bird_{c}_{i}.jpg" for c in (1, 2) for i in (1, 2)]
+    lines = {
+        "images.txt": [f"{n} {name}" for n, name in enumerate(names, 1)],
+        "classes.txt": ["1 001.Bird_1", "2 002.Bird_2"],
+        "image_class_labels.txt": ["1 1", "2 1", "3 2", "4 2"],
+        "train_test_split.txt": ["1 1", "2 0", "3 1", "4 0"],
+        "bounding_boxes.txt": [f"{n} 1.0 2.0 8.0 9.0" for n in range(1, 5)],
+        "attributes/class_attribute_labels_continuous.txt": ["80 20", "20 80"],
+    }
+    files = {f"CUB_200_2011/{name}": "\n".join([*rows, ""]).encode() for name, rows in lines.items()}
+    files |= {f"CUB_200_2011/images/{name}": picture() for name in names}
+    files["attributes.txt"] = b"1 has_bill_shape::curved\n2 has_bill_shape::hooked\n"
+    folder.mkdir()
+    make_tar(folder / "CUB_200_2011.tgz", files)
+    masks = {f"segmentations/{name[:-4]}.png": picture(kind="PNG") for name in names}
+    make_tar(folder / "segmentations.tgz", masks)
+    return folder
+
+
+def test_cub_has_attribute_names_and_segmentations_in_place_and_passes_the_check(tmp_path):
+    source = cub_archives(tmp_path / "from")
+    prepared = prepare("cub", [source], tmp_path / "out", partial=True)
+    base = tmp_path / "out" / "dataset" / "CUB"
+    assert prepared.root == base
+    assert (base / "attributes" / "attributes.txt").is_file()
+    assert read_class_attributes(base)[1].tolist() == [[True, False], [False, True]]
+    assert len(list((base / "segmentations").rglob("*.png"))) == 4
+    assert check(base).ok
+    assert "md5" in str(prepared)
+    assert "4 images, expected 11,788" in str(prepared)
+    again = prepare("cub", [source], tmp_path / "out", partial=True)
+    assert again.counts == prepared.counts
+
+
+def test_cub_of_another_checksum_or_count_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+    source = cub_archives(tmp_path / "from")
+    with pytest.raises(CalmError, match=r"md5 is .*data\.caltech\.edu"):
+        prepare("cub", [source], tmp_path / "out")
+    monkeypatch.setattr("calm.data.prepare.sources.check_digest", lambda *_: "")
+    with pytest.raises(CalmError, match="4 images, expected 11,788"):
+        prepare("cub", [source], tmp_path / "out")
+    assert not list((tmp_path / "out").rglob("*.jpg"))
+    for name, value in {"IMAGES": 4, "CLASSES": 2, "ATTRIBUTES": 2, "PAIRS": {1: 1}}.items():
+        monkeypatch.setattr(cub, name, value)
+    (source / "segmentations.tgz").unlink()
+    prepared = prepare("cub", [source], tmp_path / "out")
+    assert any("segmentations.tgz" in note for note in prepared.notes)
+
+
+def test_an_absent_archive_is_named_with_its_address(tmp_path):
+    make_zip(tmp_path / "other.zip", {"a": b"x"})
+    for name, address in {
+        "cub": "data.caltech.edu",
+        "tiny-imagenet": "cs231n",
+        "ilsvrc": "image-net.org",
+    }.items():
+        with pytest.raises(CalmError, match=address):
+            prepare(name, [tmp_path / "other.zip"], tmp_path / "out")
+    with pytest.raises(CalmError, match="does not exist"):
+        prepare("cub", [tmp_path / "nothing"], tmp_path / "out")
+
+
+def tiny_archive(path: Path, train: int = 5, test: int = 2) -> Path:
+    wnids = ["n00000003", "n00000001", "n00000002"]
+    files = {
+        "wnids.txt": "\n".join(wnids).encode(),
+        "words.txt": b"".join(f"{w}\tthing {w[-1]}, stuff\n".encode() for w in wnids),
+    }
+    held = []
+    for place, wnid in enumerate(wnids):
+        names = [f"{wnid}_{i}.JPEG" for i in range(train)]
+        boxes = "".join(f"{name}\t{i}\t1\t9\t{i + 5}\n" for i, name in enumerate(names))
+        files[f"train/{wnid}/{wnid}_boxes.txt"] = boxes.encode()
+        files |= {f"train/{wnid}/images/{name}": picture() for name in names}
+        held += [(f"val_{11 - place - 3 * i}.JPEG", wnid, i) for i in range(test)]
+    files["val/val_annotations.txt"] = "".join(f"{n}\t{w}\t0\t{i}\t7\t15\n" for n, w, i in held).encode()
+    files |= {f"val/images/{name}": picture() for name, *_ in held}
+    return make_zip(path, {f"tiny-imagenet-200/{name}": data for name, data in files.items()})
+
+
+def test_tiny_imagenet_is_split_and_written_in_the_metadata_format(tmp_path, monkeypatch):
+    for name, value in {"TRAIN": 3, "VAL": 2, "TEST": 2}.items():
+        monkeypatch.setattr(tiny, name, value)
+    archive = tiny_archive(tmp_path / "tiny-imagenet-200.zip")
+    out = tmp_path / "pack"
+    prepare("tiny-imagenet", [archive], out, classes="n00000002,n00000003", partial=True)
+    assert (out / "classes.txt").read_text() == "0 n00000002 thing 2, stuff\n1 n00000003 thing 3, stuff\n"
+    assert (out / "metadata/val/localization.txt").read_text().splitlines() == [
+        f"images/val/{w}/{w}_{i}.JPEG,{i},1,9,{i + 5}" for w in ("n00000002", "n00000003") for i in (3, 4)
+    ]
+    assert (out / "metadata/test/localization.txt").read_text().splitlines() == [
+        "images/test/n00000002/val_6.JPEG,0,1,7,15",
+        "images/test/n00000002/val_9.JPEG,0,0,7,15",
+        "images/test/n00000003/val_8.JPEG,0,1,7,15",
+        "images/test/n00000003/val_11.JPEG,0,0,7,15",
+    ]
+    assert (out / "metadata/train/localization.txt").read_text() == "\n"
+    assert (
+        (out / "metadata/train/image_sizes.txt")
+        .read_text()
+        .startswith("images/train/n00000002/n00000002_0.JPEG,16,16\n")
+    )
+    assert check(out).ok
+    assert {
+        name: len(split.records) for name, split in load_splits(out, ("train", "val", "test")).items()
+    } == {
+        "train": 6,
+        "val": 4,
+        "test": 4,
+    }
+    with pytest.raises(CalmError, match="other classes"):
+        prepare("tiny-imagenet", [archive], out, classes="n00000001", partial=True)
+    prepare("tiny-imagenet", [archive], tmp_path / "again", classes=str(out / "classes.txt"), partial=True)
+    assert (tmp_path / "again/classes.txt").read_text() == (out / "classes.txt").read_text()
+
+
+@pytest.mark.parametrize("classes", ["n00000009", "goldfish", "n00000001,n00000001"])
+def test_classes_that_the_archive_has_not_are_refused(tmp_path, classes):
+    archive = tiny_archive(tmp_path / "tiny-imagenet-200.zip")
+    with pytest.raises(CalmError, match="class"):
+        prepare("tiny-imagenet", [archive], tmp_path / "out", classes=classes, partial=True)
+    assert not (tmp_path / "out").exists()
+
+
+def lists(name: str, images: dict[str, str]) -> dict[str, bytes]:
+    files = {}
+    for split, image in images.items():
+        base = f"metadata/{name}/{split}"
+        files[f"{base}/image_ids.txt"] = f"{image}\n".encode()
+        files[f"{base}/class_labels.txt"] = f"{image},0\n".encode()
+        files[f"{base}/image_sizes.txt"] = f"{image},16,16\n".encode()
+    return files
+
+
+@pytest.fixture
+def ilsvrc(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setattr("calm.data.prepare.sources.check_digest", lambda *_: "")
+    monkeypatch.setattr(large, "ILSVRC", {"train": 1, "val": 1, "val2": 1})
+    source = tmp_path / "from"
+    source.mkdir()
+    inner = make_tar(tmp_path / "n01440764.tar", {"n01440764_1.JPEG": picture()}, "w").read_bytes()
+    make_tar(source / "ILSVRC2012_img_train.tar", {"n01440764.tar": inner}, "w")
+    make_tar(source / "ILSVRC2012_img_val.tar", {"ILSVRC2012_val_00000001.JPEG": picture()}, "w")
+    make_tar(source / "imagenetv2-top.tar.gz", {"imagenetv2-top-format-val/0/0.jpeg": picture()})
+    return source
+
+
+ILSVRC_IDS = {
+    "train": "train/n01440764/n01440764_1.JPEG",
+    "val": "val2/0/0.jpeg",
+    "test": "val/ILSVRC2012_val_00000001.JPEG",
+}
+
+
+def test_ilsvrc_lies_where_the_released_lists_look(tmp_path, ilsvrc):
+    make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS))
+    prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
+    assert (tmp_path / "out/dataset/ImageNetV2/val2/0/0.jpeg").is_file()
+    assert prepared.metadata_root == tmp_path / "out/metadata/ILSVRC"
+    assert check(prepared.root, metadata_root=prepared.metadata_root).ok
+
+
+def test_metadata_comes_from_an_address_with_its_checksum(tmp_path, ilsvrc):
+    archive = make_zip(tmp_path / "lists.zip", lists("ILSVRC", ILSVRC_IDS))
+    url, digest = archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest()
+    with pytest.raises(CalmError, match="sha256 is"):
+        prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url, metadata_sha256="0" * 64)
+    assert not (tmp_path / "out/metadata/ILSVRC").exists()
+    prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url, metadata_sha256=digest)
+    assert check(prepared.root, metadata_root=prepared.metadata_root).ok
+    assert [path.name for path in (tmp_path / "out/metadata").iterdir()] == ["ILSVRC"]
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [("http://localhost/x.zip", "only https"), ("https://localhost:1/x.zip", "without a network")],
+)
+def test_an_address_that_cannot_be_fetched_is_a_clear_error(tmp_path, ilsvrc, url, message):
+    with pytest.raises(CalmError, match=message):
+        prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url)
+
+
+def test_openimages_merges_images_and_masks(tmp_path, monkeypatch):
+    monkeypatch.setattr(large, "OPENIMAGES", {"train": 1, "val": 1, "test": 1})
+    images = {f"OpenImages/{s}/01/{s}.jpg": picture() for s in ("train", "val", "test")}
+    one = make_zip(tmp_path / "OpenImages_images.zip", images)
+    two = make_zip(tmp_path / "OpenImages_masks.zip", {"val/01/val_m0.png": picture(kind="PNG")})
+    prepared = prepare("openimages30k", [one, two], tmp_path / "out")
+    assert sorted(path.name for path in prepared.root.rglob("*.*")) == [
+        "test.jpg",
+        "train.jpg",
+        "val.jpg",
+        "val_m0.png",
+    ]
+
+
+def test_the_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
+    source = cub_archives(tmp_path / "from")
+    assert main(["data", "prepare", "cub", "--from", str(source), "--out", str(tmp_path / "out")]) == 2
+    assert "--partial" in capsys.readouterr().err
+    words = ["data", "prepare", "cub", "--from", str(source), "--out", str(tmp_path / "out"), "--partial"]
+    assert main(words) == 0
+    assert "next: calm data check" in capsys.readouterr().out
