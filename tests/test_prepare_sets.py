@@ -11,6 +11,7 @@ from PIL import Image
 from test_prepare_archives import make_tar, make_zip
 
 import calm.data.prepare.cub as cub
+import calm.data.prepare.fetch as fetch
 import calm.data.prepare.large as large
 import calm.data.prepare.tiny_imagenet as tiny
 from calm.cli import main
@@ -231,3 +232,28 @@ def test_the_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
     words = ["data", "prepare", "cub", "--from", str(source), "--out", str(tmp_path / "out"), "--partial"]
     assert main(words) == 0
     assert "next: calm data check" in capsys.readouterr().out
+
+
+def test_a_download_without_end_is_stopped(tmp_path, monkeypatch):
+    (tmp_path / "big").write_bytes(bytes(3_000_000))
+    monkeypatch.setattr(fetch, "LARGEST", 1_000_000)
+    with pytest.raises(CalmError, match="more than metadata has"):
+        fetch.download((tmp_path / "big").as_uri(), tmp_path / "got")
+    assert [path.name for path in tmp_path.iterdir()] == ["big"]
+
+
+def test_a_run_that_was_stopped_is_finished_by_the_next(tmp_path, ilsvrc, monkeypatch):
+    unpack = large.unpack
+
+    def stops_at_val(path, *rest):
+        if "val" in path.name:
+            raise KeyboardInterrupt
+        return unpack(path, *rest)
+
+    monkeypatch.setattr(large, "unpack", stops_at_val)
+    with pytest.raises(KeyboardInterrupt):
+        prepare("ilsvrc", [ilsvrc], tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out/dataset/ILSVRC").iterdir()] == ["train"]
+    monkeypatch.setattr(large, "unpack", unpack)
+    counts = prepare("ilsvrc", [ilsvrc], tmp_path / "out").counts
+    assert counts == {"train images": 1, "val images": 1, "val2 images": 1}

@@ -20,6 +20,11 @@ __all__ = ["DATA_SETS", "main", "prepare"]
 DATA_SETS = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "tiny-imagenet": ""}
 """Names of the command, and of the released layout's folders."""
 
+EXAMPLES = """examples:
+  calm data prepare cub --from downloads --out .
+  calm data prepare tiny-imagenet --from tiny-imagenet-200.zip --out tiny --classes n01443537,n01629819
+  calm data prepare ilsvrc --from downloads metadata.zip --out ."""
+
 
 def prepare(
     name: str,
@@ -75,7 +80,11 @@ class _Parser(argparse.ArgumentParser):
 def main(words: Sequence[str]) -> Prepared:
     """Run the command line ``NAME --from ARCHIVES --out DIR``."""
     parser = _Parser(
-        "calm data prepare", description="Check and unpack published archives.", allow_abbrev=False
+        "calm data prepare",
+        description="Check and unpack published archives into a data set that every command reads.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("name", choices=list(DATA_SETS), help="data set")
     parser.add_argument(

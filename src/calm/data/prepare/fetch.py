@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -88,7 +87,10 @@ def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0)
                 length = int(answer.headers.get("Content-Length") or 0)
                 if length > LARGEST:
                     raise CalmError(f"{url} has {length:,} bytes: more than metadata has")
-                shutil.copyfileobj(answer, file)
+                while part := answer.read(1 << 20):
+                    file.write(part)
+                    if file.tell() > LARGEST:
+                        raise CalmError(f"{url} has more than {LARGEST:,} bytes: more than metadata has")
             if length and temporary.stat().st_size != length:
                 raise CalmError(f"{url}: the download was cut short: try again")
             if sha256 and (wrong := check_digest(temporary, "sha256", sha256)):
