@@ -56,8 +56,8 @@ class SmallResNet(nn.Module):
 
 
 def tiny_resnet() -> SmallResNet:
-    """0.3 million parameters, stride 8, for demonstrations."""
-    return SmallResNet(widths=(16, 32, 64, 128), depth=1)
+    """0.07 million parameters, stride 4, for demonstrations: each location sees 23 pixels, about one part of a bird."""
+    return SmallResNet(widths=(32, 64), strides=(1, 2), depth=1)
 
 
 def _block(inputs: int, width: int, stride: int) -> BasicBlock:
