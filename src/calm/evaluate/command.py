@@ -25,6 +25,7 @@ from calm.evaluate.subject import Subject, model_subject
 from calm.evaluate.tables import print_tables, write_tables
 from calm.maps import MAP_KINDS
 from calm.metrics.bootstrap import REPLICATES
+from calm.metrics.thresholds import Thresholds
 from calm.model import CalmModel
 
 __all__ = ["evaluate", "flags"]
@@ -215,7 +216,7 @@ def _subjects(asked: argparse.Namespace, split: Split) -> list[Subject]:
 
 
 def _folders(asked: argparse.Namespace, split: Split) -> list[MapFolder]:
-    thresholds = asked.thresholds or "even"
+    thresholds: Thresholds = asked.thresholds or "even"
     return [open_map_folder(folder, split, thresholds=thresholds) for folder in dict.fromkeys(asked.maps)]
 
 

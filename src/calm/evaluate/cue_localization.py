@@ -40,6 +40,7 @@ from calm.maps import difference
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixel_ap import Counting
+from calm.metrics.pointing import energy_inside, peak_hits
 from calm.normalize import normalize
 from calm.resample import resize_maps
 
@@ -226,13 +227,8 @@ class _Found:
 
     @classmethod
     def of(cls, maps: Tensor, truth: Tensor, image: Tensor, pair: Tensor) -> _Found:
-        flat, true = maps.flatten(1), truth.flatten(1)
-        hit = true.gather(1, flat.argmax(dim=1, keepdim=True)).squeeze(1).double()
-        total = flat.sum(dim=1).double()
-        mass = (flat * true).sum(dim=1).double() / total.clamp(min=torch.finfo(torch.float64).tiny)
-        empty = total == 0  # a map without information points nowhere
-        hit, mass = hit.masked_fill(empty, 0), mass.masked_fill(empty, 0)
-        return cls(image, pair, true.any(dim=1).cpu(), hit.cpu(), mass.cpu())
+        shown = truth.flatten(1).any(dim=1)
+        return cls(image, pair, shown.cpu(), peak_hits(maps, truth).cpu(), energy_inside(maps, truth).cpu())
 
     @classmethod
     def joined(cls, parts: Sequence[_Found]) -> _Found:

@@ -20,7 +20,7 @@ from calm.metrics.bootstrap import REPLICATES, Estimate
 from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
 from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
-from calm.metrics.thresholds import thresholds
+from calm.metrics.thresholds import Thresholds, thresholds
 from calm.normalize import normalize
 from calm.resample import resize_maps
 
@@ -143,7 +143,7 @@ _Computed = tuple[dict[str, Estimate], dict[str, Curve], dict[str, Any]]
 class _Boxes:
     def __init__(
         self,
-        cuts: str,
+        cuts: Thresholds,
         split: Split,
         size: tuple[int, int],
         replicates: int,
@@ -151,7 +151,7 @@ class _Boxes:
         device: torch.device,
     ) -> None:
         self.split, self.size = split, size
-        self.metric = MaxBoxAcc(thresholds(cuts), replicates=replicates, seed=seed).to(device)  # type: ignore[arg-type]
+        self.metric = MaxBoxAcc(thresholds(cuts), replicates=replicates, seed=seed).to(device)
         self.x_name = "threshold (log)" if cuts == "log" else "threshold"
 
     def update(self, seen: _Seen) -> _Updated:
@@ -180,7 +180,7 @@ class _Boxes:
 class _Masks:
     def __init__(
         self,
-        cuts: str,
+        cuts: Thresholds,
         split: Split,
         size: tuple[int, int],
         replicates: int,
@@ -188,9 +188,9 @@ class _Masks:
         device: torch.device,
     ) -> None:
         self.split, self.size = split, size
-        self.edges = thresholds(cuts).to(device)  # type: ignore[arg-type]
+        self.edges = thresholds(cuts).to(device)
         self.strict, self.released = (
-            PixelAP(thresholds(cuts), counting, replicates=replicates, seed=seed).to(device)  # type: ignore[arg-type]
+            PixelAP(thresholds(cuts), counting, replicates=replicates, seed=seed).to(device)
             for counting in ("strict", "released")
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from calm.data.records import Split
 from calm.errors import CalmError
+from calm.metrics.thresholds import Thresholds
 
 __all__ = ["MapFolder", "open_map_folder"]
 
@@ -41,7 +42,7 @@ class MapFolder:
 
     label: str
     files: tuple[Path, ...]
-    thresholds: str
+    thresholds: Thresholds
     about: Mapping[str, Any]
 
     def maps(self, places: Sequence[int]) -> Float[Tensor, "b h w"]:
@@ -55,7 +56,7 @@ def open_map_folder(
     *,
     size: tuple[int, int] = (224, 224),
     label: str | None = None,
-    thresholds: str = "even",
+    thresholds: Thresholds = "even",
 ) -> MapFolder:
     """Find and check the maps of all images of a split.
 

@@ -8,18 +8,16 @@ import torch
 
 from calm.data.records import Split
 from calm.evaluate.reading import batches
-from calm.evaluate.remove_and_classify import after_erasing
+from calm.evaluate.remove_and_classify import after_erasing, maps_to_rank
 from calm.evaluate.subject import Subject
 from calm.metrics.erasing import erasing_order, filling, random_order
 from calm.metrics.remove_and_classify import FRACTIONS
-from calm.normalize import normalize
 from calm.released_commands.data import test_split
 from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags
 from calm.released_commands.subject import released_subject
 from calm.released_commands.terminal import Log
 from calm.released_commands.weights import load_model
-from calm.resample import resize_maps
 
 __all__ = ["Measures", "main", "measure"]
 
@@ -72,9 +70,10 @@ def measure(
         keys, labels = indices.to(subject.device), labels.to(subject.device)
         looked = subject.look(images)
         whole += (looked.probs.argmax(dim=1) == labels).tolist()
-        maps = resize_maps(looked.maps(labels[:, None])[:, 0], (images.shape[-2], images.shape[-1]))
+        grid = looked.maps(labels[:, None])[:, 0]
+        maps = maps_to_rank(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
         random = random_order(keys, images.shape[-2] * images.shape[-1], seed)
-        orders = {"topk": erasing_order(normalize(maps, subject.normalization), random), "random": random}
+        orders = {"topk": erasing_order(maps, random), "random": random}
         for name, order in orders.items():
             right, _ = after_erasing(
                 lambda batch: subject.look(batch).probs,
