@@ -89,7 +89,7 @@ def test_boxes_are_the_extents_of_the_segmentations(birds: BirdsSummary) -> None
         assert mask.dtype == np.uint8
         assert set(np.unique(mask)) == {0, 255}
         y, x = np.nonzero(mask)
-        assert [float(value) for value in box[1:]] == [x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1]
+        assert [float(value) for value in box[1:]] == [x.min(), y.min(), np.ptp(x), np.ptp(y)]
 
 
 def test_part_locations_are_in_order_and_inside_the_segmentation(birds: BirdsSummary) -> None:

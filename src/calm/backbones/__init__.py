@@ -12,7 +12,7 @@ from torch import nn
 from calm.backbones.custom import adapt_backbone
 from calm.backbones.inception import InceptionV3
 from calm.backbones.resnet import ResNet50
-from calm.backbones.small import SmallResNet, tiny_resnet
+from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name
 from calm.backbones.vgg import VGG16
 from calm.errors import CalmError
@@ -24,6 +24,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "vgg16": VGG16,
     "inception_v3": InceptionV3,
     "small_resnet": SmallResNet,
+    "narrow_resnet": narrow_resnet,
     "tiny_resnet": tiny_resnet,
 }
 """Our own backbones; every other name is a timm model's. Each has the options of its constructor."""

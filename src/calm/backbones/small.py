@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-__all__ = ["SmallResNet", "tiny_resnet"]
+__all__ = ["SmallResNet", "narrow_resnet", "tiny_resnet"]
 
 
 class SmallResNet(nn.Module):
@@ -55,8 +55,13 @@ class SmallResNet(nn.Module):
         return features
 
 
+def narrow_resnet() -> SmallResNet:
+    """The default at half its width: 0.7 million parameters, about a quarter of its time."""
+    return SmallResNet(widths=(16, 32, 64, 128))
+
+
 def tiny_resnet() -> SmallResNet:
-    """0.07 million parameters, stride 4, for demonstrations: each location sees 23 pixels, about one part of a bird."""
+    """0.08 million parameters, stride 4, for demonstrations: each location sees 23 pixels, about one part of a bird."""
     return SmallResNet(widths=(32, 64), strides=(1, 2), depth=1)
 
 

@@ -52,9 +52,10 @@ class Drawing:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """x, y, width, height of the visible bird's extent, in whole pixels."""
+        """Left, top, width, height of the visible bird, in whole pixels, as `calm.data.cub` reads them: left + width and
+        top + height are its last column and row."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
-        return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0] + 1), int(rows[-1] - rows[0] + 1))
+        return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]), int(rows[-1] - rows[0]))
 
     def group(self, name: str) -> NDArray[np.bool_]:
         """The visible pixels of a part group (size, size)."""

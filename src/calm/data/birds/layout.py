@@ -32,7 +32,7 @@ from calm.errors import CalmError
 
 __all__ = ["BirdsConfig", "BirdsSummary", "write_birds"]
 
-GENERATOR_VERSION = 1
+GENERATOR_VERSION = 2
 """Grows whenever the same configuration gives other files."""
 MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
 
