@@ -52,8 +52,8 @@ class Drawing:
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, width, height of the visible bird, in whole pixels, as `calm.data.cub` reads them: left + width and
-        top + height are its last column and row."""
+        """Left, top, width, height of the visible bird, in whole pixels, as `calm.data.cub` reads them: left + width
+        and top + height are its last column and row."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]), int(rows[-1] - rows[0]))
 
