@@ -1,4 +1,4 @@
-"""How many cases the fault and fuzz suites try: few with every test run, all of them with `make stress` (CALM_STRESS=full)."""
+"""How many cases the fault and fuzz suites try: few with every test run, all with `make stress` (CALM_STRESS=full)."""
 
 import os
 
