@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help demo test lint clean
+.PHONY: help demo test stress lint clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
@@ -22,6 +22,9 @@ demo: $(VENV)/.installed  ## draw birds, train CAM and CALM on them, write demo/
 test: lint  ## lint, then every test
 	@echo "calm: running the tests ..."
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked stress; about an hour)
+	@CALM_STRESS=full $(BIN)/python -m pytest -q -m stress
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	@echo "calm: ruff and mypy ..."
