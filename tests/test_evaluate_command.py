@@ -145,6 +145,16 @@ def test_the_best_of_a_column_is_bold_and_lower_can_be_better():
     assert FIGURES["nll"].better == "lower"
 
 
+@pytest.mark.parametrize("name", ["chance", "part_of_image", "part_of_object"])
+def test_a_chance_level_is_never_the_best_of_a_column(name):
+    results = [Result("b", label, {name: Estimate(v, 0, 1)}) for label, v in (("one", 0.2), ("two", 0.1))]
+    assert FIGURES[name].better == ""
+    assert "**" not in markdown(results)
+    console = Console(record=True, width=80, file=io.StringIO())
+    print_tables(results, console)
+    assert console.export_text(styles=True).count("\x1b[1m20.0") == 0
+
+
 def test_labels_with_brackets_are_shown_as_they_are():
     console = Console(record=True, width=80, file=io.StringIO())
     print_tables([Result("b", "[red]x", {"top1": Estimate(0.5, 0.4, 0.6)})], console)

@@ -20,6 +20,7 @@ from calm.evaluate.subject import model_subject
 
 GROUPS = ["head", "back", "belly", "breast", "tail", "leg", "wing"]
 WORDS = [["bill", "crown", "eye", "forehead", "head", "nape", "throat"], *[[g] for g in GROUPS[1:]]]
+POINTED = ["peak_in_part", "mass_in_part", "part_of_image", "part_of_object"]
 POINTS = [[[2, 5, 6, 7, 10, 11, 15]], [[1]], [[3]], [[4]], [[14]], [[8], [12]], [[9], [13]]]
 
 
@@ -54,7 +55,7 @@ def slow_pairs(root):
 
 
 def slow_truth(root, record, groups):
-    """Pixels of the groups; None if no part of them is visible."""
+    """Pixels of the groups and how many the bird has; None if no part of them is visible."""
     ids = dict(line.split(" ", 1)[::-1] for line in (root / "images.txt").read_text().splitlines())
     rows = [line.split() for line in (root / "parts/part_locs.txt").read_text().splitlines()]
     parts = {int(r[1]): (float(r[2]), float(r[3])) for r in rows if r[0] == ids[record.id] and r[4] == "1"}
@@ -75,7 +76,7 @@ def slow_truth(root, record, groups):
     with Image.open(record.masks[0]) as image:
         grey = image.convert("L").resize((224, 224), Image.Resampling.BICUBIC)
     mask = np.array(grey) > 0
-    return np.isin(owner, groups) & mask
+    return np.isin(owner, groups) & mask, mask.sum()
 
 
 def slow_pxap(scores, truth, edges, released):
@@ -100,13 +101,14 @@ def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, meth
     model = models[method]
     edges = np.linspace(0, 0.999, 1000) if method == "cam" else 10.0 ** -(np.arange(1000)[::-1] * 0.007)
     got = cue_localization(model_subject(model), split, root, batch_size=4, replicates=20)
-    wanted, released, pooled = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}, []
-    for a, b, groups in slow_pairs(root):
-        scores, truths = [], []
+    wanted, released, pooled, pointed = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}, [], []
+    for told, (a, b, groups) in zip(got.details["pairs"], slow_pairs(root), strict=True):
+        scores, truths, points = [], [], []
         for record in split.records:
-            truth = slow_truth(root, record, groups) if record.label in (a, b) else None
-            if truth is None:
+            found = slow_truth(root, record, groups) if record.label in (a, b) else None
+            if found is None:
                 continue
+            truth, area = found
             image = model.preprocess(record.path)
             one, other = (model(image).attribute(torch.tensor([c])).detach() for c in (a, b))
             grid = (one - other).abs()[:, None]
@@ -114,6 +116,13 @@ def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, meth
             big = (big - big.min()) / (big.max() - big.min()) if method == "cam" else big.clip(0, 1)
             scores.append(big)
             truths.append(truth)
+            if truth.any():
+                peak, mass = truth.ravel()[big.argmax()], big[truth].sum(dtype=float) / big.sum(dtype=float)
+                points.append((peak, mass, truth.mean(), truth.sum() / area))
+        assert told["shown"] == len(points)
+        if points:
+            assert [told[name] for name in POINTED] == pytest.approx(np.mean(points, axis=0), abs=1e-5)
+        pointed += points if len(groups) == 1 else []
         if scores:
             scores, truths = np.stack(scores).ravel(), np.stack(truths).ravel()
             wanted[len(groups)].append(slow_pxap(scores, truths, edges, False))
@@ -123,6 +132,9 @@ def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, meth
     assert len(every) >= 3
     assert got.figures["mpxap"].value == pytest.approx(np.mean(every), abs=2e-5)
     assert got.figures["chance"].value == pytest.approx(np.mean(pooled))
+    assert len(pointed) > 3
+    figures = [got.figures[name].value for name in POINTED]
+    assert figures == pytest.approx(np.mean(pointed, axis=0), abs=1e-5)
     for number, values in wanted.items():
         if values:
             assert got.figures[f"mpxap_{number}"].value == pytest.approx(np.mean(values), abs=2e-5)

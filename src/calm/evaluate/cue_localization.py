@@ -155,9 +155,10 @@ def cue_localization(
 
     Returns:
         Figures ``mpxap``, ``mpxap_1`` ... (every pixel counted, each pair by itself) and the same with the
-        endings of ``WAYS``; for pairs that differ in one group ``peak_in_part`` and ``mass_in_part``; ``chance``,
-        the mPxAP of a map without information. Scores per image: the share of its difference maps that lies on
-        the differing parts, mean over its pairs.
+        endings of ``WAYS``; for pairs that differ in one group ``peak_in_part`` and ``mass_in_part``, and what a
+        random pixel of the image and of the object would score there, ``part_of_image`` and ``part_of_object``;
+        ``chance``, the mPxAP of a map without information. Scores per image: the share of its difference maps
+        that lies on the differing parts, mean over its pairs. In ``details["pairs"]`` the same by pair.
 
     Raises:
         CalmError: see `read_cue_data`.
@@ -186,7 +187,8 @@ def cue_localization(
             maps = normalize(resize_maps(difference(one, other), PROTOCOL_SIZE), subject.normalization)
             truth = (own_bits[row] & bits[pair].to(subject.device)[:, None, None]) != 0
             metric.update(maps, truth, pair.to(subject.device))
-            found.append(_Found.of(maps, truth, positions[asked.row[some]], pair))
+            objects = (own_bits != 0).flatten(1).sum(dim=1)[row]
+            found.append(_Found.of(maps, truth, objects, positions[asked.row[some]], pair))
     return _result(subject, split, data, metric.cpu(), _Found.joined(found), replicates, seed)
 
 
@@ -217,22 +219,42 @@ class _Asked:
 
 @dataclass(frozen=True)
 class _Found:
-    """Peak and mass of samples. Where the truth has no pixel there is nothing to find: ``shown`` is False."""
+    """Peak and mass of samples, and the truth's share of the image's and of the object's pixels: what both would be
+    at a random one. Where the truth has no pixel there is nothing to find: ``shown`` is False."""
 
     image: Int[Tensor, " s"]
     pair: Int[Tensor, " s"]
     shown: Bool[Tensor, " s"]
     hit: Float[Tensor, " s"]
     mass: Float[Tensor, " s"]
+    of_image: Float[Tensor, " s"]
+    of_object: Float[Tensor, " s"]
 
     @classmethod
-    def of(cls, maps: Tensor, truth: Tensor, image: Tensor, pair: Tensor) -> _Found:
-        shown = truth.flatten(1).any(dim=1)
-        return cls(image, pair, shown.cpu(), peak_hits(maps, truth).cpu(), energy_inside(maps, truth).cpu())
+    def of(cls, maps: Tensor, truth: Tensor, objects: Tensor, image: Tensor, pair: Tensor) -> _Found:
+        pixels = truth.flatten(1).sum(dim=1)
+        shares = (pixels.double() / area for area in (truth[0].numel(), objects.clamp(min=1)))
+        values = (pixels > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
+        return cls(image, pair, *(value.cpu() for value in values))
 
     @classmethod
     def joined(cls, parts: Sequence[_Found]) -> _Found:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__annotations__))
+
+    def shares(self) -> dict[str, Tensor]:
+        """By the names of their figures."""
+        return {
+            "peak_in_part": self.hit,
+            "mass_in_part": self.mass,
+            "part_of_image": self.of_image,
+            "part_of_object": self.of_object,
+        }
+
+    def of_pair(self, number: int) -> dict[str, float]:
+        """How many samples of a pair show what is asked for, and the means of the shares over them (or NaN)."""
+        own = self.shown & (self.pair == number)
+        means = {name: float(values[own].mean()) for name, values in self.shares().items()}
+        return {"shown": int(own.sum()), **means}
 
 
 def _object(record: Record) -> Bool[Tensor, "H W"]:
@@ -263,7 +285,7 @@ def _result(
     single = torch.tensor([len(pair.groups) == 1 for pair in data.pairs])[found.pair] & found.shown
     if single.any():
         drawn = weights(found.image[single], replicates, seed)
-        for name, values in (("peak_in_part", found.hit), ("mass_in_part", found.mass)):
+        for name, values in found.shares().items():
             figures[name] = estimate((drawn @ values[single]) / drawn.sum(dim=1))
     pixels = metric.histogram.sum(dim=1)
     share = pixels[:, 1] / pixels.sum(dim=1)
@@ -281,6 +303,7 @@ def _result(
                     "second": split.class_names[pair.second],
                     "groups": [data.groups[group].name for group in pair.groups],
                     "images": int((found.pair == number).sum()),
+                    **found.of_pair(number),
                     **{f"pxap{ending}": result.per_pair[number] for ending, result in results.items()},
                 }
                 for number, pair in enumerate(data.pairs)

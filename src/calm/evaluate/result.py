@@ -26,14 +26,14 @@ class FigureSpec:
     Attributes:
         title: head of its column.
         unit: what a value is; "percent" is stored as a fraction, and shown times 100.
-        better: which way is good.
+        better: which way is good; "" for neither, such as a chance level.
         meaning: one sentence.
         main: shown in the terminal's table; the others are in its files only.
     """
 
     title: str
     unit: Literal["percent", "nats", "ratio"] = "percent"
-    better: Literal["higher", "lower"] = "higher"
+    better: Literal["higher", "lower", ""] = "higher"
     meaning: str = ""
     main: bool = True
 
@@ -69,8 +69,22 @@ FIGURES: dict[str, FigureSpec] = {
     "mass_in_part": FigureSpec(
         "mass in part", meaning="share of the map that lies in the one part that differs"
     ),
+    "part_of_image": FigureSpec(
+        "part of image",
+        better="",
+        meaning="share of the image that is the one part that differs: peak and mass of a random pixel",
+        main=False,
+    ),
+    "part_of_object": FigureSpec(
+        "part of object",
+        better="",
+        meaning="share of the object that is the one part that differs: peak and mass of a random pixel of it",
+        main=False,
+    ),
     "chance": FigureSpec(
-        "chance", meaning="share of pixels that belong to the differing parts: what a constant map scores"
+        "chance",
+        better="",
+        meaning="share of pixels that belong to the differing parts: mPxAP of a constant map",
     ),
     **{
         f"r{k}": FigureSpec(

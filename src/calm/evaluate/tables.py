@@ -120,7 +120,7 @@ def _cell(name: str, result: Result, beside: Sequence[Result], bold: str) -> str
     values = [r.figures[name].value for r in beside if name in r.figures]
     values = [value for value in values if math.isfinite(value)]
     text = written(estimate, spec)
-    if estimate is None or len(values) < 2 or name == "chance":
+    if estimate is None or len(values) < 2 or not spec.better:
         return text
     best = max(values) if spec.better == "higher" else min(values)
     return bold.format(text) if estimate.value == best else text
