@@ -33,6 +33,7 @@ from calm.data.part_groups import read_part_groups
 from calm.data.records import Record, Split
 from calm.data.threads import in_threads
 from calm.errors import CalmError
+from calm.evaluate.processes import gathered
 from calm.evaluate.reading import Progress, batches
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
@@ -189,7 +190,8 @@ def cue_localization(
             metric.update(maps, truth, pair.to(subject.device))
             objects = (own_bits != 0).flatten(1).sum(dim=1)[row]
             found.append(_Found.of(maps, truth, objects, positions[asked.row[some]], pair))
-    return _result(subject, split, data, metric.cpu(), _Found.joined(found), replicates, seed)
+    every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
+    return _result(subject, split, data, metric.cpu(), _Found.joined(every), replicates, seed)
 
 
 @dataclass(frozen=True)
