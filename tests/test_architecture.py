@@ -9,10 +9,10 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = [
-    {"errors", "atomic", "command_line"},
+    {"errors", "atomic", "command_line", "documents"},
     {"latent", "colormaps"},
-    {"objectives", "resample", "normalize"},
-    {"maps"},
+    {"objectives", "target_conditional", "resample", "normalize"},
+    {"maps", "unscored"},
     {"output", "render"},
     {"head", "backbones", "preprocess", "data", "metrics"},
     {"model"},

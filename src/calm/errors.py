@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+from reprlib import Repr
 
-__all__ = ["CalmError", "unknown"]
+__all__ = ["CalmError", "shown", "unknown"]
 
 
 class CalmError(ValueError):
@@ -32,6 +33,26 @@ def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = ""
     """
     names = list(allowed)
     place = f" in {where}" if where else ""
-    close = get_close_matches(str(given), names, n=1, cutoff=0.5)
+    close = get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    return CalmError(f"unknown {what} {given!r}{place}: allowed are {', '.join(names)}{hint}")
+    return CalmError(f"unknown {what} {shown(given)}{place}: allowed are {', '.join(names)}{hint}")
+
+
+_SHORT = Repr()
+_SHORT.maxlevel = 2
+_SHORT.maxdict = _SHORT.maxlist = _SHORT.maxtuple = _SHORT.maxset = 4
+_SHORT.maxstring = _SHORT.maxother = 120
+
+
+def shown(value: object) -> str:
+    """``value`` for a message, in a few characters however large it is: it may come from a file.
+
+    >>> shown("cat"), shown([1, 2, 3, 4, 5]), shown(CalmError())
+    ("'cat'", '[1, 2, 3, 4, ...]', 'a CalmError')
+    """
+    if value is not None and type(value) not in (str, bytes, bool, int, float, list, tuple, dict):
+        return f"a {type(value).__name__}"
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # more digits than Python writes
+        return f"a {type(value).__name__} of very many digits"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from calm.data.folder import SUFFIXES
+from calm.data.lines import is_text
 from calm.errors import CalmError
 
 __all__ = ["ImageInput", "find_images"]
@@ -34,16 +35,22 @@ def find_images(wanted: Sequence[str], out: Path) -> tuple[list[ImageInput], lis
         The images in the order named (folders and patterns sorted), and the entries without image.
 
     Raises:
-        CalmError: no image at all.
+        CalmError: no image at all, a name that is not UTF-8 text, ``out`` is a loop of links.
     """
+    try:
+        written = out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise CalmError(f"cannot write to {out}: {error}") from error
     found: dict[Path, ImageInput] = {}
     missing: list[str] = []
     names: set[str] = set()
     for entry in wanted:
-        matches = list(_matches(entry, out.resolve()))
+        matches = list(_matches(entry, written))
         if not matches:
             missing.append(entry)
         for path, name in matches:
+            if not is_text(str(path)):
+                raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
             if path.resolve() not in found:
                 found[path.resolve()] = ImageInput(path, _free(name, names))
     if not found:
@@ -53,9 +60,13 @@ def find_images(wanted: Sequence[str], out: Path) -> tuple[list[ImageInput], lis
 
 def _matches(entry: str, out: Path) -> Iterator[tuple[Path, str]]:
     path = Path(entry)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError:  # a name that no file can have
+        return
+    if is_file:
         yield path, path.stem
-    elif path.is_dir():
+    elif is_folder:
         for file in sorted(path.rglob("*")):
             if _is_image(file, out):
                 yield file, file.relative_to(path).with_suffix("").as_posix()

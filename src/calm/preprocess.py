@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calm.errors import CalmError
+from calm.errors import CalmError, shown
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,12 +23,16 @@ ImageLike: TypeAlias = Union[str, Path, "PIL.Image.Image", "np.ndarray", Tensor]
 """A file, a PIL image, or uint8 RGB of shape (H, W, 3)."""
 
 
+LARGEST_SIDE = 8192
+"""Pixels of a side of the model's input, at most."""
+
+
 @dataclass(frozen=True)
 class Preprocessing:
     """Resize to ``size`` (no crop, the aspect ratio gives way: the paper's test protocol), scale, normalise.
 
     Attributes:
-        size: (height, width) in pixels.
+        size: (height, width) in pixels, each from 1 to `LARGEST_SIDE`.
         mean: per channel, of RGB in [0, 1]; the default is ImageNet's.
         std: per channel, of RGB in [0, 1]; the default is ImageNet's.
     """
@@ -40,11 +44,11 @@ class Preprocessing:
     def __post_init__(self) -> None:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        if len(self.size) != 2 or min(self.size) < 1:
+        if len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= LARGEST_SIDE:
             raise CalmError(
-                f"preprocessing size is {self.size}: give (height, width) in pixels, each at least 1"
+                f"preprocessing size is {shown(self.size)}: give (height, width) in pixels, each 1 to {LARGEST_SIDE}"
             )
-        if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
+        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise CalmError("preprocessing needs three means and three positive stds")
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
@@ -54,7 +58,9 @@ class Preprocessing:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
 
         Files are read by `calm.data.images.read_rgb`: grey, CMYK and palette images become RGB, transparent pixels
-        are laid over white, and an EXIF orientation is not applied.
+        are laid over white, and the picture is turned upright as its EXIF orientation says, as `calm attribute`
+        does. A PIL image or an array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which
+        boxes and masks of CUB and of the metadata format refer to (`calm.data.records.Split.exif`).
         """
         several: Sequence[ImageLike] = images if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
         if not several:
@@ -92,7 +98,7 @@ def _open(image: ImageLike) -> PIL.Image.Image:
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, (str, Path)):
-        return Image.fromarray(read_rgb(Path(image)))
+        return Image.fromarray(read_rgb(Path(image), exif=True))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
         raise CalmError(

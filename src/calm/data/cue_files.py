@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from calm.data.cues import CUB_GROUPS, PROTOCOL_SIZE, CuePair, PartGroup, PartPoints, class_pairs, group_votes
+from calm.data.images import read_pixels
 from calm.data.lines import numbered
 from calm.errors import CalmError
 
@@ -107,12 +108,11 @@ def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool
     Raises:
         CalmError: the file is missing or no image.
     """
-    try:
-        with Image.open(path) as image:
-            grey = image.convert("L").resize((size[1], size[0]), Image.Resampling.BICUBIC)
-    except (OSError, SyntaxError, ValueError) as error:
-        raise CalmError(f"cannot read segmentation {path}: {error}") from error
-    return torch.from_numpy(np.array(grey) > 0)
+    shape = (size[1], size[0])
+    grey = read_pixels(
+        path, lambda image: image.convert("L").resize(shape, Image.Resampling.BICUBIC), "segmentation"
+    )
+    return torch.from_numpy(grey > 0)
 
 
 def _floats(text: str) -> list[float]:

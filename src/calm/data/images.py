@@ -2,28 +2,44 @@
 
 from __future__ import annotations
 
-import struct
-import zlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
+from calm.documents import open_regular
 from calm.errors import CalmError
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-__all__ = ["MAX_PIXELS", "Probe", "image_size", "probe", "read_rgb", "to_rgb"]
+__all__ = ["FORMATS", "MAX_PIXELS", "Probe", "image_size", "probe", "read_pixels", "read_rgb", "to_rgb"]
 
 MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own default guard against decompression bombs (256 MiB of RGB)."""
 
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+"""Formats that are read, whatever a file's name. Not all that Pillow knows: it hands an EPS file to Ghostscript, which
+runs it as a program."""
+
+MAX_SCANS = 100
+"""Most scans of a progressive JPEG; encoders write about ten."""
+
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _IMPOSTORS: Mapping[bytes, str] = {
     b"<!doctype html": "an HTML page",
@@ -62,12 +78,10 @@ def probe(path: Path, *, decode: bool = False) -> Probe:
             and PNG files that do not end as they must: this finds cut-off files at the cost of a header.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "image") as file:
             return _probe(file, decode)
-    except FileNotFoundError:
-        return Probe(None, "missing-file", "no such file")
-    except OSError as error:
-        return Probe(None, "missing-file", f"cannot be opened: {error.strerror}")
+    except CalmError as error:
+        return Probe(None, "missing-file", "no such file" if not os.path.lexists(path) else str(error))
 
 
 def _probe(file: BinaryIO, decode: bool) -> Probe:
@@ -75,19 +89,39 @@ def _probe(file: BinaryIO, decode: bool) -> Probe:
     if not head:
         return Probe(None, "empty-file", "0 bytes")
     file.seek(0)
+    size = None
     try:
-        with Image.open(file) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return Probe(image.size, "too-large", _too_large(image.size))
+        with Image.open(file, formats=FORMATS) as image:
+            size = image.size
+            _check_cost(image, file)
             if decode or not _ends_well(file, image.format):
                 image.load()
-            return Probe(image.size)
+            return Probe(size)
+    except _TooLarge as error:
+        return Probe(size, "too-large", str(error))
     except _BOMB:
         return Probe(None, "too-large", f"more than {MAX_PIXELS:,} pixels")
     except UnidentifiedImageError:
         return Probe(None, "not-an-image", _impostor(head))
-    except _BROKEN as error:
-        return Probe(None, "truncated", str(error) or type(error).__name__)
+    except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
+        return Probe(None, "truncated", str(error)[:200] or type(error).__name__)
+
+
+class _TooLarge(Exception):  # noqa: N818 -- never leaves this module
+    """A file that is dear to decode."""
+
+
+def _check_cost(image: Image.Image, file: BinaryIO) -> None:
+    """Raise for an image of too many pixels, or of more scans than a picture has: each costs a pass over all pixels."""
+    if image.width * image.height > MAX_PIXELS:
+        raise _TooLarge(_too_large(image.size))
+    if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
+        position = file.tell()
+        file.seek(0)
+        scans = file.read().count(b"\xff\xda")
+        file.seek(position)
+        if scans > MAX_SCANS:
+            raise _TooLarge(f"a JPEG of {scans:,} scans, allowed are {MAX_SCANS}")
 
 
 def _too_large(size: tuple[int, int]) -> str:
@@ -99,7 +133,7 @@ def _impostor(head: bytes) -> str:
     for magic, name in _IMPOSTORS.items():
         if start.startswith(magic):
             return f"{name}, by its first bytes"
-    return f"no known image format; it begins with {head[:12]!r}"
+    return f"none of the formats {', '.join(FORMATS)}; it begins with {head[:12]!r}"
 
 
 def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
@@ -117,9 +151,9 @@ def _ends_well(file: BinaryIO, image_format: str | None) -> bool:
 def image_size(path: Path) -> tuple[int, int] | None:
     """(width, height) of the stored pixels by the file's header; None if it cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open_regular(path) as file, Image.open(file, formats=FORMATS) as image:
             return image.size
-    except (*_BOMB, *_BROKEN):
+    except Exception:  # as in `probe`
         return None
 
 
@@ -127,28 +161,56 @@ def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
     """The pixels of an image file, (H, W, 3) uint8 RGB.
 
     Args:
-        path: an image of any format and mode Pillow reads; of an animation, the first frame.
-        exif: turn the picture as its EXIF orientation says.
+        path: an image of one of :data:`FORMATS`, of any mode; of an animation, the first frame.
+        exif: turn the picture as its EXIF orientation says. (Pillow itself turns TIFF files, asked or not.)
 
     Raises:
-        CalmError: the file is missing, not an image, broken, or of more than :data:`MAX_PIXELS` pixels.
+        CalmError: naming the file: it is missing, not an image, broken, of floating-point pixels, or more than
+            :data:`MAX_PIXELS` pixels. No other exception, whatever is in the file.
     """
+    return read_pixels(path, lambda image: to_rgb(_upright(image) if exif else image))
+
+
+def read_pixels(
+    path: Path, convert: Callable[[Image.Image], Image.Image], what: str = "image"
+) -> NDArray[np.uint8]:
+    """What ``convert`` makes of an image file, as uint8.
+
+    Args:
+        path: an image of one of :data:`FORMATS`; of an animation, the first frame.
+        convert: to 8 bits a channel.
+        what: what the image is, for messages.
+
+    Raises:
+        CalmError: as `read_rgb`.
+    """
+    with open_regular(path, what) as file:
+        try:
+            with Image.open(file, formats=FORMATS) as image:
+                _check_cost(image, file)
+                return np.array(convert(image), dtype=np.uint8)
+        except _TooLarge as error:
+            raise CalmError(f"{what} {path} is too large: {error}") from error
+        except _BOMB as error:
+            raise CalmError(f"{what} {path} is too large: more than {MAX_PIXELS:,} pixels") from error
+        except CalmError as error:
+            raise CalmError(f"{what} {path}: {error}") from error
+        except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
+            found = probe(path, decode=True)
+            reason = found.message or str(error)[:200] or type(error).__name__
+            raise CalmError(
+                f"cannot read {what} {path}: {reason}; `calm data check` lists all such files"
+            ) from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the EXIF orientation says; as stored, if that cannot be read."""
     try:
-        with Image.open(path) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise CalmError(f"image {path} is too large: {_too_large(image.size)}")
-            turned = ImageOps.exif_transpose(image) if exif else image
-            return np.array(to_rgb(turned), dtype=np.uint8)
-    except CalmError:
-        raise
-    except _BOMB as error:
-        raise CalmError(f"image {path} is too large: more than {MAX_PIXELS:,} pixels") from error
-    except _BROKEN as error:
-        found = probe(path, decode=True)
-        reason = found.message or str(error)
-        raise CalmError(
-            f"cannot read image {path}: {reason}; `calm data check` lists all such files"
-        ) from error
+        orientation = image.getexif().get(0x0112)
+    except Exception:  # damaged EXIF data is no reason to refuse a whole picture
+        return image
+    turn = _TURNS.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

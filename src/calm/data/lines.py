@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Iterator
+from itertools import count
 from pathlib import Path
 
 from calm.data.problems import Problem
 from calm.data.records import Box
+from calm.documents import open_regular
 from calm.errors import CalmError
 
-__all__ = ["box_problem", "inside", "numbered", "whole_number"]
+__all__ = ["box_problem", "inside", "is_text", "numbered", "whole_number"]
+
+LONGEST_LINE = 1_000_000
+"""Characters of a line, at most."""
 
 _WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
 
@@ -19,17 +25,24 @@ def numbered(path: Path) -> Iterator[tuple[int, str]]:
     """(line number from 1, text without surrounding white space) of each line that is not blank.
 
     Raises:
-        CalmError: the file is missing, unreadable, or not UTF-8 text.
+        CalmError: the file is missing, no regular file, unreadable, or not UTF-8 text, or a line is longer than
+            `LONGEST_LINE`.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline=None) as file:
-            for number, line in enumerate(file, start=1):
+        with (
+            open_regular(path, "the data set's") as binary,
+            io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None) as file,
+        ):
+            for number in count(1):
+                line = file.readline(LONGEST_LINE + 1)
+                if len(line) > LONGEST_LINE:
+                    raise CalmError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
                 if text := line.strip():
                     yield number, text
+                if not line:
+                    return
     except OSError as error:
-        raise CalmError(
-            f"cannot read {path}: {error.strerror}; it is part of the data set's layout"
-        ) from error
+        raise CalmError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise CalmError(
             f"{path} is not UTF-8 text (byte {error.start} of a block): save it as UTF-8"
@@ -43,6 +56,11 @@ def whole_number(text: str) -> int | None:
     (-3, None, None, None)
     """
     return int(text) if _WHOLE.fullmatch(text) else None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written as UTF-8: names of bytes that are not UTF-8 cannot."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def inside(path: str) -> bool:

@@ -1,0 +1,309 @@
+"""Image files that nobody vouches for: a picture, or CalmError with the file's name; no hang, no memory, no code."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import warnings
+import zlib
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzzing import cases, damaged, outcome, refused_cheaply
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from stress_counts import count
+
+from calm.data.cue_files import read_segmentation
+from calm.data.images import image_size, probe, read_rgb
+from calm.errors import CalmError
+from calm.image_inputs import find_images
+from calm.preprocess import Preprocessing
+
+pytestmark = [
+    pytest.mark.stress,
+    pytest.mark.filterwarnings("ignore::UserWarning"),
+]  # Pillow's, of odd metadata
+
+SIZE = (37, 23)
+
+
+@cache
+def corpus() -> dict[str, bytes]:
+    """A good file of every kind: name to content. All are 37 x 23 as stored."""
+    generator = np.random.default_rng(3)
+    pixels = generator.integers(0, 256, (SIZE[1], SIZE[0], 4), dtype=np.uint8)
+    rgba = Image.fromarray(pixels)
+    rgb, grey = rgba.convert("RGB"), rgba.convert("L")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    deep = Image.fromarray(generator.integers(0, 2**16, SIZE[::-1], dtype=np.uint16))
+    others = [Image.fromarray(255 - pixels[..., :3]), Image.fromarray(pixels[::-1, :, :3].copy())]
+    animated = {"save_all": True, "append_images": others}
+    wanted: dict[str, tuple[Image.Image, dict[str, object]]] = {
+        "plain.jpg": (rgb, {}),
+        "progressive.jpg": (rgb, {"progressive": True}),
+        "grey.jpg": (grey, {}),
+        "cmyk.jpg": (rgb.convert("CMYK"), {}),
+        "turned.jpg": (rgb, {"exif": turned}),
+        "plain.png": (rgb, {}),
+        "turned.png": (rgb, {"exif": turned}),
+        "deep.png": (deep, {}),
+        "bits.png": (grey.convert("1"), {}),
+        "grey-alpha.png": (rgba.convert("LA"), {}),
+        "alpha.png": (rgba, {}),
+        "palette.png": (rgb.quantize(16), {"transparency": 3}),
+        "palette-alphas.png": (rgb.quantize(4), {"transparency": bytes([0, 80, 160, 255])}),
+        "animated.png": (rgb, animated),
+        "plain.gif": (rgb.quantize(32), {"transparency": 1}),
+        "animated.gif": (rgb, animated),
+        "plain.webp": (rgb, {}),
+        "lossless.webp": (rgba, {"lossless": True}),
+        "animated.webp": (rgb, animated),
+        "plain.bmp": (rgb, {}),
+        "palette.bmp": (rgb.quantize(16), {}),
+        "plain.tif": (rgb, {}),
+        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
+        "jpeg.tif": (rgb, {"compression": "jpeg"}),
+        "cmyk.tif": (rgb.convert("CMYK"), {}),
+        "deep.tif": (deep, {}),
+        "pages.tif": (rgb, animated),
+        "plain.ppm": (rgb, {}),
+        "plain.pgm": (grey, {}),
+        "bits.ppm": (grey.convert("1"), {}),
+    }
+    files = {}
+    for name, (image, options) in wanted.items():
+        buffer = io.BytesIO()
+        image.save(
+            buffer, {"jpg": "jpeg", "tif": "tiff", "pgm": "ppm"}.get(name[-3:], name.split(".")[1]), **options
+        )
+        files[name] = buffer.getvalue()
+    files["text.ppm"] = b"P3\n37 23\n255\n" + b" ".join(b"%d" % value for value in pixels[..., :3].ravel())
+    return files
+
+
+def read_every_way(path: Path) -> None:
+    """All readers of images agree whether the file is one, and none raises anything but CalmError."""
+    found = outcome(lambda: read_rgb(path), path.name)
+    shown = outcome(lambda: read_rgb(path, exif=True), path.name)
+    look, size = probe(path, decode=True), image_size(path)
+    assert (look.kind == "") == (not look.message)
+    if found is not None:
+        assert look.kind == "", look
+        assert size == look.size == (found.shape[1], found.shape[0])
+        assert (found.dtype, found.ndim, found.shape[2]) == (np.uint8, 3, 3)
+        assert shown is not None
+        assert sorted(shown.shape) == sorted(found.shape)
+    outcome(lambda: Preprocessing(size=(8, 8))(path), path.name)
+    outcome(lambda: read_segmentation(path, (8, 8)), path.name)
+
+
+@pytest.mark.parametrize("name", corpus())
+def test_a_good_file_of_every_kind_is_read(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(corpus()[name])
+    found = outcome(lambda: read_rgb(tmp_path / name), name)
+    assert found is not None
+    assert found.shape == (SIZE[1], SIZE[0], 3)
+    read_every_way(tmp_path / name)
+
+
+@cases(100, 3000)
+@given(data=st.data())
+def test_a_damaged_file_gives_a_picture_or_an_error_that_names_it(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    name = data.draw(st.sampled_from(sorted(corpus())))
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(data.draw(damaged(corpus()[name])))
+    read_every_way(path)
+
+
+@cases(20, 1000)
+@given(st.binary(max_size=2000))
+def test_noise_named_as_an_image_is_refused(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "noise.png"
+    path.write_bytes(noise)
+    read_every_way(path)
+
+
+@pytest.mark.parametrize("name", corpus())
+def test_a_file_cut_anywhere_gives_a_picture_or_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+    whole, path = corpus()[name], tmp_path / name
+    for end in np.linspace(0, len(whole) - 1, count(reduced=4, full=60), dtype=int).tolist():
+        path.write_bytes(whole[:end])
+        read_every_way(path)
+
+
+# Files that are no pictures, and pictures that are too much
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width: int, height: int, *more: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    end = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + end
+
+
+def many_scans(side: int, scans: int) -> bytes:
+    """A progressive JPEG whose last scan's header comes again and again: each costs the decoder all blocks."""
+    buffer = io.BytesIO()
+    Image.new("L", (side, side)).save(buffer, "jpeg", progressive=True)
+    whole = buffer.getvalue()
+    start = whole.rindex(b"\xff\xda")
+    header = whole[start : start + 2 + int.from_bytes(whole[start + 2 : start + 4], "big")]
+    return whole[:-2] + header * scans + whole[-2:]
+
+
+def bombs() -> dict[str, bytes]:
+    """Small files that claim much."""
+    files = corpus()
+    jpeg, gif, webp = files["plain.jpg"], files["plain.gif"], files["lossless.webp"]
+    frame = jpeg.index(b"\xff\xc0") + 5
+    big = struct.pack(">I", 50_000)
+    tags = b"".join(
+        struct.pack("<HHII", tag, 4, 1, value)
+        for tag, value in [(256, 50_000), (257, 50_000), (258, 8), (259, 1), (262, 1), (273, 8), (279, 10)]
+    )
+    extended = b"VP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + b"\xfe\x3f\x00" * 2
+    return {
+        "header.png": png(50_000, 50_000),
+        "below-the-limit.png": png(9_400, 9_400),
+        "text.png": png(8, 8, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(300 * 2**20), 9))),
+        "profile.png": png(8, 8, chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(300 * 2**20), 9))),
+        "header.jpg": jpeg[:frame] + b"\xff\xdc\xff\xdc" + jpeg[frame + 4 :],
+        "scans.jpg": many_scans(6000, 5000),
+        "header.gif": gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
+        "header.webp": b"RIFF" + struct.pack("<I", len(webp) + 10) + b"WEBP" + extended + webp[12:],
+        "header.bmp": files["plain.bmp"][:18] + big[::-1] * 2 + files["plain.bmp"][26:],
+        "header.tif": b"II*\0\x08\0\0\0" + struct.pack("<H", 7) + tags + bytes(4),
+        "header.ppm": b"P6 90000 90000 255\n" + bytes(100),
+        "header-text.ppm": b"P3 9000 9000 255\n" + b"1 " * 1000,
+    }
+
+
+def test_bombs_are_refused_in_little_time_and_memory(tmp_path: Path) -> None:
+    tasks = []
+    for name, content in bombs().items():
+        (tmp_path / name).write_bytes(content)
+        tasks += [(reader, tmp_path / name) for reader in ("image", "segmentation")]
+    refused_cheaply(tasks)
+
+
+POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+(CANARY) (w) file closefile showpage
+%%EOF
+"""
+
+
+def odd_things(folder: Path) -> dict[str, Path]:
+    """What else may have the name of an image: no reader takes any of it for one."""
+    folder.mkdir(exist_ok=True)
+    paths = {
+        name: folder / f"{name}.jpg"
+        for name in (
+            "page",
+            "empty",
+            "lfs",
+            "script",
+            "folder",
+            "loop",
+            "dangling",
+            "pipe",
+            "itself",
+            "device",
+        )
+    }
+    paths["page"].write_bytes(b"\n<!DOCTYPE html><html><title>404</title></html>")
+    paths["empty"].write_bytes(b"")
+    paths["lfs"].write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    paths["script"].write_bytes(POSTSCRIPT.replace(b"CANARY", os.fsencode(folder / "canary")))
+    paths["folder"].mkdir()
+    paths["loop"].symlink_to(folder / "other-loop.jpg")
+    (folder / "other-loop.jpg").symlink_to(paths["loop"])
+    paths["dangling"].symlink_to(folder / "nowhere.jpg")
+    paths["itself"].symlink_to(paths["itself"])
+    paths["device"].symlink_to("/dev/zero")
+    os.mkfifo(paths["pipe"])
+    return paths
+
+
+def test_what_is_no_picture_is_refused_by_its_name_and_never_waited_for(tmp_path: Path) -> None:
+    for path in odd_things(tmp_path).values():
+        for read in (read_rgb, read_segmentation, Preprocessing()):
+            with pytest.raises(CalmError, match=path.name):
+                read(path)
+        assert probe(path, decode=True).kind in ("missing-file", "empty-file", "not-an-image")
+        assert image_size(path) is None
+    assert not (tmp_path / "canary").exists()
+
+
+@pytest.mark.parametrize("name", ["a\0b.jpg", "n" * 5000 + ".jpg", "folder/../" * 2000 + "x.jpg"])
+def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+    for read in (read_rgb, read_segmentation, Preprocessing()):
+        with pytest.raises(CalmError, match="cannot read"):
+            read(Path(name))
+    assert probe(Path(name)).kind == "missing-file"
+    with pytest.raises(CalmError, match="no image found"):
+        find_images([name], Path("out"))
+
+
+def test_a_postscript_file_is_no_image_whatever_its_name(tmp_path: Path) -> None:
+    """Pillow would start Ghostscript for it."""
+    (tmp_path / "a.jpg").write_bytes(POSTSCRIPT)
+    with warnings.catch_warnings(), Image.open(tmp_path / "a.jpg") as image:
+        assert image.format == "EPS"
+    assert probe(tmp_path / "a.jpg").kind == "not-an-image"
+
+
+def test_floating_point_pixels_are_refused_by_the_files_name(tmp_path: Path) -> None:
+    Image.new("F", (4, 3)).save(tmp_path / "depth.tif")
+    with pytest.raises(CalmError, match=r"depth\.tif.*floating-point"):
+        read_rgb(tmp_path / "depth.tif")
+
+
+def test_damaged_exif_data_do_not_cost_the_picture(tmp_path: Path) -> None:
+    whole = corpus()["turned.jpg"]
+    start = whole.index(b"Exif")
+    (tmp_path / "a.jpg").write_bytes(whole[: start + 6] + b"\xff" * 8 + whole[start + 14 :])
+    assert read_rgb(tmp_path / "a.jpg", exif=True).shape == read_rgb(tmp_path / "a.jpg").shape
+
+
+# From the file to the model
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_each_orientation_is_turned_as_the_standard_says(tmp_path: Path, orientation: int) -> None:
+    """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274)."""
+    rows, columns = {
+        1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
+        5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
+    }[orientation]  # fmt: skip
+    stored = np.zeros((4, 6, 3), dtype=np.uint8)
+    stored[0, :, 0], stored[:, 0, 1] = 255, 255  # first row red, first column green
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
+    shown = read_rgb(tmp_path / "a.png", exif=True)
+    edges = {"top": shown[0], "bottom": shown[-1], "left": shown[:, 0], "right": shown[:, -1]}
+    assert (edges[rows][:, 0] == 255).all()
+    assert (edges[columns][:, 1] == 255).all()
+
+
+def test_a_file_reaches_the_model_upright_as_calm_attribute_shows_it(tmp_path: Path) -> None:
+    path = tmp_path / "turned.jpg"
+    path.write_bytes(corpus()["turned.jpg"])
+    prepare = Preprocessing(size=(16, 16))
+    assert (prepare(path) == prepare(read_rgb(path, exif=True))).all()
+    assert not (prepare(path) == prepare(read_rgb(path))).all()
+    with Image.open(path) as image:
+        assert (prepare(image) == prepare(read_rgb(path))).all()  # a picture already open is taken as it is
