@@ -16,7 +16,8 @@ import time
 
 import torch
 
-from calm.evaluate.remove_and_classify import after_erasing, maps_to_rank
+from calm.evaluate.ranked_pixels import maps_to_rank
+from calm.evaluate.remove_and_classify import after_erasing
 from calm.evaluate.subject import model_subject
 from calm.metrics.erasing import erasing_order, filling, first_pixels, random_order
 from calm.metrics.remove_and_classify import FRACTIONS, RemoveAndClassify

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from functools import partial
+from dataclasses import replace
 
 import pytest
 import torch
 from data_files import write_pack
+from scipy.stats import spearmanr
 from torch import nn
 
 from calm.data import load_split
 from calm.errors import CalmError
 from calm.evaluate.classification import classification
+from calm.evaluate.insertion_deletion import insertion_deletion
 from calm.evaluate.randomisation import randomisation, reinitialise, stages
 from calm.evaluate.remove_and_classify import remove_and_classify
-from calm.evaluate.result import Result
+from calm.evaluate.result import Result, figure_spec
 from calm.evaluate.subject import Subject, model_subject
 from calm.metrics.erasing import erase, erasing_order, filling, first_pixels, random_order
 from calm.model import create_model
@@ -110,10 +113,7 @@ def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, expla
 def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_path):
     model = model_of()
     runs = [
-        remove_and_classify(
-            model_subject(model), split, batch_size=size, replicates=10, insertion_deletion_steps=4
-        )
-        for size in (2, 7)
+        remove_and_classify(model_subject(model), split, batch_size=size, replicates=10) for size in (2, 7)
     ]
     for name, figure in runs[0].figures.items():
         assert list(runs[1].figures[name]) == pytest.approx(list(figure), nan_ok=True, abs=1e-6)
@@ -122,8 +122,6 @@ def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_p
     runs[0].save(tmp_path / "result.json")
     read = Result.load(tmp_path / "result.json")
     assert list(read.figures["r30"]) == pytest.approx(list(runs[0].figures["r30"]), nan_ok=True)
-    assert len(read.curves["insertion"].x) == 5
-    assert 0 <= read.figures["deletion"].value <= 1
 
 
 def test_map_and_whole_prediction_come_from_one_pass(split):
@@ -151,17 +149,63 @@ def test_a_constant_map_is_as_good_as_chance(split):
     assert found.details["constant_maps"] == 7
 
 
+@pytest.mark.parametrize("explain", ["label", "prediction"])
+def test_insertion_and_deletion_are_those_of_pixels_sorted_one_image_at_a_time(split, explain):
+    model = model_of("cam")
+    found = insertion_deletion(
+        model_subject(model), split, batch_size=3, points=4, fill="mean", explain=explain, replicates=10
+    )
+    curves = {"insertion": [], "deletion": []}
+    for record in split.records:
+        image = model.preprocess(record.path)
+        blurred = filling(image, "blur", keys=torch.tensor([0]))
+        mean = image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+        with torch.no_grad():
+            output = model(image)
+            target = record.label if explain == "label" else int(output.probs.argmax())
+            maps = resize_maps(output.attribute(torch.tensor([target])), (16, 20))[0].flatten()
+            ordered = maps.argsort(descending=True)
+            for name, (start, end) in {"insertion": (blurred, image), "deletion": (image, mean)}.items():
+                heights = []
+                for step in range(5):
+                    mixed = start.flatten(2).clone()
+                    taken = ordered[: 80 * step]
+                    mixed[..., taken] = end.flatten(2)[..., taken]
+                    heights.append(float(model(mixed.view_as(image)).probs[0, target]))
+                curves[name].append(heights)
+    mean_area = {}
+    for name, rows in curves.items():
+        heights = torch.tensor(rows, dtype=torch.float64)
+        assert found.curves[name].y == pytest.approx(heights.mean(0).tolist(), abs=1e-4)
+        areas = (heights[:, 1:] + heights[:, :-1]).mean(1) / 2
+        mean_area[name] = areas
+        assert found.figures[name].value == pytest.approx(float(areas.mean()), abs=1e-4)
+        assert found.figures[name].low < found.figures[name].value < found.figures[name].high
+    own = mean_area["insertion"] - mean_area["deletion"]
+    assert list(found.scores.values()) == pytest.approx(own.tolist(), abs=1e-4)
+
+
+def test_fractions_of_any_size_have_a_name_of_their_own(split):
+    found = remove_and_classify(
+        model_subject(model_of()), split, fractions=(0.001, 0.002, 0.29), replicates=5
+    )
+    assert list(found.figures) == ["r0.1", "r0.2", "r29", "r_area", "top1"]
+    assert figure_spec("r0.1").better == figure_spec("r29").better == "lower"
+    assert figure_spec("r0.1").title == "R_0.1"
+
+
 def test_impossible_options_are_refused_before_any_pass(split):
     subject = model_subject(model_of())
     counting = Counting(subject.look)
-    for options, message in (
-        ({"fill": "zeros"}, "did you mean 'zero'"),
-        ({"explain": "labels"}, "did you mean 'label'"),
-        ({"fractions": (0.5, 2)}, "fractions"),
-        ({"insertion_deletion_steps": -1}, "insertion_deletion_steps is -1"),
+    for benchmark, options, message in (
+        (remove_and_classify, {"fill": "zeros"}, "did you mean 'zero'"),
+        (remove_and_classify, {"explain": "labels"}, "did you mean 'label'"),
+        (remove_and_classify, {"fractions": (0.5, 2)}, "fractions"),
+        (insertion_deletion, {"fill": "zeros"}, "did you mean 'zero'"),
+        (insertion_deletion, {"points": 0}, "steps is 0"),
     ):
         with pytest.raises(CalmError, match=message):
-            remove_and_classify(with_look(subject, counting), split, **options)
+            benchmark(with_look(subject, counting), split, **options)
     assert not counting.passes
 
 
@@ -210,33 +254,29 @@ def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_ot
 def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = randomisation(partial(model_subject, method="gtcond"), model, split, images=4, replicates=10)
+    found = randomisation(model_subject(model, method="gtcond"), split, images=4, replicates=10)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert found.details["images"] == 4
     assert found.details["stages"] == ["head", "backbone.last", "backbone.stem"]
     assert found.curves["randomisation"].x == [0, 1, 2, 3]
     assert found.curves["randomisation"].y[0] == 1
-    again = randomisation(partial(model_subject, method="gtcond"), model, split, images=4, replicates=10)
+    again = randomisation(model_subject(model, method="gtcond"), split, images=4, replicates=10)
     assert again.figures == found.figures
 
 
 def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split):
-    def edges(changed):
+    class Brightness:
         """Every pixel's brightness, whatever the model."""
-        subject = model_subject(changed)
 
-        class Brightness:
-            def __init__(self, images) -> None:
-                self.images, self.probs = images, changed(images).probs
+        def __init__(self, model, images) -> None:
+            self.images, self.probs = images, model(images).probs
 
-            def maps(self, classes):
-                return self.images.mean(1)[:, None].expand(-1, classes.shape[1], -1, -1)
+        def maps(self, classes):
+            return self.images.mean(1)[:, None].expand(-1, classes.shape[1], -1, -1)
 
-        return with_look(subject, Brightness)
-
-    assert (
-        randomisation(edges, model_of(), split, order="all", replicates=5).figures["randomisation"].value == 1
-    )
-    own = randomisation(partial(model_subject, method="gtcond"), model_of(), split, order="all", replicates=5)
+    edges = replace(model_subject(model_of()), look_with=Brightness)
+    assert randomisation(edges, split, order="all", replicates=5).figures["randomisation"].value == 1
+    own = randomisation(model_subject(model_of(), method="gtcond"), split, order="all", replicates=5)
     assert own.figures["randomisation"].value < 0.9
 
 
@@ -269,19 +309,41 @@ def test_every_weight_is_drawn_anew_and_the_generator_is_left_as_it_was():
 
 def test_randomisation_of_what_cannot_be_compared_is_refused(split):
     with pytest.raises(CalmError, match="did you mean 'cascading'"):
-        randomisation(model_subject, model_of(), split, order="cascade")
+        randomisation(model_subject(model_of()), split, order="cascade")
     with pytest.raises(CalmError, match="images is 0"):
-        randomisation(model_subject, model_of(), split, images=0)
+        randomisation(model_subject(model_of()), split, images=0)
+    with pytest.raises(CalmError, match="needs a model"):
+        randomisation(replace(model_subject(model_of()), model=None), split)
 
-    def flat(changed):
-        class Flat:
-            def __init__(self, images) -> None:
-                self.probs = changed(images).probs
+    class Flat:
+        def __init__(self, model, images) -> None:
+            self.probs = model(images).probs
 
-            def maps(self, classes):
-                return torch.zeros(*classes.shape, 2, 2)
-
-        return with_look(model_subject(changed), Flat)
+        def maps(self, classes):
+            return torch.zeros(*classes.shape, 2, 2)
 
     with pytest.raises(CalmError, match="constant"):
-        randomisation(flat, model_of(), split)
+        randomisation(replace(model_subject(model_of()), look_with=Flat), split)
+
+
+def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_split(split):
+    subject, read = model_subject(model_of(), method="gtcond"), []
+
+    class Noting:
+        def __init__(self, model, images) -> None:
+            read.append(len(images))
+            self.seen = subject.look_with(model, images)
+            self.probs, self.maps = self.seen.probs, self.seen.maps
+
+    found = randomisation(replace(subject, look_with=Noting), split, order="all", images=3, replicates=5)
+    assert read == [3, 3]
+    rows = []
+    anew = copy.deepcopy(subject.model)
+    reinitialise(anew, 1)
+    for place in (0, 2, 4):
+        record = split.records[place]
+        image, label = subject.model.preprocess(record.path), torch.tensor([record.label])
+        with torch.no_grad():
+            maps = [model(image).attribute(label, "gtcond").flatten() for model in (subject.model, anew)]
+        rows.append(spearmanr(*(values.double().numpy() for values in maps)).statistic)
+    assert found.figures["randomisation"].value == pytest.approx(sum(rows) / 3, abs=1e-6)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from calm.data.records import Split
-from calm.evaluate.reading import Progress, batches
+from calm.evaluate.processes import gathered
+from calm.evaluate.reading import Progress, by_id, looks
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Looked, Subject
 from calm.metrics.bootstrap import REPLICATES
@@ -49,26 +50,20 @@ def classification(
     metric = Classification(replicates=replicates, seed=seed).to(subject.device)
     has_joint = subject.about.get("method") == "jointll"
     worst = torch.zeros((), dtype=torch.float64, device=subject.device)
-    scores: dict[str, float] = {}
-    for images, labels, indices in batches(
-        split,
-        subject.preprocessing,
-        subject.device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
+    scores: dict[int, float] = {}
+    for _, labels, keys, looked in looks(
+        subject, split, batch_size=batch_size, workers=workers, progress=progress
     ):
-        labels = labels.to(subject.device)
-        looked = subject.look(images)
         probs = looked.probs
-        metric.update(probs, labels, indices.to(subject.device))
+        metric.update(probs, labels, keys)
         if has_joint:
             asked = torch.cat([labels[:, None], probs.topk(min(5, probs.shape[1]), dim=1).indices], dim=1)
             worst = torch.maximum(worst, agreement(looked, probs, asked))
-        chance = probs.gather(1, labels[:, None]).squeeze(1).tolist()
-        scores |= {split.records[i].id: score for i, score in zip(indices.tolist(), chance, strict=True)}
-    found = metric.compute()
-    filled = found.bins[found.bins[:, 0] > 0].cpu()
+        chance = probs.gather(1, labels[:, None]).squeeze(1)
+        scores |= dict(zip(keys.tolist(), chance.tolist(), strict=True))
+    named, worst_of_all = by_id(split, scores), max(gathered(float(worst)))
+    found = metric.cpu().compute()
+    filled = found.bins[found.bins[:, 0] > 0]
     return Result(
         "classification",
         subject.label,
@@ -78,12 +73,12 @@ def classification(
                 filled[:, 1].tolist(), filled[:, 2].tolist(), x_name="confidence", y_name="accuracy"
             )
         },
-        scores=scores,
+        scores=named,
         details={
-            "agreement": float(worst) if has_joint else None,
+            "agreement": worst_of_all if has_joint else None,
             "bins": BINS,
             "bin_shares": found.bins[:, 0].tolist(),
-            "images": len(scores),
+            "images": len(named),
             "options": {"seed": seed, "replicates": replicates},
         },
     )

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, get_args
 
 import torch
 from rich.console import Console
@@ -19,21 +19,32 @@ from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import read_cue_data
 from calm.evaluate.map_folder import MapFolder, open_map_folder
+from calm.evaluate.processes import first, own_gpu, size, together
+from calm.evaluate.randomisation import Order
+from calm.evaluate.ranked_pixels import Explain
 from calm.evaluate.result import Result
 from calm.evaluate.runner import BENCHMARKS, Data, benchmark, place, run
 from calm.evaluate.subject import Subject, model_subject
 from calm.evaluate.tables import print_tables, write_tables
 from calm.maps import MAP_KINDS
 from calm.metrics.bootstrap import REPLICATES
+from calm.metrics.erasing import FILLS
+from calm.metrics.remove_and_classify import check_fractions
 from calm.metrics.thresholds import Thresholds
 from calm.model import CalmModel
 
 __all__ = ["evaluate", "flags"]
 
+_COMMON = ("replicates", "seed")
+"""Options that every benchmark reads."""
+
 _EXAMPLES = """examples:
   calm evaluate cue-localization --model runs/calm runs/cam --data birds
   calm evaluate cue-localization --model runs/calm --data birds --method jointll gtcond gradcam
   calm evaluate all --model runs/calm --data CUB_200_2011 --out tables
+  calm evaluate remove-and-classify --model runs/calm --data birds --fill blur --fractions 0.05 0.1 0.2
+  calm evaluate localization --maps my-maps --data birds
+  torchrun --nproc_per_node 2 -m calm.cli evaluate all --model runs/calm --data birds   # two processes
 """
 
 
@@ -45,11 +56,13 @@ class _Parser(argparse.ArgumentParser):
 def flags() -> argparse.ArgumentParser:
     """The command's parser."""
     listed = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
+    apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
     parser = _Parser(
         prog="calm evaluate",
         description="Benchmark models and their explanations. Prints a table, and writes table.json, table.csv,"
         " table.md and a file for each result; a result that is there already is not computed again.\n\n"
-        f"benchmarks:\n{listed}\n  {'all':<20} those that the data set has annotation for",
+        f"benchmarks:\n{listed}\n  {'all':<20} those that the data set has annotation for, without {apart},"
+        f"\n{'':<23}which take many passes of each image",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -85,6 +98,25 @@ def flags() -> argparse.ArgumentParser:
     add("--thresholds", choices=("even", "log"), help="by default log for CALM's own maps, even for others")
     add("--steps", type=int, help="of integrated-gradients (default: 50)")
     add("--samples", type=int, help="of smoothgrad and its kin (default: 50)")
+    add("--fill", choices=tuple(FILLS), help=f"what erased pixels become (default: zero){_of('fill')}")
+    add(
+        "--fractions",
+        nargs="+",
+        type=float,
+        help=f"shares of erased pixels, ascending (default: 0.1 0.3 0.5 0.7 0.9){_of('fractions')}",
+    )
+    add(
+        "--explain",
+        choices=get_args(Explain),
+        help=f"whose map ranks the pixels (default: label){_of('explain')}",
+    )
+    add("--points", type=int, help=f"steps from no pixel to all (default: 20){_of('points')}")
+    add("--images", type=int, help=f"how many, spread over the split (default: 200){_of('images')}")
+    add(
+        "--order",
+        choices=get_args(Order),
+        help=f"one stage after another, from the head down, or all at once (default: cascading){_of('order')}",
+    )
     add("--out", type=Path, help="default: RUN/evaluation for one model folder, else ./evaluation")
     add("--batch_size", type=int, default=32, help="images of one forward pass (default: 32)")
     add("--workers", type=int, default=0, help="processes that read images (default: 0)")
@@ -94,8 +126,15 @@ def flags() -> argparse.ArgumentParser:
     return parser
 
 
+def _of(option: str) -> str:
+    """For the end of a flag's help: which benchmarks read it."""
+    return f"; {' and '.join(name for name, row in BENCHMARKS.items() if option in row.options)}"
+
+
 def evaluate(words: Sequence[str]) -> list[Result]:
     """Run ``calm evaluate`` with the words of its command line.
+
+    In several processes (`calm.evaluate.processes`) each does its share, and the first writes and prints.
 
     Returns:
         The results, in the order of the table.
@@ -103,25 +142,32 @@ def evaluate(words: Sequence[str]) -> list[Result]:
     Raises:
         CalmError: anything wrong with a flag, a model or the data: before work starts, where it can be known.
     """
-    asked = flags().parse_args(list(words))
-    names = list(BENCHMARKS) if asked.benchmark == "all" else [asked.benchmark]
+    with together():
+        return _evaluate(flags().parse_args(list(words)))
+
+
+def _evaluate(asked: argparse.Namespace) -> list[Result]:
+    everything = asked.benchmark == "all"
+    names = [name for name, row in BENCHMARKS.items() if row.in_all] if everything else [asked.benchmark]
     for name in names:
         benchmark(name)
     _check(asked)
+    options = _options(asked, names)
     split = load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root)
-    names = _possible(names, split, asked.data, everything=asked.benchmark == "all")
+    names = _possible(names, split, asked.data, everything=everything)
     subjects: list[Subject | MapFolder] = [*_subjects(asked, split), *_folders(asked, split)]
     out = asked.out or _default_out(asked.model)
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
     data = Data.of(split, asked.data, asked.layout, asked.metadata_root)
-    options = {"replicates": asked.replicates, "seed": asked.seed}
-    console = Console()
     results = []
-    with _bars(Console(stderr=True)) as bars:
+    with _bars(Console(stderr=True, quiet=not first())) as bars:
         for name in names:
+            chosen = {
+                key: value for key, value in options.items() if key in _COMMON + BENCHMARKS[name].options
+            }
             for subject in _asked_of(name, subjects):
-                stored = place(name, subject, data, out, options).is_file()
+                stored = place(name, subject, data, out, chosen).is_file()
                 task = bars.add_task(
                     f"{name}: {subject.label}{' (stored)' * stored}", total=len(split.records)
                 )
@@ -138,13 +184,15 @@ def evaluate(words: Sequence[str]) -> list[Result]:
                         batch_size=asked.batch_size,
                         workers=asked.workers,
                         progress=advance,
-                        **options,
+                        **chosen,
                     )
                 )
                 bars.update(task, completed=len(split.records))
-    write_tables(results, out)
-    print_tables(results, console)
-    console.print(f"{out / 'table.md'} (and .csv, .json)", highlight=False, soft_wrap=True)
+    if first():
+        write_tables(results, out)
+        console = Console()
+        print_tables(results, console)
+        console.print(f"{out / 'table.md'} (and .csv, .json)", highlight=False, soft_wrap=True)
     return results
 
 
@@ -155,11 +203,25 @@ def _check(asked: argparse.Namespace) -> None:
         raise CalmError(f"--maps can be scored by localization only, not by {asked.benchmark}")
     if asked.split not in SPLITS:
         raise CalmError(f"--split {asked.split}: choose one of {', '.join(SPLITS)}")
-    least = {"batch_size": 1, "workers": 0, "replicates": 0, "seed": 0, "steps": 1, "samples": 1}
+    least = {"batch_size": 1, "workers": 0, "replicates": 0, "seed": 0}
+    least |= dict.fromkeys(("steps", "samples", "points", "images"), 1)
     for name, low in least.items():
         value = getattr(asked, name)
         if value is not None and value < low:
             raise CalmError(f"--{name} {value}: give at least {low}")
+
+
+def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
+    """What is asked of the benchmarks; a flag that none of them reads is refused."""
+    options = {name: getattr(asked, name) for name in _COMMON}
+    for name in dict.fromkeys(option for row in BENCHMARKS.values() for option in row.options):
+        value = getattr(asked, name)
+        if value is None:
+            continue
+        if not any(name in BENCHMARKS[one].options for one in names):
+            raise CalmError(f"{asked.benchmark} does not read --{name}: leave it out")
+        options[name] = check_fractions(value) if name == "fractions" else value
+    return options
 
 
 def _possible(names: list[str], split: Split, root: Path, *, everything: bool) -> list[str]:
@@ -267,8 +329,12 @@ def _full(source: str) -> str:
 
 
 def _device(name: str) -> torch.device:
+    if name == "auto" and size() > 1:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name == "cuda":
+        name = own_gpu()
     try:
         return torch.zeros(1, device=name).device
     except (RuntimeError, AssertionError) as error:

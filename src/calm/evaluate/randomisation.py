@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Literal, TypeAlias, get_args
 
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
-from calm.evaluate.reading import Progress, batches
+from calm.evaluate.processes import gathered, in_order
+from calm.evaluate.reading import Progress, looks
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
@@ -25,9 +28,9 @@ _SEEDS = 0x52414E444F4D
 """Added to seeds, so that a small one does not draw the very weights that a model was initialised with."""
 
 
+@torch.no_grad()
 def randomisation(
-    subject_of: Callable[[CalmModel], Subject],
-    model: CalmModel,
+    subject: Subject,
     split: Split,
     *,
     order: Order = "cascading",
@@ -46,8 +49,8 @@ def randomisation(
     weights change their scale. Maps are compared at their own resolution, signed, not normalised.
 
     Args:
-        subject_of: the method to check, for a model given to it: ``partial(model_subject, method="gradient")``.
-        model: stays as it is; a copy is randomised.
+        subject: a model with the method to check (`calm.evaluate.model_subject`). The model stays as it is; a copy
+            is randomised.
         split: images and the classes explained.
         order: ``cascading`` from the head down, one stage (`stages`) after another; or ``all`` at once.
         images: how many, spread evenly over the split; their maps are kept in memory.
@@ -63,7 +66,7 @@ def randomisation(
         constant map, for which the correlation is undefined and which are left out.
 
     Raises:
-        CalmError: an impossible option; unreadable images; all maps constant.
+        CalmError: an impossible option; a subject without a model; unreadable images; all maps constant.
 
     Source: Adebayo et al., Sanity Checks for Saliency Maps, 2018, section 3.
     """
@@ -71,25 +74,33 @@ def randomisation(
         raise unknown("order of randomisation", order, get_args(Order))
     if images < 1:
         raise CalmError(f"images is {images}: give 1 or more")
+    model, look_with = subject.model, subject.look_with
+    if model is None or look_with is None:
+        raise CalmError(f"{subject.label} has no weights to draw anew: randomisation needs a model")
     count = len(split.records)
     chosen = range(count) if images >= count else [i * count // images for i in range(images)]
     changed = copy.deepcopy(model)
     whole: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
     rounds = stages(changed) if order == "cascading" else whole
 
-    def maps_of(subject: Subject) -> list[Tensor]:
-        return list(_maps(subject, split, chosen, batch_size, workers, progress))
+    def maps_with(weights: CalmModel) -> Iterator[tuple[list[int], Tensor]]:
+        looking = replace(subject, look=partial(look_with, weights))
+        for _, labels, keys, looked in looks(
+            looking, split, batch_size=batch_size, workers=workers, progress=progress, indices=chosen
+        ):
+            yield keys.tolist(), looked.maps(labels[:, None])[:, 0].flatten(1).cpu()
 
-    subject = subject_of(model)
-    reference = maps_of(subject)
-    if all(bool((batch == batch[:, :1]).all()) for batch in reference):
+    reference = list(maps_with(model))
+    if all(gathered(all(bool((maps == maps[:, :1]).all()) for _, maps in reference))):
         raise CalmError(f"every map of {subject.label} is constant: there is nothing to compare")
     points, constant = [Estimate(1.0, 1.0, 1.0)], []
     for number, (_, modules) in enumerate(rounds, start=1):
         for module in modules:
             reinitialise(module, seed + number)
-        pairs = zip(reference, maps_of(subject_of(changed)), strict=True)
-        correlation = torch.cat([rank_correlation(one, two) for one, two in pairs])
+        similar: dict[int, float] = {}
+        for (keys, before), (_, now) in zip(reference, maps_with(changed), strict=True):
+            similar |= dict(zip(keys, rank_correlation(before, now).tolist(), strict=True))
+        correlation = torch.tensor(list(in_order(similar).values()), dtype=torch.float64)
         known = correlation[correlation.isfinite()]
         constant.append(len(correlation) - len(known))
         unknown_mean = Estimate(torch.nan, torch.nan, torch.nan)
@@ -99,13 +110,8 @@ def randomisation(
         subject.label,
         figures={"randomisation": points[-1]},
         curves={
-            "randomisation": Curve(
-                [float(n) for n in range(len(points))],
-                [point.value for point in points],
-                [point.low for point in points],
-                [point.high for point in points],
-                x_name="stages drawn anew",
-                y_name="rank correlation with the map before",
+            "randomisation": Curve.of(
+                range(len(points)), points, "stages drawn anew", "rank correlation with the map before"
             )
         },
         details={
@@ -162,24 +168,3 @@ def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def _with_weights(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, child) for name, child in module.named_children() if list(child.parameters())]
-
-
-@torch.no_grad()
-def _maps(
-    subject: Subject,
-    split: Split,
-    chosen: Sequence[int],
-    batch_size: int,
-    workers: int,
-    progress: Progress | None,
-) -> Iterator[Tensor]:
-    """The labels' maps, (B, pixels) on the CPU."""
-    for images, labels, _ in batches(
-        split,
-        subject.preprocessing,
-        subject.device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
-    ):
-        yield subject.look(images).maps(labels[:, None])[:, 0].flatten(1).cpu()

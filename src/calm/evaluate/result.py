@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -57,6 +58,11 @@ def _pxap(parts: int | None, way: str) -> FigureSpec:
     )
 
 
+def _ratio(percent: str) -> FigureSpec:
+    what = f"right after the {percent} percent highest-scored pixels are erased, over right after as many random ones"
+    return FigureSpec(f"R_{percent}", "ratio", "lower", what)
+
+
 FIGURES: dict[str, FigureSpec] = {
     **{
         f"mpxap{way}" + (f"_{parts}" if parts else ""): _pxap(parts, way)
@@ -86,21 +92,19 @@ FIGURES: dict[str, FigureSpec] = {
         better="",
         meaning="share of pixels that belong to the differing parts: mPxAP of a constant map",
     ),
-    **{
-        f"r{k}": FigureSpec(
-            f"R_{k}",
-            "ratio",
-            "lower",
-            f"right after the {k} percent highest-scored pixels are erased, over right after as many random ones",
-        )
-        for k in (10, 30, 50, 70, 90)
-    },
+    **{f"r{percent}": _ratio(str(percent)) for percent in (10, 30, 50, 70, 90)},
     "r_area": FigureSpec("R area", "ratio", "lower", "area under R_k over the share of erased pixels"),
     "insertion": FigureSpec(
         "insertion", meaning="area under the class's probability as pixels appear, best first"
     ),
     "deletion": FigureSpec(
         "deletion", better="lower", meaning="area under the class's probability as pixels vanish, best first"
+    ),
+    "randomisation": FigureSpec(
+        "randomisation",
+        "ratio",
+        "lower",
+        "rank correlation of maps before and after all weights are drawn anew; 1: the map ignores the model",
     ),
     "maxboxacc": FigureSpec(
         "MaxBoxAcc", meaning="box of the largest contour at IoU 0.5, best threshold: GT-known"
@@ -128,11 +132,13 @@ FIGURES: dict[str, FigureSpec] = {
     "nll": FigureSpec("NLL", "nats", "lower", "negative log-likelihood of the right class"),
     "ece": FigureSpec("ECE", "percent", "lower", "expected calibration error of the top class"),
 }
-"""Every known figure. A benchmark may add its own names; others are shown as they are."""
+"""Every known figure, but for R_k of other k. A benchmark may add its own names; others are shown as they are."""
 
 
 def figure_spec(name: str) -> FigureSpec:
-    """The entry of ``FIGURES``, or a plain one of that title."""
+    """The entry of ``FIGURES``, R_k of any k, or a plain one of that title."""
+    if name not in FIGURES and (percent := re.fullmatch(r"r(\d+(\.\d+)?)", name)):
+        return _ratio(percent[1])
     return FIGURES.get(name) or FigureSpec(name.replace("_", " "))
 
 
@@ -155,6 +161,12 @@ class Curve:
     high: list[float] | None = None
     x_name: str = ""
     y_name: str = ""
+
+    @staticmethod
+    def of(x: Sequence[float], points: Sequence[Estimate], x_name: str, y_name: str) -> Curve:
+        """A curve through estimates, with their intervals as its band."""
+        values, low, high = (list(column) for column in zip(*points, strict=True))
+        return Curve([float(place) for place in x], values, low, high, x_name, y_name)
 
 
 @dataclass(frozen=True)

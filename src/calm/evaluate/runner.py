@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 import re
 import time
@@ -18,6 +19,7 @@ from calm.data.digest import summary
 from calm.data.records import Split
 from calm.errors import unknown
 from calm.evaluate.map_folder import MapFolder
+from calm.evaluate.processes import first, gathered, size
 from calm.evaluate.reading import Progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
@@ -31,22 +33,30 @@ class Benchmark:
 
     Attributes:
         function: "module:function"; takes (subject, split), with ``needs_root`` also the root, and the keywords
-            batch_size, workers, progress, replicates and seed; returns a `Result`.
+            batch_size, workers, progress, replicates, seed and ``options``; returns a `Result`.
         line: what it asks, in one line.
         needs_root: reads class attributes and part points below the data set's root.
         per_model: about the classifier, not about its maps: run once for each model.
+        in_all: part of ``all``; the others are asked for by name.
+        options: what else can be chosen, flags of the command too.
     """
 
     function: str
     line: str
     needs_root: bool = False
     per_model: bool = False
+    in_all: bool = True
+    options: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Result]:
         """The function."""
         module, _, name = self.function.partition(":")
         function: Callable[..., Result] = getattr(import_module(module), name)
         return function
+
+    def default(self, option: str) -> Any:
+        """What an option is if it is not chosen."""
+        return inspect.signature(self.load()).parameters[option].default
 
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -58,6 +68,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "remove-and-classify": Benchmark(
         "calm.evaluate.remove_and_classify:remove_and_classify",
         "is the class lost when the highest-scored pixels are erased",
+        options=("fill", "fractions", "explain"),
     ),
     "localization": Benchmark(
         "calm.evaluate.localization:localization", "do maps find the object, by its masks or boxes"
@@ -66,6 +77,18 @@ BENCHMARKS: dict[str, Benchmark] = {
         "calm.evaluate.classification:classification",
         "accuracy, likelihood and calibration of the classifier",
         per_model=True,
+    ),
+    "insertion-deletion": Benchmark(
+        "calm.evaluate.insertion_deletion:insertion_deletion",
+        "how fast the class comes and goes with the highest-scored pixels",
+        in_all=False,
+        options=("fill", "points", "explain"),
+    ),
+    "randomisation": Benchmark(
+        "calm.evaluate.randomisation:randomisation",
+        "do maps change when the model's weights are drawn anew (sanity check)",
+        in_all=False,
+        options=("images", "order"),
     ),
 }
 """Every benchmark. To add one: write its function, and add a line."""
@@ -117,7 +140,16 @@ class Data:
 
 
 def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
-    """Where a result is stored: its name has a digest of all that the figures depend on."""
+    """Where a result is stored: its name has a digest of all that the figures depend on.
+
+    An option that is chosen as it would be anyway makes no other name.
+    """
+    row = benchmark(name)
+    chosen = [
+        (key, value)
+        for key, value in sorted(options.items())
+        if key not in row.options or value != row.default(key)
+    ]
     about = {
         key: value for key, value in subject.about.items() if key != "model"
     }  # moved, it is the same model
@@ -126,8 +158,8 @@ def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, option
         about,
         _protocol(subject),
         data.facts["fingerprint"],
-        data.annotation() if benchmark(name).needs_root else None,
-        sorted(options.items()),
+        data.annotation() if row.needs_root else None,
+        chosen,
         version("calm"),
     ]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
@@ -161,10 +193,13 @@ def run(
     Raises:
         CalmError: an unknown benchmark, or what the benchmark refuses.
     """
-    path = place(name, subject, data, out, options)
-    if path.is_file():
-        return replace(Result.load(path), label=subject.label)
     row = benchmark(name)
+    path = place(name, subject, data, out, options)
+    # The first process decides, and reads: another may not see the file, or see it appear in between.
+    stored = gathered(Result.load(path) if first() and path.is_file() else None)[0]
+    if stored is not None:
+        places = {"subject": dict(subject.about), "data": dict(data.facts)}  # where they are now
+        return replace(stored, label=subject.label, provenance={**stored.provenance, **places})
     began = time.perf_counter()
     result = row.load()(
         subject,
@@ -180,14 +215,16 @@ def run(
         "subject": dict(subject.about),
         **_protocol(subject),
         "data": dict(data.facts),
-        "options": options,
+        "options": {**{key: row.default(key) for key in row.options}, **options},
         "device": str(subject.device) if isinstance(subject, Subject) else None,
+        "processes": size(),
         "seconds": round(time.perf_counter() - began, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("calm", "torch")},
     }
     result = replace(result, provenance=provenance)
-    result.save(path)
+    if first():
+        result.save(path)
     return result
 
 

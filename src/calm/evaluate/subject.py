@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -53,6 +54,8 @@ class Subject:
         normalization: of its maps before a protocol.
         thresholds: of its protocol, "even" or "log".
         about: the model's weights, the method and its options, ready for JSON: what a stored result is known by.
+        model: what looks, if it is a model.
+        look_with: the same method's look with other weights: (model, images) to what was seen.
     """
 
     label: str
@@ -62,6 +65,8 @@ class Subject:
     normalization: Normalization = "minmax"
     thresholds: Thresholds = "even"
     about: Mapping[str, Any] = field(default_factory=dict)
+    model: CalmModel | None = None
+    look_with: Callable[[CalmModel, Tensor], Looked] | None = None
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ def model_subject(
             raise unknown(f"option of {name!r}", option, sorted(allowed))
     model.eval()
 
-    def look(images: Tensor) -> Looked:
+    def look_with(model: CalmModel, images: Tensor) -> Looked:
         with torch.no_grad():
             output: CalmOutput | CamOutput = model(images)
             if own:
@@ -144,7 +149,7 @@ def model_subject(
     calm_maps = own and MAP_KINDS[name].family == "calm"
     return Subject(
         label or f"{_NAMES[model.config.method]} {name}",
-        look,
+        partial(look_with, model),
         model.preprocessing,
         model.device,
         normalization or ("clipping" if calm_maps else "minmax"),
@@ -157,6 +162,8 @@ def model_subject(
             "options": {key: value for key, value in options.items() if key != "batch_size"},
             **(about or {}),
         },
+        model,
+        look_with,
     )
 
 

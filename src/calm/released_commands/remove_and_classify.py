@@ -7,8 +7,9 @@ from typing import TypeAlias
 import torch
 
 from calm.data.records import Split
+from calm.evaluate.ranked_pixels import maps_to_rank
 from calm.evaluate.reading import batches
-from calm.evaluate.remove_and_classify import after_erasing, maps_to_rank
+from calm.evaluate.remove_and_classify import after_erasing
 from calm.evaluate.subject import Subject
 from calm.metrics.erasing import erasing_order, filling, random_order
 from calm.metrics.remove_and_classify import FRACTIONS

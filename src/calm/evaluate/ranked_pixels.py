@@ -1,0 +1,80 @@
+"""The pixels of a batch in the order in which a map, or chance, erases them."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple, TypeAlias, get_args
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from calm.errors import unknown
+from calm.evaluate.reading import Seen
+from calm.metrics.erasing import Fill, erasing_order, filling, random_order
+from calm.normalize import Normalization, normalize
+from calm.resample import resize_maps
+
+__all__ = ["Explain", "Ranked", "check_names", "maps_to_rank", "ranked"]
+
+Explain: TypeAlias = Literal["label", "prediction"]
+"""Whose map: that of the image's class (the paper's), or of the class that is most probable."""
+
+
+class Ranked(NamedTuple):
+    """A batch that is ready to be erased.
+
+    Attributes:
+        explained: the classes whose maps rank the pixels.
+        order: places of the pixels by the map, larger numbers are erased first.
+        random: the same by chance.
+        filler: what erased pixels become.
+        constant: number of maps that say nothing; their order is the random one.
+    """
+
+    explained: Int[Tensor, " b"]
+    order: Int[Tensor, "b n"]
+    random: Int[Tensor, "b n"]
+    filler: Float[Tensor, "b 3 H W"]
+    constant: int
+
+
+def ranked(seen: Seen, how: Normalization, *, explain: Explain, fill: Fill, seed: int) -> Ranked:
+    """Rank the pixels of a batch by the maps of its labels or predictions.
+
+    The random order of an image depends on ``seed`` and its place in the split alone, and decides between pixels of
+    equal score (`calm.metrics.erasing`).
+    """
+    explained = seen.labels if explain == "label" else seen.looked.probs.argmax(dim=1)
+    size = (seen.images.shape[-2], seen.images.shape[-1])
+    maps = maps_to_rank(seen.looked.maps(explained[:, None])[:, 0], size, how)
+    random = random_order(seen.keys, size[0] * size[1], seed)
+    return Ranked(
+        explained,
+        erasing_order(maps, random),
+        random,
+        filling(seen.images, fill, keys=seen.keys, seed=seed),
+        int((~maps.flatten(1).any(dim=1)).sum()),
+    )
+
+
+def maps_to_rank(
+    maps: Float[Tensor, "b h w"], size: tuple[int, int], how: Normalization
+) -> Float[Tensor, "b H W"]:
+    """Maps at the size of the images, normalised.
+
+    A map that is constant on its own grid becomes zeros, as a constant map does in `calm.normalize`: interpolation
+    would give it differences in the last bit, and an order that means nothing.
+    """
+    constant = (maps == maps[:, :1, :1]).flatten(1).all(dim=1)
+    return normalize(resize_maps(maps, size), how).masked_fill(constant[:, None, None], 0.0)
+
+
+def check_names(explain: str, fill: str) -> None:
+    """Refuse unknown names before any work.
+
+    Raises:
+        CalmError: neither label nor prediction; no such fill.
+    """
+    if explain not in get_args(Explain):
+        raise unknown("class to explain", explain, get_args(Explain))
+    if fill not in get_args(Fill):
+        raise unknown("fill", fill, get_args(Fill))
