@@ -11,10 +11,9 @@ from PIL import Image
 
 import calm
 from calm.data import load_split
-from calm.data.cue_files import read_pairs
 from calm.data.cues import group_mask
+from calm.evaluate.cue_localization import read_cue_data
 from calm.render import Tile, draw_contour, overlay, panel, resize_picture
-from calm.report.pointing import read_task
 
 CELL = 192
 
@@ -24,15 +23,17 @@ def main(demo: Path) -> None:
     models classify rightly and that shows the part."""
     root, split = demo / "birds", load_split(demo / "birds", "test")
     ours, cam = (calm.load(demo / "runs" / method) for method in ("calm-em", "cam"))
-    task, pairs, rows = read_task(split, root), read_pairs(root, (1,)), []
+    cues, rows = read_cue_data(split, root, (1,)), []
     images = ours.preprocess([record.path for record in split.records])
     labels = torch.tensor([record.label for record in split.records])
     right = (ours(images).probs.argmax(1) == labels) & (cam(images).probs.argmax(1) == labels)
-    for number, pair in enumerate(pairs[:4]):
-        index = next(
-            i
-            for i, p in zip(task.image.tolist(), task.pair.tolist(), strict=True)
-            if p == number and right[i]
+    for number, pair in enumerate(cues.pairs[:4]):
+        index, part = next(
+            (i, part)
+            for i, numbers in cues.samples.items()
+            if number in numbers and right[i]
+            for part in group_mask(cues.regions(split.records, torch.tensor([i])), pair.groups)
+            if part.any()
         )
         one, label = images[index : index + 1], labels[index : index + 1]
         other = torch.tensor([pair.second if pair.first == int(label) else pair.first])
@@ -40,9 +41,7 @@ def main(demo: Path) -> None:
         output = ours(one)
         joint, prior = output.attribute(label)[0], output.prior[0]
         why = ours.difference(one, label, other, size=joint.shape[-2:])[0]
-        outlined = draw_contour(
-            overlay(picture, why), group_mask(task.regions[index], pair.groups).float(), 0.5
-        )
+        outlined = draw_contour(overlay(picture, why), part.float(), 0.5)
         name, rival = (ours.class_names[int(c)].split(".")[-1].replace("_", " ") for c in (label, other))
         rows.append(
             [

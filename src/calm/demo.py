@@ -69,7 +69,7 @@ def demo(
         runs.append(_train(birds, out / "runs" / method, method, epochs, seed))
     trained = time.monotonic()
     _step(console, 4, "measuring", f"predictions and maps of {birds.test_images} test pictures")
-    study = _measure(birds, test, runs, console)
+    study = _measure(birds, test, runs, out / "evaluation", console)
     measured = time.monotonic()
     times = {
         "birds": None if birds.reused else drawn - start,
@@ -129,11 +129,11 @@ def _config(birds: BirdsSummary, folder: Path, method: str, epochs: int | None, 
     )
 
 
-def _measure(birds: BirdsSummary, test: Split, runs: list[Run], console: Console) -> Study:
+def _measure(birds: BirdsSummary, test: Split, runs: list[Run], out: Path, console: Console) -> Study:
     from calm.report.study import measure
 
     with console.status("loading") as status:
-        return measure(birds.root, test, runs[0], runs[1], lambda what: status.update(what))
+        return measure(birds.root, test, runs[0], runs[1], out, status.update)
 
 
 def _write(
@@ -182,8 +182,7 @@ def _summarise(console: Console, study: Study, report: Path, seconds: float) -> 
     for heading in ("", "test accuracy", "nll", "calibration error", "peak in the part that differs"):
         table.add_column(heading, justify="right" if heading else "left")
     for run in (study.calm_run, study.cam_run):
-        hit = float(study.pointing[run.label].hit.double().mean())
-        test = run.test
+        hit, test = study.pointing[run.label].figures["peak_in_part"].value, run.test
         table.add_row(
             run.label, f"{test['accuracy']:.1%}", f"{test['nll']:.3f}", f"{test['ece']:.3f}", f"{hit:.1%}"
         )

@@ -6,13 +6,11 @@ import datetime
 from collections.abc import Mapping
 from pathlib import Path
 
-from calm.data.cues import CUB_GROUPS
 from calm.report.differences import differences_section
 from calm.report.evidence import evidence_section, mistakes_section
 from calm.report.html import Part, join
 from calm.report.names import listed
 from calm.report.page import Figure, Page
-from calm.report.pointing import chance
 from calm.report.provenance import provenance_section
 from calm.report.results import headline, results_section
 from calm.report.species import draw_plate, species_section
@@ -58,20 +56,20 @@ def comparison_page(study: Study, *, command: str, known: Mapping[str, Part], ba
 
 def _figures(study: Study) -> list[Figure]:
     calm, cam = study.calm_run, study.cam_run
-    _, bird = chance(study.task)
-    hits = [float(study.pointing[run.label].hit.double().mean()) for run in (calm, cam)]
-    parts = {CUB_GROUPS[pair.groups[0]].name for pair in study.task.pairs}
+    hits = [study.pointing[run.label].figures["peak_in_part"].value for run in (calm, cam)]
+    chance = study.pointing[calm.label].figures["part_of_object"].value
+    parts = {cue.part for cue in study.single}
     return [
         Figure(percent(calm.test["accuracy"]), "test accuracy", f"CAM {percent(cam.test['accuracy'])}"),
         Figure(
             percent(hits[0]),
             "of difference maps peak in the part that differs",
-            f"CAM {percent(hits[1])}, chance {percent(float(bird.hit.double().mean()))}",
+            f"CAM {percent(hits[1])}, chance {percent(chance)}",
         ),
         Figure(
             str(len(study.names)),
             "species",
-            f"{len(study.task.pairs)} pairs differ in only one part: {listed(sorted(parts), 'or')}",
+            f"{len(study.single)} pairs differ in only one part: {listed(sorted(parts), 'or')}",
         ),
         Figure(
             f"{calm.result['seconds'] / 60:.1f} min",

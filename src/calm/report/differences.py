@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import groupby
+
 import torch
 from torch import Tensor
 
-from calm.data.cues import CUB_GROUPS, PROTOCOL_SIZE, CuePair, group_mask
+from calm.data.cues import PROTOCOL_SIZE, CuePair
 from calm.model import CalmModel
 from calm.render import Picture, draw_contour, draw_point, overlay
 from calm.report.evidence import SIDE, enlarged
 from calm.report.html import Html, Part, join, tag
 from calm.report.page import Section
 from calm.report.pictures import Shot, colour_bar, strip
-from calm.report.pointing import chance
 from calm.report.provenance import facts
-from calm.report.study import Study
+from calm.report.study import Cue, Study
 from calm.report.tables import percent
 from calm.resample import resize_maps
 
@@ -27,7 +28,7 @@ RING = 10
 
 def differences_section(study: Study, plate: list[Picture]) -> Section:
     """Some pairs, of as many different parts as possible; of both species a test image with both models' maps."""
-    cards = [_card(study, plate, number) for number in _chosen(study)]
+    cards = [_card(study, plate, cue) for cue in _chosen(study)]
     body = join(
         tag(
             "p",
@@ -43,69 +44,65 @@ def differences_section(study: Study, plate: list[Picture]) -> Section:
     return Section("Why this species and not that one?", body, "Differences")
 
 
-def _chosen(study: Study) -> list[int]:
+def _chosen(study: Study) -> list[Cue]:
     """Pairs to show: each part once, then again, in the order of the pairs."""
-    seen: dict[tuple[int, ...], int] = {}
-    turns = []
-    for number, pair in enumerate(study.task.pairs):
-        turn = seen.get(pair.groups, 0)
-        seen[pair.groups] = turn + 1
-        turns.append((turn, number))
-    return sorted(number for _, number in sorted(turns)[:SHOWN])
+    by_part = sorted(study.single, key=lambda cue: cue.part)
+    turns = [
+        (turn, cue.number, cue)
+        for _, cues in groupby(by_part, key=lambda cue: cue.part)
+        for turn, cue in enumerate(cues)
+    ]
+    return sorted(
+        (cue for *_, cue in sorted(turns, key=lambda turn: turn[:2])[:SHOWN]), key=lambda cue: cue.number
+    )
 
 
-def _card(study: Study, plate: list[Picture], number: int) -> Html:
-    pair = study.task.pairs[number]
+def _card(study: Study, plate: list[Picture], cue: Cue) -> Html:
+    pair = cue.pair
     one, other = study.names[pair.first], study.names[pair.second]
-    part = CUB_GROUPS[pair.groups[0]].name
     rows: list[Shot] = []
     for label in (pair.first, pair.second):
         name = study.names[label]
         rows.append(Shot(plate[label], f"{name}, drawn", name, "drawn in the same pose"))
-        image = _typical(study, number, label)
+        image = _typical(study, cue, label)
         if image is not None:
-            rows += _maps(study, image, pair)
+            rows += _maps(study, image, cue)
     return tag(
         "article",
-        tag("h3", f"{one} or {other}? ", tag("span", f"only the {part} differs", class_="plain")),
-        tag("div", strip(rows, columns=4, narrow=2), _rates(study, number, part), class_="pair"),
+        tag("h3", f"{one} or {other}? ", tag("span", f"only the {cue.part} differs", class_="plain")),
+        tag("div", strip(rows, columns=4, narrow=2), _rates(study, cue), class_="pair"),
         class_="card",
     )
 
 
-def _rates(study: Study, number: int, part: str) -> Html:
+def _rates(study: Study, cue: Cue) -> Html:
     """How often the maps of all the pair's images peak in the part."""
-    own = study.task.pair == number
-    _, bird = chance(study.task)
-    rates = {run.label: study.pointing[run.label].hit for run in (study.calm_run, study.cam_run)}
-    rates["a random pixel of the bird"] = bird.hit
+    labels = [run.label for run in (study.calm_run, study.cam_run)]
+    rates = {label: cue.figures[label]["peak_in_part"] for label in labels}
+    rates["a random pixel of the bird"] = cue.figures[labels[0]]["part_of_object"]
     return tag(
         "aside",
-        tag(
-            "p", f"In all {int(own.sum())} test images of the two that show the {part}, the map peaks in it:"
-        ),
-        facts({name: percent(float(hits[own].double().mean()), 0) for name, hits in rates.items()}),
+        tag("p", f"In all {cue.maps} test images of the two that show the {cue.part}, the map peaks in it:"),
+        facts({name: percent(rate, 0) for name, rate in rates.items()}),
     )
 
 
-def _typical(study: Study, number: int, label: int) -> int | None:
+def _typical(study: Study, cue: Cue, label: int) -> int | None:
     """The first image of the class whose part is at least as large as in half of the class's images."""
-    task = study.task
-    samples = [
-        s
-        for s in (task.pair == number).nonzero().flatten().tolist()
-        if int(study.labels[task.image[s]]) == label
-    ]
-    if not samples:
+    records, asked = study.dataset.split.records, study.cues.samples.items()
+    images = [i for i, numbers in asked if cue.number in numbers and records[i].label == label]
+    if not images:
         return None
-    areas = task.truth(torch.tensor(samples)).flatten(1).sum(dim=1)
-    first = int((areas >= areas.median()).nonzero()[0])
-    return int(task.image[samples[first]])
+    areas = study.truth(cue, images).flatten(1).sum(dim=1)
+    if not areas.any():
+        return None
+    first = int((areas >= areas[areas > 0].median()).nonzero()[0])
+    return images[first]
 
 
-def _maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
-    picture = study.picture(image)
-    truth = group_mask(study.task.regions[image], pair.groups)
+def _maps(study: Study, image: int, cue: Cue) -> list[Shot]:
+    picture, pair = study.picture(image), cue.pair
+    (truth,) = study.truth(cue, [image])
     names = f"{study.names[pair.first]} and {study.names[pair.second]}"
     label = int(study.labels[image])
     shots = [Shot(_outlined(enlarged(picture), truth), f"test image with the {names} part outlined", "test image",

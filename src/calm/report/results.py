@@ -3,16 +3,13 @@
 # ruff: noqa: RUF001 -- typographic signs in prose
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
-from calm.data.cues import CUB_GROUPS
+from calm.metrics.bootstrap import Estimate
 from calm.report.html import Html, join, tag
 from calm.report.names import P_Y
 from calm.report.page import Section
-from calm.report.pointing import Pointing, chance, interval
 from calm.report.runs import Run
 from calm.report.study import Study
 from calm.report.tables import Column, Row, figures_table, percent
@@ -47,7 +44,6 @@ def classification_table(runs: Sequence[Run]) -> Html:
 
 def results_section(study: Study) -> Section:
     """All tables, and what their figures mean."""
-    total, bird = chance(study.task)
     body = join(
         tag(
             "div",
@@ -58,7 +54,7 @@ def results_section(study: Study) -> Section:
                     "nll",
                     "negative log-likelihood: −log p of the right species, averaged, in nats. It punishes confident"
                     " mistakes; 0 is perfect,"
-                    f" guessing gives {torch.tensor(len(study.names)).log():.2f}.",
+                    f" guessing gives {math.log(len(study.names)):.2f}.",
                 ),
                 (
                     "Calibration error",
@@ -70,11 +66,11 @@ def results_section(study: Study) -> Section:
         ),
         tag(
             "div",
-            _pointing_table(study, total, bird),
+            _pointing_table(study),
             _notes(
                 (
                     "Peak in the part",
-                    f"share of the {len(study.task.image)} difference maps (a test image, and a pair of species that"
+                    f"share of the {_maps(study)} difference maps (a test image, and a pair of species that"
                     " differ in one part, one of which it shows) whose highest value lies in that part.",
                 ),
                 (
@@ -100,7 +96,7 @@ def results_section(study: Study) -> Section:
             ),
             class_="measure",
         ),
-        _pairs_table(study, bird),
+        _pairs_table(study),
         tag(
             "p",
             f"A check: over all test images and species, the sum of CALM’s joint map and its {P_Y} differ by at most"
@@ -110,45 +106,36 @@ def results_section(study: Study) -> Section:
     return Section("In numbers", body, "Numbers")
 
 
-def _pointing_table(study: Study, total: Pointing, bird: Pointing) -> Html:
-    rows = [
-        Row(
-            _METHODS.get(name, name),
-            [_mean(pointing.hit), _mean(pointing.mass)],
-            [interval(pointing.hit, study.task.image), interval(pointing.mass, study.task.image)],
-        )
-        for name, pointing in study.pointing.items()
-    ]
-    rows += [
-        Row(name, [_mean(level.hit), _mean(level.mass)], competes=False)
-        for name, level in (("by chance, in the bird", bird), ("by chance, in the picture", total))
-    ]
+def _pointing_table(study: Study) -> Html:
+    rows = []
+    for label, result in study.pointing.items():
+        figures = [result.figures[name] for name in ("peak_in_part", "mass_in_part")]
+        rows.append(Row(label, [figure.value for figure in figures], [figure[1:] for figure in figures]))
+    for name, figure in (("by chance, in the bird", "object"), ("by chance, in the picture", "image")):
+        level = _figure(study, study.calm_run.label, f"part_of_{figure}").value
+        rows.append(Row(name, [level, level], competes=False))
     columns = [Column("peak in the part", "%", "higher"), Column("map in the part", "%", "higher")]
     caption = "Difference maps of species that differ in one part"
     return figures_table(columns, rows, corner="method", caption=caption)
 
 
-def _pairs_table(study: Study, bird: Pointing) -> Html:
+def _pairs_table(study: Study) -> Html:
     """Peak in the part by pair."""
-    methods = list(study.pointing)
+    labels = list(study.pointing)
     columns = [
         Column("part"),
         Column("maps"),
-        *[Column(_METHODS.get(name, name), "%") for name in methods],
+        *[Column(label, "%") for label in labels],
         Column("chance, in the bird", "%"),
     ]
     rows = []
-    for number, pair in enumerate(study.task.pairs):
-        own = study.task.pair == number
-        if own.any():
-            name = f"{study.names[pair.first]} / {study.names[pair.second]}"
-            hits = [_mean(level.hit[own]) for level in (*study.pointing.values(), bird)]
-            rows.append(Row(name, [CUB_GROUPS[pair.groups[0]].name, str(int(own.sum())), *hits]))
+    for cue in study.single:
+        name = f"{study.names[cue.pair.first]} / {study.names[cue.pair.second]}"
+        hits = [cue.figures[label]["peak_in_part"] for label in labels]
+        chance = cue.figures[labels[0]]["part_of_object"]
+        rows.append(Row(name, [cue.part, str(cue.maps), *hits, chance]))
     table = figures_table(columns, rows, corner="pair", caption="Peak in the part, pair by pair")
     return tag("details", tag("summary", "Pair by pair"), table)
-
-
-_METHODS = {"Gradient": "plain gradient of CAM"}
 
 
 def _notes(*entries: tuple[str, str]) -> Html:
@@ -157,20 +144,24 @@ def _notes(*entries: tuple[str, str]) -> Html:
     )
 
 
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean())
+def _maps(study: Study) -> int:
+    return sum(cue.maps for cue in study.single)
+
+
+def _figure(study: Study, label: str, name: str) -> Estimate:
+    return study.pointing[label].figures[name]
 
 
 def headline(study: Study) -> Html:
     """The result in a sentence."""
-    calm, cam = (_mean(study.pointing[run.label].hit) for run in (study.calm_run, study.cam_run))
-    _, bird = chance(study.task)
+    ours, theirs = study.calm_run.label, study.cam_run.label
+    calm, cam = (_figure(study, label, "peak_in_part").value for label in (ours, theirs))
+    bird = _figure(study, ours, "part_of_object").value
     return join(
         f"{study.calm_run.label} tells {len(study.names)} species apart with ",
         tag("b", percent(study.calm_run.test["accuracy"])),
         f" accuracy (CAM {percent(study.cam_run.test['accuracy'])}). Asked why it is one species and not another that"
         " differs in a single part, its map peaks in that very part in ",
         tag("b", percent(calm)),
-        f" of {len(study.task.image)} cases (CAM {percent(cam)};"
-        f" a random pixel of the bird {percent(_mean(bird.hit))}).",
+        f" of {_maps(study)} cases (CAM {percent(cam)}; a random pixel of the bird {percent(bird)}).",
     )
