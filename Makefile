@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help demo test stress lint clean
+.PHONY: help demo test stress bench lint clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
@@ -25,6 +25,9 @@ test: lint  ## lint, then every test
 
 stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked stress; about an hour)
 	@CALM_STRESS=full $(BIN)/python -m pytest -q -m stress
+
+bench: $(VENV)/.installed  ## time it against other ways, into benchmarks/README.md; TOPIC=explain for one
+	@$(BIN)/python benchmarks/run.py $(TOPIC)
 
 lint: $(VENV)/.installed  ## ruff and mypy
 	@echo "calm: ruff and mypy ..."

@@ -1,0 +1,135 @@
+"""Run the benchmarks that benchmarks/README.md names, and put what they print into it.
+
+A benchmark is a script of this folder that prints Markdown. README.md says where its output goes and with which
+arguments it is run, between two comments:
+
+    <!-- bench: boxes.py --maps 3 -->
+    (replaced by the output, and a line with the command, the day and the machine)
+    <!-- end -->
+
+Everything else in the file is left as it is. The file is written anew, whole, after each script that succeeds; a script
+that fails leaves its old tables, and makes the exit status 1 after the others have run. One thread, unless
+OMP_NUM_THREADS says otherwise.
+
+Run: python benchmarks/run.py [TOPIC ...]      (TOPIC: boxes, ...; default: all, in the order of the file)
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from calm.atomic import write_text
+from calm.errors import CalmError, unknown
+
+FOLDER = Path(__file__).parent
+BLOCK = re.compile(r"<!-- bench: (?P<command>[^\n]*?) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Topic:
+    """A marked place of the file."""
+
+    command: str
+
+    @property
+    def name(self) -> str:
+        """The script without ``.py``, as TOPIC gives it."""
+        return Path(shlex.split(self.command)[0]).stem
+
+
+def topics(text: str) -> list[Topic]:
+    """The marked places, in order.
+
+    Raises:
+        CalmError: none, or a beginning without an end.
+    """
+    found = [Topic(match["command"]) for match in BLOCK.finditer(text)]
+    begun = len(re.findall("<!-- bench: ", text))
+    if not found or len(found) != begun:
+        raise CalmError(
+            f"{len(found)} of {begun} '<!-- bench: SCRIPT -->' marks are followed by '<!-- end -->'"
+        )
+    return found
+
+
+def replaced(text: str, topic: Topic, output: str) -> str:
+    """The text with the output of a topic in its place."""
+
+    def block(match: re.Match[str]) -> str:
+        if match["command"] != topic.command:
+            return match[0]
+        return f"<!-- bench: {topic.command} -->\n{output.strip()}\n<!-- end -->"
+
+    return BLOCK.sub(block, text)
+
+
+def run(topic: Topic, folder: Path) -> str:
+    """What a topic's script prints, below a line that says when and where.
+
+    Raises:
+        CalmError: it failed, or printed nothing.
+    """
+    from measure import machine
+
+    script, *arguments = shlex.split(topic.command)
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(folder / script), *arguments], capture_output=True, text=True, cwd=folder.parent
+    )
+    if done.returncode or not done.stdout.strip():
+        last = "\n".join(done.stderr.strip().splitlines()[-15:])
+        raise CalmError(f"{topic.name}: exit status {done.returncode}; its old tables are left\n{last}")
+    today = datetime.datetime.now(datetime.UTC).date().isoformat()
+    line = f"`python benchmarks/{topic.command}`, {today}, {machine()}; {time.monotonic() - began:.0f} s."
+    return f"{line}\n\n{done.stdout.strip()}"
+
+
+def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
+    """Run the chosen topics; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("topic", nargs="*")
+    wanted = parser.parse_args(arguments).topic
+    page = folder / "README.md"
+    try:
+        every = topics(page.read_text(encoding="utf-8"))
+        names = [topic.name for topic in every]
+        for name in wanted:
+            if name not in names:
+                raise unknown("topic", name, names)
+    except CalmError as error:
+        print(f"{page}: {error}", file=sys.stderr)
+        return 2
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    failed = []
+    for topic in every:
+        if wanted and topic.name not in wanted:
+            continue
+        print(f"{topic.command} ...", file=sys.stderr, flush=True)
+        try:
+            output = run(topic, folder)
+        except CalmError as error:
+            print(error, file=sys.stderr)
+            failed.append(topic.name)
+            continue
+        print(output + "\n", flush=True)
+        # Read again: a script takes minutes, in which somebody may have edited the prose.
+        write_text(page, replaced(page.read_text(encoding="utf-8"), topic, output))
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

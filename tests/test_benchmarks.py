@@ -1,0 +1,139 @@
+"""The benchmarks run, and what they print reaches the right place of the page."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import runpy
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+
+PAGE = """# Title
+
+<!-- bench: good.py --rows 2 -->
+old
+<!-- end -->
+Prose.
+<!-- bench: bad.py -->
+old, too
+<!-- end -->
+"""
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], ModuleType]:
+    """Imports a module of the benchmarks as their scripts do."""
+    monkeypatch.syspath_prepend(FOLDER)
+    return importlib.import_module
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    (tmp_path / "good.py").write_text("import sys\nprint('| new |', *sys.argv[1:])\n")
+    (tmp_path / "bad.py").write_text("print('half a table')\nraise SystemExit('no memory')\n")
+    path = tmp_path / "README.md"
+    path.write_text(PAGE)
+    return path
+
+
+def test_output_replaces_the_old_table_and_nothing_else(
+    page: Path, module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module("run").main(["good"], page.parent) == 0
+    before, rest = page.read_text().split("<!-- bench: good.py --rows 2 -->\n")
+    inside, after = rest.split("<!-- end -->", 1)
+    assert (before, after) == ("# Title\n\n", PAGE.split("<!-- end -->", 1)[1])
+    line, _, output = inside.partition("\n\n")
+    assert output == "| new | --rows 2\n"
+    assert line.startswith("`python benchmarks/good.py --rows 2`, 20")
+    assert f"PyTorch {torch.__version__}" in line
+
+
+def test_a_script_that_fails_leaves_its_table_and_is_named(
+    page: Path, module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module("run").main([], page.parent) == 1
+    assert "| new |" in page.read_text()
+    assert "<!-- bench: bad.py -->\nold, too\n<!-- end -->" in page.read_text()
+    said = capsys.readouterr().err
+    assert "no memory" in said
+    assert said.endswith("failed: bad\n")
+
+
+def test_an_unknown_topic_runs_nothing(
+    page: Path, module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert module("run").main(["god"], page.parent) == 2
+    assert "did you mean 'good'" in capsys.readouterr().err
+    assert page.read_text() == PAGE
+
+
+def test_a_mark_without_end_is_an_error(
+    page: Path, module: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    page.write_text(PAGE.replace("old, too\n<!-- end -->", "old, too"))
+    assert module("run").main(["good"], page.parent) == 2
+    assert "1 of 2" in capsys.readouterr().err
+
+
+def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
+    named = {topic.name for topic in module("run").topics((FOLDER / "README.md").read_text())}
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"measure", "run", "straightforward"}
+    assert named == scripts
+
+
+def touch(mib: int) -> None:
+    """Hold and write so much memory."""
+    torch.ones(mib, 2**18)
+
+
+def test_peak_memory_is_that_of_the_work_alone(module: Callable[[str], ModuleType]) -> None:
+    assert 195 < module("measure").peak_memory(touch, 200) < 230
+
+
+def test_ways_take_turns_and_start_from_a_new_one_each_round(module: Callable[[str], ModuleType]) -> None:
+    order: list[str] = []
+    ways = {name: lambda name=name: order.append(name) for name in "abc"}
+    times = module("measure").seconds(ways, 2, warm=1)
+    assert "".join(order) == "abcbcacab"
+    assert [len(values) for values in times.values()] == [2, 2, 2]
+
+
+def test_ratio_is_the_median_over_rounds_not_that_of_the_medians(
+    module: Callable[[str], ModuleType],
+) -> None:
+    assert module("measure").ratio([2.0, 8.0, 3.0], [1.0, 4.0, 30.0]) == 2.0
+
+
+SMALLEST = [
+    "training_step.py --backbone tiny_resnet --size 32 --batch 2 --classes 5 200 --rounds 1",
+    "explain.py --networks tiny_resnet:32:1 --rounds 1 --steps 2",
+    "startup.py --rounds 1 --commands 'data check' --code 'import calm'",
+]
+
+
+@pytest.mark.parametrize("command", SMALLEST, ids=lambda command: command.split()[0])
+def test_a_benchmark_prints_tables(
+    command: str,
+    module: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script, *arguments = shlex.split(command)
+    monkeypatch.setattr(module("measure"), "peak_memory", lambda way, *args: (way(*args), 1.0)[1])
+    monkeypatch.setattr(sys, "argv", [script, *arguments])
+    runpy.run_path(os.fspath(FOLDER / script), run_name="__main__")
+    said = capsys.readouterr().out
+    tables = [block.strip().splitlines() for block in said.split("\n\n") if block.strip().startswith("| ")]
+    assert tables
+    for lines in tables:
+        assert len({line.count("|") for line in lines}) == 1
+        assert len(lines) > 2
