@@ -132,8 +132,8 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError):
         fail()
     assert not list(tmp_path.iterdir())
-    (tmp_path / ".data.preparing" / "result").mkdir(parents=True)  # a killed run
-    (tmp_path / ".data.preparing" / "result" / "half").touch()
+    (tmp_path / ".data.writing-abcdefgh" / "result").mkdir(parents=True)  # a killed run
+    (tmp_path / ".data.writing-abcdefgh" / "result" / "half").touch()
     with staged(final) as (_, result):
         result.mkdir()
         (result / "whole").touch()

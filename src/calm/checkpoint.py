@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from calm.atomic import working_folder
 from calm.card import Card
 from calm.errors import CalmError
 from calm.model import CalmModel, create_model
@@ -48,9 +49,8 @@ def save_pretrained(model: CalmModel, folder: str | os.PathLike[str]) -> Path:
     folder = Path(folder).resolve()
     if folder.exists() and not folder.is_dir():
         raise CalmError(f"cannot save a model to {folder}: a file of that name exists; give a folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
-        staging = Path(temporary) / folder.name
+    with working_folder(folder) as temporary:
+        staging = temporary / folder.name
         staging.mkdir()
         save_file(_unshared(model.state_dict()), staging / WEIGHTS, metadata={"format": "pt"})
         card = Card(

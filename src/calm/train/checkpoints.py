@@ -20,7 +20,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from calm.atomic import atomic_path
 from calm.train.module import TrainingModule
 
-__all__ = ["AtomicCheckpointIO", "Checkpoints", "remove_leftovers"]
+__all__ = ["AtomicCheckpointIO", "Checkpoints"]
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -106,11 +106,3 @@ def _copy(source: Path, target: Path) -> None:
             temporary.hardlink_to(source)
         except OSError:  # a file system without hard links
             shutil.copyfile(source, temporary)
-
-
-def remove_leftovers(run_dir: Path) -> None:
-    """Delete the unfinished temporary files that a killed process left in the run folder."""
-    for folder in (run_dir, *(run_dir / name for name in ("checkpoints", "best", "last", "panels"))):
-        for path in folder.glob(".*.*"):
-            if path.is_file():
-                path.unlink()

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from calm.atomic import write_text
+from calm.atomic import remove_abandoned, write_text
 from calm.errors import CalmError
 from calm.train.config import TrainConfig
 
@@ -44,6 +44,7 @@ def inspect(run_dir: Path, config: TrainConfig) -> RunState:
         CalmError: the folder holds something else, or a run with another configuration: the message names the fields.
     """
     path = run_dir / "config.yaml"
+    remove_abandoned(run_dir)
     if not path.exists():
         if run_dir.exists() and not run_dir.is_dir():
             raise CalmError(f"run_dir {run_dir} is a file")

@@ -22,7 +22,7 @@ from calm.errors import CalmError
 from calm.model import CalmModel
 from calm.train import folder
 from calm.train.build import build_datasets, build_model, read_splits
-from calm.train.checkpoints import AtomicCheckpointIO, Checkpoints, remove_leftovers
+from calm.train.checkpoints import AtomicCheckpointIO, Checkpoints
 from calm.train.config import TrainConfig
 from calm.train.data import RunData, steps_per_epoch
 from calm.train.history import History
@@ -99,7 +99,6 @@ def _describe(splits: Mapping[str, Split], report: Report) -> dict[str, Any]:
 def _open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
     """Write what is known before training, or see that a run to be continued has the same data."""
     run_dir.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(run_dir)
     path = run_dir / "data.json"
     if path.exists():
         former = json.loads(path.read_text(encoding="utf-8"))

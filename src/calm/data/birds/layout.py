@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from calm.atomic import write_json, write_text
+from calm.atomic import remove_abandoned, write_json, write_text
 from calm.data.birds.attributes import (
     ATTRIBUTES,
     CERTAINTIES,
@@ -160,6 +160,7 @@ def _claim(root: Path, record: dict[str, Any]) -> bool:
     """Whether ``root`` already holds exactly this set; otherwise make it ours to fill, or refuse."""
     if root.exists() and not root.is_dir():
         raise CalmError(f"cannot write birds to {root}: it is a file; give a folder")
+    remove_abandoned(root)
     for name in (MANIFEST, PARTIAL):
         path = root / name
         if not path.exists():

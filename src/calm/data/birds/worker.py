@@ -19,6 +19,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from calm.atomic import atomic_path
 from calm.data.birds.drawing import draw_bird
 from calm.data.birds.plan import BirdsConfig, plan_items
 from calm.data.birds.species import choose_species
@@ -39,7 +40,8 @@ class Truth:
 def _write(path: Path, encoded: tuple[bool, Any]) -> None:
     if not encoded[0]:
         raise OSError(f"OpenCV could not encode {path}")
-    path.write_bytes(encoded[1].tobytes())
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(encoded[1].tobytes())
 
 
 def _draw_share(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from calm.atomic import remove_abandoned
 from calm.data.prepare.cub import prepare_cub
 from calm.data.prepare.fetch import place_metadata
 from calm.data.prepare.large import prepare_ilsvrc, prepare_openimages
@@ -60,6 +61,8 @@ def prepare(
     if metadata_sha256 and not metadata_url:
         raise CalmError("--metadata_sha256 needs --metadata_url")
     found, out = list_archives([Path(path) for path in archives]), Path(out)
+    for folder in (out.parent, out / "metadata", *_data_folders(out)):
+        remove_abandoned(folder)
     if name == "tiny-imagenet":
         prepared = Prepared(name, out, partial=partial)
         prepare_tiny_imagenet(found, out, prepared, classes)
@@ -70,6 +73,12 @@ def prepare(
     work(found, out, prepared)
     place_metadata(released, out, found, prepared, metadata_url, metadata_sha256)
     return prepared
+
+
+def _data_folders(out: Path) -> Iterator[Path]:
+    """``out/dataset`` and the folders in it: where working folders were, had a run been killed."""
+    yield out / "dataset"
+    yield from (out / "dataset").glob("*/")
 
 
 class _Parser(argparse.ArgumentParser):

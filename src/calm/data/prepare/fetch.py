@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-from calm.atomic import atomic_path
+from calm.atomic import atomic_path, working_folder
 from calm.data.prepare.archives import Limits, check_digest, unpack
 from calm.data.prepare.sources import PUBLISHED, find
 from calm.data.prepare.staging import Prepared, staged
@@ -37,12 +37,9 @@ def place_metadata(
         if found:
             _unpack_lists(found[0], final, name)
         elif url:
-            local = out / "metadata" / f".{name}.download"
-            try:
-                download(url, local, sha256)
-                _unpack_lists(local, final, name)
-            finally:
-                local.unlink(missing_ok=True)
+            with working_folder(final) as folder:
+                download(url, folder / "download", sha256)
+                _unpack_lists(folder / "download", final, name)
         else:
             prepared.notes.append(
                 f"no metadata lists: put metadata.zip from {PUBLISHED['metadata'].where} into --from, "

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from calm.atomic import working_folder
 from calm.errors import CalmError
 
 __all__ = ["Prepared", "merge", "staged"]
@@ -17,22 +17,17 @@ __all__ = ["Prepared", "merge", "staged"]
 def staged(final: Path) -> Iterator[tuple[Path, Path]]:
     """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
 
-    What a killed run left of the working folder is removed first; on error it is removed too.
+    The working folder is removed at the end, on error too.
 
     Raises:
         CalmError: nothing was put into ``result``.
     """
-    work = final.parent / f".{final.name}.preparing"
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    try:
+    with working_folder(final) as work:
         result = work / "result"
         yield work, result
         if not result.is_dir():
             raise CalmError(f"nothing was found for {final}")
         result.replace(final)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
 
 
 def merge(source: Path, target: Path) -> None:
