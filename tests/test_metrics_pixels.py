@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from calm.errors import CalmError
 from calm.metrics.cue_localization import CueLocalization
+from calm.metrics.cuts import Cuts
 from calm.metrics.pixel_ap import PixelAP, histograms, pixel_edges, precision_recall
 from calm.metrics.thresholds import thresholds
 
@@ -113,7 +114,7 @@ def test_the_interval_is_about_that_of_a_classical_bootstrap():
     metric = PixelAP(edges, replicates=500)
     metric.update(maps, truth, torch.arange(60))
     result = metric.compute()
-    counts = histograms(maps, truth, pixel_edges(edges)).double()
+    counts = histograms(maps, truth, Cuts(pixel_edges(edges))).double()
     drawn = torch.randint(60, (500, 60), generator=generator)
     areas = precision_recall(counts[drawn].sum(dim=1))[2]
     width = float(areas.quantile(0.975) - areas.quantile(0.025))

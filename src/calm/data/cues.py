@@ -188,15 +188,21 @@ def part_regions(
     height, width = size
     scale = torch.tensor([width, height], dtype=torch.float64) / image_sizes.to(torch.float64)
     merged, seen, owner = points.merged(scale, groups)
-    whole = merged.trunc().to(torch.int32)
-    columns, rows = (torch.arange(side, dtype=torch.int32) for side in (width, height))
-    nearest = torch.full((len(whole), height, width), torch.iinfo(torch.int32).max, dtype=torch.int32)
-    regions = torch.full(nearest.shape, -1, dtype=torch.int8)
+    whole = merged.trunc().to(torch.int64)
+    # Squared distance and group in one number: the least is the nearest, and of equals the first group.
+    bits = len(groups).bit_length()
+    reach = int(whole.abs().max()) + max(size) if whole.numel() else 0
+    kind = torch.int32 if reach**2 << bits < 2**29 else torch.int64
+    far = torch.iinfo(kind).max // 2
+    nearest = torch.full((len(whole), height, width), far, dtype=kind)
+    sums = torch.empty_like(nearest)
+    columns, rows = torch.arange(width), torch.arange(height)
     for point, group in enumerate(owner.tolist()):
-        across = (columns - whole[:, point, :1]) ** 2
-        down = (rows - whole[:, point, 1:]) ** 2
-        distance = down[:, :, None] + across[:, None, :]
-        closer = (distance < nearest) & seen[:, point, None, None]
-        nearest = torch.where(closer, distance, nearest)
-        regions.masked_fill_(closer, group)
+        across = ((columns - whole[:, point, :1]) ** 2 << bits).to(kind)
+        down = ((rows - whole[:, point, 1:]) ** 2 << bits) + group
+        down = down.masked_fill(~seen[:, point, None], far).to(kind)
+        torch.add(down[:, :, None], across[:, None, :], out=sums)
+        torch.minimum(nearest, sums, out=nearest)
+    regions = nearest.bitwise_and_((1 << bits) - 1).to(torch.int8)
+    regions.masked_fill_(~seen.any(dim=1)[:, None, None], -1)
     return regions if inside is None else regions.masked_fill_(~inside, -1)

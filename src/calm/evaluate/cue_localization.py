@@ -49,6 +49,8 @@ __all__ = ["CueData", "cue_localization", "read_cue_data"]
 
 SAMPLES = 64
 """Difference maps at the protocol's size that are held at once."""
+SAMPLES_CPU = 8
+"""The same on a CPU: what is computed from so few of them stays in its cache."""
 
 WAYS: dict[str, tuple[Counting, Accumulation]] = {
     "": ("strict", "pair"),
@@ -169,6 +171,7 @@ def cue_localization(
     metric = CueLocalization(numbers, subject.thresholds, replicates=replicates, seed=seed).to(subject.device)
     bits = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs], dtype=torch.int32)
     found: list[_Found] = []
+    together = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
     for images, _, positions in batches(
         split,
         subject.preprocessing,
@@ -182,14 +185,14 @@ def cue_localization(
         grid = subject.look(images).maps(asked.classes.to(subject.device))
         regions = data.regions(split.records, positions).to(torch.int32)
         own_bits = torch.where(regions < 0, 0, 1 << regions.clamp(min=0)).to(torch.int32).to(subject.device)
-        for some in torch.split(torch.arange(len(asked.pair)), SAMPLES):
+        objects = (own_bits != 0).sum(dim=(1, 2))
+        for some in torch.split(torch.arange(len(asked.pair)), together):
             row, pair = asked.row[some].to(subject.device), asked.pair[some]
             one, other = (grid[row, slot[some].to(subject.device)] for slot in (asked.first, asked.second))
             maps = normalize(resize_maps(difference(one, other), PROTOCOL_SIZE), subject.normalization)
             truth = (own_bits[row] & bits[pair].to(subject.device)[:, None, None]) != 0
             metric.update(maps, truth, pair.to(subject.device))
-            objects = (own_bits != 0).flatten(1).sum(dim=1)[row]
-            found.append(_Found.of(maps, truth, objects, positions[asked.row[some]], pair))
+            found.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
     every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
     return _result(subject, split, data, metric.cpu(), _Found.joined(every), replicates, seed)
 
@@ -289,7 +292,8 @@ def _result(
         drawn = weights(found.image[single], replicates, seed)
         for name, values in found.shares().items():
             figures[name] = estimate((drawn @ values[single]) / drawn.sum(dim=1))
-    pixels = metric.histogram.sum(dim=1)
+    with metric.sync_context():  # the pixels of all processes
+        pixels = metric.histogram.sum(dim=1)
     share = pixels[:, 1] / pixels.sum(dim=1)
     seen = torch.tensor(results[""].per_pair).isfinite()
     figures["chance"] = Estimate(float(share[seen].mean()), float("nan"), float("nan"))

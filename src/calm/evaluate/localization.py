@@ -13,10 +13,11 @@ from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.map_folder import MapFolder
 from calm.evaluate.object_truth import Truth, box_region, masks, scaled_boxes, truth_kinds
-from calm.evaluate.reading import Progress, batches
+from calm.evaluate.reading import Progress, by_id, looks, turns
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate
+from calm.metrics.cuts import Cuts
 from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
 from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
@@ -72,24 +73,26 @@ def localization(
     judges = [_JUDGES[kind](subject.thresholds, split, size, replicates, seed, device) for kind in kinds]
     pointing = PointingGame(replicates=replicates, seed=seed).to(device)
     energy = EnergyInside(replicates=replicates, seed=seed).to(device)
-    scores: dict[str, float] = {}
+    scores: dict[int, float] = {}
     for seen in _looks(subject, split, size, batch_size, workers, progress):
-        places = seen.places.tolist()
         updated = [judge.update(seen) for judge in judges]
         inside, ignore, own = updated[0]
         for metric in (pointing, energy):
             metric.update(seen.maps, inside, seen.places, ignore)
-        scores |= {split.records[place].id: score for place, score in zip(places, own, strict=True)}
+        scores |= dict(zip(seen.places.tolist(), own, strict=True))
+    named = by_id(split, scores)
     figures: dict[str, Estimate] = {}
     curves: dict[str, Curve] = {}
     details: dict[str, Any] = {"truth": list(kinds), "images": len(split.records), "size": list(size)}
     for judge in judges:
-        for whole, part in zip((figures, curves, details), judge.compute(), strict=True):
-            whole.update(part)
-    pointed = pointing.compute()
-    figures |= {"pointing": pointed.mean, "energy_inside": energy.compute().mean}
+        more_figures, more_curves, more_details = judge.compute()
+        figures |= more_figures
+        curves |= more_curves
+        details |= more_details
+    pointed = pointing.cpu().compute()
+    figures |= {"pointing": pointed.mean, "energy_inside": energy.cpu().compute().mean}
     details["blank_maps"] = pointed.blank
-    return Result("localization", subject.label, figures, curves, scores, details)
+    return Result("localization", subject.label, figures, curves, named, details)
 
 
 class _Seen(NamedTuple):
@@ -112,23 +115,15 @@ def _looks(
     """The maps of the true classes, batch by batch."""
     if isinstance(subject, MapFolder):
         labels = torch.tensor([record.label for record in split.records])
-        for places in torch.split(torch.arange(len(split.records)), batch_size):
-            yield _Seen(subject.maps(places.tolist()), places, labels[places], None)
-            if progress is not None:
-                progress(len(places))
+        for some in turns(range(len(split.records)), batch_size, progress):
+            places = torch.tensor(some)
+            yield _Seen(subject.maps(some), places, labels[places], None)
         return
-    reading = batches(
-        split,
-        subject.preprocessing,
-        subject.device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
-    )
-    for images, labels, places in reading:
-        looked = subject.look(images)
+    for _, labels, places, looked in looks(
+        subject, split, batch_size=batch_size, workers=workers, progress=progress
+    ):
         probs = looked.probs.detach()
-        raw = looked.maps(labels.to(probs.device)[:, None])[:, 0].detach()
+        raw = looked.maps(labels[:, None])[:, 0].detach()
         maps = normalize(resize_maps(raw, size), subject.normalization)
         yield _Seen(maps, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
 
@@ -162,7 +157,7 @@ class _Boxes:
         return inside, torch.zeros_like(inside), self.metric.latest.tolist()
 
     def compute(self) -> _Computed:
-        result = self.metric.compute()
+        result = self.metric.cpu().compute()
         figures = {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
         figures |= {f"maxboxacc_{round(100 * iou)}": figure for iou, figure in result.per_iou.items()}
         if result.top1 is not None and result.top5 is not None:
@@ -188,7 +183,7 @@ class _Masks:
         device: torch.device,
     ) -> None:
         self.split, self.size = split, size
-        self.edges = thresholds(cuts).to(device)
+        self.cuts = Cuts(thresholds(cuts)).to(device)
         self.strict, self.released = (
             PixelAP(thresholds(cuts), counting, replicates=replicates, seed=seed).to(device)
             for counting in ("strict", "released")
@@ -199,13 +194,13 @@ class _Masks:
         inside, ignore = (torch.stack(each).to(seen.maps.device) for each in zip(*found, strict=True))
         for metric in (self.strict, self.released):
             metric.update(seen.maps, inside, seen.places, ignore)
-        counts = histograms(seen.maps, inside, self.edges, ignore).double()
+        counts = histograms(seen.maps, inside, self.cuts, ignore).double()
         return inside, ignore, precision_recall(counts)[2].tolist()
 
     def compute(self) -> _Computed:
         figures, curves = {}, {}
         for name, metric in (("pxap", self.strict), ("pxap_released", self.released)):
-            result = metric.compute()
+            result = metric.cpu().compute()
             figures[name] = result.ap
             title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
             low, high = map(list, result.precision_band)

@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
+from calm.metrics.cuts import Cuts
 from calm.metrics.pixel_ap import COUNTINGS, Counting, check_maps, histograms, pixel_edges, precision_recall
 from calm.metrics.thresholds import Thresholds
 
@@ -59,7 +60,6 @@ class CueLocalization(Metric):
     higher_is_better = True
     full_state_update = False
     histogram: Tensor
-    thresholds: Tensor
 
     def __init__(
         self,
@@ -81,8 +81,8 @@ class CueLocalization(Metric):
         self.groups = tuple(groups)
         self.counting, self.accumulation = counting, accumulation
         self.replicates, self.seed = replicates, seed
-        self.register_buffer("thresholds", pixel_edges(which))
-        zeros = torch.zeros(len(groups), len(self.thresholds) + 1, 2, dtype=torch.float64)
+        self.cuts = Cuts(pixel_edges(which))
+        zeros = torch.zeros(len(groups), len(self.cuts) + 1, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 
     def update(
@@ -100,7 +100,7 @@ class CueLocalization(Metric):
                 of samples that differ.
         """
         check_maps(maps, positive, pair)
-        counts = histograms(maps, positive, self.thresholds).double()
+        counts = histograms(maps, positive, self.cuts).double()
         self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
 
     def compute(self) -> CueLocalizationResult:

@@ -11,6 +11,7 @@ from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
+from calm.metrics.cuts import Cuts
 from calm.metrics.thresholds import Thresholds, thresholds
 
 __all__ = [
@@ -69,7 +70,6 @@ class PixelAP(Metric):
     higher_is_better = True
     full_state_update = False
     histogram: Tensor
-    thresholds: Tensor
 
     def __init__(
         self,
@@ -83,8 +83,8 @@ class PixelAP(Metric):
         if counting not in COUNTINGS:
             raise unknown("counting", counting, COUNTINGS)
         self.counting, self.replicates, self.seed = counting, replicates, seed
-        self.register_buffer("thresholds", pixel_edges(which))
-        bins = len(self.thresholds) + 1
+        self.cuts = Cuts(pixel_edges(which))
+        bins = len(self.cuts) + 1
         zeros = torch.zeros(replicates + 1, bins, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 
@@ -108,7 +108,7 @@ class PixelAP(Metric):
                 of images that differ.
         """
         check_maps(maps, positive, keys, ignore)
-        counts = histograms(maps, positive, self.thresholds, ignore).double()
+        counts = histograms(maps, positive, self.cuts, ignore).double()
         drawn = weights(keys.to(maps.device), self.replicates, self.seed)
         self.histogram += (drawn @ counts.flatten(1)).view_as(self.histogram)
 
@@ -123,7 +123,7 @@ class PixelAP(Metric):
         precision, recall, area = precision_recall(self.histogram, self.counting)
         return PixelAPResult(
             estimate(area),
-            tuple(self.thresholds.tolist()),
+            tuple(self.cuts.thresholds.tolist()),
             tuple(precision[0].tolist()),
             tuple(recall[0].tolist()),
             band(precision),
@@ -168,17 +168,17 @@ def check_maps(maps: Tensor, truth: Tensor, keys: Tensor | None = None, ignore: 
 def histograms(
     maps: Float[Tensor, "b h w"],
     positive: Bool[Tensor, "b h w"],
-    edges: Float[Tensor, " t"],
+    cuts: Cuts,
     ignore: Bool[Tensor, "b h w"] | None = None,
 ) -> Int[Tensor, "b t1 2"]:
     """Pixels of each image by the number of thresholds that their score reaches, negative and positive apart."""
-    bins = 2 * (len(edges) + 1)
-    place = torch.bucketize(maps.double(), edges, right=True) * 2 + positive
+    bins = 2 * (len(cuts) + 1)
+    place = cuts(maps).mul_(2).add_(positive)
     if ignore is not None:
-        place = place.masked_fill(ignore, bins)
-    rows = torch.arange(len(maps), device=maps.device).view(-1, 1, 1) * (bins + 1)
-    counts = torch.bincount((place + rows).flatten(), minlength=len(maps) * (bins + 1))
-    return counts.view(len(maps), bins + 1)[:, :bins].view(len(maps), -1, 2)
+        place.masked_fill_(ignore, bins)
+    rows = torch.arange(len(maps), device=maps.device, dtype=torch.int32).view(-1, 1, 1) * (bins + 1)
+    counts = torch.bincount(place.add_(rows).flatten(), minlength=len(maps) * (bins + 1))
+    return counts.view(len(maps), bins + 1)[:, :bins].reshape(len(maps), -1, 2)
 
 
 def precision_recall(

@@ -72,11 +72,9 @@ def energy_inside(
         truth: the object's pixels.
         ignore: pixels whose scores do not count.
     """
-    scores = maps.double()
-    if ignore is not None:
-        scores = scores.masked_fill(ignore, 0)
-    whole = scores.sum(dim=(1, 2))
-    inside = scores.masked_fill(~truth, 0).sum(dim=(1, 2))
+    scores = maps if ignore is None else maps.masked_fill(ignore, 0)
+    whole = scores.sum(dim=(1, 2), dtype=torch.float64)
+    inside = (scores * truth.to(scores.dtype)).sum(dim=(1, 2), dtype=torch.float64)
     return torch.where(whole > 0, inside / whole, 0.0)
 
 
