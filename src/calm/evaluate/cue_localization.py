@@ -289,9 +289,11 @@ def _result(
         figures[f"mpxap{ending}"] = result.mean
     single = torch.tensor([len(pair.groups) == 1 for pair in data.pairs])[found.pair] & found.shown
     if single.any():
-        drawn = weights(found.image[single], replicates, seed)
-        for name, values in found.shares().items():
-            figures[name] = estimate((drawn @ values[single]) / drawn.sum(dim=1))
+        shares = found.shares()
+        columns = torch.stack([torch.ones_like(found.mass), *shares.values()], dim=1)[single]
+        sums = _drawn_sums(found.image[single], columns, replicates, seed)
+        for place, name in enumerate(shares, start=1):
+            figures[name] = estimate(sums[:, place] / sums[:, 0])
     with metric.sync_context():  # the pixels of all processes
         pixels = metric.histogram.sum(dim=1)
     share = pixels[:, 1] / pixels.sum(dim=1)
@@ -326,6 +328,18 @@ def _result(
             "thresholds": subject.thresholds,
         },
     )
+
+
+def _drawn_sums(
+    keys: Int[Tensor, " s"], columns: Float[Tensor, "s k"], replicates: int, seed: int
+) -> Float[Tensor, "r k"]:
+    """Sums of columns in every bootstrap sample of the keys, some keys at a time: the weights of all are large."""
+    each, place = torch.unique(keys, return_inverse=True)
+    own = columns.new_zeros(len(each), columns.shape[1]).index_add_(0, place, columns)
+    sums = columns.new_zeros(replicates + 1, columns.shape[1])
+    for some in torch.split(torch.arange(len(each)), 256):
+        sums += weights(each[some], replicates, seed) @ own[some]
+    return sums
 
 
 def _scores(found: _Found, split: Split) -> dict[str, float]:
