@@ -1,0 +1,155 @@
+"""`calm evaluate` in two processes: the same figures as in one, one table, and one message if something is wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import calm
+from calm.cli import main
+from calm.data.birds import write_birds
+from calm.errors import CalmError
+from calm.evaluate.processes import gathered, in_order, share, together
+
+SCRIPT = Path(__file__).parent / "evaluate_process.py"
+
+
+def ports(count: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(count)]
+    for one in sockets:
+        one.bind(("127.0.0.1", 0))
+    found = [one.getsockname()[1] for one in sockets]
+    for one in sockets:
+        one.close()
+    return found
+
+
+def start(command_lines: list[list[str]], size: int = 2) -> list[tuple[str, str]]:
+    """What each process said on its two outputs."""
+    tasks = json.dumps(list(zip(command_lines, ports(len(command_lines)), strict=True)))
+    running = []
+    for rank in range(size):
+        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
+        environment = (
+            os.environ | {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
+        )
+        command = [sys.executable, "-W", "error", str(SCRIPT), tasks]
+        running.append(
+            subprocess.Popen(
+                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+        )
+    try:
+        return [process.communicate(timeout=200) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+
+
+def stored(out: Path) -> dict[str, dict]:
+    found = {}
+    for path in sorted(out.glob("*/*.json")):
+        read = json.loads(path.read_text())
+        found[f"{path.parent.name}/{path.name}"] = read
+    return found
+
+
+def same(one, two, where: str) -> None:
+    """Equal but for the last bits of numbers: sums are added up in another order."""
+    assert type(one) is type(two), where
+    if isinstance(one, dict):
+        assert list(one) == list(two), where
+        for key in one:
+            same(one[key], two[key], f"{where}/{key}")
+    elif isinstance(one, list):
+        assert len(one) == len(two), where
+        for place, (a, b) in enumerate(zip(one, two, strict=True)):
+            same(a, b, f"{where}/{place}")
+    elif isinstance(one, float):
+        assert math.isclose(one, two, rel_tol=1e-12, abs_tol=1e-12), (where, one, two)
+    else:
+        assert one == two, where
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    root = tmp_path_factory.mktemp("processes")
+    write_birds(root / "birds", species=3, images_per_species=10, size=40, seed=2, workers=1)
+    torch.manual_seed(0)
+    size = calm.Preprocessing(size=(48, 48))
+    calm.create_model("small_resnet", 3, "calm-em", preprocessing=size).save_pretrained(root / "model")
+    return root
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path, capsys):
+    split = calm.data.load_split(place / "birds", "test")
+    assert len(split.records) == 9  # batches of 4, 4 and 1: the first process has two of them
+    broken = tmp_path / "broken"
+    calm.data.birds.write_birds(broken, species=3, images_per_species=10, size=40, seed=2, workers=1)
+    bad = calm.data.load_split(broken, "test").records[5]  # of the second process
+    bad.path.write_bytes(bad.path.read_bytes()[:99])
+
+    def words(benchmark: str, out: str, *more: str, data: Path = place / "birds") -> list[str]:
+        flags = ["--model", str(place / "model"), "--data", str(data), "--out", str(tmp_path / out)]
+        return [benchmark, *flags, "--replicates", "20", "--device", "cpu", *more]
+
+    def command_lines(out: str) -> list[list[str]]:
+        return [
+            words("all", out, "--batch_size", "4"),
+            words("insertion-deletion", out, "--batch_size", "4", "--points", "2"),
+            words("randomisation", out, "--batch_size", "2", "--order", "all", "--images", "5"),
+        ]
+
+    idle = words("classification", "idle", "--batch_size", "99")  # one batch: the second process has none
+    wrong = [
+        words("classification", "broken", "--batch_size", "4", data=broken),
+        words("localization", "wrong", "--fill", "blur"),
+    ]
+    said = start([*command_lines("two"), idle, *wrong])
+    assert all("codes [0, 0, 0, 0, 2, 2]" in out for out, _ in said), said
+    one, two = (tmp_path / name for name in ("one", "two"))
+    for line in command_lines("one"):
+        assert main(["evaluate", *line]) == 0
+    assert stored(one).keys() == stored(two).keys()
+    assert len(stored(one)) == 6
+    for name, ours in stored(one).items():
+        theirs = stored(two)[name]
+        assert (ours["provenance"]["processes"], theirs["provenance"]["processes"]) == (1, 2)
+        assert theirs["scores"] or name.startswith("randomisation")
+        for part in ("figures", "curves", "scores", "details"):
+            same(ours[part], theirs[part], f"{name}/{part}")
+    for name in ("table.csv", "table.md"):
+        assert (one / name).read_text() == (two / name).read_text()
+    assert len(json.loads((tmp_path / "idle/table.json").read_text())) == 4
+    capsys.readouterr()
+    (first, first_errors), (second, second_errors) = said
+    assert first.count("CALM-EM jointll") >= 4
+    assert second.splitlines() == ["codes [0, 0, 0, 0, 2, 2]"]
+    assert str(bad.path) in first_errors.splitlines()[0]
+    assert "localization does not read --fill" in first_errors.splitlines()[1]
+    assert len(first_errors.splitlines()) == 2
+    assert second_errors == ""
+
+
+def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
+    for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(CalmError, match=r"WORLD_SIZE is 2, .*RANK.*: start them with torchrun"), together():
+        pytest.fail("ran")
+
+
+def test_one_process_has_everything():
+    with together():
+        assert share([1, 2, 3]) == [1, 2, 3]
+        assert gathered("x") == ["x"]
+        assert in_order({2: "b", 0: "a"}) == {0: "a", 2: "b"}
