@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
 
 from calm import atomic
 from calm.atomic import atomic_path, remove_abandoned, working_folder, write_bytes, write_text
+from calm.errors import CalmError
 
 HOLD = """
 import sys, time
@@ -42,8 +47,8 @@ def writer(tmp_path: Path):
 
 def test_an_error_amid_writing_leaves_the_former_file_and_nothing_else(tmp_path):
     write_text(tmp_path / "a.txt", "former")
-    with pytest.raises(TypeError), atomic_path(tmp_path / "a.txt") as temporary:
-        temporary.write_text(str(temporary.write_text("half")) + None)
+    with pytest.raises(ZeroDivisionError), atomic_path(tmp_path / "a.txt") as temporary:
+        _ = temporary.write_text("half") / 0
     assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a.txt": "former"}
 
 
@@ -104,3 +109,39 @@ def test_a_working_folder_is_gone_at_the_end_and_what_was_moved_out_stays(tmp_pa
         (folder / "rest").touch()
         (folder / "result").rename(tmp_path / "set")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def save_with_torch(path, tensor):
+    with path.open("wb") as file:
+        torch.save(tensor, file)
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_with_torch,
+        lambda path, tensor: save_file({"a": tensor}, path),
+        lambda path, tensor: Image.fromarray(tensor.reshape(1000, 1000).byte().numpy()).save(path),
+    ],
+    ids=["torch", "safetensors", "Pillow"],
+)
+def test_a_library_that_fails_at_a_full_disk_fails_with_the_final_name(tmp_path, save):
+    tensor = torch.rand(1_000_000) * 255
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with (
+            pytest.raises(OSError, match=r"large.*a\.png") as caught,
+            atomic_path(tmp_path / "a.png") as temporary,
+        ):
+            save(temporary, tensor)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.filename == str(tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_of_the_user_stays_one_while_a_folder_is_filled(tmp_path):
+    with pytest.raises(CalmError, match="damaged"), working_folder(tmp_path / "set"):
+        raise CalmError("archive is damaged")
+    assert not list(tmp_path.iterdir())

@@ -18,10 +18,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from calm.errors import CalmError
+
 if sys.platform != "win32":  # there nothing is locked, and nothing that is left behind is removed
     import fcntl
 
-__all__ = ["atomic_path", "remove_abandoned", "working_folder", "write_bytes", "write_json", "write_text"]
+__all__ = [
+    "append_line",
+    "atomic_path",
+    "remove_abandoned",
+    "working_folder",
+    "write_bytes",
+    "write_json",
+    "write_text",
+]
 
 _UNFINISHED = re.compile(r"\..*\.writing-\w{8}(\.[^.]*)?")
 _OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
@@ -62,18 +72,18 @@ def working_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     Parent folders are made.
 
     Raises:
-        OSError: the folder cannot be written, the disk is full.
+        OSError: the folder cannot be written, the disk is full: ``path`` is its file name.
     """
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final.parent)
     with _named(final):
         lock, temporary = _claim(final, folder=True)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        os.close(lock)
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+            os.close(lock)
 
 
 def remove_abandoned(folder: str | os.PathLike[str]) -> None:
@@ -101,6 +111,12 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
     """Write ``value`` to ``path`` as indented JSON, atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def append_line(path: str | os.PathLike[str], text: str) -> None:
+    """Add a line to a file that grows, such as a log: the one kind that is not written whole."""
+    with _named(Path(path)), Path(path).open("a", encoding="utf-8") as file:
+        file.write(f"{text}\n")
 
 
 def _look_into(folder: Path) -> None:
@@ -150,16 +166,35 @@ def _remove_if_free(path: Path) -> None:
 
 @contextmanager
 def _named(final: Path) -> Iterator[None]:
-    """Let an error about the temporary name, or about none, such as that of a full disk, be about the final one."""
+    """Let what goes wrong with the disk be an OSError about ``final``: libraries tell it in their own ways, about a
+    temporary name or about none."""
     try:
         yield
-    except OSError as error:
-        about = error.filename
-        ours = (
-            error.errno in _OF_DISKS
-            if about is None
-            else _UNFINISHED.fullmatch(Path(os.fsdecode(about)).name)
-        )
-        if error.errno is None or not ours:
+    except CalmError:
+        raise
+    except Exception as error:
+        number = _disk_error(error)
+        if number is None:
             raise
-        raise OSError(error.errno, os.strerror(error.errno), str(final)) from error
+        raise OSError(number, os.strerror(number), str(final)) from error
+
+
+def _disk_error(error: BaseException) -> int | None:
+    """Number of the error of the disk, or of permission, that made a writer fail; None if other files are at fault."""
+    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
+    if told and int(told[1]) in _OF_DISKS:
+        return int(told[1])
+    cause: BaseException | None = error
+    while cause is not None:  # torch.save fails for another reason after the first
+        if isinstance(cause, OSError) and cause.errno in _OF_DISKS and _is_unfinished(cause.filename):
+            return cause.errno
+        cause = cause.__context__
+    refused = (
+        isinstance(error, PermissionError) and error.filename is not None and _is_unfinished(error.filename)
+    )
+    return errno.EACCES if refused else None
+
+
+def _is_unfinished(name: Any) -> bool:
+    """Whether it is a temporary name, or below one, or no name at all."""
+    return name is None or any(_UNFINISHED.fullmatch(part) for part in Path(os.fsdecode(name)).parts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -161,5 +162,7 @@ def _write(
             if what == "overlay":
                 Image.fromarray(draw(picture, answer, question)).save(temporary)
             else:
-                np.save(temporary, arrays[what].numpy().astype(np.float32))
+                content = io.BytesIO()
+                np.save(content, arrays[what].numpy().astype(np.float32))
+                temporary.write_bytes(content.getvalue())
     return {what: name + suffix for what, suffix in suffixes.items()}

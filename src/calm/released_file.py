@@ -88,8 +88,8 @@ def write_released(
         "state_dict": dict(state),
         "optimizer": dict(optimizer),
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def _unpickle(path: Path) -> Any:

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from calm.atomic import append_line
 from calm.train.module import TrainingModule
 
 __all__ = ["ProgressBar", "RunLog", "TensorBoard"]
@@ -36,8 +37,7 @@ class RunLog:
         self.console.print(text)
         if self.path is not None:
             now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(f"{now}  {text}\n")
+            append_line(self.path, f"{now}  {text}")
 
 
 class ProgressBar(pl.Callback):
