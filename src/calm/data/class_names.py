@@ -37,7 +37,7 @@ def read_names(path: Path) -> tuple[str, ...]:
         by_index[index] = name
     first = min(by_index, default=0)
     missing = set(range(first, first + len(by_index))) - by_index.keys()
-    if first > 1 or missing or not by_index:
+    if first not in (0, 1) or missing or not by_index:
         wanted = (
             f"{min(missing)} is missing"
             if missing

@@ -13,6 +13,7 @@ name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -28,6 +29,9 @@ from calm.data.lines import numbered
 from calm.errors import CalmError
 
 __all__ = ["read_class_attributes", "read_pairs", "read_part_points", "read_segmentation"]
+
+MOST_PARTS = 1000
+"""Parts of a data set, at most."""
 
 PRESENT_PERCENT = 50.0
 """A class has an attribute if at least this percentage of its annotations say so."""
@@ -79,22 +83,36 @@ def read_part_points(root: Path) -> PartPoints:
     """The part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
 
     Raises:
-        CalmError: a file that is missing, a malformed line, an image or part number that is not listed.
+        CalmError: a file that is missing, a malformed line, an image or part number that is not listed, an image
+            listed twice, more than `MOST_PARTS` parts.
     """
     places: dict[str, int] = {}
     ids: list[str] = []
-    for _, text in numbered(root / "images.txt"):
+    seen: set[str] = set()
+    for line, text in numbered(root / "images.txt"):
         number, _, name = text.partition(" ")
+        if number in places or name.strip() in seen or not name.strip():
+            raise CalmError(
+                f"{root / 'images.txt'}:{line}: {text!r:.200} is not 'number path', or listed before"
+            )
         places[number] = len(ids)
+        seen.add(name.strip())
         ids.append(name.strip())
     parts = sum(1 for _ in numbered(root / "parts" / "parts.txt"))
+    if parts > MOST_PARTS:
+        raise CalmError(
+            f"{root / 'parts' / 'parts.txt'} lists {parts:,} parts: at most {MOST_PARTS:,} are read"
+        )
     xy, visible = np.zeros((len(ids), parts, 2)), np.zeros((len(ids), parts), dtype=bool)
     path = root / "parts" / "part_locs.txt"
     for line, text in numbered(path):
         number, _, rest = text.partition(" ")
         values = _floats(rest)
-        if len(values) != 4 or values[3] not in (0, 1):
-            raise CalmError(f"{path}:{line}: {text!r} is not 'image-number part-number x y visible(0|1)'")
+        whole = len(values) == 4 and values[0] % 1 == 0 and values[3] in (0, 1)
+        if not whole or not all(map(math.isfinite, values)):
+            raise CalmError(
+                f"{path}:{line}: {text!r:.200} is not 'image-number part-number x y visible(0|1)'"
+            )
         if number not in places or not 1 <= values[0] <= parts:
             raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {values[0]:g}")
         place, part = places[number], int(values[0]) - 1

@@ -13,10 +13,12 @@ over. Pictures are turned as their EXIF orientation says.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
+from calm.data.lines import is_text
 from calm.data.records import SPLITS, Record, Split
 from calm.errors import CalmError, unknown
 
@@ -42,7 +44,7 @@ class FolderSource:
         """Sorted names of the class folders of train.
 
         Raises:
-            CalmError: fewer than two class folders.
+            CalmError: fewer than two class folders, a name that is not UTF-8 text.
         """
         names = tuple(folder.name for folder in _folders(self._base("train")))
         if len(names) < 2:
@@ -59,7 +61,7 @@ class FolderSource:
         """Read one of :attr:`splits`.
 
         Raises:
-            CalmError: a class folder that train does not have.
+            CalmError: a class folder that train does not have, a name that is not UTF-8 text.
         """
         index = {name: label for label, name in enumerate(self.class_names)}
         base = self._base(split)
@@ -69,14 +71,23 @@ class FolderSource:
                 raise unknown(
                     "class folder", folder.name, self.class_names, where=f"{base}; train has no such class"
                 )
-            files = sorted(path for path in folder.rglob("*") if _is_image(path, folder))
+            files = _named(path for path in folder.rglob("*") if _is_image(path, folder))
             label = index[folder.name]
             records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
         return Split(split, tuple(records), self.class_names, base, exif=True)
 
 
 def _folders(base: Path) -> list[Path]:
-    return sorted(path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+    return _named(path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _named(paths: Iterable[Path]) -> list[Path]:
+    """``paths``, sorted: their names are in every result, and must be text."""
+    found = sorted(paths)
+    for path in found:
+        if not is_text(str(path)):
+            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
+    return found
 
 
 def _is_image(path: Path, folder: Path) -> bool:

@@ -6,7 +6,7 @@ import io
 import re
 from collections.abc import Iterator
 from itertools import count
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from calm.data.problems import Problem
 from calm.data.records import Box
@@ -64,8 +64,10 @@ def is_text(name: str) -> bool:
 
 
 def inside(path: str) -> bool:
-    """Whether ``path`` is relative and stays below the folder it is relative to."""
-    return bool(path) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")
+    """Whether ``path`` is relative, names something, and stays below the folder it is relative to."""
+    return (
+        bool(PurePosixPath(path).name) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")
+    )
 
 
 def box_problem(

@@ -46,8 +46,12 @@ from calm.data.metadata_files import Line, Located, read_ids, read_labels, read_
 from calm.data.problems import Problem
 from calm.data.records import SPLITS, Record, Split
 from calm.data.released_roots import images_root
+from calm.errors import CalmError
 
-__all__ = ["MetadataSource"]
+__all__ = ["MOST_CLASSES", "MetadataSource"]
+
+MOST_CLASSES = 1_000_000
+"""Classes that labels alone may stand for: one wrong digit is not to fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class MetadataSource:
 
         Without ``classes.txt`` the classes are 0 .. the largest label of train (of all splits if there is no
         train).
+
+        Raises:
+            CalmError: a file that is missing or malformed, a label of `MOST_CLASSES` or more.
         """
         for folder in (self.lists, self.root):
             if (folder / "classes.txt").is_file():
@@ -83,7 +90,14 @@ class MetadataSource:
         sources = [split for split in self.splits if split == "train"] or self.splits
         labels: dict[str, int] = {}
         for split in sources:
-            found = read_labels(self.lists / split / "class_labels.txt", split, [])
+            path = self.lists / split / "class_labels.txt"
+            found = read_labels(path, split, [])
+            for name, line in found.items():
+                if line.value >= MOST_CLASSES:
+                    raise CalmError(
+                        f"{path}:{line.number}: label {line.value} of {name}: without classes.txt the classes are"
+                        f" 0 .. the largest label, and more than {MOST_CLASSES:,} are not read"
+                    )
             labels |= {name: line.value for name, line in found.items() if line.value >= 0}
         return names_from_folders(labels)
 

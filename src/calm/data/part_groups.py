@@ -16,10 +16,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from calm.data.cue_files import MOST_PARTS
 from calm.data.cues import CUB_GROUPS, PartGroup
-from calm.errors import CalmError
+from calm.documents import read_yaml
+from calm.errors import CalmError, shown
 
 __all__ = ["read_part_groups"]
 
@@ -36,10 +36,7 @@ def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
     path = root / "parts" / "groups.yaml"
     if not path.is_file():
         return CUB_GROUPS
-    try:
-        entries = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise CalmError(f"cannot read {path}: {error}") from error
+    entries = read_yaml(path, "part groups")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MOST:
         raise CalmError(f"{path}: needs a list of 1 to {MOST} groups, each with name, words and points")
     groups = tuple(_group(path, number, entry) for number, entry in enumerate(entries, 1))
@@ -51,19 +48,23 @@ def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
 def _group(path: Path, number: int, entry: Any) -> PartGroup:
     if not isinstance(entry, dict) or set(entry) != {"name", "words", "points"}:
         raise CalmError(f"{path}: group {number} needs name, words and points, and nothing else")
-    words, points = entry["words"], entry["points"]
+    name, words, points = entry["name"], entry["words"], entry["points"]
+    if not isinstance(name, str) or not name:
+        raise CalmError(f"{path}: name of group {number} must be a text, got {shown(name)}")
     if not isinstance(words, list) or not words or not all(isinstance(w, str) and w for w in words):
-        raise CalmError(f"{path}: words of group {number} must be a list of texts, got {words!r}")
+        raise CalmError(f"{path}: words of group {number} must be a list of texts, got {shown(words)}")
     good = (
         isinstance(points, list)
         and points
         and all(
-            isinstance(point, list) and point and all(type(part) is int and part > 0 for part in point)
+            isinstance(point, list)
+            and point
+            and all(type(part) is int and 0 < part <= MOST_PARTS for part in point)
             for point in points
         )
     )
     if not good:
         raise CalmError(
-            f"{path}: points of group {number} must be lists of part numbers from 1, got {points!r}"
+            f"{path}: points of group {number} must be lists of part numbers, 1 to {MOST_PARTS:,}, got {shown(points)}"
         )
-    return PartGroup(str(entry["name"]), tuple(words), tuple(map(tuple, points)))
+    return PartGroup(name, tuple(words), tuple(map(tuple, points)))

@@ -36,10 +36,17 @@ def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
     below = IMAGE_ROOTS[name][split]
     candidates = [base / folder for base in (root, root.parent) for folder in below] + [root / "images", root]
     sample = ids[:: max(1, len(ids) // 20)][:20]
-    found = [sum((folder / image).is_file() for image in sample) for folder in candidates]
+    found = [sum(_is_file(folder / image) for image in sample) for folder in candidates]
     if sample and not any(found):
         tried = "\n  ".join(map(str, dict.fromkeys(candidates)))
         raise CalmError(
             f"none of the {name} {split} images (such as {sample[0]}) was found below any of\n  {tried}"
         )
     return candidates[found.index(max(found))]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that no file can have
+        return False

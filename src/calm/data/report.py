@@ -93,12 +93,18 @@ class Report:
             about = KINDS[kind]
             lines += ["", f"{about.severity}: {about.title} ({len(members):,})"]
             lines += [
-                f"  [{problem.split}] {problem.place}: {problem.message}" for problem in members[:SHOWN]
+                f"  [{problem.split}] {_brief(problem.place)}: {_brief(problem.message)}"
+                for problem in members[:SHOWN]
             ]
             if len(members) > SHOWN:
                 lines.append(f"  ... and {len(members) - SHOWN:,} more")
             lines.append(f"  fix: {about.fix}")
         return "\n".join(lines)
+
+
+def _brief(text: str) -> str:
+    """Without its middle, if it is long: it may be any line of any file."""
+    return text if len(text) <= 400 else f"{text[:250]} ... {text[-100:]}"
 
 
 def _count(number: int, noun: str) -> str:
