@@ -10,7 +10,8 @@ from calm.errors import CalmError
 from calm.model import create_model
 from calm.train.config import OptimOptions
 from calm.train.ema import Average
-from calm.train.optim import build_optimizer, is_new, parameter_groups
+from calm.train.grouping import is_new
+from calm.train.optim import build_optimizer, parameter_groups
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:

@@ -53,6 +53,8 @@ def build_parser(
         fixed: parameters that the command sets itself: no flags.
         words: help texts of parameters, where those of the docstring say too little on their own.
     """
+    # jsonargparse would import all that the function's module imports for type checking alone, to find its hints.
+    function.__annotations__.update(get_type_hints(function))
     parser = ArgumentParser(
         prog=prog,
         description=_description(function),

@@ -22,12 +22,13 @@ Source: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution"
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
+
+from calm.choices import PriorActivation, PriorDenominator
 
 __all__ = [
     "PriorActivation",
@@ -40,9 +41,6 @@ __all__ = [
     "log_prior",
     "widen",
 ]
-
-PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
-PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
 
 
 def widen(values: Tensor) -> Tensor:

@@ -5,23 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm import maps
+from calm.choices import Method, PriorActivation, PriorDenominator
 from calm.errors import CalmError, unknown
 from calm.head import CalmHead, CamHead
-from calm.latent import PriorActivation, PriorDenominator
 from calm.output import CalmOutput, CamOutput
 from calm.preprocess import ImageLike, Preprocessing
 from calm.resample import resize_maps
 
 __all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
-
-Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 
 _IMAGENET = (Preprocessing().mean, Preprocessing().std)
 

@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from calm.data.augmentation import AUGMENTATIONS, Augmentation
     from calm.data.check import check_splits, drop_bad, load_checked
     from calm.data.dataset import ImageDataset
     from calm.data.digest import fingerprint, summary
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from calm.data.records import SPLITS, Box, Record, Split
     from calm.data.report import Report
     from calm.data.sampler import EpochSampler
-    from calm.data.transforms import AUGMENTATIONS, Augmentation, eval_transform, train_transform
+    from calm.data.transforms import eval_transform, train_transform
 
 __all__ = [
     "AUGMENTATIONS",
@@ -44,6 +45,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    "augmentation": ("AUGMENTATIONS", "Augmentation"),
     "check": ("check_splits", "drop_bad", "load_checked"),
     "dataset": ("ImageDataset",),
     "digest": ("fingerprint", "summary"),
@@ -52,7 +54,7 @@ _HOMES = {
     "records": ("SPLITS", "Box", "Record", "Split"),
     "report": ("Report",),
     "sampler": ("EpochSampler",),
-    "transforms": ("AUGMENTATIONS", "Augmentation", "eval_transform", "train_transform"),
+    "transforms": ("eval_transform", "train_transform"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -112,9 +112,10 @@ def preset(name: str, *overrides: str) -> TrainConfig:
 
 def main(arguments: Sequence[str]) -> Path:
     """Run `calm train`; returns the run folder."""
+    config = parse(arguments)  # before Lightning, whose import takes seconds
     from calm.train.run import train
 
-    return train(parse(arguments))
+    return train(config)
 
 
 def _config(arguments: Sequence[str]) -> TrainConfig:

@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
+from calm.choices import Method, PriorActivation, PriorDenominator
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, unknown
-from calm.latent import PriorActivation, PriorDenominator
-from calm.train.optim import is_new
+from calm.train.grouping import is_new
 from calm.train.schedule import temperature_schedule
 
 __all__ = [
@@ -28,7 +28,6 @@ __all__ = [
     "TrainConfig",
 ]
 
-Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
 Grouping: TypeAlias = Literal["head", "released"]
 
