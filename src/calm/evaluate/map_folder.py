@@ -7,11 +7,13 @@ the protocol has it, values in [0, 1], of the image's true class. Everything is 
 from __future__ import annotations
 
 import hashlib
+import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calm.data.records import Split
+from calm.documents import open_regular
 from calm.errors import CalmError
 from calm.metrics.thresholds import Thresholds
 
@@ -127,22 +130,47 @@ def _stem(name: str) -> str:
 
 
 def _read(path: Path) -> NDArray[Any]:
-    array: NDArray[Any] = np.load(path, allow_pickle=False)
+    """The array of a file; nothing is unpickled, and no more is allocated than the file holds.
+
+    Raises:
+        CalmError: naming the file: it is missing, or no whole array of numbers.
+    """
+    with open_regular(path, "map") as file:
+        try:
+            version = np.lib.format.read_magic(file)
+            if version not in _HEADERS:
+                raise ValueError(f"version {version} of the format is not known")
+            shape, fortran, dtype = _HEADERS[version](file)
+            if dtype.kind not in "fiub":
+                raise ValueError(f"its values are of type {dtype.str!r:.40}")
+            count = math.prod(shape)
+            content = file.read(count * dtype.itemsize + 1) if 0 <= count <= _file_size(file) else b""
+            if len(content) != count * dtype.itemsize:
+                raise ValueError(f"its header says {shape} of {dtype.str}, which is not what it holds")
+            array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
+        except Exception as error:  # a damaged header can make numpy's parser fail in any way
+            raise CalmError(f"cannot read map {path}: {str(error)[:200] or type(error).__name__}") from error
     return array
 
 
+_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+
+
+def _file_size(file: BinaryIO) -> int:
+    return os.fstat(file.fileno()).st_size
+
+
 def _wide(array: NDArray[Any]) -> NDArray[Any]:
-    return array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)
+    wide = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize == 8 else np.float32
+    return array.astype(wide)  # in the machine's byte order
 
 
 def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] | None:
     """What is wrong with a file, and how; its content goes into the digest."""
     try:
         array = _read(path)
-    except (OSError, ValueError, EOFError) as error:
+    except CalmError as error:
         return "files are no array of numbers", f" ({error})"
-    if not isinstance(array, np.ndarray) or array.dtype.kind not in "fiub":
-        return "files are no array of numbers", ""
     digest.update(np.ascontiguousarray(array).tobytes())
     if array.shape != size:
         return "maps have another shape", f" {array.shape}"
