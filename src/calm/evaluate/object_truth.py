@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
+from calm.data.images import image_size, probe, read_pixels
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 
@@ -81,19 +81,14 @@ def masks(record: Record, size: tuple[int, int]) -> tuple[Bool[Tensor, "h w"], B
 def _union(paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
     union = np.zeros(size, dtype=np.bool_)
     for path in paths:
-        try:
-            with Image.open(path) as image:
-                grey = np.asarray(image.convert("L"))
-        except OSError as error:
-            raise CalmError(f"mask {path} cannot be read: {error}") from error
+        grey = read_pixels(path, lambda image: image.convert("L"), "mask")
         union |= cv2.resize(grey, (size[1], size[0]), interpolation=cv2.INTER_NEAREST) > 0
     return union
 
 
 def _file_size(path: Path) -> tuple[int, int]:
     """(width, height) as stored."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as error:
-        raise CalmError(f"image {path} cannot be read: {error}") from error
+    size = image_size(path)
+    if size is None:
+        raise CalmError(f"cannot read image {path}: {probe(path).message}")
+    return size
