@@ -19,7 +19,7 @@ LAYERS = [
     {"card", "baselines", "places", "image_inputs"},
     {"checkpoint"},
     {"released_file", "released", "train", "explanation", "evaluate"},
-    {"explanation_summary", "explain", "report"},
+    {"explanation_summary", "conversion", "explain", "report"},
     {"demo", "released_commands"},
     {"cli"},
 ]

@@ -123,6 +123,7 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmModel | None = None,
+        samples: int | None = None,
     ) -> Float[Tensor, ""]:
         """The method's training loss for images, mean over the batch, in nats.
 
@@ -131,12 +132,15 @@ class CalmModel(nn.Module):
             targets: class indices (B,), or soft targets (B, C) whose rows sum to 1.
             temperature: calm-em: beta of the E-step.
             teacher: calm-em: the model whose posterior is used (an average of past weights); None is this model.
+            samples: calm-em: locations of each image that teach the classes, drawn from the posterior; None: all.
         """
         believed = None
         if teacher is not None:
             with torch.no_grad():
                 believed = teacher(images)
-        return self.output_loss(self(images), targets, temperature=temperature, teacher=believed)
+        return self.output_loss(
+            self(images), targets, temperature=temperature, teacher=believed, samples=samples
+        )
 
     def loss_from_features(
         self, features: Float[Tensor, "b d h w"], targets: Tensor, *, temperature: float = 1.0
@@ -151,17 +155,24 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmOutput | CamOutput | None = None,
+        samples: int | None = None,
     ) -> Float[Tensor, ""]:
         """`loss` from an output, so that one forward pass serves loss, prediction and maps.
 
         Raises:
-            CalmError: a temperature or teacher where the method has no E-step.
+            CalmError: a temperature, teacher or samples where the method has no E-step.
         """
         if isinstance(output, CalmOutput) and (teacher is None or isinstance(teacher, CalmOutput)):
-            return output.loss(targets, method=self.config.method, temperature=temperature, teacher=teacher)
-        if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
+            return output.loss(
+                targets,
+                method=self.config.method,
+                temperature=temperature,
+                teacher=teacher,
+                samples=samples,
+            )
+        if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None or samples:
             raise CalmError(
-                "temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'"
+                "temperature, teacher and samples belong to the E-step: they need CALM models, method 'calm-em'"
             )
         return output.loss(targets)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from calm import latent, maps, objectives
 from calm.errors import CalmError
 from calm.latent import PriorActivation, PriorDenominator, widen
+from calm.unscored import Unscored
 
 __all__ = ["CalmOutput", "CamOutput"]
 
@@ -38,9 +39,14 @@ class _kept:  # noqa: N801 -- a decorator, like property
 class CalmOutput:
     """Output of a CALM model for a batch of images. See `calm.latent` for the five quantities.
 
-    Attributes:
-        logits: f, class scores per location, (B, C, h, w), in the dtype the head computed in.
-        scores: s, one score per location, (B, 1, h, w).
+    Made of activations that are there, or (`of_features`) of features, whose activations are computed when asked for: a
+    loss with hard targets never asks for all logits (`calm.target_conditional`).
+
+    Args:
+        logits: f, class scores per location.
+        scores: s, one score per location.
+        activation: of the prior, see `calm.latent.log_prior`.
+        denominator: of the prior.
     """
 
     family: ClassVar[str] = "calm"
@@ -52,24 +58,39 @@ class CalmOutput:
         activation: PriorActivation = "softplus",
         denominator: PriorDenominator = "differentiated",
     ) -> None:
-        self.logits, self.scores = logits, scores
         self._activation, self._denominator = activation, denominator
-        self._values: dict[tuple[str, bool], Tensor] = {}
+        self._unscored: Unscored | None = None
+        self._values: dict[tuple[str, bool], Tensor] = {
+            (name, mode): grid
+            for name, grid in (("logits", logits), ("scores", scores))
+            for mode in (False, True)
+        }
+        self.num_classes, self.batch_size = logits.shape[1], logits.shape[0]
+        self.device = logits.device
 
-    @property
-    def num_classes(self) -> int:
-        """C."""
-        return self.logits.shape[1]
+    @classmethod
+    def of_features(
+        cls, unscored: Unscored, activation: PriorActivation, denominator: PriorDenominator
+    ) -> CalmOutput:
+        """The output for features that are yet to be scored."""
+        output = cls.__new__(cls)
+        output._activation, output._denominator = activation, denominator
+        output._unscored, output._values = unscored, {}
+        output.num_classes, output.batch_size = unscored.num_classes, len(unscored.features)
+        output.device = unscored.features.device
+        return output
 
-    @property
-    def batch_size(self) -> int:
-        """B."""
-        return self.logits.shape[0]
+    @_kept
+    def logits(self) -> Tensor:
+        """f, class scores per location, (B, C, h, w), in the dtype the head computes in."""
+        assert self._unscored is not None
+        return self._unscored.logits()
 
-    @property
-    def device(self) -> torch.device:
-        """Where the activations are."""
-        return self.logits.device
+    @_kept
+    def scores(self) -> Tensor:
+        """s, one score per location, (B, 1, h, w)."""
+        assert self._unscored is not None
+        return self._unscored.scores()
 
     @_kept
     def log_normalizer(self) -> Tensor:
@@ -143,8 +164,14 @@ class CalmOutput:
         return latent.log_joint(widen(rows) - self.log_normalizer.unsqueeze(1), self.log_prior)
 
     def target_rows(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
-        """log p(y, z | x) of each image's target."""
-        return objectives.target_rows(self.logits, self.log_normalizer, self.log_prior, targets)
+        """log p(y, z | x) of each image's target. From features it makes no logits that are not there yet; such a row
+        can be differentiated once: read ``logits`` before, to differentiate twice."""
+        if self._unscored is None or ("logits", torch.is_grad_enabled()) in self._values:
+            return self.log_joint_of(targets[:, None]).squeeze(1)
+        if not self._unscored.direct():
+            return self.log_joint_of(targets[:, None]).squeeze(1)
+        row, scores = self._unscored.target(targets, relu=self._activation == "relu")
+        return row + latent.log_prior(scores, self._activation, self._denominator)
 
     def _ml_loss(self, targets: Tensor) -> Float[Tensor, " b"]:
         """-log p(y | x), (B,); with soft targets (B, C), its expectation over them."""
@@ -153,22 +180,54 @@ class CalmOutput:
         return objectives.ml_loss(self.target_rows(targets))
 
     def _em_loss(
-        self, targets: Tensor, temperature: float = 1.0, teacher: CalmOutput | None = None
+        self,
+        targets: Tensor,
+        temperature: float = 1.0,
+        teacher: CalmOutput | None = None,
+        samples: int | None = None,
     ) -> Float[Tensor, " b"]:
         """The EM loss, (B,). Soft targets (B, C) need the posteriors of all classes and their memory."""
+        if samples is not None:
+            return self._sampled_em_loss(targets, temperature, teacher, samples)
         soft = targets.ndim == 2
         own = self.log_joint if soft else self.target_rows(targets)
+        losses = objectives.em_loss(self._e_step(own, targets, temperature, teacher), own)
+        return (targets * losses).sum(dim=1) if soft else losses
+
+    def _e_step(
+        self, own: Tensor, targets: Tensor, temperature: float, teacher: CalmOutput | None
+    ) -> Float[Tensor, "*rows h w"]:
+        """q, without a gradient, from this output's log joint ``own`` or the teacher's."""
         believed = own.detach()
         if teacher is not None:
             with torch.no_grad():
-                theirs = teacher.log_joint if soft else teacher.target_rows(targets)
+                theirs = teacher.log_joint if targets.ndim == 2 else teacher.target_rows(targets)
                 # A ReLU prior may have no mass where the teacher's has: those locations can not be taught, and
                 # an image without any other keeps its own posterior.
                 theirs = theirs.masked_fill(own.isneginf(), -torch.inf)
                 lost = theirs.isneginf().all(dim=-1).all(dim=-1)[..., None, None]
                 believed = torch.where(lost, believed, theirs)
-        losses = objectives.em_loss(objectives.e_step(believed, temperature), own)
-        return (targets * losses).sum(dim=1) if soft else losses
+        return objectives.e_step(believed, temperature)
+
+    def _sampled_em_loss(
+        self, targets: Tensor, temperature: float, teacher: CalmOutput | None, samples: int
+    ) -> Float[Tensor, " b"]:
+        """The EM loss with log p(y | x, z) taken at some locations drawn from q; the prior's part stays exact."""
+        if targets.ndim == 2:
+            raise CalmError("samples need class indices as targets: soft targets ask about every class")
+        if samples < 1:
+            raise CalmError(
+                f"samples is {samples}: draw at least 1 location, or leave it out for all of them"
+            )
+        with torch.no_grad():
+            own = self.target_rows(targets)
+        posterior = self._e_step(own, targets, temperature, teacher)
+        drawn = objectives.draw(posterior, samples)
+        if self._unscored is not None and self._unscored.direct():
+            row = self._unscored.target_where(targets, drawn > 0)
+        else:
+            row = self.log_joint_of(targets[:, None]).squeeze(1) - self.log_prior
+        return objectives.em_loss(drawn, row) + objectives.em_loss(posterior, self.log_prior)
 
     def loss(
         self,
@@ -177,6 +236,7 @@ class CalmOutput:
         method: str = "calm-em",
         temperature: float = 1.0,
         teacher: CalmOutput | None = None,
+        samples: int | None = None,
     ) -> Float[Tensor, ""]:
         """Mean loss over the batch, in nats.
 
@@ -185,11 +245,15 @@ class CalmOutput:
             method: ``calm-em`` or ``calm-ml``.
             temperature: beta of the E-step (`calm.objectives.e_step`); EM only.
             teacher: the output, for the same images, that the posterior is taken from; None: this one. EM only.
+            samples: teach the classes at so many locations of each image, drawn from the posterior: an unbiased
+                estimate of loss and gradient, for very many classes; None: at all of them. EM only.
         """
         if method == "calm-em":
-            return self._em_loss(targets, temperature, teacher).mean()
-        if temperature != 1.0 or teacher is not None:
-            raise CalmError("temperature and teacher belong to the E-step: they need method 'calm-em'")
+            return self._em_loss(targets, temperature, teacher, samples).mean()
+        if temperature != 1.0 or teacher is not None or samples is not None:
+            raise CalmError(
+                "temperature, teacher and samples belong to the E-step: they need method 'calm-em'"
+            )
         return self._ml_loss(targets).mean()
 
     def attribute(

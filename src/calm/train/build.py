@@ -14,6 +14,7 @@ from calm.data.records import Split
 from calm.data.report import Report
 from calm.data.transforms import eval_transform, train_transform
 from calm.errors import CalmError
+from calm.head import CalmHead
 from calm.model import CalmModel, create_model
 from calm.preprocess import Preprocessing
 from calm.train.config import TrainConfig
@@ -54,6 +55,8 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     )
     if options.init_from is not None:
         _initialise(model, options.init_from, backbone)
+    if isinstance(model.head, CalmHead):
+        model.head.keep_logits = config.hardware.keep_logits
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     # Lightning trains each module in the mode it comes in, and one that was loaded comes in evaluation mode.

@@ -121,6 +121,7 @@ class TrainingModule(pl.LightningModule):
             targets,
             temperature=self.temperature(step),
             teacher=self._teacher_output(images),
+            samples=self.config.loss.samples,
         )
         self.guard.note(loss, step)
         self._images = images

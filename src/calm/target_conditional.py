@@ -1,0 +1,222 @@
+"""log p(y | x, z) of each image's target, straight from features and head weights: what a training loss reads.
+
+Of the class logits f = W x + b a loss needs one row, the target's, normalised over the classes,
+
+    u[z] = f[y, z] - log sum_c exp f[c, z],        du[z] / df[c, z] = 1[c = y] - p(c | x, z),
+
+so it needs all logits twice, but never keeps two grids of them. Class logits and location scores read the same
+features: they are one matrix product with C + 1 rows. Its result is the only buffer of that size: it holds the
+logits, then their exponentials, and in the backward pass it becomes their gradient in place.
+
+The pieces below say which locations are scored, and how many at a time: all at once (fastest), some at a time without
+keeping the buffer (memory that does not grow with the number of classes; the product is computed again in the backward
+pass), or only some locations at all (those with prior mass, those that were drawn).
+
+Source of the formulas: paper, section 3; the gradient by hand, checked against finite differences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from calm.latent import widen
+
+__all__ = ["everywhere", "some_at_a_time", "target_conditional", "where"]
+
+Piece: TypeAlias = tuple[slice, slice | Tensor]
+"""Images, and of each of them the locations that are scored in one product."""
+
+HELD_AT_ONCE = 2**21
+"""Logits that `some_at_a_time` makes at once: 8 MB in float32."""
+
+
+def everywhere(images: int) -> list[Piece]:
+    """All locations of all images at once."""
+    return [(slice(0, images), slice(None))]
+
+
+def some_at_a_time(images: int, locations: int, classes: int) -> list[Piece]:
+    """All locations, so many at a time that their logits take the same memory for any number of classes."""
+    step = max(16, min(locations, HELD_AT_ONCE // classes))
+    return [
+        (slice(image, image + 1), slice(start, min(start + step, locations)))
+        for image in range(images)
+        for start in range(0, locations, step)
+    ]
+
+
+def where(mask: Bool[Tensor, "b n"]) -> list[Piece]:
+    """The locations that are True. Waits for the device, which must tell how many there are."""
+    places = torch.split(mask.nonzero()[:, 1], mask.sum(dim=1).tolist())
+    return [(slice(image, image + 1), some) for image, some in enumerate(places) if len(some)]
+
+
+def target_conditional(
+    features: Float[Tensor, "b d n"],
+    weight: Float[Tensor, "r d"],
+    bias: Float[Tensor, " r"] | None,
+    targets: Int[Tensor, " b"],
+    classes: int,
+    pieces: Sequence[Piece],
+    *,
+    keep: bool = True,
+) -> tuple[Float[Tensor, "b n"], Float[Tensor, "b n"]]:
+    """log p(y | x, z) of the target, and the location scores.
+
+    Args:
+        features: at n locations, in any memory format; of the dtype of ``weight``.
+        weight: C rows that score the classes, and one more that scores the locations, if they are wanted.
+        bias: of the same rows.
+        targets: class of each image.
+        classes: C.
+        pieces: the locations to score; the others get -inf, score 0 and no gradient.
+        keep: hold the buffer until the backward pass; False computes it again there.
+
+    Returns:
+        In float32 or wider: log-probabilities, at most 0; and scores (zeros if ``weight`` has no row for them). They
+        cannot be differentiated twice: PyTorch says so where that is tried.
+    """
+    found: tuple[Tensor, Tensor] = _TargetConditional.apply(
+        features, weight, bias, targets, classes, pieces, keep
+    )
+    return found
+
+
+class _TargetConditional(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        classes: int,
+        pieces: Sequence[Piece],
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        images, _, locations = features.shape
+        like = widen(features.new_empty(0))
+        log_conditional = like.new_full((images, locations), -torch.inf)
+        scores = like.new_zeros(images, locations)
+        ctx.kept = {}
+        for number, (image, place) in enumerate(pieces):
+            buffer, scale, row, score = _score(
+                features[image, :, place], weight, bias, targets[image], classes
+            )
+            log_conditional[image, place] = row
+            if score is not None:
+                scores[image, place] = score
+            if keep:
+                ctx.kept[number] = buffer, scale
+        ctx.save_for_backward(features, weight, bias, targets, log_conditional)
+        ctx.classes, ctx.pieces = classes, pieces
+        ctx.set_materialize_grads(False)
+        return log_conditional, scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, of_row: Tensor | None, of_score: Tensor | None) -> tuple[Tensor | None, ...]:
+        features, weight, bias, targets, log_conditional = ctx.saved_tensors
+        wants = ctx.needs_input_grad
+        whole = len(ctx.pieces) == 1 and isinstance(ctx.pieces[0][1], slice)
+        of_features = torch.zeros_like(features) if wants[0] and not whole else None
+        of_weight = torch.zeros_like(weight) if wants[1] else None
+        of_bias = torch.zeros_like(bias, dtype=log_conditional.dtype) if wants[2] else None
+        for number, (image, place) in enumerate(ctx.pieces):
+            rows = features[image, :, place]
+            buffer, scale = (
+                ctx.kept.pop(number, None) or _score(rows, weight, bias, targets[image], ctx.classes)[:2]
+            )
+            _to_gradient(
+                buffer,
+                scale,
+                targets[image],
+                log_conditional[image, place],
+                None if of_row is None else of_row[image, place],
+                None if of_score is None else of_score[image, place],
+                ctx.classes,
+            )
+            if of_weight is not None:
+                _add_outer(of_weight, buffer, rows)
+            if of_bias is not None:
+                of_bias += buffer.sum(dim=(0, 2), dtype=of_bias.dtype)
+            if not wants[0]:
+                continue
+            if of_features is None:
+                of_features = _product(weight.t(), buffer)
+            elif isinstance(place, slice):
+                of_features[image, :, place] = _product(weight.t(), buffer)
+            else:
+                of_features[image].index_add_(2, place, _product(weight.t(), buffer))
+        return of_features, of_weight, None if of_bias is None else of_bias.to(bias.dtype), *(None,) * 4
+
+
+def _score(
+    rows: Float[Tensor, "b d n"], weight: Tensor, bias: Tensor | None, targets: Tensor, classes: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The buffer with exp(f - max f) in its first C rows; 1 / their sum; log p(y | x, z); the scores."""
+    buffer = _product(weight, rows)
+    if bias is not None:
+        buffer += bias[:, None]
+    logits = buffer[:, :classes]
+    wide = widen(logits)  # the buffer itself, or in half precision a passing copy
+    peak = wide.amax(dim=1, keepdim=True)
+    target = wide.gather(1, targets.view(-1, 1, 1).expand(-1, 1, wide.shape[2]))
+    scores = widen(buffer[:, classes]).clone() if buffer.shape[1] > classes else None
+    wide.sub_(peak).exp_()
+    total = wide.sum(dim=1)
+    if wide.dtype != logits.dtype:
+        logits.copy_(wide)
+    row = (target - peak).squeeze(1) - total.log()
+    return buffer, total.reciprocal_(), row, scores
+
+
+def _to_gradient(
+    buffer: Tensor,
+    scale: Tensor,
+    targets: Tensor,
+    log_conditional: Tensor,
+    of_row: Tensor | None,
+    of_score: Tensor | None,
+    classes: int,
+) -> None:
+    """Turn the buffer of `_score` into the gradient with respect to what the product gave, in place."""
+    logits = buffer[:, :classes]
+    if of_row is None:
+        logits.zero_()
+    else:
+        logits.mul_((scale * of_row).neg_().unsqueeze(1))
+        at_target = (-torch.expm1(log_conditional) * of_row).to(buffer.dtype).unsqueeze(1)
+        logits.scatter_(1, targets.view(-1, 1, 1).expand(-1, 1, logits.shape[2]), at_target)
+    if buffer.shape[1] > classes:
+        buffer[:, classes] = 0.0 if of_score is None else of_score
+
+
+def _product(weight: Float[Tensor, "r d"], rows: Float[Tensor, "b d n"]) -> Float[Tensor, "b r n"]:
+    """weight @ rows for each image, in the memory format of the rows: each format by the routine that is fast for it,
+    and none by `torch.matmul`, which copies the rows."""
+    if not rows.transpose(1, 2).is_contiguous():
+        return torch.bmm(weight.expand(len(rows), -1, -1), rows)
+    if rows.device.type == "cpu":
+        return torch.conv2d(rows.unsqueeze(2), weight[:, :, None, None]).squeeze(2)
+    product = rows.transpose(1, 2).flatten(0, 1) @ weight.t()
+    return product.view(len(rows), -1, len(weight)).transpose(1, 2)
+
+
+def _add_outer(
+    total: Float[Tensor, "r d"], one: Float[Tensor, "b r n"], other: Float[Tensor, "b d n"]
+) -> None:
+    """Add the sum over images and locations of one times other."""
+    flat = other.transpose(1, 2).is_contiguous()
+    if flat or total.is_cuda or total.dtype not in (torch.float32, torch.float64):
+        # One product: no copy if the channels are last; and sums in float32 where the inputs are narrower.
+        total += one.transpose(1, 2).flatten(0, 1).t() @ other.transpose(1, 2).flatten(0, 1)
+    else:
+        for left, right in zip(one, other, strict=True):  # no copy of either
+            total.addmm_(left, right.t())

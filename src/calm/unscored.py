@@ -1,0 +1,114 @@
+"""Features that a head has not scored yet: what an output reads its activations from, when they are asked for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from calm.target_conditional import Piece, everywhere, some_at_a_time, target_conditional, where
+
+__all__ = ["Unscored"]
+
+WORTH_SKIPPING = 0.75
+"""Share of live locations below which picking them costs less than scoring all (measured: benchmarks/README.md)."""
+
+
+@dataclass(frozen=True)
+class Unscored:
+    """Features and the two layers of a CALM head.
+
+    Attributes:
+        features: of the backbone, (B, D, h, w).
+        conv_last: scores the classes.
+        attention: scores the locations.
+        keep_logits: see `calm.head.CalmHead`.
+    """
+
+    features: Float[Tensor, "b d h w"]
+    conv_last: nn.Module
+    attention: nn.Module
+    keep_logits: bool = True
+
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return int(self.conv_last.out_channels)  # type: ignore[arg-type]
+
+    def logits(self) -> Float[Tensor, "b c h w"]:
+        """f, the class scores of all classes."""
+        logits: Tensor = self.conv_last(self.features)
+        return logits
+
+    def scores(self) -> Float[Tensor, "b 1 h w"]:
+        """s, the location scores."""
+        scores: Tensor = self.attention(self.features)
+        return scores
+
+    def direct(self) -> bool:
+        """Whether the losses may read the weights themselves. A layer that was wrapped, hooked or parametrised must be
+        called; and under `torch.compile` the compiler fuses better than we do."""
+        layers = (self.conv_last, self.attention)
+        return not torch.compiler.is_compiling() and all(
+            type(layer) is nn.Conv2d and not layer._forward_hooks and not layer._forward_pre_hooks
+            for layer in layers
+        )
+
+    def target(
+        self, targets: Int[Tensor, " b"], *, relu: bool = False
+    ) -> tuple[Float[Tensor, "b h w"], Float[Tensor, "b 1 h w"]]:
+        """log p(y | x, z) of the target, and the location scores: `calm.target_conditional`.
+
+        Args:
+            targets: class indices.
+            relu: the prior is: locations with a score of 0 or less have no mass, whatever the class. On a CPU they
+                are skipped if they are many; their log-probability is then given as -inf.
+        """
+        features, (weight, bias) = self.features, self._rows(self.conv_last, self.attention)
+        batch, _, height, width = features.shape
+        silent = self._silent() if relu and features.device.type == "cpu" else None
+        pieces: list[Piece]
+        if silent is not None:
+            pieces = where(~silent.flatten(1))
+        elif self.keep_logits:
+            pieces = everywhere(batch)
+        else:
+            pieces = some_at_a_time(batch, height * width, self.num_classes)
+        row, scores = self._scored(targets, weight, bias, pieces)
+        return row.view(batch, height, width), scores.view(batch, 1, height, width)
+
+    def target_where(self, targets: Int[Tensor, " b"], mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
+        """log p(y | x, z) of the target where ``mask`` is True: only these locations cost. -inf elsewhere."""
+        row, _ = self._scored(targets, *self._rows(self.conv_last), where(mask.flatten(1)))
+        return row.view_as(mask)
+
+    def _scored(
+        self, targets: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]
+    ) -> tuple[Tensor, Tensor]:
+        flat = self.features.flatten(2).to(weight.dtype)
+        with torch.autocast(flat.device.type, enabled=False):
+            return target_conditional(
+                flat, weight, bias, targets, self.num_classes, pieces, keep=self.keep_logits
+            )
+
+    def _rows(self, *layers: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weights and biases of the layers, one below the other, in the dtype that autocast asks for."""
+        weight = torch.cat([layer.weight.flatten(1) for layer in layers])  # type: ignore[operator]
+        biases = [layer.bias for layer in layers]
+        bias = None if any(bias is None for bias in biases) else torch.cat(biases)  # type: ignore[arg-type]
+        device = self.features.device.type
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            return weight.to(dtype), None if bias is None else bias.to(dtype)
+        return weight, bias
+
+    @torch.no_grad()
+    def _silent(self) -> Bool[Tensor, "b h w"] | None:
+        """Where a ReLU prior has no mass; None if skipping does not pay. An image without any mass has the uniform
+        prior, so that all of it counts."""
+        silent = self.scores().squeeze(1) <= 0
+        silent &= ~silent.flatten(1).all(dim=1)[:, None, None]
+        live = 1 - float(silent.float().mean())
+        return silent if live < WORTH_SKIPPING else None
