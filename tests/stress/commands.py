@@ -87,7 +87,7 @@ def _prepare(inputs: Inputs, out: Path) -> list[str]:
 
 
 def _convert(inputs: Inputs, out: Path) -> list[str]:
-    return f"convert {inputs.released} --method calm-em --large_feature_map --out {out}".split()
+    return f"convert {inputs.released} --method calm-em --large_feature_map true --out {out}".split()
 
 
 WORDS: dict[str, Callable[[Inputs, Path], list[str]]] = {

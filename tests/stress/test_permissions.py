@@ -13,12 +13,10 @@ import pytest
 from stress import commands, trees
 from stress.commands import NAMES, Inputs, Undisturbed, refused
 from stress.disks import mounted, size_of
-from stress.processes import NOBODY, Server
+from stress.processes import Server
 
 pytestmark = [pytest.mark.stress, pytest.mark.slow]
 
-USER = NOBODY if os.geteuid() == 0 else None
-"""The super-user may do everything, so that his tests run commands as another."""
 DENIED, READ_ONLY = os.strerror(errno.EACCES), os.strerror(errno.EROFS)
 
 
@@ -41,7 +39,7 @@ def test_a_folder_that_must_not_be_written_gets_nothing(
 ) -> None:
     undisturbed(name)
     with forbidden(trial, 0o555):
-        refused(commands.run(name, inputs, trial, processes, user=USER), DENIED, str(trial))
+        refused(commands.run(name, inputs, trial, processes, powerless=True), DENIED, str(trial))
     assert not list(trial.iterdir())
 
 
@@ -53,7 +51,7 @@ def test_an_output_that_must_not_be_written_stays_as_it_was_and_is_completed_whe
     assert commands.run(name, inputs, trial, processes, kill_at=int(0.7 * len(alone.ended.changes))).killed
     before = {path: path.stat().st_mtime_ns for path in trial.rglob("*") if path.is_file()}
     with forbidden(trial, 0o555):
-        refused(commands.run(name, inputs, trial, processes, user=USER), DENIED, str(trial))
+        refused(commands.run(name, inputs, trial, processes, powerless=True), DENIED, str(trial))
     assert {path: path.stat().st_mtime_ns for path in trial.rglob("*") if path.is_file()} == before
     commands.succeeded(commands.run(name, inputs, trial, processes))
     assert trees.digests(trial) == alone.digests
@@ -99,7 +97,7 @@ def test_a_file_where_a_folder_should_be_is_told_and_kept(
         ("train", "birds"),
         ("train", "birds/images.txt"),
         ("evaluate", "birds"),
-        ("evaluate", "birds/parts/part_locs.txt"),
+        ("evaluate", "birds/images.txt"),
         ("evaluate", "trained/out/best/calm.json"),
         ("evaluate", "trained/out/best/model.safetensors"),
         ("prepare", "archives"),
@@ -118,9 +116,23 @@ def test_an_input_that_must_not_be_read_is_named(
     undisturbed(name)
     trial.chmod(0o777)
     with forbidden(inputs.root / hidden, 0):
-        refused(commands.run(name, inputs, trial, processes, user=USER), DENIED, str(inputs.root / hidden))
+        refused(
+            commands.run(name, inputs, trial, processes, powerless=True), DENIED, str(inputs.root / hidden)
+        )
     assert not trees.hidden(trial)
     assert not [path for path in trial.rglob("*") if path.is_file()]
+
+
+def test_a_benchmark_whose_annotation_must_not_be_read_is_left_out_and_the_file_named(
+    undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
+) -> None:
+    undisturbed("evaluate")
+    points = inputs.birds / "parts" / "part_locs.txt"
+    with forbidden(points, 0):
+        ended = commands.succeeded(commands.run("evaluate", inputs, trial, processes, powerless=True))
+    assert "cue-localization is left out: " in ended.text
+    assert str(points) in ended.text
+    assert not (trial / "out" / "cue-localization").exists()
 
 
 def test_an_image_that_must_not_be_read_is_named(
@@ -129,7 +141,7 @@ def test_an_image_that_must_not_be_read_is_named(
     trial.chmod(0o777)
     image = next(iter(sorted((inputs.birds / "images").rglob("*.jpg"))))
     with forbidden(image, 0):
-        ended = commands.run("train", inputs, trial, processes, user=USER)
+        ended = commands.run("train", inputs, trial, processes, powerless=True)
     assert ended.code == 2
     assert "Traceback" not in ended.text
     assert image.name in ended.text

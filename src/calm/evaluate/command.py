@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from calm.atomic import working_folder
 from calm.baselines import BASELINES, canonical_method
 from calm.checkpoint import load
 from calm.data.loading import LAYOUTS, load_split
@@ -159,6 +161,9 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
     out = asked.out or _default_out(asked.model)
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
+    if first():
+        with working_folder(out / "table"):
+            pass  # where nothing can be written, say so now and not after the work
     data = Data.of(split, asked.data, asked.layout, asked.metadata_root)
     results = []
     with _bars(Console(stderr=True, quiet=not first())) as bars:
@@ -225,7 +230,7 @@ def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
 
 
 def _possible(names: list[str], split: Split, root: Path, *, everything: bool) -> list[str]:
-    """The benchmarks that the data set has annotation for; with one asked by name, a missing one is an error."""
+    """The benchmarks that the data set has annotation for; what is left out is told, and asked by name an error."""
     found = []
     for name in names:
         try:
@@ -233,9 +238,11 @@ def _possible(names: list[str], split: Split, root: Path, *, everything: bool) -
                 read_cue_data(split, root)
             if name == "localization" and not any(record.boxes or record.masks for record in split.records):
                 raise CalmError(f"split {split.name!r} of {root} has neither boxes nor masks")
-        except CalmError:
+        except CalmError as error:
             if not everything:
                 raise
+            if first():
+                print(f"{name} is left out: {error}", file=sys.stderr)
             continue
         found.append(name)
     return found
