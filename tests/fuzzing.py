@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from stress_counts import FULL, count
 
@@ -37,6 +37,7 @@ def cases(reduced: int, full: int = 1000) -> settings:
         max_examples=count(reduced=reduced, full=full),
         derandomize=not FULL,
         database=None,
+        phases=(Phase.explicit, Phase.generate),  # a damaged file is not worth minutes of shrinking
         deadline=None,
         suppress_health_check=list(HealthCheck),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, shown, unknown
 
 __all__ = ["AUGMENTATIONS", "Augmentation", "Automatic", "Crop"]
 
@@ -69,14 +69,13 @@ class Augmentation:
         for name, low, high in _RANGES:
             if not low <= getattr(self, name) <= high:
                 raise CalmError(
-                    f"augmentation.{name} is {getattr(self, name)}: allowed are {low:g} to {high:g}"
+                    f"augmentation.{name} is {shown(getattr(self, name))}: allowed are {low:g} to {high:g}"
                 )
-        for name, top in (("area", 1.0), ("aspect", float("inf"))):
+        for name, top in (("area", 1.0), ("aspect", 100.0)):
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
-                limit = " <= 1" if top == 1.0 else ""
                 raise CalmError(
-                    f"augmentation.{name} is {pair}: give two numbers, 0 < smallest <= largest{limit}"
+                    f"augmentation.{name} is {shown(pair)}: give two numbers, 0 < smallest <= largest <= {top:g}"
                 )
 
     @property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
 from calm import command_line
+from calm.documents import read_yaml
 from calm.errors import CalmError, unknown
 from calm.train.config import LossOptions, TrainConfig
 
@@ -92,8 +95,6 @@ def load_config(path: Path | str, *overrides: str) -> TrainConfig:
     Raises:
         CalmError: no such file, an unknown field, a value that does not fit.
     """
-    if not Path(path).is_file():
-        raise CalmError(f"no configuration file {path}")
     return _config(["--config", str(path), *overrides])
 
 
@@ -104,10 +105,11 @@ def preset(name: str, *overrides: str) -> TrainConfig:
     """
     path = _preset_path(name)
     e_step = LossOptions(**yaml.safe_load(path.read_text(encoding="utf-8")).get("loss", {}))
-    values = _values(["--config", str(path), *overrides])
-    if values["method"] != "calm-em" and values["loss"] == e_step:
-        values["loss"] = LossOptions()
-    return TrainConfig(**values)
+    with _files_named(overrides):
+        values = _values(["--config", str(path), *overrides])
+        if values["method"] != "calm-em" and values["loss"] == e_step:
+            values["loss"] = LossOptions()
+        return TrainConfig(**values)
 
 
 def main(arguments: Sequence[str]) -> Path:
@@ -119,12 +121,35 @@ def main(arguments: Sequence[str]) -> Path:
 
 
 def _config(arguments: Sequence[str]) -> TrainConfig:
-    return TrainConfig(**_values(arguments))
+    with _files_named(arguments):
+        return TrainConfig(**_values(arguments))
 
 
 def _values(arguments: Sequence[str]) -> dict[str, Any]:
     values = command_line.parse(build_parser(), arguments)
     return {field.name: values[field.name] for field in fields(TrainConfig)}
+
+
+@contextmanager
+def _files_named(arguments: Sequence[str]) -> Iterator[None]:
+    """Read the files after ``--config`` carefully before the parser does, and let errors say which were read."""
+    read = _config_files(arguments)
+    for file in read:
+        if not isinstance(read_yaml(file, "configuration"), dict):
+            raise CalmError(f"configuration {file} is no list of 'setting: value'")
+    try:
+        yield
+    except Exception as error:
+        if not read or (isinstance(error, CalmError) and all(file in str(error) for file in read)):
+            raise
+        # On values that it never expected the parser fails in any way.
+        raise CalmError(f"{error} (read: {', '.join(read)})") from error
+
+
+def _config_files(arguments: Sequence[str]) -> list[str]:
+    """The files after ``--config``."""
+    after = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    return after + [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
 
 
 def _take_out(flag: str, arguments: Sequence[str]) -> tuple[str | None, list[str]]:

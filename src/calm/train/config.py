@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from calm.choices import Method, PriorActivation, PriorDenominator
 from calm.data.augmentation import Augmentation
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, shown, unknown
 from calm.train.grouping import is_new
 from calm.train.schedule import temperature_schedule
 
@@ -45,11 +45,11 @@ def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
-            limits = f"{low:g} to {high:g}" if high < INF else f"{low:g} and more"
-            raise CalmError(f"{group}{name} is {value}: allowed are {limits}")
+            raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
-INF = float("inf")
+MOST = 1e9
+"""The end of ranges that have no other: more is a slip, and infinite is no number to compute with."""
 
 
 @dataclass(frozen=True)
@@ -180,15 +180,17 @@ class OptimOptions:
             self,
             "optim.",
             momentum=(0, 1),
-            weight_decay=(0, INF),
-            head_ratio=(0, INF),
-            step_epochs=(1, INF),
+            weight_decay=(0, MOST),
+            head_ratio=(0, MOST),
+            step_epochs=(1, MOST),
             step_factor=(0, 1),
-            warmup_epochs=(0, INF),
-            accumulate=(1, INF),
-            clip_norm=(0, INF),
+            warmup_epochs=(0, MOST),
+            accumulate=(1, MOST),
+            clip_norm=(0, MOST),
             ema_decay=(0, 1),
         )
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise CalmError(f"optim.betas are {shown(list(self.betas))}: allowed are 0 to below 1")
         if self.name == "sgd" and self.nesterov and not self.momentum:
             raise CalmError("optim.nesterov needs optim.momentum above 0: set one of them")
 
@@ -222,9 +224,9 @@ class Hardware:
     keep_logits: bool = True
 
     def __post_init__(self) -> None:
-        _check(self, "hardware.", nodes=(1, INF))
-        if self.devices != "auto" and self.devices < 1:
-            raise CalmError(f"hardware.devices is {self.devices}: give 1 or more, or auto")
+        _check(self, "hardware.", nodes=(1, MOST))
+        if self.devices != "auto" and not 1 <= self.devices <= MOST:
+            raise CalmError(f"hardware.devices is {shown(self.devices)}: give 1 or more, or auto")
 
 
 @dataclass(frozen=True)
@@ -240,7 +242,7 @@ class LogOptions:
     panel_images: int = 8
 
     def __post_init__(self) -> None:
-        _check(self, "log.", every_n_steps=(1, INF), panel_images=(0, 64))
+        _check(self, "log.", every_n_steps=(1, MOST), panel_images=(0, 64))
 
 
 @dataclass(frozen=True)
@@ -276,7 +278,7 @@ class TrainConfig:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
-        _check(self, "", epochs=(1, INF), batch_size=(1, INF), lr=(0, INF), seed=(0, 2**63 - 1))
+        _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, MOST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != LossOptions():
             raise CalmError(
                 f"loss.posterior, teacher_decay, temperature and samples are calm-em's, not {self.method}'s"
