@@ -30,6 +30,9 @@ __all__ = ["first", "gathered", "in_order", "listen", "own_gpu", "rank", "share"
 
 _T = TypeVar("_T")
 
+_MEETING = timedelta(minutes=10)
+"""That a process waits for all the others to start."""
+
 _LONGEST = timedelta(days=1)
 """That a process waits for the slowest one. A process that is gone is noticed at once."""
 
@@ -154,7 +157,7 @@ def _connect() -> None:
     from torch.distributed.rendezvous import rendezvous
 
     try:
-        store, own, count = next(iter(rendezvous("env://", timeout=_LONGEST)))
+        store, own, count = next(iter(rendezvous("env://", timeout=_MEETING)))
         dist.init_process_group("gloo", store=store, rank=own, world_size=count, timeout=_LONGEST)
     except (ValueError, RuntimeError) as error:
         raise CalmError(
