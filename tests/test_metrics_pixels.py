@@ -239,3 +239,12 @@ def test_without_pairs_or_parts_there_is_no_figure():
     metric.update(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool), torch.tensor([0]))
     with pytest.raises(CalmError, match="no image shows"):
         metric.compute()
+
+
+@pytest.mark.parametrize("wrong", [-1, 2])
+def test_a_pair_that_is_none_is_refused_and_nothing_is_counted(wrong):
+    metric = CueLocalization([1, 2])
+    maps, truth = torch.ones(2, 1, 2), torch.ones(2, 1, 2, dtype=torch.bool)
+    with pytest.raises(CalmError, match=rf"from {min(wrong, 0)} to {max(wrong, 0)}, allowed are 0 to 1"):
+        metric.update(maps, truth, torch.tensor([0, wrong]))
+    assert not metric.histogram.any()

@@ -199,6 +199,7 @@ def _all_sent(value: _T) -> list[_T]:
         dist.all_gather_object(every, value)
     except RuntimeError as error:
         raise _GoneError(
-            f"another process has ended without a word, and the figures need its images: {error}"
+            "another process has ended without a word, and its images are missing: see its output, or whether memory"
+            " ran out"
         ) from error
     return every

@@ -97,9 +97,14 @@ class CueLocalization(Metric):
 
         Raises:
             CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``; numbers
-                of samples that differ.
+                of samples that differ; an index that is no pair's.
         """
         check_maps(maps, positive, pair)
+        if len(pair) and not 0 <= int(pair.min()) <= int(pair.max()) < len(self.groups):
+            raise CalmError(
+                f"indices of pairs go from {int(pair.min())} to {int(pair.max())}, allowed are 0 to"
+                f" {len(self.groups) - 1}: groups has {len(self.groups)} pairs"
+            )
         counts = histograms(maps, positive, self.cuts).double()
         self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
 
