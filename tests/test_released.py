@@ -11,9 +11,10 @@ import torch
 from torch.testing import assert_close
 
 import calm
+from calm.conversion import convert
 from calm.errors import CalmError
 from calm.model import create_model
-from calm.released import convert, load_released, released_state_dict, save_released
+from calm.released import load_released, released_state_dict, save_released
 
 CLASSES = 3
 FILE = "last_checkpoint.pth.tar"
@@ -352,7 +353,7 @@ def test_a_model_that_the_released_code_would_misread_is_not_written(tmp_path):
 
 
 def test_the_command_can_be_made_from_the_signature():
-    parameters = inspect.signature(convert, eval_str=True).parameters
+    parameters = inspect.signature(convert).parameters
     assert list(parameters)[:2] == ["checkpoint", "out"]
     assert "num_classes" not in parameters
     for name in parameters:

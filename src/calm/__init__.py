@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calm.baselines import attribute as attribute
     from calm.checkpoint import load as load
+    from calm.conversion import convert as convert
     from calm.errors import CalmError as CalmError
     from calm.maps import MAP_KINDS as MAP_KINDS
     from calm.model import CalmModel as CalmModel
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from calm.output import CalmOutput as CalmOutput
     from calm.output import CamOutput as CamOutput
     from calm.preprocess import Preprocessing as Preprocessing
-    from calm.released import convert as convert
     from calm.released import load_released as load_released
     from calm.resample import resize_maps as resize_maps
 
@@ -34,7 +34,7 @@ _HOMES = {
     "ModelConfig": "calm.model",
     "Preprocessing": "calm.preprocess",
     "attribute": "calm.baselines",
-    "convert": "calm.released",
+    "convert": "calm.conversion",
     "create_model": "calm.model",
     "load": "calm.checkpoint",
     "load_released": "calm.released",

@@ -10,6 +10,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import Any
 
+from calm.caches import caches_among_temporary_files
 from calm.errors import CalmError, unknown
 
 __all__ = ["COMMANDS", "Command", "main"]
@@ -81,7 +82,7 @@ COMMANDS: dict[str, Command] = {
         own_parser=True,
     ),
     "convert": Command(
-        "calm.released:convert",
+        "calm.conversion:convert",
         "turn a checkpoint of the released CALM code into a model of this package",
         "  calm convert last_checkpoint.pth.tar --method calm-em --large_feature_map --out cub-resnet50\n"
         "  calm convert vgg/ --method cam --large_feature_map=false --use_bn=false --out cub-vgg16\n",
@@ -164,6 +165,7 @@ def _run(words: list[str]) -> int:
         return 0
     rest = [_underscored(word) for word in rest]
     command = COMMANDS[name]
+    caches_among_temporary_files()
     module, _, function_name = command.function.partition(":")
     function = getattr(import_module(module), function_name)
     if command.own_parser:

@@ -12,6 +12,7 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
@@ -54,7 +55,7 @@ def build_parser(
         words: help texts of parameters, where those of the docstring say too little on their own.
     """
     # jsonargparse would import all that the function's module imports for type checking alone, to find its hints.
-    function.__annotations__.update(get_type_hints(function))
+    function.__annotations__.update(_hints(function))
     parser = ArgumentParser(
         prog=prog,
         description=_description(function),
@@ -78,7 +79,7 @@ def build_parser(
     for action in parser._actions:
         if action.dest in (words or {}):
             action.help = (words or {})[action.dest]
-        if action.dest in parameters and parameters[action.dest].annotation in (bool, "bool", "bool | None"):
+        if action.dest in parameters and parameters[action.dest].annotation in (bool, bool | None):
             action.nargs, action.const, action.metavar = "?", True, "true|false"
     return parser
 
@@ -100,12 +101,18 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
 
 def _required_lists(function: Callable[..., Any]) -> dict[str, Any]:
     """Parameters of type list[X] without default, and X."""
-    hints = get_type_hints(function)
+    hints = _hints(function)
     return {
         name: hints[name].__args__[0]
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.default is inspect.Parameter.empty and get_origin(hints.get(name)) is list
     }
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Type hints of the parameters; that of the result may have a name that is there for type checking alone."""
+    annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
 
 
 def _description(function: Callable[..., Any]) -> str:

@@ -5,22 +5,18 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from PIL import Image
 from rich.console import Console
 
 from calm.atomic import atomic_path, write_json
-from calm.baselines import BASELINES
-from calm.data.images import read_rgb
 from calm.errors import CalmError
-from calm.explanation import Explanation, Question, ask, draw, explain
-from calm.explanation_summary import print_summary, summary
-from calm.image_inputs import ImageInput, find_images
-from calm.model import CalmModel
-from calm.render import Picture
+
+if TYPE_CHECKING:
+    from calm.explanation import Explanation, Question
+    from calm.image_inputs import ImageInput
+    from calm.model import CalmModel
+    from calm.render import Picture
 
 __all__ = ["attribute_files"]
 
@@ -71,6 +67,13 @@ def attribute_files(
         CalmError: a wrong option, before anything is written; or, after all others were done, images that
             could not be read, named.
     """
+    # Here, so that the help page need not wait for PyTorch.
+    from calm.baselines import BASELINES
+    from calm.data.images import read_rgb
+    from calm.explanation import ask, explain
+    from calm.explanation_summary import print_summary, summary
+    from calm.image_inputs import find_images
+
     if batch_size < 1:
         raise CalmError(f"batch size must be at least 1, got {batch_size}")
     inputs, missing = find_images(images, out)
@@ -120,6 +123,8 @@ def attribute_files(
 
 
 def _load(source: str, device: str) -> CalmModel:
+    import torch
+
     from calm.checkpoint import load
 
     name = device
@@ -156,6 +161,11 @@ def _write(
     out: Path, name: str, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
 ) -> dict[str, str]:
     """Write the files of one image; what each is, and its path in ``out``."""
+    import numpy as np
+    from PIL import Image
+
+    from calm.explanation import draw
+
     arrays = {"map": answer.values, "grid": answer.grid}
     for what, suffix in suffixes.items():
         with atomic_path(out / (name + suffix)) as temporary:

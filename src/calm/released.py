@@ -18,19 +18,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
-from calm.checkpoint import fill, save_pretrained
+from calm.checkpoint import fill
 from calm.errors import CalmError, unknown
 from calm.model import CalmModel, Method, create_model
 from calm.released_file import ARCHITECTURES, ReleasedFile, read_released, write_released
 
-__all__ = ["ConversionReport", "convert", "load_released", "released_state_dict", "save_released"]
+__all__ = [
+    "ConversionReport",
+    "load_released",
+    "load_with_report",
+    "released_state_dict",
+    "save_released",
+]
 
 _HEAD = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention."}
 _COUNTER = "num_batches_tracked"
@@ -99,38 +105,7 @@ def load_released(
         CalmError: ``method`` or ``large_feature_map`` not given, a file that is no released checkpoint or not
             safe, keys that do not fit.
     """
-    return _load(path, method, large_feature_map, use_bn, class_names)[0]
-
-
-def convert(
-    checkpoint: Path,
-    *,
-    out: Path,
-    method: Method | None = None,
-    large_feature_map: bool | None = None,
-    use_bn: bool = True,
-    class_names: Path | None = None,
-) -> ConversionReport:
-    """Convert a checkpoint of the released code into a folder that loads with nothing but its name.
-
-    Args:
-        checkpoint: the file, or the folder that holds last_checkpoint.pth.tar.
-        out: the folder to write.
-        method: how it was trained; must be given, the file does not say.
-        large_feature_map: whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
-        use_bn: whether vgg16 or inception_v3 was built with its optional BatchNorm.
-        class_names: a text file with the name of a class on each line, in the order of their indices.
-
-    Returns:
-        What became of every key; ``print`` it.
-
-    Raises:
-        CalmError: as `load_released`, or a file of class names that does not fit.
-    """
-    names = None if class_names is None else _read_names(class_names)
-    model, report = _load(checkpoint, method, large_feature_map, use_bn, names)
-    model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}
-    return replace(report, out=save_pretrained(model, out))
+    return load_with_report(path, method, large_feature_map, use_bn, class_names)[0]
 
 
 def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
@@ -183,13 +158,14 @@ def save_released(
     )
 
 
-def _load(
+def load_with_report(
     path: str | os.PathLike[str],
     method: Method | None,
     large_feature_map: bool | None,
     use_bn: bool,
     class_names: Sequence[str] | None,
 ) -> tuple[CalmModel, ConversionReport]:
+    """`load_released`, and what became of every key."""
     if method is None:
         raise CalmError(
             f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {path} does not say how it was trained, and a "
@@ -274,10 +250,3 @@ def _released_key(ours: str) -> str:
         if ours.startswith(prefix):
             return theirs + ours.removeprefix(prefix)
     return ours.removeprefix("backbone.")
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalmError(f"cannot read the class names {path}: {error}") from error

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm.data.cub import CUB_FILES
-from calm.data.cue_files import read_class_attributes, read_pairs
 from calm.data.lines import numbered
 from calm.data.prepare.archives import unpack
 from calm.data.prepare.sources import PUBLISHED, find
@@ -73,6 +72,9 @@ def _extra(key: str, folder: str, final: Path, archives: Sequence[Path], prepare
 
 def _verify(base: Path, prepared: Prepared) -> None:
     """Compare the counts of the official data set."""
+    # Here, so that the help page need not wait for PyTorch.
+    from calm.data.cue_files import read_class_attributes, read_pairs
+
     missing = [name for name in CUB_FILES if not (base / name).is_file()]
     if missing:
         raise CalmError(f"CUB: {', '.join(missing)} not in the archive: get it from {PUBLISHED['cub'].where}")

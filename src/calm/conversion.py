@@ -1,0 +1,56 @@
+"""``calm convert``: from a checkpoint of the released code to a folder of this package."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from calm.choices import Method
+from calm.errors import CalmError
+
+if TYPE_CHECKING:
+    from calm.released import ConversionReport
+
+__all__ = ["convert"]
+
+
+def convert(
+    checkpoint: Path,
+    *,
+    out: Path,
+    method: Method | None = None,
+    large_feature_map: bool | None = None,
+    use_bn: bool = True,
+    class_names: Path | None = None,
+) -> ConversionReport:
+    """Convert a checkpoint of the released code into a folder that loads with nothing but its name.
+
+    Args:
+        checkpoint: the file, or the folder that holds last_checkpoint.pth.tar.
+        out: the folder to write.
+        method: how it was trained; must be given, the file does not say.
+        large_feature_map: whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
+        use_bn: whether vgg16 or inception_v3 was built with its optional BatchNorm.
+        class_names: a text file with the name of a class on each line, in the order of their indices.
+
+    Returns:
+        What became of every key; ``print`` it.
+
+    Raises:
+        CalmError: as `load_released`, or a file of class names that does not fit.
+    """
+    from calm.checkpoint import save_pretrained  # here, so that the help page need not wait for PyTorch
+    from calm.released import load_with_report
+
+    names = None if class_names is None else _read_names(class_names)
+    model, report = load_with_report(checkpoint, method, large_feature_map, use_bn, names)
+    model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}
+    return replace(report, out=save_pretrained(model, out))
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalmError(f"cannot read the class names {path}: {error}") from error
