@@ -18,14 +18,14 @@ A file as `Card.write` leaves it::
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from calm.atomic import write_json
-from calm.errors import CalmError, unknown
+from calm.documents import read_json
+from calm.errors import CalmError, shown, unknown
 from calm.model import ModelConfig
 from calm.preprocess import Preprocessing
 
@@ -33,6 +33,9 @@ __all__ = ["FORMAT", "Card"]
 
 FORMAT = 1
 """The newest version of the format, and the one that is written."""
+
+LARGEST = 1e30
+"""Size of a number where one is asked for: float32 holds it."""
 
 T = TypeVar("T")
 
@@ -82,10 +85,7 @@ class Card:
         Raises:
             CalmError: no such file, no JSON, a newer format, an unknown, missing or wrong field: named.
         """
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CalmError(f"cannot read {path}: {error}") from error
+        content = read_json(path, "model card")
         if not isinstance(content, dict) or type(content.get("format")) is not int:
             raise CalmError(
                 f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}"
@@ -93,17 +93,17 @@ class Card:
         version = content.pop("format")
         if version > FORMAT:
             raise CalmError(
-                f"{path} has format {version}, of a newer release; this one reads up to {FORMAT}: upgrade calm"
+                f"{path} has format {shown(version)}, of a newer release; this one reads up to {FORMAT}: upgrade calm"
             )
         if version < 1:
-            raise CalmError(f"{path} has format {version}: allowed are 1 to {FORMAT}")
+            raise CalmError(f"{path} has format {shown(version)}: allowed are 1 to {FORMAT}")
         return _record(Card, content, str(path))
 
 
 def _record(kind: type[T], content: object, where: str) -> T:
     """A dataclass from a JSON object whose fields must be known, complete and of the right type."""
     if not isinstance(content, dict):
-        raise CalmError(f"{where} must be a JSON object, got {content!r:.80}")
+        raise CalmError(f"{where} must be a JSON object, got {shown(content)}")
     hints = get_type_hints(kind)
     known = fields(kind)  # type: ignore[arg-type]
     names = [field.name for field in known]
@@ -135,17 +135,17 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if origin is tuple and isinstance(value, list):
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
-            raise CalmError(f"{where} must be a list of {len(kinds)} values, got {value!r:.80}")
+            raise CalmError(f"{where} must be a list of {len(kinds)} values, got {shown(value)}")
         pairs = enumerate(zip(kinds, value, strict=True))
         return tuple(_value(kind, item, f"{where}[{place}]") for place, (kind, item) in pairs)
     if origin is dict and isinstance(value, dict):
         return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
         return _record(hint, value, where)
-    if hint is float and type(value) in (int, float) and math.isfinite(value):
+    if hint is float and type(value) in (int, float) and abs(value) < LARGEST:
         return float(value)
     if hint is Any or (type(value) is hint and hint is not float):
         return value
     expected = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a string"}
     expected |= {tuple: "a list", dict: "a JSON object"}
-    raise CalmError(f"{where} must be {expected[origin or hint]}, got {value!r:.80}")
+    raise CalmError(f"{where} must be {expected[origin or hint]}, got {shown(value)}")

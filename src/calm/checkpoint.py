@@ -8,7 +8,8 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from calm.atomic import working_folder
 from calm.card import Card
+from calm.documents import open_regular
 from calm.errors import CalmError
 from calm.model import CalmModel, create_model
 
@@ -101,7 +103,14 @@ def load(
             if backbone is None
             else f"the model in {folder} has the backbone {config.backbone!r}: leave backbone= out"
         )
-    with torch.random.fork_rng(devices=[]):
+    rows = state.get("head.conv_last.weight")
+    if rows is None or rows.ndim != 4 or not rows.numel() or len(rows) != config.num_classes:
+        found = "none" if rows is None else _kind(rows)
+        raise CalmError(
+            f"{folder / WEIGHTS} does not fit the model in {CARD}: head.conv_last.weight is {found} for"
+            f" {config.num_classes} classes"
+        )
+    with torch.random.fork_rng(devices=[]), _named(folder / CARD):
         model = create_model(
             config.backbone if backbone is None else backbone,
             config.num_classes,
@@ -122,6 +131,15 @@ def load(
         hint = f" (made with timm {made}, here is {here})" if made != here else ""
         raise CalmError(f"{folder / WEIGHTS} does not fit the model in {CARD}: {error}{hint}") from error
     return model.to(map_location).eval()
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Errors say which file they come from."""
+    try:
+        yield
+    except CalmError as error:
+        raise CalmError(f"{path}: {error}") from error
 
 
 def push_to_hub(model: CalmModel, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -179,11 +197,15 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 def _some(what: str, keys: list[str]) -> str:
     more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"{len(keys)} {what}: {', '.join(keys[:_SHOWN])}{more}"
+    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:_SHOWN])}{more}"
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{'float' if tensor.is_floating_point() else 'whole numbers'} {tuple(tensor.shape)}"
+    return f"{_KINDS.get(tensor.dtype, str(tensor.dtype))} {tuple(tensor.shape)}"
+
+
+_KINDS = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float")
+_KINDS |= dict.fromkeys((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), "whole numbers")
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -202,11 +224,16 @@ def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     path = folder / WEIGHTS
+    open_regular(path, "the weights").close()
     try:
         found = _sha256(path)
         state: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CalmError(f"cannot read the weights {path}: {error}") from error
+        raise CalmError(f"cannot read the weights {path}: {str(error)[:500]}") from error
+    except Exception as error:  # a type of numbers that torch does not have
+        raise CalmError(
+            f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}"
+        ) from error
     if found != card.weights_sha256:
         raise CalmError(
             f"{path} is not the file that {CARD} describes (sha256 {found[:12]}..., should be "

@@ -20,10 +20,10 @@ __all__ = ["open_regular", "read_json", "read_text", "read_yaml"]
 MOST_JSON = 64 * 2**20
 """Bytes of a JSON file, at most."""
 
-MOST_YAML = 100_000
+MOST_YAML = 30_000
 """Bytes of a YAML file, at most."""
 
-MOST_NODES = 20_000
+MOST_NODES = 10_000
 """Values in a YAML file, at most, each alias counted as what it stands for."""
 
 

@@ -180,7 +180,7 @@ def load_with_report(
         )
     file = read_released(path)
     classes = file.state.get("conv_last.weight")
-    if classes is None or classes.ndim != 4:
+    if classes is None or classes.ndim != 4 or not classes.numel():
         raise CalmError(f"{file.path} is not a released checkpoint: it lacks the classifier conv_last.weight")
     with torch.random.fork_rng(devices=[]):
         model = _build(file.architecture, len(classes), method, large_feature_map, use_bn, class_names)

@@ -11,16 +11,18 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from calm.atomic import atomic_path
-from calm.errors import CalmError, unknown
+from calm.documents import open_regular
+from calm.errors import CalmError, shown, unknown
 
 __all__ = ["ARCHITECTURES", "FILE_NAME", "ReleasedFile", "read_released", "write_released"]
 
@@ -63,14 +65,15 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
         raise CalmError(f"{path} holds a {type(content).__name__}, but a released checkpoint is a dict")
     for field in ("architecture", "state_dict"):
         if field not in content:
-            there = ", ".join(map(str, list(content)[:5])) or "nothing"
+            there = ", ".join(shown(key).strip("'") for key in list(content)[:5]) or "nothing"
             raise CalmError(f"{path} is not a released checkpoint: it lacks {field!r}; it holds {there}")
     architecture = content["architecture"]
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES, where=str(path))
     epoch = content.get("epoch")
     state, prefixed = _without_prefix(_checked(content["state_dict"], path))
-    return ReleasedFile(path, architecture, epoch if isinstance(epoch, int) else None, state, prefixed)
+    known = isinstance(epoch, int) and not isinstance(epoch, bool) and 0 <= epoch < 2**31
+    return ReleasedFile(path, architecture, epoch if known else None, state, prefixed)
 
 
 def write_released(
@@ -94,8 +97,9 @@ def write_released(
 
 def _unpickle(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "the released checkpoint") as file:
             start = file.read(256).lstrip().lower()
+            _check_zip(file)
         if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
             raise CalmError(
                 f"{path} is a text page, not the file itself: download it again, and look at its size"
@@ -117,16 +121,26 @@ def _unpickle(path: Path) -> Any:
         ) from error
 
 
+def _check_zip(file: BinaryIO) -> None:
+    """Raise for a zip archive that would be larger unpacked than it is: PyTorch does not compress."""
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+        size = file.seek(0, os.SEEK_END)
+        if any(member.compress_type for member in members) or sum(m.file_size for m in members) > size:
+            raise ValueError("a compressed archive")
+
+
 def _checked(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise CalmError(f"{path}: 'state_dict' must be a dict of tensors, and not empty")
     for key, tensor in state.items():
         if not isinstance(key, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
-            raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name; not so is {key!r:.80}")
+            raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name; not so is {shown(key)}")
     broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise CalmError(
-            f"{path}: {len(broken)} of {len(state)} tensors hold NaN or infinity, the first is {broken[0]}: the "
+            f"{path}: {len(broken)} of {len(state)} tensors hold NaN or infinity, the first is {broken[0]:.200}: the "
             "training that wrote it had diverged"
         )
     return dict(state)

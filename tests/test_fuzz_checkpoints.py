@@ -1,0 +1,327 @@
+"""Checkpoints that nobody vouches for: a model, or CalmError with the file's name; no code, no memory, no hang."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from fuzzing import Canary, cases, damaged, outcome
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calm.card import Card
+from calm.checkpoint import CARD, WEIGHTS, load
+from calm.errors import CalmError
+from calm.model import CalmModel, create_model
+from calm.released import load_released
+from calm.released_file import read_released
+
+pytestmark = pytest.mark.stress
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.manual_seed(0)
+    model = create_model("tiny_resnet", 3, class_names=["a", "b", "c"])
+    return model.save_pretrained(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture(scope="module")
+def work(saved: Path) -> Path:
+    """A copy to be damaged."""
+    return Path(shutil.copytree(saved, saved.parent / "work"))
+
+
+def sign(folder: Path) -> None:
+    """Let the card vouch for the weights as they are now, so that their content is looked at."""
+    card = json.loads((folder / CARD).read_text())
+    card["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    (folder / CARD).write_text(json.dumps(card))
+
+
+def read(folder: Path) -> CalmModel | None:
+    model = outcome(partial(load, folder), CARD, WEIGHTS)
+    if model is not None:
+        assert model.config.num_classes == len(model.class_names)
+        with torch.no_grad():
+            assert model(torch.zeros(1, 3, 32, 32)).probs.shape == (1, 3)
+    return model
+
+
+# Our own: calm.json and model.safetensors
+
+
+@cases(60)
+@given(data=st.data())
+def test_damaged_weights(saved: Path, work: Path, data: st.DataObject) -> None:
+    whole = (saved / WEIGHTS).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    shutil.copyfile(saved / CARD, work / CARD)
+    if data.draw(st.booleans()):  # most of the file are numbers, any of which is as good as another
+        content = data.draw(damaged(whole[:header])) + whole[header:]
+    else:
+        content = data.draw(damaged(whole))
+    (work / WEIGHTS).write_bytes(content)
+    if content != whole:
+        with pytest.raises(CalmError, match=WEIGHTS):
+            load(work)
+    sign(work)
+    read(work)
+
+
+@cases(60)
+@given(data=st.data())
+def test_damaged_card(saved: Path, work: Path, data: st.DataObject) -> None:
+    shutil.copyfile(saved / WEIGHTS, work / WEIGHTS)
+    (work / CARD).write_bytes(data.draw(damaged((saved / CARD).read_bytes())))
+    read(work)
+
+
+NUMBERS = (
+    "NaN",
+    "Infinity",
+    "-1e999",
+    "1e308",
+    "9" * 400,
+    "9" * 5000,
+    "-0",
+    "0",
+    "1",
+    "2",
+    "-1",
+    "1.5",
+    "1e2",
+    "8193",
+)
+OTHERS = (
+    "null",
+    "true",
+    '""',
+    '"x"',
+    "[]",
+    "{}",
+    "[[]]",
+    '{"a": 1}',
+    '"\\ud800"',
+    '"../../x"',
+    '"hf-hub:a/b"',
+    '"timm/"',
+)
+
+
+@cases(80)
+@given(data=st.data())
+def test_a_card_with_other_values(saved: Path, work: Path, data: st.DataObject) -> None:
+    shutil.copyfile(saved / WEIGHTS, work / WEIGHTS)
+    card = json.loads((saved / CARD).read_text())
+    for _ in range(data.draw(st.integers(1, 2))):
+        place = data.draw(
+            st.sampled_from([card, card["model"], card["preprocessing"], card["preprocessing"]["size"]])
+        )
+        keys = sorted(place) if isinstance(place, dict) else [0, 1]
+        key = data.draw(st.sampled_from(keys))
+        match data.draw(st.integers(0, 4)):
+            case 0 if isinstance(place, dict) and key not in ("model", "preprocessing", "size"):
+                del place[key]
+            case 1 if isinstance(place, dict):
+                place[data.draw(st.text(max_size=5))] = 1
+            case _ if key not in ("model", "preprocessing", "size"):
+                place[key] = "\0" + data.draw(st.sampled_from([*NUMBERS, *OTHERS]))
+            case _:
+                pass
+    text = json.dumps(card)
+    for value in (*NUMBERS, *OTHERS):
+        text = text.replace(json.dumps("\0" + value), value)
+    (work / CARD).write_text(text)
+    read(work)
+
+
+def stored(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = safetensors.torch.load_file(folder / WEIGHTS)
+    return state
+
+
+HEAD = "head.conv_last.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state | {HEAD: state[HEAD][:2].clone()}, r"\(2, \d+, 1, 1\) for 3 classes"),
+        (lambda state: state | {HEAD: torch.zeros(3, 0, 1, 1)}, r"\(3, 0, 1, 1\) for 3 classes"),
+        (lambda state: state | {HEAD: torch.tensor(0.0)}, "for 3 classes"),
+        (lambda state: {key: value for key, value in state.items() if key != HEAD}, "is none for 3 classes"),
+        (lambda state: state | {HEAD: state[HEAD].to(torch.complex64)}, "complex64"),
+        (lambda state: state | {HEAD: state[HEAD].to(torch.float8_e4m3fn)}, "float8_e4m3fn"),
+        (lambda state: state | {HEAD: state[HEAD].bool()}, "bool"),
+        (lambda state: state | {"x" * 100_000: torch.zeros(1)}, "1 unexpected: xxx"),
+        (lambda state: {}, "is none for 3 classes"),
+    ],
+)
+def test_weights_of_another_shape_or_kind_are_refused(
+    saved: Path, tmp_path: Path, change: Any, words: str
+) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    safetensors.torch.save_file(change(stored(folder)), folder / WEIGHTS)
+    sign(folder)
+    with pytest.raises(CalmError, match=words) as caught:
+        load(folder)
+    assert WEIGHTS in str(caught.value)
+    assert len(str(caught.value)) < 5000
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        pytest.param("[" * 200_000, "as JSON", id="deep"),
+        ('{"format": 1, "format": 1}', "'format' is there twice"),
+        pytest.param('{"format": 1, "model": ' + "9" * 6000 + "}", "as JSON", id="digits"),
+        pytest.param('{"format": ' + "9" * 4000 + "}", "of a newer release", id="version"),
+        pytest.param(
+            '{"format": 1, "model": {"backbone": "' + "x" * 10**6 + '"}}', "lacks the field", id="long"
+        ),
+        ("[1]", "must be a JSON object"),
+        ("", "as JSON"),
+        ("\ufeff{}", "must be a JSON object"),
+    ],
+)
+def test_a_card_of_another_form_is_refused_with_the_reason(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / CARD).write_text(text)
+    with pytest.raises(CalmError, match=words) as caught:
+        Card.read(tmp_path / CARD)
+    assert CARD in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+@pytest.mark.parametrize("side", [0, -1, 8193, 10**12])
+def test_an_input_size_that_fills_the_memory_is_refused(saved: Path, tmp_path: Path, side: int) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    card = json.loads((folder / CARD).read_text())
+    card["preprocessing"]["size"] = [side, 32]
+    (folder / CARD).write_text(json.dumps(card))
+    with pytest.raises(CalmError, match=rf"{CARD}.*preprocessing.*1 to 8192"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name", [CARD, WEIGHTS])
+def test_a_part_of_a_model_that_is_no_file_is_not_waited_for(saved: Path, tmp_path: Path, name: str) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "model"))
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CalmError, match=name):
+        load(folder)
+
+
+# The released code's: a pickle
+
+
+def content(**fields: Any) -> dict[str, Any]:
+    state = {"module.conv_last.weight": torch.ones(3, 4, 1, 1), "module.attention.0.bias": torch.ones(1)}
+    whole = {
+        "architecture": "resnet50",
+        "epoch": 3,
+        "state_dict": state,
+        "optimizer": {"state": {0: torch.ones(2)}},
+    }
+    return whole | fields
+
+
+@pytest.fixture(scope="module", params=["zip", "legacy"])
+def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("released") / "whole.pth.tar"
+    torch.save(content(), path, _use_new_zipfile_serialization=request.param == "zip")
+    return path
+
+
+@cases(150)
+@given(data=st.data())
+def test_damaged_released_checkpoints(released: Path, data: st.DataObject) -> None:
+    path = released.parent / "damaged.pth.tar"
+    path.write_bytes(data.draw(damaged(released.read_bytes())))
+    found = outcome(partial(read_released, path), path.name)
+    if found is not None:
+        assert found.architecture == "resnet50"
+        assert all(isinstance(tensor, torch.Tensor) for tensor in found.state.values())
+
+
+def nested(depth: int) -> Any:
+    """A value that is written in a few bytes and has 2 ** depth members."""
+    value: Any = ("x",)
+    for _ in range(depth):
+        value = [value, value]
+    return value
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda canary: content(epoch=Canary(canary)),
+        lambda canary: content(state_dict={"conv_last.weight": Canary(canary)}),
+        lambda canary: Canary(canary),
+        lambda canary: content(state_dict=[torch.ones(1)]),
+        lambda canary: content(state_dict={}),
+        lambda canary: content(state_dict={3: torch.ones(1)}),
+        lambda canary: content(state_dict={"a": nested(60)}),
+        lambda canary: content(state_dict={"a": torch.ones(1).expand(10**12)}),
+        lambda canary: content(state_dict={"a": torch.eye(3).to_sparse()}),
+        lambda canary: content(state_dict={"a": torch.full((2,), torch.nan)}),
+        lambda canary: content(state_dict={"a" * 100_000: torch.full((2,), torch.inf)}),
+        lambda canary: content(architecture=nested(60)),
+        lambda canary: content(architecture="x" * 10**6),
+        lambda canary: content(architecture=3),
+        lambda canary: {"x" * 10**6: 1},
+        lambda canary: nested(60),
+        lambda canary: None,
+    ],
+)
+def test_what_is_no_released_checkpoint_is_refused(tmp_path: Path, make: Any, legacy: bool) -> None:
+    path = tmp_path / "last_checkpoint.pth.tar"
+    torch.save(make(tmp_path / "canary"), path, _use_new_zipfile_serialization=not legacy)
+    assert outcome(partial(read_released, path), path.name) is None
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_plain_pickle_that_runs_a_program_runs_nothing(tmp_path: Path) -> None:
+    for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
+        (tmp_path / "a.pth.tar").write_bytes(pickle.dumps(Canary(tmp_path / "canary"), protocol))
+        with pytest.raises(CalmError, match=r"a\.pth\.tar.*nothing in it was run"):
+            read_released(tmp_path / "a.pth.tar")
+    assert not (tmp_path / "canary").exists()
+
+
+def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
+    """PyTorch reads one, into as much memory as it says."""
+    torch.save(content(), tmp_path / "whole.pth.tar")
+    with (
+        zipfile.ZipFile(tmp_path / "whole.pth.tar") as whole,
+        zipfile.ZipFile(tmp_path / "small.pth.tar", "w", zipfile.ZIP_DEFLATED) as small,
+    ):
+        for member in whole.infolist():
+            small.writestr(member.filename, whole.read(member))
+    assert torch.load(tmp_path / "small.pth.tar", weights_only=True)["epoch"] == 3
+    with pytest.raises(CalmError, match=r"small\.pth\.tar"):
+        read_released(tmp_path / "small.pth.tar")
+
+
+def test_classes_without_weights_are_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth.tar"
+    torch.save(content(state_dict={"conv_last.weight": torch.zeros(10**9, 0, 1, 1)}), path)
+    with pytest.raises(CalmError, match=r"a\.pth\.tar.*conv_last\.weight"):
+        load_released(path, method="cam", large_feature_map=True)
+
+
+@pytest.mark.parametrize("epoch", [-1, 2**31, True, "3", None])
+def test_an_epoch_that_is_none_is_left_out(tmp_path: Path, epoch: Any) -> None:
+    torch.save(content(epoch=epoch), tmp_path / "a.pth.tar")
+    assert read_released(tmp_path / "a.pth.tar").epoch is None
