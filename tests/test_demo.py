@@ -17,9 +17,16 @@ from calm.checkpoint import load
 from calm.data import ImageDataset, eval_transform, load_splits
 from calm.demo import demo
 from calm.errors import CalmError
+from calm.evaluate.command import evaluate
+from calm.evaluate.result import Result
 
 SMALL = {"species": 3, "images_per_species": 14, "size": 32, "epochs": 1}
-SECTIONS = ["the-birds", "evidence", "mistakes", "differences", "numbers", "training", "making"]
+BENCHMARKS = ["cue-localization", "remove-and-classify", "localization", "classification"]
+SECTIONS = [
+    *("the-birds", "evidence", "mistakes", "differences", "numbers", "training"),
+    *BENCHMARKS,
+    "making",
+]
 
 
 class Document(HTMLParser):
@@ -90,7 +97,8 @@ def test_it_has_all_sections_and_its_links_lead_to_them(page):
     assert [attributes["href"] for attributes in page.of("a")] == [f"#{name}" for name in SECTIONS]
     ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert len(page.of("svg")) == 3
+    drawn = [figure for figure in page.of("figure") if figure.get("class") == "chart"]
+    assert len(page.of("svg")) == len(drawn) > 3 + len(BENCHMARKS)
 
 
 def test_its_pictures_are_whole_and_described(page):
@@ -147,8 +155,59 @@ def test_the_mistakes_it_tells_are_those_that_the_saved_models_make(page, folder
     )
 
 
+def figures(folder, benchmark):
+    """Of the stored results of a benchmark, by label."""
+    results = [Result.load(path) for path in (folder / "evaluation" / benchmark).iterdir()]
+    return {result.label: result.figures for result in results}
+
+
+def test_its_benchmarks_are_those_that_calm_evaluate_stores(page, folder):
+    models = ["--model", str(folder / "runs" / "calm-em"), str(folder / "runs" / "cam")]
+    for benchmark in BENCHMARKS:
+        stored = figures(folder, benchmark)
+        assert set(stored) >= {"CALM-EM jointll", "CAM cam"}
+        before = sorted((folder / "evaluation" / benchmark).iterdir())
+        evaluate([benchmark, *models, "--data", str(folder / "birds"), "--out", str(folder / "evaluation")])
+        assert sorted((folder / "evaluation" / benchmark).iterdir()) == before
+    shown = [dict(zip(rows[0][1:], row[1:], strict=True)) | {"method": row[0], "head": rows[0][1]}
+             for rows in page.tables if rows[0][0] == "method" for row in rows[1:]]  # fmt: skip
+    for head, benchmark, name in (
+        ("R_30", "remove-and-classify", "r30"),
+        ("PxAP", "localization", "pxap"),
+        ("NLL", "classification", "nll"),
+        ("mPxAP", "cue-localization", "mpxap"),
+    ):
+        told = {row["method"]: row[head] for row in shown if head in row}
+        assert {"CALM-EM", "CAM"} <= set(told)
+        for label, stored in figures(folder, benchmark).items():
+            method = {"CALM-EM jointll": "CALM-EM", "CAM cam": "CAM"}.get(label, "Plain gradient of CAM")
+            value = stored[name].value
+            percent = f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
+            assert told[method] == (f"{value:.3f}" if head in ("NLL", "R_30") else percent)
+
+
+def test_peak_and_mass_are_those_of_cue_localization_beside_chance(page, folder):
+    (rows,) = (rows for rows in page.tables if rows[0] == ["method", "peak in the part", "map in the part"])
+    stored = figures(folder, "cue-localization")
+    names = {"CALM-EM": "CALM-EM jointll", "CAM": "CAM cam", "Plain gradient of CAM": "CAM gradient"}
+    chance = stored["CAM cam"]
+    expected = {
+        **{
+            row: (stored[label]["peak_in_part"], stored[label]["mass_in_part"])
+            for row, label in names.items()
+        },
+        "by chance, in the bird": (chance["part_of_object"],) * 2,
+        "by chance, in the picture": (chance["part_of_image"],) * 2,
+    }
+    assert {row[0]: row[1:] for row in rows[1:]} == {
+        name: [f"{100 * figure.value:.1f}\N{NARROW NO-BREAK SPACE}%" for figure in pair]
+        for name, pair in expected.items()
+    }
+
+
 def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, capsys):
-    kept = [folder / "birds" / "images.txt", *(folder / "runs").rglob("*.*")]
+    results = [path for name in BENCHMARKS for path in (folder / "evaluation" / name).iterdir()]
+    kept = [folder / "birds" / "images.txt", *(folder / "runs").rglob("*.*"), *results]
     before = {path: path.stat().st_mtime_ns for path in kept}
     demo(folder, **SMALL)
     assert {path: path.stat().st_mtime_ns for path in kept} == before
@@ -156,6 +215,8 @@ def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, c
     assert again.tables == page.tables
     said = capsys.readouterr().out
     assert "already complete" in said
+    assert "runs/cam is finished already" in said
+    assert "run_dir" not in said
     assert "report.html" in said
 
 
@@ -166,6 +227,7 @@ def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, c
 ])  # fmt: skip
 def test_a_folder_with_another_demo_or_a_wrong_value_is_refused(folder, change, message):
     before = (folder / "report.html").read_bytes()
-    with pytest.raises(CalmError, match=message):
+    with pytest.raises(CalmError, match=message) as caught:
         demo(folder, **SMALL | change)
+    assert "run_dir" not in str(caught.value)
     assert (folder / "report.html").read_bytes() == before

@@ -146,6 +146,22 @@ def test_curves_of_all_methods_share_a_chart_and_lose_no_visible_point():
     assert len(drawn_paths(section.body, "cam")) == 1
 
 
+def test_figures_that_are_not_the_main_ones_stand_below_a_fold_and_chance_is_never_bold():
+    names = ("mpxap", "mpxap_1", "mpxap_released", "mpxap_released_1", "part_of_image", "chance")
+    figures = {name: Estimate(0.3, 0.2, 0.4) for name in names}
+    less = {name: Estimate(0.1, 0.0, 0.2) for name in names}
+    both = group(made("cue-localization", figures=figures), made("cue-localization", "CAM cam", figures=less))
+    body = benchmark_section(both, styles([both])).body
+    before, fold = body.split("<summary>More figures</summary>")
+    columns = [
+        re.findall(r'<th scope="col">([^<]+)', part.split("<summary>")[0])[1:] for part in (before, fold)
+    ]
+    assert columns == [["1 part", "mPxAP", "chance"], ["1 part released", "mPxAP released", "part of image"]]
+    assert body.count("<b>") == 4  # of CALM-EM: not its chance levels
+    notes = Texts(body).of("dt")
+    assert notes == ["mPxAP", "mPxAP released", "part of image", "chance", "1 part, 2 parts, 3 parts"]
+
+
 def test_cue_localization_has_dots_by_number_of_parts_and_by_pair_and_skips_pairs_without_images():
     both = group(cue_result(), cue_result("CAM cam", -0.1))
     body = benchmark_section(both, styles([both])).body

@@ -66,7 +66,8 @@ def demo(
         _step(
             console, number, method.upper(), "the same network, pictures and number of steps for both models"
         )
-        runs.append(_train(birds, out / "runs" / method, method, epochs, seed))
+        folder = out / "runs" / method
+        runs.append(_train(_config(birds, folder, method, epochs, seed), folder, console))
     trained = time.monotonic()
     _step(console, 4, "measuring", f"predictions and maps of {birds.test_images} test pictures")
     study = _measure(birds, test, runs, out / "evaluation", console)
@@ -99,19 +100,16 @@ def _birds(root: Path, species: int, images: int, size: int, seed: int) -> tuple
     return birds, splits["test"]
 
 
-def _train(birds: BirdsSummary, folder: Path, method: str, epochs: int | None, seed: int) -> Run:
+def _train(config: TrainConfig, folder: Path, console: Console) -> Run:
     from calm.report.runs import read_run
     from calm.train import train
     from calm.train.folder import inspect
 
-    config = _config(birds, folder, method, epochs, seed)
-    try:
-        inspect(folder, config)
-    except CalmError as error:
-        raise CalmError(
-            f"{error}\nthis is --out {folder.parent.parent} of an earlier demo: use another"
-        ) from error
-    return read_run(train(config))
+    if inspect(folder, config, flag="--out") == "finished":
+        console.print(f"{folder} is finished already")
+    else:
+        train(config)
+    return read_run(folder)
 
 
 def _config(birds: BirdsSummary, folder: Path, method: str, epochs: int | None, seed: int) -> TrainConfig:

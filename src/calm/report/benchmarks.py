@@ -23,9 +23,9 @@ CROWDED = 0.01
 WIDEST = 8
 """Columns of one table."""
 TITLES = {
-    "ratio": "R_k: right after erasing the highest-scored pixels, over right after random ones",
-    "topk": "Accuracy when the highest-scored pixels are erased",
-    "random": "Accuracy when random pixels are erased",
+    "ratio": "R_k: the ratio of the next two",
+    "topk": "Accuracy without the highest pixels",
+    "random": "Accuracy without random pixels",
     "reliability": "Accuracy by stated confidence",
 }
 """Headings of curves whose names say too little."""
@@ -78,14 +78,20 @@ def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
 
 
 def _tables(group: Group, names: Sequence[str], paper: Published | None) -> Html:
-    """The figures in tables that fit the page."""
+    """The figures in tables that fit the page: the main ones and the paper's, and below a fold the others."""
     images = group.data.get("images")
     caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
-    tables = []
-    for start in range(0, len(names), WIDEST):
-        some = names[start : start + WIDEST]
-        tables.append(_table(group, some, paper, caption if not start else None))
-    return tag("div", *tables, class_="benchmark")
+    theirs = {name for figures in (paper.rows.values() if paper else ()) for name in figures}
+    main = [name for name in names if name in theirs or figure_spec(name).main]
+    others = [name for name in names if name not in main]
+    tables = [_table(group, some, paper, caption if not n else None) for n, some in enumerate(_fitting(main))]
+    more = [_table(group, some, paper, None) for some in _fitting(others)]
+    fold = tag("details", tag("summary", "More figures"), *more) if more else None
+    return tag("div", *tables, fold, class_="benchmark")
+
+
+def _fitting(names: Sequence[str]) -> list[Sequence[str]]:
+    return [names[start : start + WIDEST] for start in range(0, len(names), WIDEST)]
 
 
 def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Html:
@@ -109,13 +115,19 @@ def _table(group: Group, names: Sequence[str], paper: Published | None, caption:
 
 
 def _notes(names: Sequence[str]) -> Html | None:
-    """What the columns mean, and which way is good."""
-    entries = []
+    """What the columns mean, and which way is good; those for 1, 2, ... parts are told with their mean."""
+    entries, by_parts = [], False
     for name in names:
-        spec = figure_spec(name)
+        spec, (stem, _, parts) = figure_spec(name), name.rpartition("_")
+        if parts.isdecimal() and stem in names and stem.startswith("mpxap"):
+            by_parts = True
+            continue
         if spec.meaning:
             way = f"; {spec.better} is better" if spec.better else ""
             entries.append(tag("div", tag("dt", spec.title), tag("dd", f"{spec.meaning.rstrip('.')}{way}.")))
+    if by_parts:
+        text = "mPxAP of the pairs that differ in so many parts."
+        entries.append(tag("div", tag("dt", "1 part, 2 parts, 3 parts"), tag("dd", text)))
     if not entries:
         return None
     return tag("details", tag("summary", "What the columns mean"), tag("dl", *entries, class_="notes"))

@@ -146,7 +146,7 @@ def dot_chart(
         axes.set_xlabel(x_label)
         _scale(axes, percent=percent, zero=True, log=False)
 
-    return _figure(draw, title, (max(9.0, 0.16 * len(places)), 4.2) if wide else (4.0, 2.7))
+    return _figure(draw, title, (max(12.0, 0.16 * len(places)), 4.8) if wide else (4.0, 2.7))
 
 
 def _scale(axes: Any, *, percent: bool, zero: bool, log: bool) -> None:

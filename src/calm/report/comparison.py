@@ -6,6 +6,7 @@ import datetime
 from collections.abc import Mapping
 from pathlib import Path
 
+from calm.report.benchmarked import benchmark_sections
 from calm.report.differences import differences_section
 from calm.report.evidence import evidence_section, mistakes_section
 from calm.report.html import Part, join
@@ -29,7 +30,7 @@ def comparison_page(study: Study, *, command: str, known: Mapping[str, Part], ba
         command: that makes the report again.
         known: facts about data and time, for the last section.
         base: folder that holds data, runs and report.
-        seed: of the scene on the plate of species.
+        seed: of the scene on the plate of species, and of images drawn at random.
     """
     plate = draw_plate(len(study.names), seed)
     runs = [study.calm_run, study.cam_run]
@@ -44,6 +45,7 @@ def comparison_page(study: Study, *, command: str, known: Mapping[str, Part], ba
             differences_section(study, plate),
             results_section(study),
             training_section(runs),
+            *benchmark_sections(study, seed=seed),
             provenance_section(command, known, runs, base),
         ],
         _figures(study),

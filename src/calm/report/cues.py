@@ -36,7 +36,7 @@ def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Html | No
         return None
     names = [*(f"{stem}_{number}" for number in numbers), stem]
     dots = [_dots(r.label, [r.figures.get(name) for name in names], style[r.label]) for r in group.results]
-    title = f"{figure_spec(stem).title} by the number of differing parts"
+    title = f"{figure_spec(stem).title} by differing parts"
     return dot_chart(dots, [*numbers, "all"], title=title, x_label="part groups that differ", percent=True)
 
 

@@ -47,12 +47,9 @@ def gallery_section(group: Group, *, seed: int = 0) -> Section:
         except (CalmError, OSError) as error:
             gone.append(tag("p", f"The maps of {result.label} are not shown: {error}.", class_="note"))
     normalizations = {result.label: result.provenance.get("normalization") for result in group.results}
-    body: list[Html] = []
-    heading = ""
+    shown: dict[str, list[Html]] = {}
     for place, ((why, name), view) in enumerate(zip(chosen, views, strict=True)):
-        if why != heading:
-            heading = why
-            body.append(tag("h3", _HEADINGS[why]))
+        cards = shown.setdefault(why, [])
         shots = [
             Shot(
                 _with_truth(_enlarged(view.picture), view),
@@ -69,10 +66,10 @@ def gallery_section(group: Group, *, seed: int = 0) -> Section:
                 shots.append(
                     Shot(_with_truth(drawn, view), f"map of {result.label} for {name}", result.label, score)
                 )
-        body.append(
+        cards.append(
             tag(
                 "article",
-                strip(shots, columns=min(6, max(4, len(shots)))),
+                strip(shots, columns=min(6, len(shots)), narrow=3 if len(shots) == 3 else 2),
                 tag("p", name, class_="note"),
                 class_="card",
             )
@@ -82,6 +79,11 @@ def gallery_section(group: Group, *, seed: int = 0) -> Section:
         f" ones: the {BEST} best, the {WORST} worst, and {RANDOM} drawn at random from the others. Yellow boxes and"
         " white lines are what is true. The maps are stretched to the range of colours, each on its own."
     )
+    style = f"--shots:{min(6, 1 + len(columns))}"
+    body = [
+        join(tag("h3", _HEADINGS[why]), tag("div", *cards, class_="cards", style=style))
+        for why, cards in shown.items()
+    ]
     return Section(
         title, join(tag("p", intro), colour_bar("lowest", "highest value of the map"), *gone, *body)
     )

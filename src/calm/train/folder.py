@@ -37,8 +37,13 @@ def default_run_dir(config: TrainConfig) -> Path:
     return Path("runs") / f"{config.data.resolve().name}-{backbone}-{config.method}"
 
 
-def inspect(run_dir: Path, config: TrainConfig) -> RunState:
+def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> RunState:
     """Find out what is to be done with a run folder.
+
+    Args:
+        run_dir: the folder.
+        config: of the run that is to be in it.
+        flag: the option that names another folder, for the messages.
 
     Raises:
         CalmError: the folder holds something else, or a run with another configuration: the message names the fields.
@@ -49,15 +54,15 @@ def inspect(run_dir: Path, config: TrainConfig) -> RunState:
         if run_dir.exists() and not run_dir.is_dir():
             raise CalmError(f"run_dir {run_dir} is a file")
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise CalmError(f"run_dir {run_dir} is not empty and holds no run: choose another with --run_dir")
+            raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with {flag}")
         return "new"
     former = yaml.safe_load(path.read_text(encoding="utf-8"))
     changed = differences(former, config_dict(config))
     if changed:
         listed = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
         raise CalmError(
-            f"run_dir {run_dir} holds a run with another configuration:\n{listed}\n"
-            "choose another folder with --run_dir, or delete that one"
+            f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
+            f"choose another folder with {flag}, or delete that one"
         )
     return "finished" if (run_dir / "result.json").exists() else "unfinished"
 
