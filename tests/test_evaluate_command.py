@@ -67,6 +67,38 @@ def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_p
         evaluate([*flags, "--norm", "max"])
 
 
+def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_path, monkeypatch):
+    flags = ["remove-and-classify", *words(place, "--out", str(tmp_path), models=("cam",))]
+    usual = evaluate(flags)[0]
+    other = evaluate([*flags, "--fill", "mean", "--fractions", "0.05", "0.5", "--explain", "prediction"])[0]
+    assert len(list((tmp_path / "remove-and-classify").glob("*.json"))) == 2
+    assert list(other.figures) == ["r5", "r50", "r_area", "top1"]
+    common = {"replicates": 20, "seed": 0}
+    chosen = {"fill": "mean", "fractions": (0.05, 0.5), "explain": "prediction"}
+    assert other.provenance["options"] == {**common, **chosen}
+    default = {"fill": "zero", "fractions": (0.1, 0.3, 0.5, 0.7, 0.9), "explain": "label"}
+    assert usual.provenance["options"] == {**common, **default}
+    table = (tmp_path / "table.csv").read_text()
+    assert "r5," in table
+    monkeypatch.setattr(Result, "save", lambda *_: pytest.fail("computed again"))
+    said = evaluate([*flags, "--fill", "zero", "--fractions", "0.1", "0.3", "0.5", "0.7", "0.9"])[0]
+    assert said.figures == usual.figures
+
+
+def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
+    flags = words(place, "--out", str(tmp_path), "--method", "gtcond", models=("calm-em",))
+    (curves,) = evaluate(["insertion-deletion", *flags, "--points", "3"])
+    assert curves.figures["insertion"].low <= curves.figures["insertion"].value
+    assert len(curves.curves["deletion"].x) == 4
+    (check,) = evaluate(["randomisation", *flags, "--images", "4", "--order", "all"])
+    assert check.provenance["options"]["images"] == 4
+    (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
+    assert [row[name] for name in ("benchmark", "figure")] == ["randomisation", "randomisation"]
+    assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
+    assert "| CALM-EM gtcond | -" in (tmp_path / "table.md").read_text()
+    assert "lower is better" in (tmp_path / "table.md").read_text()
+
+
 def test_other_annotation_is_another_result(place, tmp_path):
     import shutil
 
@@ -107,6 +139,12 @@ def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path)
         ("classification", ["--split", "tset"], "--split tset"),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
         ("classification", ["--models", "x"], "unrecognized arguments"),
+        ("classification", ["--fill", "blur"], "classification does not read --fill"),
+        ("all", ["--points", "5"], "all does not read --points"),
+        ("insertion-deletion", ["--points", "0"], "--points 0: give at least 1"),
+        ("insertion-deletion", ["--fractions", "0.5"], "insertion-deletion does not read --fractions"),
+        ("remove-and-classify", ["--fractions", "0.5", "0.1"], "give ascending shares"),
+        ("remove-and-classify", ["--fill", "zeros"], "invalid choice: 'zeros'"),
     ],
 )
 def test_a_mistake_ends_in_one_line_before_work_starts(place, tmp_path, capsys, benchmark, more, message):
@@ -168,7 +206,8 @@ def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
     for record in split.records:
         path = tmp_path / "maps" / f"{record.id}.npy"
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, np.random.default_rng(0).random((224, 224), dtype=np.float32))
+        coarse = np.random.default_rng(0).random((7, 7), dtype=np.float32)
+        np.save(path, np.kron(coarse, np.ones((32, 32), dtype=np.float32)))
     flags = words(place, "--maps", str(tmp_path / "maps"), "--out", str(tmp_path / "out"), models=("cam",))
     results = evaluate(["localization", *flags])
     assert [result.label for result in results] == ["CAM cam", "maps"]
