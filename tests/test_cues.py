@@ -75,6 +75,19 @@ def test_regions_are_those_of_the_slow_reading(seed, images, size, shown):
         assert (got[index].numpy() == expected).all()
 
 
+@pytest.mark.parametrize("far", [10.0, 3e3, 1e5, 1e7])
+def test_points_far_outside_the_image_keep_their_order(far):
+    xy, visible = torch.zeros(1, 15, 2, dtype=torch.float64), torch.zeros(1, 15, dtype=torch.bool)
+    for part, x in (
+        (9, -far),
+        (1, -far - 1),
+        (12, 4 + far),
+    ):  # wing nearer than back, on the left; leg on the right
+        xy[0, part - 1, 0], visible[0, part - 1] = x, True
+    regions = part_regions(PartPoints(("a",), xy, visible), torch.tensor([[5, 2]]), size=(2, 5))
+    assert regions[0].tolist() == [[6, 6, 5, 5, 5]] * 2
+
+
 def test_the_first_group_wins_a_tie_and_pixels_outside_belong_to_none():
     xy, visible = torch.zeros(1, 15, 2, dtype=torch.float64), torch.zeros(1, 15, dtype=torch.bool)
     for part, x in ((14, 0), (3, 4)):  # tail left, belly right: column 2 is as far from both

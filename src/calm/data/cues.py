@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -147,13 +146,14 @@ def class_pairs(
     present: Bool[Tensor, "c a"], votes: Bool[Tensor, "a g"], counts: Iterable[int] = (1, 2, 3)
 ) -> list[CuePair]:
     """The pairs of classes that differ in one of these numbers of part groups, by first and second class."""
-    wanted = set(counts)
+    wanted = torch.tensor(sorted(set(counts)), dtype=torch.int64)
     pairs = []
-    for first, second in combinations(range(len(present)), 2):
-        differing = votes[present[first] != present[second]].any(dim=0)
-        groups = tuple(differing.nonzero().flatten().tolist())
-        if len(groups) in wanted:
-            pairs.append(CuePair(first, second, groups))
+    for first, own in enumerate(present):
+        attributes = (present[first + 1 :] != own).double()  # of the later classes, one a row
+        differing = attributes @ votes.double() > 0
+        for second in torch.isin(differing.sum(dim=1), wanted).nonzero().flatten().tolist():
+            groups = tuple(differing[second].nonzero().flatten().tolist())
+            pairs.append(CuePair(first, first + 1 + second, groups))
     return pairs
 
 

@@ -41,7 +41,7 @@ from calm.maps import difference
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixel_ap import Counting
-from calm.metrics.pointing import energy_inside, peak_hits
+from calm.metrics.pointing import energy_inside, peak_hits, pixels
 from calm.normalize import normalize
 from calm.resample import resize_maps
 
@@ -86,6 +86,12 @@ class CueData:
         points = PartPoints(ids, self.points.xy[images], self.points.visible[images])
         masks = list(in_threads(_object, [records[image] for image in images.tolist()]))
         return part_regions(points, self.sizes[images], inside=torch.stack(masks), groups=self.groups)
+
+    def bits(self, regions: Int[Tensor, "b H W"]) -> Int[Tensor, "b H W"]:
+        """A bit for each part group in place of its number, 0 in place of -1."""
+        kind = torch.uint8 if len(self.groups) <= 8 else torch.int64
+        table = torch.tensor([0, *(1 << group for group in range(len(self.groups)))], dtype=kind)
+        return table.index_select(0, (regions + 1).int().flatten()).view(regions.shape)
 
 
 def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -> CueData:
@@ -169,7 +175,7 @@ def cue_localization(
     data = root if isinstance(root, CueData) else read_cue_data(split, root, counts)
     numbers = [len(pair.groups) for pair in data.pairs]
     metric = CueLocalization(numbers, subject.thresholds, replicates=replicates, seed=seed).to(subject.device)
-    bits = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs], dtype=torch.int32)
+    bits = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs])
     found: list[_Found] = []
     together = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
     for images, _, positions in batches(
@@ -183,14 +189,14 @@ def cue_localization(
     ):
         asked = _Asked.of(data, positions)
         grid = subject.look(images).maps(asked.classes.to(subject.device))
-        regions = data.regions(split.records, positions).to(torch.int32)
-        own_bits = torch.where(regions < 0, 0, 1 << regions.clamp(min=0)).to(torch.int32).to(subject.device)
-        objects = (own_bits != 0).sum(dim=(1, 2))
+        own_bits = data.bits(data.regions(split.records, positions)).to(subject.device)
+        objects = pixels(own_bits.to(torch.bool))
         for some in torch.split(torch.arange(len(asked.pair)), together):
             row, pair = asked.row[some].to(subject.device), asked.pair[some]
             one, other = (grid[row, slot[some].to(subject.device)] for slot in (asked.first, asked.second))
             maps = normalize(resize_maps(difference(one, other), PROTOCOL_SIZE), subject.normalization)
-            truth = (own_bits[row] & bits[pair].to(subject.device)[:, None, None]) != 0
+            differing = bits[pair].to(own_bits)[:, None, None]
+            truth = (own_bits.index_select(0, row) & differing).to(torch.bool)
             metric.update(maps, truth, pair.to(subject.device))
             found.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
     every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
@@ -237,9 +243,9 @@ class _Found:
 
     @classmethod
     def of(cls, maps: Tensor, truth: Tensor, objects: Tensor, image: Tensor, pair: Tensor) -> _Found:
-        pixels = truth.flatten(1).sum(dim=1)
-        shares = (pixels.double() / area for area in (truth[0].numel(), objects.clamp(min=1)))
-        values = (pixels > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
+        shown = pixels(truth)
+        shares = (shown.double() / area for area in (truth[0].numel(), objects.clamp(min=1)))
+        values = (shown > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
         return cls(image, pair, *(value.cpu() for value in values))
 
     @classmethod
@@ -280,9 +286,9 @@ def _result(
 ) -> Result:
     results: dict[str, CueLocalizationResult] = {}
     for ending, (counting, accumulation) in WAYS.items():
-        counted = deepcopy(metric)
-        counted.counting, counted.accumulation = counting, accumulation
-        results[ending] = counted.compute()
+        other = deepcopy(metric)
+        other.counting, other.accumulation = counting, accumulation
+        results[ending] = other.compute()
     figures: dict[str, Estimate] = {}
     for ending, result in results.items():
         figures |= {f"mpxap{ending}_{number}": mean for number, mean in result.by_groups.items()}
@@ -295,8 +301,8 @@ def _result(
         for place, name in enumerate(shares, start=1):
             figures[name] = estimate(sums[:, place] / sums[:, 0])
     with metric.sync_context():  # the pixels of all processes
-        pixels = metric.histogram.sum(dim=1)
-    share = pixels[:, 1] / pixels.sum(dim=1)
+        counted = metric.histogram.sum(dim=1)
+    share = counted[:, 1] / counted.sum(dim=1)
     seen = torch.tensor(results[""].per_pair).isfinite()
     figures["chance"] = Estimate(float(share[seen].mean()), float("nan"), float("nan"))
     return Result(
