@@ -10,19 +10,17 @@ Source: github.com/naver-ai/calm, ``main.py``.
 from __future__ import annotations
 
 import os
-import re
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from calm.atomic import atomic_path
-from calm.documents import open_regular
 from calm.errors import CalmError, shown, unknown
+from calm.torch_file import read_torch
 
 __all__ = ["ARCHITECTURES", "FILE_NAME", "ReleasedFile", "read_released", "write_released"]
 
@@ -60,7 +58,7 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
     path = Path(path)
     if path.is_dir():
         path /= FILE_NAME
-    content = _unpickle(path)
+    content = read_torch(path, "the released checkpoint")
     if not isinstance(content, dict):
         raise CalmError(f"{path} holds a {type(content).__name__}, but a released checkpoint is a dict")
     for field in ("architecture", "state_dict"):
@@ -93,42 +91,6 @@ def write_released(
     }
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         torch.save(content, file)
-
-
-def _unpickle(path: Path) -> Any:
-    try:
-        with open_regular(path, "the released checkpoint") as file:
-            start = file.read(256).lstrip().lower()
-            _check_zip(file)
-        if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
-            raise CalmError(
-                f"{path} is a text page, not the file itself: download it again, and look at its size"
-            )
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except CalmError:
-        raise
-    except OSError as error:
-        raise CalmError(f"cannot read the released checkpoint {path}: {error}") from error
-    except Exception as error:  # a damaged file can make the restricted unpickler fail in any way
-        asked = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
-        why = (
-            f"it asks for {asked[1]}, which weights do not need"
-            if asked
-            else "it is damaged or no PyTorch file"
-        )
-        raise CalmError(
-            f"{path} is not a checkpoint that can be read safely: {why}; nothing in it was run"
-        ) from error
-
-
-def _check_zip(file: BinaryIO) -> None:
-    """Raise for a zip archive that would be larger unpacked than it is: PyTorch does not compress."""
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-        size = file.seek(0, os.SEEK_END)
-        if any(member.compress_type for member in members) or sum(m.file_size for m in members) > size:
-            raise ValueError("a compressed archive")
 
 
 def _checked(state: Any, path: Path) -> dict[str, Tensor]:

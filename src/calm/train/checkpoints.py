@@ -18,6 +18,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from calm.atomic import atomic_path
+from calm.errors import CalmError
+from calm.torch_file import read_torch
 from calm.train.module import TrainingModule
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints"]
@@ -39,6 +41,24 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             file.flush()
             os.fsync(file.fileno())
 
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read what `save_checkpoint` wrote; nothing in it is run, whatever ``weights_only`` says.
+
+        Raises:
+            CalmError: the file is damaged, or no checkpoint of a training run.
+        """
+        found = read_torch(Path(path), "checkpoint", map_location=map_location)
+        lacking = [name for name in _PARTS if not isinstance(found, dict) or name not in found]
+        if lacking:
+            raise CalmError(f"{path} is no checkpoint of a training run: it lacks {', '.join(lacking)}")
+        checkpoint: dict[str, Any] = found
+        return checkpoint
+
+
+_PARTS = ("state_dict", "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
+
 
 class Checkpoints(Checkpoint):
     """Saves after each epoch. Lightning calls it after all other callbacks, so that their state is up to date.
@@ -49,12 +69,14 @@ class Checkpoints(Checkpoint):
     Attributes:
         last: epoch (from 1) and validation measures of the last epoch done; empty before the first.
         best: the same of the best epoch.
+        restored: whether all that was saved is back, and training goes on.
     """
 
     def __init__(self, run_dir: Path) -> None:
         self.run_dir = run_dir
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.restored = False
 
     @property
     def path(self) -> Path:
@@ -65,6 +87,10 @@ class Checkpoints(Checkpoint):
         """On resume write the saved models again: the kill may have come between them and the checkpoint."""
         if self.last and trainer.is_global_zero:
             self._export(pl_module)
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is left to be restored."""
+        self.restored = True
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the epoch; every process must come here."""

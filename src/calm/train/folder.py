@@ -21,6 +21,7 @@ import torch
 import yaml
 
 from calm.atomic import remove_abandoned, write_text
+from calm.documents import read_yaml
 from calm.errors import CalmError
 from calm.train.config import TrainConfig
 
@@ -56,10 +57,12 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         if run_dir.exists() and any(run_dir.iterdir()):
             raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with {flag}")
         return "new"
-    former = yaml.safe_load(path.read_text(encoding="utf-8"))
+    former = read_yaml(path, "configuration")
+    if not isinstance(former, dict):
+        raise CalmError(f"configuration {path} is no list of 'setting: value'")
     changed = differences(former, config_dict(config))
     if changed:
-        listed = "\n".join(f"  {name}: {old!r} there, {new!r} now" for name, (old, new) in changed.items())
+        listed = "\n".join(f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items())
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
             f"choose another folder with {flag}, or delete that one"

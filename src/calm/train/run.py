@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from calm.data.digest import summary
 from calm.data.randomness import mix_seed
 from calm.data.records import Split
 from calm.data.report import Report
+from calm.documents import read_json
 from calm.errors import CalmError
 from calm.model import CalmModel
 from calm.train import folder
@@ -101,8 +101,8 @@ def _open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> No
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "data.json"
     if path.exists():
-        former = json.loads(path.read_text(encoding="utf-8"))
-        if former["fingerprint"] != data["fingerprint"]:
+        former = read_json(path)
+        if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
             raise CalmError(
                 f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir"
             )
@@ -137,7 +137,18 @@ def _run(module: TrainingModule, data: RunData, run_dir: Path, log: RunLog) -> N
     resume = checkpoints.path if checkpoints.path.exists() else None
     if resume is not None:
         log("continuing after the last whole epoch")
-    trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    try:
+        trainer.fit(module, data, ckpt_path=resume, weights_only=True)
+    except CalmError:
+        raise
+    except Exception as error:
+        if resume is None or checkpoints.restored:
+            raise
+        # Lightning and torch check what they restore where they use it, each by an exception of its own.
+        raise CalmError(
+            f"cannot continue from {resume}: it does not fit this run ({type(error).__name__}: {str(error)[:500]});"
+            " delete the run folder to train from the start"
+        ) from error
     result = measure_outcome(trainer, module, data, history, checkpoints)
     if trainer.is_global_zero:
         write_json(run_dir / "result.json", result)

@@ -1,0 +1,147 @@
+"""Run folders that nobody vouches for: `calm train` goes on as it must, or CalmError names the file."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzzing import Canary, cases, damaged, outcome
+from hypothesis import given
+from hypothesis import strategies as st
+from stress_counts import FULL
+from train_cases import checkpoint_of, tiny_config, tiny_net, weights_of, write_squares
+
+from calm.errors import CalmError
+from calm.train.checkpoints import AtomicCheckpointIO
+from calm.train.config import TrainConfig
+from calm.train.run import train
+
+pytestmark = [pytest.mark.stress, pytest.mark.filterwarnings("ignore:The dataloader:UserWarning")]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> TrainConfig:
+    """A run that is over."""
+    folder = tmp_path_factory.mktemp("resume")
+    config = tiny_config(write_squares(folder / "data", train=4, other=2), folder / "finished")
+    train(config, backbone=tiny_net(), quiet=True)
+    return config
+
+
+@pytest.fixture(scope="module")
+def stopped(finished: TrainConfig) -> TrainConfig:
+    """The same run, stopped after its second epoch."""
+    config = tiny_config(finished.data, finished.data.parent / "stopped")
+
+    class StopError(Exception):
+        pass
+
+    before = AtomicCheckpointIO.save_checkpoint
+
+    def save(
+        self: AtomicCheckpointIO, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
+        before(self, checkpoint, path, storage_options)
+        if checkpoint["epoch"] == 1:
+            raise StopError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtomicCheckpointIO, "save_checkpoint", save)
+        with pytest.raises(StopError):
+            train(config, backbone=tiny_net(), quiet=True)
+    return config
+
+
+@pytest.fixture
+def run(stopped: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """A copy of the stopped run, to be damaged."""
+    assert stopped.run_dir is not None
+    shutil.copytree(stopped.run_dir, tmp_path / "run")
+    return tiny_config(stopped.data, tmp_path / "run")
+
+
+def go_on(config: TrainConfig) -> Path:
+    return train(config, backbone=tiny_net(), quiet=True)
+
+
+def test_an_undamaged_run_goes_on_to_the_same_end(run: TrainConfig, finished: TrainConfig) -> None:
+    assert finished.run_dir is not None
+    end, whole = weights_of(go_on(run)), weights_of(finished.run_dir)
+    assert all(torch.equal(end[name], whole[name]) for name in whole)
+
+
+@cases(60)
+@given(data=st.data())
+def test_damaged_checkpoints(stopped: TrainConfig, data: st.DataObject) -> None:
+    assert stopped.run_dir is not None
+    whole = (stopped.run_dir / "checkpoints" / "last.ckpt").read_bytes()
+    path = stopped.run_dir.parent / "damaged.ckpt"
+    path.write_bytes(data.draw(damaged(whole)))
+    found = outcome(partial(AtomicCheckpointIO().load_checkpoint, path), path.name)
+    if found is not None:  # the damage was where nothing is read: between the files of the archive, say
+        good = checkpoint_of(stopped.run_dir)
+        assert found["epoch"] == good["epoch"]
+        assert all(
+            torch.equal(found["state_dict"][name], good["state_dict"][name]) for name in good["state_dict"]
+        )
+
+
+def first_key(tree: dict[str, Any]) -> str:
+    return next(name for name, value in tree.items() if value.ndim > 1)
+
+
+def widened(checkpoint: dict[str, Any]) -> None:
+    state = checkpoint["state_dict"]
+    state[first_key(state)] = torch.zeros(3, 1000)
+
+
+def renamed(checkpoint: dict[str, Any]) -> None:
+    state = checkpoint["state_dict"]
+    state["other"] = state.pop(first_key(state))
+
+
+CHANGES: list[Callable[[dict[str, Any]], Any]] = [
+    widened,
+    renamed,
+    lambda checkpoint: checkpoint.update(optimizer_states=[]),
+    lambda checkpoint: checkpoint.update(optimizer_states=3),
+    lambda checkpoint: checkpoint["optimizer_states"][0]["param_groups"].pop(),
+    lambda checkpoint: checkpoint["optimizer_states"][0].pop("state"),
+    lambda checkpoint: checkpoint.update(lr_schedulers=[3]),
+    lambda checkpoint: checkpoint.update(callbacks=3),
+    lambda checkpoint: checkpoint.update(callbacks=dict.fromkeys(checkpoint["callbacks"], 3)),
+    lambda checkpoint: checkpoint.update(loops={}),
+    lambda checkpoint: checkpoint.update(loops={"fit_loop": 3}),
+    lambda checkpoint: checkpoint.update(state_dict=None),
+    lambda checkpoint: checkpoint.update({"pytorch-lightning_version": 3}),
+    lambda checkpoint: checkpoint.pop("pytorch-lightning_version"),
+    lambda checkpoint: checkpoint.pop("state_dict"),
+    lambda checkpoint: checkpoint.clear(),
+    lambda checkpoint: checkpoint.update(more=Canary(Path("canary"))),
+]
+
+
+@pytest.mark.parametrize("number", range(len(CHANGES)) if FULL else (0, 3, 8, 16))
+def test_a_checkpoint_of_another_content_is_refused_or_does_not_matter(run: TrainConfig, number: int) -> None:
+    assert run.run_dir is not None
+    path = run.run_dir / "checkpoints" / "last.ckpt"
+    checkpoint = checkpoint_of(run.run_dir)
+    CHANGES[number](checkpoint)
+    torch.save(checkpoint, path)
+    done = outcome(partial(go_on, run), str(path))
+    assert done is None or (run.run_dir / "result.json").exists()
+    assert not Path("canary").exists()
+
+
+@pytest.mark.parametrize("name", ["data.json", "config.yaml"])
+@pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 2000, "a: &a [*a]", "3", "\0"])
+def test_a_damaged_file_of_the_run_folder_is_named(run: TrainConfig, name: str, text: str) -> None:
+    assert run.run_dir is not None
+    (run.run_dir / name).write_text(text)
+    with pytest.raises(CalmError, match=str(run.run_dir)):
+        go_on(run)
