@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from calm.cli import main
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 from calm.evaluate.localization import localization
@@ -176,7 +177,7 @@ def test_one_report_names_every_map_that_does_not_fit(tmp_path):
         open_map_folder(folder, split, size=SIZE)
     lines = str(caught.value).splitlines()
     for what in (
-        "1 images have no map: save each as <image id>.npy. images/0.png",
+        "1 images have no map: save each as <image id>.npy, in folders as the id has them. images/0.png",
         "1 maps have another shape",
         "images/1.png.npy (55, 56)",
         "1 maps hold NaN or infinite values",
@@ -202,6 +203,78 @@ def test_images_without_truth_stop_the_benchmark_before_it_starts(tmp_path):
     with pytest.raises(CalmError, match="no image"):
         localization(bright(), replace(split, records=()))
     masked = write_split(tmp_path / "m", "masks")
+    black = write_split(tmp_path / "black", "masks")
+    for record in black.records:
+        Image.new("L", (28, 28)).save(record.masks[0])
+    with pytest.raises(CalmError, match=r"split 'test', masks such as .*0_mask\.png: no positive pixel"):
+        localization(bright(), black, **FAST)
     masked.records[2].masks[0].unlink()
     with pytest.raises(CalmError, match=r"cannot read mask .*2_mask\.png"):
         localization(bright(), masked, **FAST)
+
+
+def test_a_data_set_as_openimages_lays_it_out_is_judged_from_its_files(tmp_path, capsys):
+    """Two instances in one image, one with an ignore mask that overlaps it, and a mask of another size."""
+    root, lists = tmp_path / "data", tmp_path / "data/metadata/OpenImages/test"
+    lists.mkdir(parents=True)
+    generator = np.random.default_rng(3)
+    objects = {  # by image: instances as (x, y, width, height) in a 32 x 32 picture, and what to ignore
+        "test/01/a.jpg": ([(2, 3, 8, 8), (20, 18, 9, 12)], (16, 0, 16, 20)),
+        "test/01/b.jpg": ([(4, 16, 20, 10)], None),
+        "test/02/c.jpg": ([(0, 0, 32, 5)], (0, 4, 32, 9)),
+    }
+    lines, maps, truth = [], [], []
+    for name, (instances, ignored) in objects.items():
+        path = root / "OpenImages" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (90, 120, 60)).save(path)
+        stem = name.removesuffix(".jpg")
+
+        def write(kind, box, name=stem):
+            x, y, width, height = box
+            grey = np.zeros((32, 32), dtype=np.uint8)
+            grey[y : y + height, x : x + width] = 255
+            file = root / "OpenImages" / f"{name}_{kind}.png"
+            scale = 2 if kind == "m1" else 1  # masks need not have the picture's size
+            Image.fromarray(grey).resize((32 * scale, 32 * scale), Image.Resampling.NEAREST).save(file)
+            return file.relative_to(root / "OpenImages"), grey > 0
+
+        drawn = [write(f"m{number}", box) for number, box in enumerate(instances)]
+        ignore = write("ignore", ignored) if ignored else ("", np.zeros((32, 32), dtype=bool))
+        lines += [
+            f"{name},{file},{ignore[0] if not number else ''}" for number, (file, _) in enumerate(drawn)
+        ]
+        inside = np.any([grey for _, grey in drawn], axis=0)
+        scores = np.where(inside, 0.6, 0.3) + generator.uniform(-0.25, 0.25, (32, 32))
+        maps.append(scores.astype(np.float32))
+        truth.append(np.where(ignore[1] & ~inside, -1, inside))
+        (tmp_path / "maps" / name).parent.mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / "maps" / f"{name}.npy", np.kron(maps[-1], np.ones((7, 7), dtype=np.float32)))
+    (lists / "image_ids.txt").write_text("".join(f"{name}\n" for name in objects))
+    (lists / "class_labels.txt").write_text("".join(f"{name},{n}\n" for n, name in enumerate(objects)))
+    (lists / "image_sizes.txt").write_text("".join(f"{name},32,32\n" for name in objects))
+    (lists / "localization.txt").write_text("".join(f"{line}\n" for line in lines))
+    out = tmp_path / "out"
+    words = ["--data", str(root), "--maps", str(tmp_path / "maps"), "--out", str(out), "--replicates", "50"]
+    assert main(["evaluate", "localization", *words]) == 0, capsys.readouterr().err
+    (file,) = (out / "localization").glob("*.json")
+    figures = Result.load(file).figures
+    counted = np.concatenate([values[where >= 0] for values, where in zip(maps, truth, strict=True)])
+    positive = np.concatenate([where[where >= 0] for where in truth]) == 1
+    area, last = 0.0, 0.0
+    for edge in np.linspace(0, 1, 1001)[::-1]:  # 0, 0.001, ... 1
+        reached = counted.astype(np.float64) >= edge
+        if reached.any():
+            recall = (reached & positive).sum() / positive.sum()
+            area += (reached & positive).sum() / reached.sum() * (recall - last)
+            last = recall
+    assert 0.7 < area < 0.95
+    assert figures["pxap"].value == pytest.approx(area, abs=1e-9)
+    assert figures["pxap"].low < area < figures["pxap"].high
+    inside = [
+        (values[where == 1]).sum() / values[where >= 0].sum()
+        for values, where in zip(maps, truth, strict=True)
+    ]
+    assert figures["energy_inside"].value == pytest.approx(np.mean(inside), abs=1e-6)
+    table = (out / "table.csv").read_text().splitlines()
+    assert any(line.startswith("localization,maps,pxap,") for line in table)

@@ -200,7 +200,13 @@ class _Masks:
     def compute(self) -> _Computed:
         figures, curves = {}, {}
         for name, metric in (("pxap", self.strict), ("pxap_released", self.released)):
-            result = metric.cpu().compute()
+            try:
+                result = metric.cpu().compute()
+            except CalmError as error:
+                first = self.split.records[0].masks[0]
+                raise CalmError(
+                    f"split {self.split.name!r}, masks such as {first}: {error}. An object's pixels are above 0"
+                ) from error
             figures[name] = result.ap
             title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
             low, high = map(list, result.precision_band)

@@ -91,7 +91,7 @@ def open_map_folder(
 
 
 _FIXES = {
-    "images have no map": "save each as <image id>.npy",
+    "images have no map": "save each as <image id>.npy, in folders as the id has them",
     "maps belong to no image of the split": "take them out, or choose the split they were made for",
     "images have two maps": "keep either <image id>.npy or the one without the picture's suffix",
     "files are no array of numbers": "save them with numpy.save, without pickled objects",
@@ -170,7 +170,7 @@ def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] 
     try:
         array = _read(path)
     except CalmError as error:
-        return "files are no array of numbers", f" ({error})"
+        return "files are no array of numbers", f" ({str(error).rpartition(f'{path}: ')[2]})"
     digest.update(np.ascontiguousarray(array).tobytes())
     if array.shape != size:
         return "maps have another shape", f" {array.shape}"
