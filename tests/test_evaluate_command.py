@@ -213,5 +213,8 @@ def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
     assert [result.label for result in results] == ["CAM cam", "maps"]
     with pytest.raises(CalmError, match="by localization only"):
         evaluate(["classification", *flags])
+    for flag in (["--norm", "max"], ["--method", "gradcam"]):
+        with pytest.raises(CalmError, match=f"{flag[0]} is about models"):
+            evaluate(["localization", *words(place, "--maps", str(tmp_path / "maps"), *flag, models=())[1:]])
     with pytest.raises(CalmError, match="nothing to evaluate"):
         evaluate(["localization", "--data", str(place / "birds")])
