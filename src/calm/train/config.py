@@ -48,8 +48,8 @@ def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
             raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
-MOST = 1e9
-"""The end of ranges that have no other: more is a slip, and infinite is no number to compute with."""
+MOST, LARGEST = 1e9, 1e38
+"""The ends of ranges that have no other, of counts and of quantities: infinite is no number to compute with."""
 
 
 @dataclass(frozen=True)
@@ -180,13 +180,13 @@ class OptimOptions:
             self,
             "optim.",
             momentum=(0, 1),
-            weight_decay=(0, MOST),
-            head_ratio=(0, MOST),
+            weight_decay=(0, LARGEST),
+            head_ratio=(0, LARGEST),
             step_epochs=(1, MOST),
             step_factor=(0, 1),
-            warmup_epochs=(0, MOST),
+            warmup_epochs=(0, LARGEST),
             accumulate=(1, MOST),
-            clip_norm=(0, MOST),
+            clip_norm=(0, LARGEST),
             ema_decay=(0, 1),
         )
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -278,7 +278,7 @@ class TrainConfig:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
-        _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, MOST), seed=(0, 2**63 - 1))
+        _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != LossOptions():
             raise CalmError(
                 f"loss.posterior, teacher_decay, temperature and samples are calm-em's, not {self.method}'s"
