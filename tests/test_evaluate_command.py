@@ -15,7 +15,7 @@ import calm
 from calm.cli import main
 from calm.data.birds import write_birds
 from calm.errors import CalmError
-from calm.evaluate import Result, runner
+from calm.evaluate import Result, registry, runner
 from calm.evaluate.command import evaluate
 from calm.evaluate.result import FIGURES, FigureSpec
 from calm.evaluate.tables import markdown, print_tables, written
@@ -61,7 +61,7 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
 def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_path, monkeypatch):
     flags = ["cue-localization", *words(place, "--out", str(tmp_path), models=("cam",))]
     first = evaluate(flags)
-    monkeypatch.setattr(runner.Benchmark, "load", lambda self: pytest.fail("computed again"))
+    monkeypatch.setattr(registry.Benchmark, "load", lambda self: pytest.fail("computed again"))
     assert evaluate(flags)[0].figures["mpxap"] == first[0].figures["mpxap"]
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         evaluate([*flags, "--norm", "max"])

@@ -11,7 +11,7 @@ import pytest
 
 from calm.cli import COMMANDS
 from calm.command_line import build_parser, parse
-from calm.evaluate import command as evaluate_command
+from calm.evaluate.flags import flags as evaluate_flags
 from calm.train import command as train_command
 
 ROOT = Path(__file__).parent.parent
@@ -51,7 +51,7 @@ def test_the_readmes_commands_parse():
             train_command.parse(words[1:])
             continue
         if words[0] == "evaluate":
-            evaluate_command.flags().parse_args(words[1:])
+            evaluate_flags().parse_args(words[1:])
             continue
         name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
         module, _, function = COMMANDS[name].function.partition(":")

@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         finish=_print,
     ),
     "evaluate": Command(
-        "calm.evaluate.command:evaluate",
+        "calm.evaluate.flags:main",
         "benchmark models and their explanations: tables with intervals",
         own_parser=True,
     ),

@@ -24,7 +24,7 @@ import calm
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostby")
 COMMANDS = ("train", "evaluate", "data birds", "data prepare", "convert")
-LATER = ("calm.train.run", "torch.utils.tensorboard")
+LATER = ("calm.train.run", "torch.utils.tensorboard", "calm.evaluate.command", "calm.released", "calm.data.cue_files")
 """Modules that a command imports when it runs."""
 
 
@@ -100,6 +100,10 @@ class Server:
         ended = self._answer()
         return Ended(text=output.read_text(errors="replace"), **ended)
 
+    def surroundings(self) -> list[Path]:
+        """What lies in the home, the working folder and the folder for temporary files: nothing, at the start."""
+        return [path for name in ("home", "tmp", "cwd") for path in (self._folder / name).rglob("*")]
+
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
@@ -167,17 +171,22 @@ class _Watch:
                 return
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self._change("open", path)
-            else:
-                self.reads[_text(path)] = None
+            elif (
+                _path(path).is_absolute() or _path(path).exists()
+            ):  # else relative to a folder that shutil has open
+                self.reads[_absolute(path)] = None
         elif event in CHANGES:
-            self._change(event, arguments[1] if event in ("os.rename", "os.link") else arguments[0])
+            two = event in ("os.rename", "os.link")
+            self._change(event, arguments[1 if two else 0], arguments[-1])
         elif event.startswith(NETWORK):
             address = arguments[1] if event.startswith(("socket.connect", "socket.send")) else arguments[0]
             if not isinstance(address, (str, bytes)) or event.startswith("socket.get"):
                 self.contacts.append(f"{event} {address!r}")  # a path is a socket of this machine
 
-    def _change(self, event: str, path: Any) -> None:
-        name = _text(path)
+    def _change(self, event: str, path: Any, folder: Any = -1) -> None:
+        if isinstance(folder, int) and folder >= 0 and not isinstance(path, int):
+            path = Path(f"/proc/self/fd/{folder}").readlink() / _path(path)
+        name = _absolute(path)
         if name == os.devnull:
             return
         if len(self.changes) == self.kill_at:
@@ -191,8 +200,12 @@ class _Watch:
         return {"changes": self.changes, "reads": list(self.reads), "contacts": self.contacts}
 
 
-def _text(path: Any) -> str:
-    return str(Path(os.fsdecode(path)).absolute()) if not isinstance(path, int) else f"fd {path}"
+def _absolute(path: Any) -> str:
+    return f"descriptor {path}" if isinstance(path, int) else str(_path(path).absolute())
+
+
+def _path(path: Any) -> Path:
+    return Path(os.fsdecode(path))
 
 
 def _serve() -> None:
@@ -200,10 +213,13 @@ def _serve() -> None:
     sys.addaudithook(watch)
     from importlib import import_module
 
+    from calm.caches import caches_among_temporary_files
+
+    caches_among_temporary_files()  # as the command line does before it imports a command
     import torch
 
     from calm.cli import COMMANDS as TABLE
-    from calm.evaluate.runner import BENCHMARKS
+    from calm.evaluate.registry import BENCHMARKS
 
     for module in (*(TABLE[name].function.partition(":")[0] for name in COMMANDS), *LATER):
         import_module(module)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,121 +16,27 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calm.atomic import working_folder
 from calm.baselines import BASELINES, canonical_method
 from calm.checkpoint import load
-from calm.data.loading import LAYOUTS, load_split
+from calm.data.loading import load_split
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.flags import flags
 from calm.evaluate.map_folder import MapFolder, open_map_folder
 from calm.evaluate.processes import first, own_gpu, size, together
-from calm.evaluate.randomisation import Order
-from calm.evaluate.ranked_pixels import Explain
+from calm.evaluate.registry import BENCHMARKS, benchmark
 from calm.evaluate.result import Result
-from calm.evaluate.runner import BENCHMARKS, Data, benchmark, place, run
+from calm.evaluate.runner import Data, place, run
 from calm.evaluate.subject import Subject, model_subject
 from calm.evaluate.tables import print_tables, write_tables
 from calm.maps import MAP_KINDS
-from calm.metrics.bootstrap import REPLICATES
-from calm.metrics.erasing import FILLS
 from calm.metrics.remove_and_classify import check_fractions
 from calm.metrics.thresholds import Thresholds
 from calm.model import CalmModel
 
-__all__ = ["evaluate", "flags"]
+__all__ = ["evaluate"]
 
 _COMMON = ("replicates", "seed")
 """Options that every benchmark reads."""
-
-_EXAMPLES = """examples:
-  calm evaluate cue-localization --model runs/calm runs/cam --data birds
-  calm evaluate cue-localization --model runs/calm --data birds --method jointll gtcond gradcam
-  calm evaluate all --model runs/calm --data CUB_200_2011 --out tables
-  calm evaluate remove-and-classify --model runs/calm --data birds --fill blur --fractions 0.05 0.1 0.2
-  calm evaluate localization --maps my-maps --data birds
-  torchrun --nproc_per_node 2 -m calm.cli evaluate all --model runs/calm --data birds   # two processes
-"""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CalmError(f"{message}; see {self.prog} --help")
-
-
-def flags() -> argparse.ArgumentParser:
-    """The command's parser."""
-    listed = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
-    apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
-    parser = _Parser(
-        prog="calm evaluate",
-        description="Benchmark models and their explanations. Prints a table, and writes table.json, table.csv,"
-        " table.md and a file for each result; a result that is there already is not computed again.\n\n"
-        f"benchmarks:\n{listed}\n  {'all':<20} those that the data set has annotation for, without {apart},"
-        f"\n{'':<23}which take many passes of each image",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("benchmark", help="one of the above")
-    add("--model", nargs="+", action="extend", default=[], help="run folders, saved models or hub ids")
-    add(
-        "--maps",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        help="localization: folders of .npy maps of any method, 224x224, in [0, 1], named by image id",
-    )
-    add("--data", type=Path, required=True, help="folder of the data set")
-    add(
-        "--method",
-        "--map_kind",
-        nargs="+",
-        action="extend",
-        help="map kinds of the models and other attribution methods; by default each model's main maps. A map kind"
-        " is asked of those models that have it",
-    )
-    add("--split", default="test", help="train, val or test (default: test)")
-    add("--layout", default="auto", help=f"{', '.join(LAYOUTS)}, or auto to look (default: auto)")
-    add("--metadata_root", type=Path, help="folder of the metadata lists, where they are not with the images")
-    add(
-        "--norm",
-        choices=("max", "minmax", "clipping"),
-        help="of the maps; by default clipping for CALM's own",
-    )
-    add("--thresholds", choices=("even", "log"), help="by default log for CALM's own maps, even for others")
-    add("--steps", type=int, help="of integrated-gradients (default: 50)")
-    add("--samples", type=int, help="of smoothgrad and its kin (default: 50)")
-    add("--fill", choices=tuple(FILLS), help=f"what erased pixels become (default: zero){_of('fill')}")
-    add(
-        "--fractions",
-        nargs="+",
-        type=float,
-        help=f"shares of erased pixels, ascending (default: 0.1 0.3 0.5 0.7 0.9){_of('fractions')}",
-    )
-    add(
-        "--explain",
-        choices=get_args(Explain),
-        help=f"whose map ranks the pixels (default: label){_of('explain')}",
-    )
-    add("--points", type=int, help=f"steps from no pixel to all (default: 20){_of('points')}")
-    add("--images", type=int, help=f"how many, spread over the split (default: 200){_of('images')}")
-    add(
-        "--order",
-        choices=get_args(Order),
-        help=f"one stage after another, from the head down, or all at once (default: cascading){_of('order')}",
-    )
-    add("--out", type=Path, help="default: RUN/evaluation for one model folder, else ./evaluation")
-    add("--batch_size", type=int, default=32, help="images of one forward pass (default: 32)")
-    add("--workers", type=int, default=0, help="processes that read images (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    add("--replicates", type=int, default=REPLICATES, help=f"bootstrap samples (default: {REPLICATES})")
-    add("--seed", type=int, default=0, help="of bootstrap and random masks (default: 0)")
-    return parser
-
-
-def _of(option: str) -> str:
-    """For the end of a flag's help: which benchmarks read it."""
-    return f"; {' and '.join(name for name, row in BENCHMARKS.items() if option in row.options)}"
 
 
 def evaluate(words: Sequence[str]) -> list[Result]:

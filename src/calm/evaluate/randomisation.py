@@ -6,11 +6,12 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
+from calm.choices import Order
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.evaluate.processes import gathered, in_order
@@ -23,7 +24,6 @@ from calm.model import CalmModel
 
 __all__ = ["Order", "randomisation", "reinitialise", "stages"]
 
-Order: TypeAlias = Literal["cascading", "all"]
 _SEEDS = 0x52414E444F4D
 """Added to seeds, so that a small one does not draw the very weights that a model was initialised with."""
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, get_args
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from calm.choices import Explain
 from calm.errors import unknown
 from calm.evaluate.reading import Seen
 from calm.metrics.erasing import Fill, erasing_order, filling, random_order
@@ -15,7 +16,6 @@ from calm.resample import resize_maps
 
 __all__ = ["Explain", "Ranked", "check_names", "maps_to_rank", "ranked"]
 
-Explain: TypeAlias = Literal["label", "prediction"]
 """Whose map: that of the image's class (the paper's), or of the class that is most probable."""
 
 

@@ -3,106 +3,26 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from calm.data.digest import summary
 from calm.data.records import Split
-from calm.errors import unknown
 from calm.evaluate.map_folder import MapFolder
 from calm.evaluate.processes import first, gathered, size
 from calm.evaluate.reading import Progress
+from calm.evaluate.registry import benchmark
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 
-__all__ = ["BENCHMARKS", "Benchmark", "Data", "benchmark", "place", "run"]
-
-
-@dataclass(frozen=True)
-class Benchmark:
-    """A row of the table of benchmarks.
-
-    Attributes:
-        function: "module:function"; takes (subject, split), with ``needs_root`` also the root, and the keywords
-            batch_size, workers, progress, replicates, seed and ``options``; returns a `Result`.
-        line: what it asks, in one line.
-        needs_root: reads class attributes and part points below the data set's root.
-        per_model: about the classifier, not about its maps: run once for each model.
-        in_all: part of ``all``; the others are asked for by name.
-        options: what else can be chosen, flags of the command too.
-    """
-
-    function: str
-    line: str
-    needs_root: bool = False
-    per_model: bool = False
-    in_all: bool = True
-    options: tuple[str, ...] = ()
-
-    def load(self) -> Callable[..., Result]:
-        """The function."""
-        module, _, name = self.function.partition(":")
-        function: Callable[..., Result] = getattr(import_module(module), name)
-        return function
-
-    def default(self, option: str) -> Any:
-        """What an option is if it is not chosen."""
-        return inspect.signature(self.load()).parameters[option].default
-
-
-BENCHMARKS: dict[str, Benchmark] = {
-    "cue-localization": Benchmark(
-        "calm.evaluate.cue_localization:cue_localization",
-        "does the difference of two classes' maps lie on the parts that tell them apart",
-        needs_root=True,
-    ),
-    "remove-and-classify": Benchmark(
-        "calm.evaluate.remove_and_classify:remove_and_classify",
-        "is the class lost when the highest-scored pixels are erased",
-        options=("fill", "fractions", "explain"),
-    ),
-    "localization": Benchmark(
-        "calm.evaluate.localization:localization", "do maps find the object, by its masks or boxes"
-    ),
-    "classification": Benchmark(
-        "calm.evaluate.classification:classification",
-        "accuracy, likelihood and calibration of the classifier",
-        per_model=True,
-    ),
-    "insertion-deletion": Benchmark(
-        "calm.evaluate.insertion_deletion:insertion_deletion",
-        "how fast the class comes and goes with the highest-scored pixels",
-        in_all=False,
-        options=("fill", "points", "explain"),
-    ),
-    "randomisation": Benchmark(
-        "calm.evaluate.randomisation:randomisation",
-        "do maps change when the model's weights are drawn anew (sanity check)",
-        in_all=False,
-        options=("images", "order"),
-    ),
-}
-"""Every benchmark. To add one: write its function, and add a line."""
-
-
-def benchmark(name: str) -> Benchmark:
-    """The row of ``BENCHMARKS``.
-
-    Raises:
-        CalmError: no such benchmark.
-    """
-    if name not in BENCHMARKS:
-        raise unknown("benchmark", name, [*BENCHMARKS, "all"])
-    return BENCHMARKS[name]
+__all__ = ["Data", "place", "run"]
 
 
 @dataclass(frozen=True)

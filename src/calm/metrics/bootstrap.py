@@ -17,12 +17,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from calm.choices import REPLICATES
 from calm.errors import CalmError
 
 __all__ = ["REPLICATES", "Estimate", "band", "bootstrap_mean", "estimate", "weights"]
-
-REPLICATES = 1000
-"""Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""
 
 
 class Estimate(NamedTuple):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias, get_args
+from typing import get_args
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from calm.choices import Fill
 from calm.errors import CalmError, unknown
 
 __all__ = ["FILLS", "Fill", "erase", "erasing_order", "filling", "first_pixels", "random_order"]
 
-Fill: TypeAlias = Literal["zero", "mean", "noise", "blur"]
 FILLS: dict[Fill, str] = {
     "zero": "0 in normalised input, the data set's mean colour (the paper's)",
     "mean": "the image's own mean colour",
