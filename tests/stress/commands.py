@@ -47,6 +47,11 @@ class Inputs:
         """A trained model."""
         return self.root / "trained" / "out"
 
+    @property
+    def evaluated(self) -> Path:
+        """What benchmarks found about it."""
+        return self.root / "evaluated" / "out"
+
     def make(self) -> None:
         """Write all but the trained model."""
         write_birds(self.birds, species=3, images_per_species=8, size=48, test_fraction=0.25)

@@ -13,6 +13,15 @@ from stress import commands, trees
 from stress.commands import Inputs, Undisturbed
 from stress.processes import Server, server
 
+RESULTS = {
+    "train": "trained",
+    "evaluate": "evaluated",
+    "birds": "drawn",
+    "prepare": "prepared",
+    "convert": "converted",
+}
+"""Where the undisturbed runs have their output."""
+
 
 @pytest.fixture(scope="session")
 def ground() -> Iterator[Path]:
@@ -31,13 +40,13 @@ def processes(ground: Path) -> Iterator[Server]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(ground: Path, processes: Server, inputs: Inputs) -> Callable[[str], Undisturbed]:
+def undisturbed(processes: Server, inputs: Inputs) -> Callable[[str], Undisturbed]:
     @cache
     def of(name: str) -> Undisturbed:
         if name == "evaluate":
             of("train")
-        root = inputs.root / "trained" if name == "train" else ground / "undisturbed" / name
-        root.mkdir(parents=True)
+        root = inputs.root / RESULTS[name]
+        root.mkdir()
         ended = commands.succeeded(commands.run(name, inputs, root, processes))
         assert not trees.whole(root)
         assert not trees.hidden(root)

@@ -24,7 +24,13 @@ import calm
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostby")
 COMMANDS = ("train", "evaluate", "data birds", "data prepare", "convert")
-LATER = ("calm.train.run", "torch.utils.tensorboard", "calm.evaluate.command", "calm.released", "calm.data.cue_files")
+LATER = (
+    "calm.train.run",
+    "torch.utils.tensorboard",
+    "calm.evaluate.command",
+    "calm.released",
+    "calm.data.cue_files",
+)
 """Modules that a command imports when it runs."""
 
 
