@@ -13,7 +13,8 @@ from calm.caches import caches_among_temporary_files
 
 @pytest.fixture
 def mine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    monkeypatch.delenv("MPLCONFIGDIR", raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", "")  # so that what a test sets is taken back
+    monkeypatch.delenv("MPLCONFIGDIR")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path / f"calm-{os.getuid()}"
 
