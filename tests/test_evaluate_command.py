@@ -73,13 +73,21 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
     other = evaluate([*flags, "--fill", "mean", "--fractions", "0.05", "0.5", "--explain", "prediction"])[0]
     assert len(list((tmp_path / "remove-and-classify").glob("*.json"))) == 2
     assert list(other.figures) == ["r5", "r50", "r_area", "top1"]
+    assert other.label == "CAM cam, fill mean, fractions 0.05 0.5, explain prediction"
+    assert usual.label == "CAM cam"
     common = {"replicates": 20, "seed": 0}
     chosen = {"fill": "mean", "fractions": (0.05, 0.5), "explain": "prediction"}
     assert other.provenance["options"] == {**common, **chosen}
     default = {"fill": "zero", "fractions": (0.1, 0.3, 0.5, 0.7, 0.9), "explain": "label"}
     assert usual.provenance["options"] == {**common, **default}
-    table = (tmp_path / "table.csv").read_text()
-    assert "r5," in table
+    head = (tmp_path / "table.md").read_text().splitlines()[2]
+    assert [cell.split()[0] for cell in head.strip("| ").split(" | ")] == [
+        "method",
+        "R_5",
+        "R_50",
+        "R",
+        "top-1",
+    ]
     monkeypatch.setattr(Result, "save", lambda *_: pytest.fail("computed again"))
     said = evaluate([*flags, "--fill", "zero", "--fractions", "0.1", "0.3", "0.5", "0.7", "0.9"])[0]
     assert said.figures == usual.figures
@@ -95,7 +103,7 @@ def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
     (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert [row[name] for name in ("benchmark", "figure")] == ["randomisation", "randomisation"]
     assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
-    assert "| CALM-EM gtcond | -" in (tmp_path / "table.md").read_text()
+    assert "| CALM-EM gtcond, images 4, order all | " in (tmp_path / "table.md").read_text()
     assert "lower is better" in (tmp_path / "table.md").read_text()
 
 

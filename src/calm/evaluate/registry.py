@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -46,6 +46,11 @@ class Benchmark:
     def default(self, option: str) -> Any:
         """What an option is if it is not chosen."""
         return inspect.signature(self.load()).parameters[option].default
+
+    def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of ``options`` that are this benchmark's own and chosen otherwise than by default."""
+        own = {name: options[name] for name in self.options if name in options}
+        return {name: value for name, value in own.items() if value != self.default(name)}
 
 
 BENCHMARKS: dict[str, Benchmark] = {

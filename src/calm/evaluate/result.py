@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from calm.atomic import write_json
 from calm.errors import CalmError
 from calm.metrics.bootstrap import Estimate
 
-__all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_spec"]
+__all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_order", "figure_spec"]
 
 FORMAT = 1
 """Of the JSON file."""
@@ -135,11 +135,26 @@ FIGURES: dict[str, FigureSpec] = {
 """Every known figure, but for R_k of other k. A benchmark may add its own names; others are shown as they are."""
 
 
+_R_K = re.compile(r"r(\d+(?:\.\d+)?)")
+
+
 def figure_spec(name: str) -> FigureSpec:
     """The entry of ``FIGURES``, R_k of any k, or a plain one of that title."""
-    if name not in FIGURES and (percent := re.fullmatch(r"r(\d+(\.\d+)?)", name)):
+    if name not in FIGURES and (percent := _R_K.fullmatch(name)):
         return _ratio(percent[1])
     return FIGURES.get(name) or FigureSpec(name.replace("_", " "))
+
+
+def figure_order(names: Iterable[str]) -> list[str]:
+    """Names of figures as tables show them: those of ``FIGURES`` in its order, R_k by k, then the others; each once."""
+    known = list(FIGURES)
+
+    def place(name: str) -> tuple[int, float]:
+        if percent := _R_K.fullmatch(name):
+            return known.index("r10"), float(percent[1])
+        return (known.index(name) if name in FIGURES else len(known)), 0.0
+
+    return sorted(dict.fromkeys(names), key=place)
 
 
 @dataclass(frozen=True)

@@ -65,11 +65,7 @@ def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, option
     An option that is chosen as it would be anyway makes no other name.
     """
     row = benchmark(name)
-    chosen = [
-        (key, value)
-        for key, value in sorted(options.items())
-        if key not in row.options or value != row.default(key)
-    ]
+    common = {key: value for key, value in options.items() if key not in row.options}
     about = {
         key: value for key, value in subject.about.items() if key != "model"
     }  # moved, it is the same model
@@ -79,7 +75,7 @@ def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, option
         _protocol(subject),
         data.facts["fingerprint"],
         data.annotation() if row.needs_root else None,
-        chosen,
+        sorted((common | row.chosen(options)).items()),
         version("calm"),
     ]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
@@ -110,16 +106,22 @@ def run(
         progress: told the number of images after each batch.
         options: of the benchmark, such as ``replicates`` and ``seed``.
 
+    Returns:
+        Its label is the subject's, and after it the options that are chosen otherwise than by default.
+
     Raises:
         CalmError: an unknown benchmark, or what the benchmark refuses.
     """
     row = benchmark(name)
+    label = ", ".join(
+        [subject.label, *(f"{key} {_words(value)}" for key, value in row.chosen(options).items())]
+    )
     path = place(name, subject, data, out, options)
     # The first process decides, and reads: another may not see the file, or see it appear in between.
     stored = gathered(Result.load(path) if first() and path.is_file() else None)[0]
     if stored is not None:
         places = {"subject": dict(subject.about), "data": dict(data.facts)}  # where they are now
-        return replace(stored, label=subject.label, provenance={**stored.provenance, **places})
+        return replace(stored, label=label, provenance={**stored.provenance, **places})
     began = time.perf_counter()
     result = row.load()(
         subject,
@@ -142,7 +144,7 @@ def run(
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {package: version(package) for package in ("calm", "torch")},
     }
-    result = replace(result, provenance=provenance)
+    result = replace(result, label=label, provenance=provenance)
     if first():
         result.save(path)
     return result
@@ -151,3 +153,7 @@ def run(
 def _protocol(subject: Subject | MapFolder) -> dict[str, str | None]:
     """Stored maps are normalised already."""
     return {"normalization": getattr(subject, "normalization", None), "thresholds": subject.thresholds}
+
+
+def _words(value: Any) -> str:
+    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

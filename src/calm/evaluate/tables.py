@@ -14,7 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from calm.atomic import write_json, write_text
-from calm.evaluate.result import FIGURES, FigureSpec, Result, figure_spec
+from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
 from calm.metrics.bootstrap import Estimate
 
 __all__ = ["markdown", "print_tables", "records", "write_tables", "written"]
@@ -102,11 +102,9 @@ def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:
 
 
 def _names(results: Sequence[Result], *, every: bool) -> list[str]:
-    """Figures that a result has, those of ``FIGURES`` first and in its order."""
-    have = dict.fromkeys(name for result in results for name in result.figures)
-    known = [name for name in FIGURES if name in have]
-    others = [name for name in have if name not in FIGURES]
-    return [name for name in (*known, *others) if every or figure_spec(name).main]
+    """Figures that a result has, in the order of `figure_order`."""
+    names = figure_order(name for result in results for name in result.figures)
+    return [name for name in names if every or figure_spec(name).main]
 
 
 def _head(name: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from calm.evaluate.result import FIGURES, Curve, Result, figure_spec
+from calm.evaluate.result import Curve, Result, figure_order, figure_spec
 from calm.report.charts import Line, chart, legend
 from calm.report.cues import cue_charts
 from calm.report.found import Group, Style
@@ -73,8 +73,7 @@ def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
     """The figures that any result or the paper has: those that are described in that order, then the others."""
     ours = (name for result in group.results for name in result.figures)
     theirs = (name for figures in (paper.rows.values() if paper else ()) for name in figures)
-    have = dict.fromkeys((*ours, *theirs))
-    return [*(name for name in FIGURES if name in have), *(name for name in have if name not in FIGURES)]
+    return figure_order((*ours, *theirs))
 
 
 def _tables(group: Group, names: Sequence[str], paper: Published | None) -> Html:
