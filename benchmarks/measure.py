@@ -9,7 +9,9 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,8 +21,8 @@ __all__ = [
     "hottest",
     "machine",
     "median",
-    "nothing",
     "overhead",
+    "peak_and_result",
     "peak_memory",
     "ratio",
     "seconds",
@@ -86,41 +88,54 @@ def peak_memory(way: Callable[..., object], *args: object) -> float:
     """Peak MiB of ``way(*args)`` in a process of its own, above what the process holds after it has imported torch.
 
     On the GPU: of what PyTorch has allocated there. ``way`` must be a function of a module, for it is called in a new
-    process by its name.
+    process by its name. The C library is told to give what is freed back to the system at once: otherwise the peak is
+    mostly that of what it keeps.
     """
+    return peak_and_result(way, *args, give_back=True)[0]
+
+
+def peak_and_result(way: Callable[..., object], *args: object, give_back: bool = False) -> tuple[float, Any]:
+    """`peak_memory`, and what ``way`` returns. Without ``give_back`` the process is as others are, also for a clock."""
     context = multiprocessing.get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_report_peak, args=(sender, torch.get_num_threads(), way, args))
-    process.start()
+    former = dict(os.environ)
+    os.environ.update(_GIVE_BACK if give_back else {})
+    try:
+        process.start()
+    finally:
+        for name in os.environ.keys() - former.keys():
+            del os.environ[name]
     sender.close()
     try:
-        return float(receiver.recv())
+        peak, result = receiver.recv()
     except EOFError:
         raise RuntimeError(f"the process that measures the memory of {way.__name__}{args} failed") from None
     finally:
         process.join()
+    return peak, result
 
 
-def _report_peak(sender: multiprocessing.connection.Connection, threads: int, way: Way, args: tuple) -> None:
+_GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""For glibc."""
+
+
+def _report_peak(
+    sender: Connection, threads: int, way: Callable[..., object], args: tuple[object, ...]
+) -> None:
     torch.set_num_threads(threads)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own buffers
     before = _resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
-    way(*args)
-    if torch.cuda.is_available():
-        sender.send(torch.cuda.max_memory_allocated() / 2**20)
-    else:
-        sender.send(_resident("VmHWM") - before)
+    result = way(*args)
+    gpu = torch.cuda.is_available()
+    sender.send((torch.cuda.max_memory_allocated() / 2**20 if gpu else _resident("VmHWM") - before, result))
 
 
 def _resident(name: str) -> float:
     """MiB of this process by a line of Linux's /proc/self/status: VmRSS is now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
-
-
-def nothing() -> None:
-    """What `peak_memory` of no work is."""
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -6,7 +6,7 @@ the cheapest head there is), CALM-EM of this package, and CALM-EM as its formula
 made: weights, gradients, momentum and activations. Where there is a GPU, the steps are also timed in bf16 with
 channels last and a compiled backbone. Prints Markdown tables.
 
-Run: python benchmarks/training_step.py [--backbone resnet50 --size 224 --batch 4 --classes 200 1000 --rounds 4]
+Run: python benchmarks/training_step.py [--backbone resnet50 --size 224 --batch 4 --classes 200 1000 --rounds 3]
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 4)
     parser.add_argument("--classes", type=int, nargs="+", default=[200, 1000])
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
     asked = parser.parse_args()
     header = [
         "classes",
