@@ -22,6 +22,10 @@ Boxes: TypeAlias = NDArray[np.int64]
 """(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
 
 
+MANY = 400
+"""Contours of a picture from which on it is quicker to count spots in the next than to trace them."""
+
+
 class MapBoxes(NamedTuple):
     """The boxes of a map at every cut that makes a picture of its own.
 
@@ -56,8 +60,7 @@ def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]
     levels = (thresholds * int(shades[-1])).astype(np.int64)
     removed = np.searchsorted(shades, levels, side="right")  # shades that a threshold takes away
     removed, first, cut = np.unique(removed, return_index=True, return_inverse=True)
-    contours, counts = _contours(grey, levels[first].tolist())
-    boxes, areas = _boxes_and_areas(contours)
+    boxes, areas, counts = _found(grey, levels[first].tolist())
     if removed[-1] == len(shades):
         boxes[-1] = 0
     height, width = grey.shape
@@ -71,12 +74,14 @@ def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]
 
 def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
     """Intersection over union of every box with every true one, (n, m); pixels counted, both corners inside."""
-    first = np.maximum(boxes[:, None, :2], truth[None, :, :2])
-    last = np.minimum(boxes[:, None, 2:], truth[None, :, 2:])
-    shared = np.maximum(last - first + 1, 0).prod(axis=2)
-    union = _pixels(boxes)[:, None] + _pixels(truth)[None, :] - shared
+    left, top, right, bottom = np.ascontiguousarray(boxes.T)
+    columns = np.ascontiguousarray(truth.T)[:, :, None]
+    wide = np.maximum(np.minimum(right, columns[2]) - np.maximum(left, columns[0]) + 1, 0)
+    high = np.maximum(np.minimum(bottom, columns[3]) - np.maximum(top, columns[1]) + 1, 0)
+    shared = wide * high
+    union = (right - left + 1) * (bottom - top + 1) + _pixels(truth)[:, None] - shared
     ratio: NDArray[np.float64] = shared / union
-    return ratio
+    return ratio.T
 
 
 def threshold_ious(
@@ -105,26 +110,79 @@ def threshold_ious(
     return fits[found.largest][found.cut], np.maximum.reduceat(fits, found.starts)[found.cut]
 
 
-def _contours(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[list[Any], NDArray[np.int64]]:
-    """Contours of what is brighter than each of the ascending levels, and how many each has.
+def _found(
+    grey: NDArray[np.uint8], levels: Sequence[int]
+) -> tuple[Boxes, NDArray[np.int64], NDArray[np.int64]]:
+    """Boxes of what is brighter than each of the ascending levels, twice their contours' areas, and how many each
+    level has; of levels that were not traced, areas tell only which is the largest.
 
     Where nothing is left, a single point stands for the contour that there is not.
     """
-    found: list[Any] = []
+    traced: list[Any] = []
+    counted: dict[int, tuple[Boxes, NDArray[np.int64]]] = {}
     counts = np.ones(len(levels), dtype=np.int64)
     part, left, top = grey, 0, 0
     for place, level in enumerate(levels):
-        picture = cv2.threshold(part, level, 255, cv2.THRESH_BINARY)[1]
+        picture: Any = cv2.threshold(part, level, 255, cv2.THRESH_BINARY)[1]
         x, y, width, height = cv2.boundingRect(picture)
         if not width:
-            found.append(np.zeros((1, 1, 2), dtype=np.int32))
+            traced.append(np.zeros((1, 1, 2), dtype=np.int32))
             continue
         window = np.s_[y : y + height, x : x + width]
         part, picture, left, top = part[window], picture[window], left + x, top + y
-        contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[0]
-        found += contours
-        counts[place] = len(contours)
-    return found, counts
+        spots = _spots(picture, left, top) if place and counts[place - 1] > MANY else None
+        if spots is None:
+            contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[
+                0
+            ]
+            traced += contours
+            counts[place] = len(contours)
+        else:
+            counted[place] = spots
+            counts[place] = len(spots[1])
+    boxes = np.empty((counts.sum(), 4), dtype=np.int64)
+    areas = np.empty(len(boxes), dtype=np.int64)
+    starts = np.cumsum(counts) - counts
+    was_traced = np.ones(len(boxes), dtype=bool)
+    for place, (own, marks) in counted.items():
+        here = np.s_[starts[place] : starts[place] + counts[place]]
+        boxes[here], areas[here], was_traced[here] = own, marks, False
+    if traced:
+        boxes[was_traced], areas[was_traced] = _boxes_and_areas(traced)
+    return boxes, areas, counts
+
+
+def _spots(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, NDArray[np.int64]]:
+    """Boxes of the contours of a picture without tracing all, and a mark on that of the largest: 1, the others 0.
+
+    An outer contour has the box of its connected component. A hole's contour runs through the pixels around the hole,
+    so its box is one pixel larger on each side, and it cuts the box's corners. A contour's area is at most that of the
+    polygon through its box's outermost pixels: spots too small for the largest contour are left out, and holes, unless
+    one is large enough to be the largest.
+    """
+    labels, outer = cv2.connectedComponentsWithStats(picture, connectivity=8)[1:3]
+    dark = cv2.connectedComponentsWithStats(cv2.bitwise_not(picture), connectivity=4)[2]
+    outer, dark = outer[1:, :4].astype(np.int64), dark[1:, :4].astype(np.int64)
+    height, width = picture.shape
+    ends = dark[:, :2] + dark[:, 2:]
+    holes = dark[(dark[:, :2] > 0).all(axis=1) & (ends < [width, height]).all(axis=1)] + [-1, -1, 2, 2]
+    most, most_of_hole = ((each[:, 2:] - 1).prod(axis=1) for each in (outer, holes))
+    least = max(map(cv2.contourArea, _outlines(labels == int(most.argmax()) + 1)))
+    with_holes = bool((most_of_hole - 2 >= least).any())
+    rivals = np.append(False, most >= least)[labels]
+    largest = max(
+        _outlines(rivals, with_holes), key=cv2.contourArea
+    )  # of equals the first, as where all are traced
+    boxes = np.concatenate([outer, holes])
+    marks = np.zeros(len(boxes), dtype=np.int64)
+    marks[(boxes == cv2.boundingRect(largest)).all(axis=1).argmax()] = 1
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes + np.array([left, top, left, top]), marks
+
+
+def _outlines(mask: NDArray[np.bool_], holes: bool = False) -> Sequence[Any]:
+    mode = cv2.RETR_TREE if holes else cv2.RETR_EXTERNAL
+    return cv2.findContours(mask.view(np.uint8), mode, cv2.CHAIN_APPROX_SIMPLE)[0]
 
 
 def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]:
