@@ -9,12 +9,18 @@ from pathlib import Path
 
 import torch
 from stress.processes import Ended, Server
+from stress_counts import FULL
 
 from calm.data.birds import write_birds
 from calm.model import create_model
 from calm.released import save_released
 
 NAMES = ("train", "evaluate", "birds", "prepare", "convert")
+
+
+def some(*reduced: str, without: Sequence[str] = ()) -> list[str]:
+    """Names of the commands for a test: those of the reduced suite, or all."""
+    return [name for name in (NAMES if FULL else reduced) if name not in without]
 
 
 @dataclass(frozen=True)

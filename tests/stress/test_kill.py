@@ -15,7 +15,7 @@ from stress_counts import count
 
 pytestmark = [pytest.mark.stress, pytest.mark.slow]
 
-KILLS = count(reduced=3, full=30)
+KILLS = count(reduced=2, full=30)
 """Of each command."""
 
 

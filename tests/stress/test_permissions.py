@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from stress import commands, trees
-from stress.commands import NAMES, Inputs, Undisturbed, refused
+from stress.commands import NAMES, Inputs, Undisturbed, refused, some
 from stress.disks import mounted, size_of
 from stress.processes import Server
 
@@ -43,7 +43,7 @@ def test_a_folder_that_must_not_be_written_gets_nothing(
     assert not list(trial.iterdir())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some("train", "evaluate"))
 def test_an_output_that_must_not_be_written_stays_as_it_was_and_is_completed_when_it_may(
     name: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
@@ -57,7 +57,7 @@ def test_an_output_that_must_not_be_written_stays_as_it_was_and_is_completed_whe
     assert trees.digests(trial) == alone.digests
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", some("birds", "prepare"))
 def test_a_disk_that_is_mounted_for_reading_stays_as_it_was(
     name: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
