@@ -19,14 +19,14 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from calm.data import dataset as dataset_module
-from calm.data.augmentation import Augmentation
+from calm.data.augmentation import Augmentation, Crop
 from calm.data.dataset import ImageDataset
 from calm.data.digest import fingerprint, summary
 from calm.data.loading import load_split
 from calm.data.randomness import seeded
 from calm.data.records import Record, Split
 from calm.data.sampler import EpochSampler, Remainder
-from calm.data.transforms import eval_transform, train_transform
+from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.preprocess import Preprocessing
 
@@ -143,6 +143,29 @@ def test_a_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
     cached = ImageDataset(split, eval_transform(SMALL), cache=True)
     for index, path in enumerate(paths):
         assert np.array_equal(np.asarray(cached.picture(index)), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("crop", ["resize-crop", "pad-shift", "none"])
+def test_a_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(
+    tmp_path: Path, crop: Crop
+) -> None:
+    sizes = [(40, 30), (9, 17), (16, 20), (64, 64)]
+    paths = [write_image(tmp_path / f"{number}.png", size, number) for number, size in enumerate(sizes)]
+    split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
+    augmentation, wide = Augmentation(crop=crop, brightness=0.3), Preprocessing((20, 16))
+    size = fixed_size(augmentation, wide.size)
+    transform = train_transform(augmentation, wide)
+    cached = ImageDataset(split, transform, cache=True, cache_size=size)
+    assert torch.equal(_all(cached), _all(ImageDataset(split, transform)))
+    assert cached.picture(0).size == (40, 30)
+
+
+def test_a_cache_for_testing_holds_the_input_size(split: Split) -> None:
+    cached = ImageDataset(split, eval_transform(SMALL), cache=True, cache_size=SMALL.size)
+    plain = _all(ImageDataset(split, eval_transform(SMALL)))
+    for record in split.records:
+        record.path.unlink()
+    assert torch.equal(_all(cached), plain)
 
 
 def test_a_cache_beyond_the_memory_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:

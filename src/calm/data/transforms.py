@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from calm.data.augmentation import AUGMENTATIONS, Augmentation, Crop
 from calm.preprocess import Preprocessing
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "ImageTransform", "eval_transform", "train_transform"]
+__all__ = [
+    "AUGMENTATIONS",
+    "Augmentation",
+    "ImageTransform",
+    "eval_transform",
+    "fixed_size",
+    "resize_picture",
+    "train_transform",
+]
 
 ImageTransform = Callable[[Image.Image], Tensor]
 """An RGB picture to a normalised float32 image (3, H, W); random only by torch's CPU generator."""
@@ -74,6 +82,30 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
         steps.append(v2.RandomErasing(augmentation.erase))
     transform: ImageTransform = v2.Compose(steps)
     return transform
+
+
+def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, int] | None:
+    """(height, width) that `train_transform` resizes every picture to before anything random; None if it does not.
+
+    A picture that was resized by `resize_picture` before comes out of the transform the same.
+
+    Args:
+        augmentation: what is done.
+        size: (height, width) of the model's input.
+
+    >>> fixed_size(AUGMENTATIONS["published"], (224, 224)), fixed_size(AUGMENTATIONS["modern"], (224, 224))
+    ((256, 256), None)
+    """
+    if augmentation.crop == "random-resized-crop":
+        return None
+    ratio = augmentation.resize_ratio if augmentation.crop == "resize-crop" else 1.0
+    height, width = (round(side * ratio) for side in size)
+    return height, width
+
+
+def resize_picture(picture: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Resize to (height, width) by Pillow's antialiased bilinear filter; the aspect ratio gives way."""
+    return picture.resize(size[::-1], Image.Resampling.BILINEAR)
 
 
 def _resize(height: int, width: int) -> nn.Module:

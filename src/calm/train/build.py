@@ -12,7 +12,7 @@ from calm.data.check import load_checked
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.data.report import Report
-from calm.data.transforms import eval_transform, train_transform
+from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.head import CalmHead
 from calm.model import CalmModel, create_model
@@ -84,7 +84,14 @@ def build_datasets(
     """The images of each split: training images augmented, the others as the model sees images later."""
     test = eval_transform(preprocessing)
     transforms = {"train": train_transform(config.augment, preprocessing), "val": test, "test": test}
+    sizes = {"train": fixed_size(config.augment, preprocessing.size)}
     return {
-        name: ImageDataset(split, transforms[name], seed=config.seed, cache=config.reading.cache)
+        name: ImageDataset(
+            split,
+            transforms[name],
+            seed=config.seed,
+            cache=config.reading.cache,
+            cache_size=sizes.get(name, preprocessing.size),
+        )
         for name, split in splits.items()
     }

@@ -64,7 +64,8 @@ class DataOptions:
         present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
         image_size: height and width in pixels that the model sees.
         workers: processes that read images; 0 reads in the training process. The result does not depend on it.
-        cache: decode all images once, before training, and keep them in memory.
+        cache: decode all images once, before training, and keep them in memory, resized already where the
+            augmentation begins with the same resize every time. The result does not depend on it.
         skip_bad: train without the images that the check complains about, and count them, instead of stopping.
     """
 
