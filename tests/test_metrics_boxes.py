@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calm.errors import CalmError
+from calm.metrics import boxes as boxes_module
 from calm.metrics.boxes import box_ious, map_boxes, threshold_ious
 
 EVEN = np.arange(1000) / 1000
@@ -84,6 +85,50 @@ def test_overlaps_equal_those_of_thresholding_a_thousand_times_to_the_last_digit
         threshold_ious(scores, truth, thresholds), oracle(*case, thresholds), strict=True
     ):
         np.testing.assert_array_equal(ours, theirs)
+
+
+def all_boxes(scores, threshold):
+    """The boxes of all contours at a threshold, and that of the largest: the first of those with the most area."""
+    grey = (scores * 255).astype(np.uint8)
+    height, width = grey.shape
+    picture = cv2.threshold(grey, int(threshold * grey.max()), 255, cv2.THRESH_BINARY)[1]
+    contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+    found = [
+        [x, y, min(x + w, width - 1), min(y + h, height - 1)]
+        for x, y, w, h in map(cv2.boundingRect, contours)
+    ]
+    areas = [cv2.contourArea(contour) for contour in contours]
+    return found, found[areas.index(max(areas))] if found else None
+
+
+def same_as_all_traced(scores, thresholds):
+    got = map_boxes(scores, thresholds)
+    ends = [*got.starts[1:], len(got.boxes)]
+    for threshold, cut in zip(thresholds, got.cut, strict=True):
+        found, largest = all_boxes(scores, threshold)
+        if found:
+            assert sorted(got.boxes[got.starts[cut] : ends[cut]].tolist()) == sorted(found)
+            assert got.boxes[got.largest[cut]].tolist() == largest
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases(), st.sampled_from([LOG[::50], np.arange(0, 1, 0.07)]))
+def test_spots_that_are_counted_have_the_boxes_of_their_contours_and_holes_and_the_same_largest(
+    case, thresholds
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(boxes_module, "MANY", -1)  # count whatever can be counted
+        same_as_all_traced(case[0], thresholds)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.6, 0.8])
+def test_a_large_map_of_spots_has_the_boxes_of_its_contours(share):
+    """Many spots of equal area, rings and spots in holes of others."""
+    rng = np.random.default_rng(int(100 * share))
+    scores = (rng.random((120, 130)) < share) * rng.choice([0.3, 0.6, 0.9], (120, 130))
+    counts = np.diff(map_boxes(scores, np.array([0.0, 0.4, 0.8])).starts)
+    assert counts.max() > boxes_module.MANY
+    same_as_all_traced(scores, np.array([0.0, 0.4, 0.8]))
 
 
 @pytest.mark.parametrize("thresholds", [EVEN, LOG], ids=["even", "log"])

@@ -130,16 +130,14 @@ def _found(
             continue
         window = np.s_[y : y + height, x : x + width]
         part, picture, left, top = part[window], picture[window], left + x, top + y
-        spots = _spots(picture, left, top) if place and counts[place - 1] > MANY else None
-        if spots is None:
-            contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[
-                0
-            ]
+        if place and counts[place - 1] > MANY:
+            counted[place] = _spots(picture, left, top)
+            counts[place] = len(counted[place][1])
+        else:
+            mode, offset = cv2.RETR_TREE, (left, top)
+            contours = cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
             traced += contours
             counts[place] = len(contours)
-        else:
-            counted[place] = spots
-            counts[place] = len(spots[1])
     boxes = np.empty((counts.sum(), 4), dtype=np.int64)
     areas = np.empty(len(boxes), dtype=np.int64)
     starts = np.cumsum(counts) - counts
@@ -160,24 +158,24 @@ def _spots(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, NDAr
     polygon through its box's outermost pixels: spots too small for the largest contour are left out, and holes, unless
     one is large enough to be the largest.
     """
-    labels, outer = cv2.connectedComponentsWithStats(picture, connectivity=8)[1:3]
-    dark = cv2.connectedComponentsWithStats(cv2.bitwise_not(picture), connectivity=4)[2]
-    outer, dark = outer[1:, :4].astype(np.int64), dark[1:, :4].astype(np.int64)
+    labels, stats = cv2.connectedComponentsWithStats(picture, connectivity=8)[1:3]
+    outer = stats[1:, :4].T
+    x, y, wide, high = cv2.connectedComponentsWithStats(cv2.bitwise_not(picture), connectivity=4)[2][1:, :4].T
     height, width = picture.shape
-    ends = dark[:, :2] + dark[:, 2:]
-    holes = dark[(dark[:, :2] > 0).all(axis=1) & (ends < [width, height]).all(axis=1)] + [-1, -1, 2, 2]
-    most, most_of_hole = ((each[:, 2:] - 1).prod(axis=1) for each in (outer, holes))
+    enclosed = (x > 0) & (y > 0) & (x + wide < width) & (y + high < height)
+    holes = np.stack([x - 1, y - 1, wide + 2, high + 2])[:, enclosed]
+    most, most_of_hole = ((each[2] - 1) * (each[3] - 1) for each in (outer, holes))
     least = max(map(cv2.contourArea, _outlines(labels == int(most.argmax()) + 1)))
     with_holes = bool((most_of_hole - 2 >= least).any())
     rivals = np.append(False, most >= least)[labels]
-    largest = max(
-        _outlines(rivals, with_holes), key=cv2.contourArea
-    )  # of equals the first, as where all are traced
-    boxes = np.concatenate([outer, holes])
-    marks = np.zeros(len(boxes), dtype=np.int64)
-    marks[(boxes == cv2.boundingRect(largest)).all(axis=1).argmax()] = 1
-    boxes[:, 2:] += boxes[:, :2]
-    return boxes + np.array([left, top, left, top]), marks
+    largest = max(_outlines(rivals, with_holes), key=cv2.contourArea)  # of equals the first, as if traced
+    x, y, wide, high = every = np.concatenate([outer, holes], axis=1)
+    same = np.logical_and.reduce(
+        [side == own for side, own in zip(every, cv2.boundingRect(largest), strict=True)]
+    )
+    marks = np.zeros(len(same), dtype=np.int64)
+    marks[same.argmax()] = 1
+    return np.stack([x + left, y + top, x + wide + left, y + high + top], axis=1).astype(np.int64), marks
 
 
 def _outlines(mask: NDArray[np.bool_], holes: bool = False) -> Sequence[Any]:
