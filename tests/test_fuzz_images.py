@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import os
-import struct
 import warnings
-import zlib
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzzing import cases, damaged, outcome, refused_cheaply
+from fuzz_corpus import SIZE, corpus
+from fuzzing import cases, damaged, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -28,63 +25,6 @@ pytestmark = [
     pytest.mark.stress,
     pytest.mark.filterwarnings("ignore::UserWarning"),
 ]  # Pillow's, of odd metadata
-
-SIZE = (37, 23)
-
-
-@cache
-def corpus() -> dict[str, bytes]:
-    """A good file of every kind: name to content. All are 37 x 23 as stored."""
-    generator = np.random.default_rng(3)
-    pixels = generator.integers(0, 256, (SIZE[1], SIZE[0], 4), dtype=np.uint8)
-    rgba = Image.fromarray(pixels)
-    rgb, grey = rgba.convert("RGB"), rgba.convert("L")
-    turned = Image.Exif()
-    turned[0x0112] = 6
-    deep = Image.fromarray(generator.integers(0, 2**16, SIZE[::-1], dtype=np.uint16))
-    others = [Image.fromarray(255 - pixels[..., :3]), Image.fromarray(pixels[::-1, :, :3].copy())]
-    animated = {"save_all": True, "append_images": others}
-    wanted: dict[str, tuple[Image.Image, dict[str, object]]] = {
-        "plain.jpg": (rgb, {}),
-        "progressive.jpg": (rgb, {"progressive": True}),
-        "grey.jpg": (grey, {}),
-        "cmyk.jpg": (rgb.convert("CMYK"), {}),
-        "turned.jpg": (rgb, {"exif": turned}),
-        "plain.png": (rgb, {}),
-        "turned.png": (rgb, {"exif": turned}),
-        "deep.png": (deep, {}),
-        "bits.png": (grey.convert("1"), {}),
-        "grey-alpha.png": (rgba.convert("LA"), {}),
-        "alpha.png": (rgba, {}),
-        "palette.png": (rgb.quantize(16), {"transparency": 3}),
-        "palette-alphas.png": (rgb.quantize(4), {"transparency": bytes([0, 80, 160, 255])}),
-        "animated.png": (rgb, animated),
-        "plain.gif": (rgb.quantize(32), {"transparency": 1}),
-        "animated.gif": (rgb, animated),
-        "plain.webp": (rgb, {}),
-        "lossless.webp": (rgba, {"lossless": True}),
-        "animated.webp": (rgb, animated),
-        "plain.bmp": (rgb, {}),
-        "palette.bmp": (rgb.quantize(16), {}),
-        "plain.tif": (rgb, {}),
-        "lzw.tif": (rgb, {"compression": "tiff_lzw"}),
-        "jpeg.tif": (rgb, {"compression": "jpeg"}),
-        "cmyk.tif": (rgb.convert("CMYK"), {}),
-        "deep.tif": (deep, {}),
-        "pages.tif": (rgb, animated),
-        "plain.ppm": (rgb, {}),
-        "plain.pgm": (grey, {}),
-        "bits.ppm": (grey.convert("1"), {}),
-    }
-    files = {}
-    for name, (image, options) in wanted.items():
-        buffer = io.BytesIO()
-        image.save(
-            buffer, {"jpg": "jpeg", "tif": "tiff", "pgm": "ppm"}.get(name[-3:], name.split(".")[1]), **options
-        )
-        files[name] = buffer.getvalue()
-    files["text.ppm"] = b"P3\n37 23\n255\n" + b" ".join(b"%d" % value for value in pixels[..., :3].ravel())
-    return files
 
 
 def read_every_way(path: Path) -> None:
@@ -139,62 +79,7 @@ def test_a_file_cut_anywhere_gives_a_picture_or_an_error_that_names_it(tmp_path:
         read_every_way(path)
 
 
-# Files that are no pictures, and pictures that are too much
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-
-def png(width: int, height: int, *more: bytes) -> bytes:
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-    end = chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(more) + end
-
-
-def many_scans(side: int, scans: int) -> bytes:
-    """A progressive JPEG whose last scan's header comes again and again: each costs the decoder all blocks."""
-    buffer = io.BytesIO()
-    Image.new("L", (side, side)).save(buffer, "jpeg", progressive=True)
-    whole = buffer.getvalue()
-    start = whole.rindex(b"\xff\xda")
-    header = whole[start : start + 2 + int.from_bytes(whole[start + 2 : start + 4], "big")]
-    return whole[:-2] + header * scans + whole[-2:]
-
-
-def bombs() -> dict[str, bytes]:
-    """Small files that claim much."""
-    files = corpus()
-    jpeg, gif, webp = files["plain.jpg"], files["plain.gif"], files["lossless.webp"]
-    frame = jpeg.index(b"\xff\xc0") + 5
-    big = struct.pack(">I", 50_000)
-    tags = b"".join(
-        struct.pack("<HHII", tag, 4, 1, value)
-        for tag, value in [(256, 50_000), (257, 50_000), (258, 8), (259, 1), (262, 1), (273, 8), (279, 10)]
-    )
-    extended = b"VP8X" + struct.pack("<I", 10) + b"\x10\0\0\0" + b"\xfe\x3f\x00" * 2
-    return {
-        "header.png": png(50_000, 50_000),
-        "below-the-limit.png": png(9_400, 9_400),
-        "text.png": png(8, 8, chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(300 * 2**20), 9))),
-        "profile.png": png(8, 8, chunk(b"iCCP", b"icc\0\0" + zlib.compress(bytes(300 * 2**20), 9))),
-        "header.jpg": jpeg[:frame] + b"\xff\xdc\xff\xdc" + jpeg[frame + 4 :],
-        "scans.jpg": many_scans(6000, 5000),
-        "header.gif": gif[:6] + b"\xff\xff\xff\xff" + gif[10:],
-        "header.webp": b"RIFF" + struct.pack("<I", len(webp) + 10) + b"WEBP" + extended + webp[12:],
-        "header.bmp": files["plain.bmp"][:18] + big[::-1] * 2 + files["plain.bmp"][26:],
-        "header.tif": b"II*\0\x08\0\0\0" + struct.pack("<H", 7) + tags + bytes(4),
-        "header.ppm": b"P6 90000 90000 255\n" + bytes(100),
-        "header-text.ppm": b"P3 9000 9000 255\n" + b"1 " * 1000,
-    }
-
-
-def test_bombs_are_refused_in_little_time_and_memory(tmp_path: Path) -> None:
-    tasks = []
-    for name, content in bombs().items():
-        (tmp_path / name).write_bytes(content)
-        tasks += [(reader, tmp_path / name) for reader in ("image", "segmentation")]
-    refused_cheaply(tasks)
+# Files that are no pictures
 
 
 POSTSCRIPT = b"""%!PS-Adobe-3.0 EPSF-3.0

@@ -132,6 +132,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             return None
         (hint,) = (one for one in arguments if one is not NoneType)
         return _value(hint, value, where)
+    if hint == tuple[str, ...] and isinstance(value, list) and all(type(item) is str for item in value):
+        return tuple(value)  # class names, which may be a million: no place to be named for each
     if origin is tuple and isinstance(value, list):
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):

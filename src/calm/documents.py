@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,14 +18,18 @@ from calm.errors import CalmError
 
 __all__ = ["open_regular", "read_json", "read_text", "read_yaml"]
 
-MOST_JSON = 64 * 2**20
+MOST_JSON = 16 * 2**20
 """Bytes of a JSON file, at most."""
 
-MOST_YAML = 30_000
+MOST_YAML = 20_000
 """Bytes of a YAML file, at most."""
 
-MOST_NODES = 10_000
+MOST_NODES = 5_000
 """Values in a YAML file, at most, each alias counted as what it stands for."""
+
+
+DEEPEST = 50
+"""Brackets within brackets in a YAML file, at most: the parser needs seconds for hundreds."""
 
 
 def open_regular(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
@@ -100,6 +105,8 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
             twice in one mapping, or aliases that stand for more than `MOST_NODES` values.
     """
     text = read_text(path, what, most=MOST_YAML)
+    if max(accumulate((character in "[{") - (character in "]}") for character in text), default=0) > DEEPEST:
+        raise CalmError(f"{what} {path} nests brackets more than {DEEPEST} deep")
     try:
         loader = yaml.SafeLoader(text)
         node = loader.get_single_node()
