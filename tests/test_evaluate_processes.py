@@ -17,6 +17,7 @@ import calm
 from calm.cli import main
 from calm.data.birds import write_birds
 from calm.errors import CalmError
+from calm.evaluate import processes
 from calm.evaluate.processes import gathered, in_order, share, together
 
 SCRIPT = Path(__file__).parent / "evaluate_process.py"
@@ -48,7 +49,7 @@ def start(command_lines: list[list[str]], size: int = 2) -> list[tuple[str, str]
             )
         )
     try:
-        return [process.communicate(timeout=200) for process in running]
+        return [process.communicate(timeout=500) for process in running]
     finally:
         for process in running:
             process.kill()
@@ -113,9 +114,10 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
     wrong = [
         words("classification", "broken", "--batch_size", "4", data=broken),
         words("localization", "wrong", "--fill", "blur"),
+        [],  # a crash
     ]
     said = start([*command_lines("two"), idle, *wrong])
-    assert all("codes [0, 0, 0, 0, 2, 2]" in out for out, _ in said), said
+    assert all("codes [0, 0, 0, 0, 2, 2, 2]" in out for out, _ in said), said
     one, two = (tmp_path / name for name in ("one", "two"))
     for line in command_lines("one"):
         assert main(["evaluate", *line]) == 0
@@ -133,11 +135,13 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
     capsys.readouterr()
     (first, first_errors), (second, second_errors) = said
     assert first.count("CALM-EM jointll") >= 4
-    assert second.splitlines() == ["codes [0, 0, 0, 0, 2, 2]"]
+    assert second.splitlines() == ["codes [0, 0, 0, 0, 2, 2, 2]"]
     assert str(bad.path) in first_errors.splitlines()[0]
     assert "localization does not read --fill" in first_errors.splitlines()[1]
-    assert len(first_errors.splitlines()) == 2
-    assert second_errors == ""
+    assert "process 1 of 2 failed, see above: KeyError('lost')" in first_errors.splitlines()[2]
+    assert len(first_errors.splitlines()) == 3
+    assert second_errors.startswith("Traceback")
+    assert second_errors.endswith("KeyError: 'lost'\n")
 
 
 def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
@@ -153,3 +157,23 @@ def test_one_process_has_everything():
         assert share([1, 2, 3]) == [1, 2, 3]
         assert gathered("x") == ["x"]
         assert in_order({2: "b", 0: "a"}) == {0: "a", 2: "b"}
+
+
+def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+    monkeypatch.setattr(processes, "size", lambda: 6)
+    monkeypatch.setattr(processes, "rank", lambda: 3)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "1")  # of the second machine, perhaps
+    assert processes.own_gpu() == "cuda:1"
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(CalmError, match="process 2 of this machine has no GPU of its own, 2 are visible"):
+        processes.own_gpu()
+
+
+def test_every_item_falls_to_one_process(monkeypatch):
+    monkeypatch.setattr(processes, "size", lambda: 3)
+    dealt = []
+    for rank in range(3):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        dealt.append(list(share(range(8))))
+    assert dealt == [[0, 3, 6], [1, 4, 7], [2, 5]]
