@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -195,14 +196,21 @@ def test_the_truth_itself_as_a_map_scores_everything(birds):
 
 
 def test_segmentations_are_optional(birds, models):
-    from dataclasses import replace
-
     root, split = birds
     bare = replace(split, records=tuple(replace(record, masks=()) for record in split.records))
     result = cue_localization(model_subject(models["cam"]), bare, root, replicates=5)
     assert not result.details["segmented"]
     whole = read_cue_data(bare, root).regions(bare.records, torch.tensor([0]))
     assert (whole >= 0).all()
+
+
+def test_segmentations_that_show_nothing_are_named(birds, models, tmp_path):
+    root, split = birds
+    black = tmp_path / "black.png"
+    Image.new("L", (40, 40)).save(black)
+    bare = replace(split, records=tuple(replace(record, masks=(black,)) for record in split.records))
+    with pytest.raises(CalmError, match=r"no test image has a pixel of a part .*black\.png"):
+        cue_localization(model_subject(models["cam"]), bare, root, replicates=5)
 
 
 def test_baselines_are_benchmarked_by_the_same_call(birds, models):

@@ -200,7 +200,14 @@ def cue_localization(
             metric.update(maps, truth, pair.to(subject.device))
             found.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
     every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
-    return _result(subject, split, data, metric.cpu(), _Found.joined(every), replicates, seed)
+    samples = _Found.joined(every)
+    if not samples.shown.any():
+        masks = split.records[next(iter(data.samples))].masks
+        raise CalmError(
+            f"no {split.name} image has a pixel of a part that tells two classes apart: is the object above 0 in the"
+            f" segmentations, such as {masks[0] if masks else 'none'}?"
+        )
+    return _result(subject, split, data, metric.cpu(), samples, replicates, seed)
 
 
 @dataclass(frozen=True)
