@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import import_module
 from importlib.metadata import version
@@ -135,30 +136,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("CALM_DEBUG", "") not in ("", "0")
     if words[:1] == ["--debug"]:
         debug, words = True, words[1:]
-    if not words or words[0] in ("-h", "--help"):
-        print(_help(), file=sys.stdout if words else sys.stderr)
-        return 0 if words else 2
-    if words[0] == "--version":
-        print(f"calm {version('calm')}")
-        return 0
     try:
-        return _run(words)
+        try:
+            code = _run(words)
+        except SystemExit as stop:  # a parser after --help or --print_config
+            code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+        sys.stdout.flush()
+        return code
     except (CalmError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
-        print(f"calm: {error}", file=sys.stderr)
+        print(f"calm: {_output_fails() or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
             raise
         print("calm: interrupted", file=sys.stderr)
         return 130
-    except SystemExit as stop:  # a parser after --help or --print_config
-        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
 
 
 def _run(words: list[str]) -> int:
     """Find the command, read its flags, call its function."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_help(), file=sys.stdout if words else sys.stderr)
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"calm {version('calm')}")
+        return 0
     name, rest = _split(words)
     if name == "data":
         print(_help("data"))
@@ -176,6 +180,17 @@ def _run(words: list[str]) -> int:
         function, prog=f"calm {name}", examples=command.examples, fixed=command.fixed, words=command.words
     )
     return command.finish(function(**parse(parser, rest), **command.fixed))
+
+
+def _output_fails() -> str:
+    """What is wrong with standard output, such as a full disk that it goes to; empty if nothing is."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # let Python not try again at its end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"cannot write to standard output: {error.strerror}"
+    return ""
 
 
 def _underscored(word: str) -> str:

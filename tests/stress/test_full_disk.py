@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -81,6 +83,22 @@ def test_a_model_is_not_spoiled_by_a_conversion_that_finds_the_disk_full(
     disk.leave(10 << 20)
     refused(commands.run(name, inputs, root, processes), NO_SPACE, str(root / "out"))
     assert trees.digests(root) == undisturbed(name).digests
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["data", "birds", "--help"]])
+def test_standard_output_on_a_full_disk_is_told_in_one_line(words: list[str]) -> None:
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("w") as full:
+        ended = subprocess.run(
+            [sys.executable, "-m", "calm.cli", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            env=buffered,
+            text=True,
+            check=False,
+        )
+    assert (ended.returncode, ended.stderr) == (2, f"calm: cannot write to standard output: {NO_SPACE}\n")
 
 
 @pytest.mark.parametrize("name", some("train", "prepare"))
