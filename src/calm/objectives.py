@@ -37,6 +37,8 @@ def e_step(log_joint: Float[Tensor, "*rows h w"], temperature: float = 1.0) -> F
     """
     # 0 * -inf is not 0: a location without mass stays without, whatever the temperature.
     tempered = torch.where(log_joint.isneginf(), log_joint, temperature * log_joint)
+    # Of numbers near 0: beside -10,000 a float32 has no place for a logarithm of 2, and q would not sum to 1.
+    tempered = tempered - tempered.amax(dim=(-2, -1), keepdim=True)
     return (tempered - torch.logsumexp(tempered, dim=(-2, -1), keepdim=True)).exp()
 
 
