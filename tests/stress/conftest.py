@@ -48,7 +48,7 @@ def undisturbed(processes: Server, inputs: Inputs) -> Callable[[str], Undisturbe
         root = inputs.root / RESULTS[name]
         root.mkdir()
         ended = commands.succeeded(commands.run(name, inputs, root, processes))
-        assert not trees.whole(root)
+        assert not trees.broken(root)
         assert not trees.hidden(root)
         return Undisturbed(name, root, ended, trees.digests(root))
 

@@ -48,7 +48,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_ends_well_when_the
     root.mkdir()
     disk.leave(int(free * size_of(alone.root)))
     refused(commands.run(name, inputs, root, processes), NO_SPACE, str(root / "out"))
-    assert not trees.whole(root)
+    assert not trees.broken(root)
     disk.empty()
     commands.succeeded(commands.run(name, inputs, root, processes))
     assert not trees.hidden(root)
@@ -114,7 +114,7 @@ def test_a_limit_of_the_size_of_files_is_told_in_one_line_and_the_same_command_e
     alone = undisturbed(name)
     limit = max(SMALLEST, int(largest * max(path.stat().st_size for path in alone.root.rglob("*.*"))))
     refused(commands.run(name, inputs, trial, processes, largest=limit), TOO_LARGE, str(trial / "out"))
-    assert not trees.whole(trial)
+    assert not trees.broken(trial)
     commands.succeeded(commands.run(name, inputs, trial, processes))
     assert not trees.hidden(trial)
     assert trees.digests(trial) == alone.digests

@@ -16,7 +16,7 @@ from stress_counts import count
 pytestmark = [pytest.mark.stress, pytest.mark.slow]
 
 KILLS = count(reduced=2, full=30)
-"""Of each command."""
+"""Of each command, at least: after a random time, or before a random change to the file system; alone or in a row."""
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -44,28 +44,27 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
     record_property: Callable[[str, object], None],
 ) -> None:
     alone = undisturbed(name)
-    random_state = random.Random(f"{name} 1")
-    kills = at_once = 0
-    while kills < KILLS:
-        chain = random_state.choice((1, 1, 1, 2, 5))
-        told = []
-        for _ in range(min(chain, KILLS - kills)):
-            if random_state.random() < 0.5:
-                moment = {"kill_after": random_state.uniform(0, alone.ended.seconds)}
-            else:
-                moment = {"kill_at": random_state.randrange(len(alone.ended.changes))}
-            told.append(str(moment))
-            ended = commands.run(name, inputs, trial, processes, **moment)
-            assert not trees.whole(trial), told
-            if not ended.killed:
+    chance = random.Random(name)
+    kills = {"kill_after": 0, "kill_at": 0}
+    while sum(kills.values()) < KILLS:
+        told: list[object] = []
+        for _ in range(chance.choice((1, 1, 1, 2, 5))):
+            seconds, change = (
+                chance.uniform(0, alone.ended.seconds),
+                chance.randrange(len(alone.ended.changes)),
+            )
+            kind, moment = chance.choice((("kill_after", seconds), ("kill_at", change)))
+            told.append({kind: moment})
+            ended = commands.run(name, inputs, trial, processes, **{kind: moment})
+            assert not trees.broken(trial), told
+            if not ended.killed:  # it had less to do than the undisturbed one
                 commands.succeeded(ended)
                 break
-            kills += 1
+            kills[kind] += 1
         ended = commands.run(name, inputs, trial, processes)
         assert ended.code == 0, (told, ended.text)
         assert not trees.hidden(trial), told
         assert trees.digests(trial) == alone.digests, told
         shutil.rmtree(trial)
         trial.mkdir()
-        at_once += len(told) > 1
     record_property("kills", kills)

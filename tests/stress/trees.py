@@ -24,22 +24,22 @@ GROWING = ("log.txt", "tensorboard")
 are neither checked nor compared."""
 
 
-def whole(root: Path) -> list[str]:
+def broken(root: Path) -> list[str]:
     """Files below ``root`` that are not whole; hidden names, which a command gives to what it has not finished, are not
     looked at.
 
     Raises:
         AssertionError: a file whose kind this function does not know.
     """
-    broken = []
+    found = []
     for path in _files(root, hidden=False):
         try:
             _read(path)
         except AssertionError:
             raise
         except Exception as error:
-            broken.append(f"{path}: {error!r}")
-    return broken
+            found.append(f"{path}: {error!r}")
+    return found
 
 
 def hidden(root: Path) -> list[str]:
