@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import os
 import runpy
 import shlex
@@ -116,6 +117,8 @@ def test_ratio_is_the_median_over_rounds_not_that_of_the_medians(
 SMALLEST = [
     "training_step.py --backbone tiny_resnet --size 32 --batch 2 --classes 5 200 --rounds 1",
     "explain.py --networks tiny_resnet:32:1 --rounds 1 --steps 2",
+    "data.py --images 2 --rounds 1",
+    "head.py --classes 5 --channels 8 --grid 4 --batch 2 --rounds 1 --draws 3",
     "startup.py --rounds 1 --commands 'data check' --code 'import calm'",
 ]
 
@@ -129,8 +132,9 @@ def test_a_benchmark_prints_tables(
 ) -> None:
     script, *arguments = shlex.split(command)
     here = module("measure")  # processes would import PyTorch anew: not part of what is tested
-    monkeypatch.setattr(here, "peak_memory", lambda way, *args: (way(*args), 1.0)[1])
-    monkeypatch.setattr(here, "peak_and_result", lambda way, *args: (1.0, way(*args)))
+    some = itertools.count(1.0)
+    monkeypatch.setattr(here, "peak_memory", lambda way, *args: (way(*args), next(some))[1])
+    monkeypatch.setattr(here, "peak_and_result", lambda way, *args: (next(some), way(*args)))
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     runpy.run_path(os.fspath(FOLDER / script), run_name="__main__")
     said = capsys.readouterr().out
