@@ -114,7 +114,9 @@ def _check(asked: argparse.Namespace) -> None:
         raise CalmError(f"--maps can be scored by localization only, not by {asked.benchmark}")
     for name in ("method", "norm"):
         if getattr(asked, name) is not None and not asked.model:
-            raise CalmError(f"--{name} is about models, and maps are taken as they are: leave it out, or give --model")
+            raise CalmError(
+                f"--{name} is about models, and maps are taken as they are: leave it out, or give --model"
+            )
     if asked.split not in SPLITS:
         raise CalmError(f"--split {asked.split}: choose one of {', '.join(SPLITS)}")
     least = {"batch_size": 1, "workers": 0, "replicates": 0, "seed": 0}

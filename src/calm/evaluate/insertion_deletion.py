@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from calm.choices import Explain
 from calm.data.records import Split
 from calm.evaluate.processes import gathered
-from calm.evaluate.ranked_pixels import Explain, check_names, ranked
+from calm.evaluate.ranked_pixels import check_names, ranked
 from calm.evaluate.reading import Progress, by_id, looks
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject

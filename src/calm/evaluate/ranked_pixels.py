@@ -14,9 +14,7 @@ from calm.metrics.erasing import Fill, erasing_order, filling, random_order
 from calm.normalize import Normalization, normalize
 from calm.resample import resize_maps
 
-__all__ = ["Explain", "Ranked", "check_names", "maps_to_rank", "ranked"]
-
-"""Whose map: that of the image's class (the paper's), or of the class that is most probable."""
+__all__ = ["Ranked", "check_names", "maps_to_rank", "ranked"]
 
 
 class Ranked(NamedTuple):
@@ -38,7 +36,7 @@ class Ranked(NamedTuple):
 
 
 def ranked(seen: Seen, how: Normalization, *, explain: Explain, fill: Fill, seed: int) -> Ranked:
-    """Rank the pixels of a batch by the maps of its labels or predictions.
+    """Rank the pixels of a batch by the maps of its labels (the paper's) or of its most probable classes.
 
     The random order of an image depends on ``seed`` and its place in the split alone, and decides between pixels of
     equal score (`calm.metrics.erasing`).

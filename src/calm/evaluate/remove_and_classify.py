@@ -9,9 +9,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from calm.choices import Explain
 from calm.data.records import Split
 from calm.evaluate.processes import gathered
-from calm.evaluate.ranked_pixels import Explain, check_names, ranked
+from calm.evaluate.ranked_pixels import check_names, ranked
 from calm.evaluate.reading import Progress, by_id, looks
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
