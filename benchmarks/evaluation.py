@@ -1,0 +1,113 @@
+"""Each benchmark of `calm evaluate` on birds of CUB's size: seconds and peak memory. Prints a Markdown table.
+
+    python benchmarks/evaluation.py [--full] [--of_each 6 11] [--backbone narrow_resnet] [--size 64]
+
+The data set has 128 species (CUB: 200), 896 pairs of them that differ in one to three part groups (CUB: 191), and with
+``--full`` 5,760 test images (CUB: 5,794); else an eighth and a quarter of that. Every row is a process of its own, and
+its memory is the most that the process held at once, libraries included. What grows with the images is the slope
+between the smallest and the largest number of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from measure import clock, table
+
+import calm
+from calm.data import load_split
+from calm.data.birds import write_birds
+from calm.evaluate.runner import Data, run
+from calm.evaluate.subject import model_subject
+
+SPECIES, OF_EACH = 128, 45
+"""Species, and test images of each in the full size."""
+BENCHMARKS = ("classification", "cue-localization", "localization", "remove-and-classify")
+
+
+def one(name: str, model: Path, root: Path, of_each: int, batch_size: int, out: Path) -> dict[str, float]:
+    """Run a benchmark on the first images of each class, as the command does."""
+    split = load_split(root, "test")
+    of_class = defaultdict(int)
+    records = []
+    for record in split.records:
+        of_class[record.label] += 1
+        if of_class[record.label] <= of_each:
+            records.append(record)
+    split = replace(split, records=tuple(records))
+    subject = model_subject(calm.load(model))
+    data = Data.of(split, root)
+    began = clock()
+    result = run(name, subject, data, out, batch_size=batch_size)
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {
+        "images": len(records),
+        "maps": result.details.get("samples", len(records)),
+        "seconds": clock() - began,
+        "peak": peak / 1024,
+    }
+
+
+def main() -> None:
+    """Draw birds, run every benchmark in every size, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--full", action="store_true", help="5,760 images too: half an hour")
+    eighths = [round(OF_EACH / 8), round(OF_EACH / 4)]
+    parser.add_argument("--of_each", type=int, nargs="+", default=eighths, help="test images of each species")
+    parser.add_argument("--backbone", default="narrow_resnet")
+    parser.add_argument(
+        "--size", type=int, default=64, help="of the images and of the network's input, in pixels"
+    )
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--one", nargs=5, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        name, model, root, of_each, out = asked.one
+        print(json.dumps(one(name, Path(model), Path(root), int(of_each), asked.batch_size, Path(out))))
+        return
+    sizes = [*asked.of_each, *([OF_EACH] if asked.full else [])]
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root, model = Path(folder) / "birds", Path(folder) / "model"
+        drawn = round(max(sizes) * 10 / 9) + 1
+        write_birds(root, species=SPECIES, images_per_species=drawn, test_fraction=0.9, size=asked.size)
+        torch.manual_seed(0)
+        size = calm.Preprocessing(size=(asked.size, asked.size))
+        calm.create_model(asked.backbone, SPECIES, "calm-em", preprocessing=size).save_pretrained(model)
+        for name in BENCHMARKS:
+            found = []
+            for of_each in sizes:
+                words = ["--one", name, model, root, of_each, Path(folder) / f"{name}-{of_each}"]
+                command = [sys.executable, __file__, "--batch_size", asked.batch_size, *words]
+                done = subprocess.run(list(map(str, command)), check=True, stdout=subprocess.PIPE, text=True)
+                found.append(json.loads(done.stdout))
+                print(name, found[-1], file=sys.stderr, flush=True)
+            slope = (found[-1]["peak"] - found[0]["peak"]) / max(found[-1]["images"] - found[0]["images"], 1)
+            for place, got in enumerate(found):
+                rows.append(
+                    [
+                        name if not place else "",
+                        got["images"],
+                        got["maps"],
+                        f"{got['seconds']:.1f}",
+                        f"{1000 * got['seconds'] / got['images']:.1f}",
+                        f"{got['peak']:.0f}",
+                        "" if place else f"{1000 * slope:+.1f}",
+                    ]
+                )
+    print(f"CALM-EM {asked.backbone}, {asked.size} pixels, batches of {asked.batch_size}\n")
+    header = ["benchmark", "images", "maps", "s", "ms/image", "peak MiB", "MiB more for 1,000 images"]
+    print(table(header, rows))
+
+
+if __name__ == "__main__":
+    main()
