@@ -191,6 +191,7 @@ def cue_localization(
         grid = subject.look(images).maps(asked.classes.to(subject.device))
         own_bits = data.bits(data.regions(split.records, positions)).to(subject.device)
         objects = pixels(own_bits.to(torch.bool))
+        of_batch: list[_Found] = []
         for some in torch.split(torch.arange(len(asked.pair)), together):
             row, pair = asked.row[some].to(subject.device), asked.pair[some]
             one, other = (grid[row, slot[some].to(subject.device)] for slot in (asked.first, asked.second))
@@ -198,7 +199,8 @@ def cue_localization(
             differing = bits[pair].to(own_bits)[:, None, None]
             truth = (own_bits.index_select(0, row) & differing).to(torch.bool)
             metric.update(maps, truth, pair.to(subject.device))
-            found.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
+            of_batch.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
+        found.append(_Found.joined(of_batch))
     every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
     samples = _Found.joined(every)
     if not samples.shown.any():
