@@ -314,6 +314,31 @@ def test_a_compressed_archive_is_refused(tmp_path: Path) -> None:
         read_released(tmp_path / "small.pth.tar")
 
 
+def doubled_tuples(depth: int) -> bytes:
+    """A pickle of {t: 1}, where t is a pair of the same pair of ... and has 2 ** depth members."""
+    code = b"\x80\x02X\x01\x00\x00\x00x\x85q\x00"
+    for level in range(depth):
+        code += b"h%ch%c\x86q%c" % (level, level, level + 1)
+    return code + b"}h%cK\x01s." % depth
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_key_that_takes_for_ever_to_look_up_is_never_made(tmp_path: Path, legacy: bool) -> None:
+    assert len(pickle.loads(doubled_tuples(3))) == 1
+    path = tmp_path / "a.pth.tar"
+    torch.save(content(), path, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        old = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2)
+        path.write_bytes(old + doubled_tuples(60))
+    else:
+        with zipfile.ZipFile(path) as whole:
+            members = {name: whole.read(name) for name in whole.namelist()}
+        with zipfile.ZipFile(path, "w") as other:
+            for name, data in members.items():
+                other.writestr(name, doubled_tuples(60) if name.endswith("data.pkl") else data)
+    assert outcome(partial(read_released, path), path.name) is None
+
+
 def test_classes_without_weights_are_not_made(tmp_path: Path) -> None:
     path = tmp_path / "a.pth.tar"
     torch.save(content(state_dict={"conv_last.weight": torch.zeros(10**9, 0, 1, 1)}), path)
