@@ -216,6 +216,8 @@ def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, c
     said = capsys.readouterr().out
     assert "already complete" in said
     assert "runs/cam is finished already" in said
+    assert f"{folder / 'evaluation' / 'table.md'}" in said
+    assert (folder / "evaluation" / "table.md").read_text().count("| CALM-EM jointll |") == len(BENCHMARKS)
     assert "run_dir" not in said
     assert "report.html" in said
 

@@ -34,13 +34,13 @@ def demo(
     epochs: int | None = None,
     seed: int = 0,
 ) -> Path:
-    """Make birds, train CALM-EM and CAM on them, and write one HTML file that shows what they see.
+    """Make birds, train CALM-EM and CAM on them, benchmark both, and write one HTML file that shows what they see.
 
     What is complete already is used again: after an interruption the same command goes on where it was, and a
     finished demo only writes its report anew.
 
     Args:
-        out: folder for birds/, runs/ and report.html.
+        out: folder for birds/, runs/, evaluation/ and report.html.
         species: how many species of birds there are; at least two of them must differ in just one part.
         images_per_species: pictures of each, for training and test together.
         size: width and height of the pictures in pixels.
@@ -185,4 +185,5 @@ def _summarise(console: Console, study: Study, report: Path, seconds: float) -> 
             run.label, f"{test['accuracy']:.1%}", f"{test['nll']:.3f}", f"{test['ece']:.3f}", f"{hit:.1%}"
         )
     console.print(table)
+    console.print(f"all benchmarks: {report.parent / 'evaluation' / 'table.md'}", style="dim")
     console.print(f"\ndone in {seconds:.0f} s; open [bold]{report}[/bold] in a browser")
