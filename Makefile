@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	@touch $@
 
-demo: $(VENV)/.installed  ## draw birds, train CAM and CALM on them, write demo/report.html
+demo: $(VENV)/.installed  ## draw birds, train CAM and CALM on them, benchmark both, write demo/report.html
 	@$(BIN)/calm demo --out $(OUT)
 
 test: lint  ## lint, then every test
