@@ -26,6 +26,7 @@ if sys.platform != "win32":  # there nothing is locked, and nothing that is left
 __all__ = [
     "append_line",
     "atomic_path",
+    "disk_errors_about",
     "remove_abandoned",
     "working_folder",
     "write_bytes",
@@ -52,7 +53,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     _look_into(final.parent)
-    with _named(final):
+    with disk_errors_about(final):
         lock, temporary = _claim(final, folder=False)
         try:
             yield temporary
@@ -77,7 +78,7 @@ def working_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(final.parent)
-    with _named(final):
+    with disk_errors_about(final):
         lock, temporary = _claim(final, folder=True)
         try:
             yield temporary
@@ -115,7 +116,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 def append_line(path: str | os.PathLike[str], text: str) -> None:
     """Add a line to a file that grows, such as a log: the one kind that is not written whole."""
-    with _named(Path(path)), Path(path).open("a", encoding="utf-8") as file:
+    with disk_errors_about(Path(path)), Path(path).open("a", encoding="utf-8") as file:
         file.write(f"{text}\n")
 
 
@@ -165,9 +166,11 @@ def _remove_if_free(path: Path) -> None:
 
 
 @contextmanager
-def _named(final: Path) -> Iterator[None]:
-    """Let what goes wrong with the disk be an OSError about ``final``: libraries tell it in their own ways, about a
-    temporary name or about none."""
+def disk_errors_about(final: Path) -> Iterator[None]:
+    """Let what goes wrong with the disk while ``final`` is written be an OSError about it.
+
+    Libraries tell it in their own ways, about a temporary name or about none.
+    """
     try:
         yield
     except CalmError:

@@ -41,7 +41,6 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
     inputs: Inputs,
     processes: Server,
     trial: Path,
-    record_property: Callable[[str, object], None],
 ) -> None:
     alone = undisturbed(name)
     chance = random.Random(name)
@@ -67,4 +66,4 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
         assert trees.digests(trial) == alone.digests, told
         shutil.rmtree(trial)
         trial.mkdir()
-    record_property("kills", kills)
+    print(f"{name}: {kills}")  # pytest -rP shows it

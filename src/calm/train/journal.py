@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from torch import Tensor
 
 from calm.atomic import append_line
+from calm.train.event_file import EventFile
 from calm.train.module import TrainingModule
 
 __all__ = ["ProgressBar", "RunLog", "TensorBoard"]
@@ -113,14 +115,12 @@ class TensorBoard(pl.Callback):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._writer: Any = None
+        self._file: EventFile | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Open the event file."""
         if trainer.is_global_zero:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self._writer = SummaryWriter(str(self.folder), purge_step=trainer.global_step or None)
+            self._file = EventFile(self.folder, trainer.global_step or None)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -128,25 +128,25 @@ class TensorBoard(pl.Callback):
         """Write loss and learning rates of the steps that are looked at."""
         assert isinstance(pl_module, TrainingModule)
         step = trainer.global_step - 1
-        if self._writer is not None and step % pl_module.config.log.every_n_steps == 0:
+        if self._file is not None and step % pl_module.config.log.every_n_steps == 0:
             rates = {f"lr/{name}": value for name, value in pl_module.learning_rates().items()}
             self.scalars({"step/loss": pl_module.shown["loss"], **rates}, step)
 
     def scalars(self, values: Mapping[str, float], step: int) -> None:
         """Write numbers by name."""
-        if self._writer is not None:
+        if self._file is not None:
             for name, value in values.items():
-                self._writer.add_scalar(name, value, step)
+                self._file.scalar(name, value, step)
 
     def image(self, name: str, pixels: Tensor, step: int) -> None:
         """Write a uint8 RGB picture (H, W, 3)."""
-        if self._writer is not None:
-            self._writer.add_image(name, pixels, step, dataformats="HWC")
+        if self._file is not None:
+            self._file.image(name, pixels, step)
 
     def flush(self) -> None:
         """Make what was written visible."""
-        if self._writer is not None:
-            self._writer.flush()
+        if self._file is not None:
+            self._file.flush()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Close the event file."""
@@ -156,12 +156,13 @@ class TensorBoard(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
     ) -> None:
         """Close the event file."""
-        self._close()
+        with suppress(OSError):  # the disk may be full, which is being told already
+            self._close()
 
     def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
 
 
 def synchronize(device: torch.device) -> None:
