@@ -5,7 +5,8 @@
 The data set has 128 species (CUB: 200), 896 pairs of them that differ in one to three part groups (CUB: 191), and with
 ``--full`` 5,760 test images (CUB: 5,794); else an eighth and a quarter of that. Every row is a process of its own, and
 its memory is the most that the process held at once, libraries included. What grows with the images is the slope
-between the smallest and the largest number of them.
+between the smallest and the largest number of them; the peak of one and the same run differs by some 60 MiB from time to
+time, as the allocator has it.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def one(name: str, model: Path, root: Path, of_each: int, batch_size: int, out: 
 def main() -> None:
     """Draw birds, run every benchmark in every size, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="5,760 images too: half an hour")
+    parser.add_argument("--full", action="store_true", help="5,760 images too")
     eighths = [round(OF_EACH / 8), round(OF_EACH / 4)]
     parser.add_argument("--of_each", type=int, nargs="+", default=eighths, help="test images of each species")
     parser.add_argument("--backbone", default="narrow_resnet")
