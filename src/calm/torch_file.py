@@ -38,11 +38,11 @@ def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
     try:
         with open_regular(path, what) as file:
             start = file.read(256).lstrip().lower()
+            if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
+                raise CalmError(
+                    f"{path} is a text page, not the file itself: download it again, and look at its size"
+                )
             _check_pickles(file)
-        if start.startswith((b"<!doctype", b"<html", b"version https://git-lfs")):
-            raise CalmError(
-                f"{path} is a text page, not the file itself: download it again, and look at its size"
-            )
         return torch.load(path, map_location=map_location, weights_only=True)
     except CalmError:
         raise
