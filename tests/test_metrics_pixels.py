@@ -241,6 +241,14 @@ def test_without_pairs_or_parts_there_is_no_figure():
         metric.compute()
 
 
+def test_maps_of_zeros_have_no_released_figure_and_a_strict_one():
+    truth = torch.tensor([[[True, False], [False, False]]])
+    for counting, expected in (("strict", 0.0), ("released", math.nan)):
+        metric = CueLocalization([1], "log", counting, replicates=20)
+        metric.update(torch.zeros(1, 2, 2), truth, torch.tensor([0]))
+        assert metric.compute().mean.value == pytest.approx(expected, nan_ok=True)
+
+
 @pytest.mark.parametrize("wrong", [-1, 2])
 def test_a_pair_that_is_none_is_refused_and_nothing_is_counted(wrong):
     metric = CueLocalization([1, 2])

@@ -30,7 +30,7 @@ class CueLocalizationResult(NamedTuple):
     Attributes:
         per_pair: of each pair, NaN for pairs without an image.
         by_groups: mean over the pairs that differ in this many part groups.
-        mean: over all pairs: mPxAP.
+        mean: over all pairs: mPxAP; NaN if counting leaves out every pixel, as it does of zeros under "released".
         empty: pairs without an image; they are in no mean.
     """
 
@@ -128,7 +128,10 @@ class CueLocalization(Metric):
         seen = per_pair.isfinite()
 
         def mean(wanted: Tensor) -> Estimate:
-            return bootstrap_mean(per_pair[wanted & seen], self.replicates, self.seed)
+            known = per_pair[wanted & seen]
+            if not len(known):
+                return Estimate(torch.nan, torch.nan, torch.nan)
+            return bootstrap_mean(known, self.replicates, self.seed)
 
         numbers = sorted(set(groups[seen].tolist()))
         return CueLocalizationResult(
