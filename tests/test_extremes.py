@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import calm
 from calm.maps import MAP_KINDS
 from calm.model import CalmModel
+from calm.output import CalmOutput
 
 pytestmark = pytest.mark.stress
 
@@ -270,6 +271,15 @@ def test_a_training_step_of_a_network_is_finite_whatever_the_last_layers_say(
         with computing:
             loss = model.train().loss(images, torch.zeros(batch, dtype=torch.int64))
         assert_finite(loss, model)
+
+
+@pytest.mark.parametrize("activation", ["softplus", "exp"])
+def test_the_prior_sums_to_one_where_its_activations_are_as_small_as_they_may_be(activation: str) -> None:
+    scores = torch.full((1, 1, 2, 3), -6e4)
+    scores[..., 0, 0] += 1
+    prior = CalmOutput(torch.zeros(1, 2, 2, 3), scores, activation).prior
+    assert float(prior.sum()) == pytest.approx(1, abs=1e-6)
+    assert float(prior[0, 0, 0] / prior[0, 0, 1]) == pytest.approx(math.e, rel=1e-5)
 
 
 def test_samples_drawn_from_a_posterior_with_one_location_are_finite() -> None:

@@ -80,6 +80,8 @@ def log_prior(
     log_activation = _LOG_ACTIVATIONS[activation](widen(scores).squeeze(1))
     dead = (log_activation == -math.inf).all(dim=(-2, -1), keepdim=True)
     log_activation = torch.where(dead, torch.zeros_like(log_activation), log_activation)
+    # Numbers near 0: a float32 beside -10,000 has no place for the logarithm of a number of locations.
+    log_activation = log_activation - log_activation.detach().amax(dim=(-2, -1), keepdim=True)
     log_sum = torch.logsumexp(log_activation, dim=(-2, -1), keepdim=True)
     return log_activation - (log_sum.detach() if denominator == "constant" else log_sum)
 
