@@ -62,7 +62,9 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         raise CalmError(f"configuration {path} is no list of 'setting: value'")
     changed = differences(former, config_dict(config))
     if changed:
-        listed = "\n".join(f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items())
+        listed = "\n".join(
+            f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items()
+        )
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
             f"choose another folder with {flag}, or delete that one"
