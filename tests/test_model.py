@@ -222,3 +222,14 @@ def test_pretrained_timm_weights_bring_the_normalisation_they_expect(monkeypatch
     own = Preprocessing(size=(96, 96), mean=(0.1, 0.2, 0.3))
     assert create_model(name, 2, pretrained=True, preprocessing=own).preprocessing == own
     assert create_model(name, 2).preprocessing == Preprocessing()
+
+
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_an_output_made_without_gradients_has_none_whenever_it_is_read(quiet):
+    model = create_model("small_resnet", 3).eval()
+    images = torch.randn(1, 3, 32, 32)
+    with quiet():
+        output = model(images)
+    for value in (output.joint, output.probs, output.scores, output.loss(torch.tensor([0]))):
+        assert not value.requires_grad
+    assert model(images).logits.requires_grad
