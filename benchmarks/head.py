@@ -63,7 +63,7 @@ def step(way: str, setting: Setting) -> Callable[[], None]:
     if way == HALF:
         head.activation = "relu"
         with torch.no_grad():
-            head.attention.bias -= head.attention(features).median()
+            head.attention.bias -= torch.stack([head.attention(image) for image in features]).median()
 
     def loss() -> Tensor:
         if plain:
