@@ -123,7 +123,12 @@ def test_differentiating_twice_is_refused_and_reading_the_logits_first_allows_it
 @pytest.mark.parametrize("keep", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("method", ["calm-em", "calm-ml"])
-def test_losses_from_features_are_those_from_activations(activation, keep, channels_last, method):
+@pytest.mark.parametrize("skipping", [True, False])
+def test_losses_from_features_are_those_from_activations(
+    activation, keep, channels_last, method, skipping, monkeypatch
+):
+    if skipping:
+        monkeypatch.setattr("calm.unscored.WORTH_SKIPPING", 0)
     torch.manual_seed(7)
     head = CalmHead(6, 5, activation, keep_logits=keep).double()
     features = torch.randn(4, 6, 3, 4, dtype=torch.float64)
@@ -230,6 +235,20 @@ def test_without_keeping_logits_no_tensor_grows_with_the_classes_times_the_locat
     sizes = step(head, features.requires_grad_(), torch.tensor([3, 4]))
     assert max(sizes) <= HELD_AT_ONCE + 2**17 < 2 * classes * 24 * 24
     assert step(CalmHead(2, classes), features, torch.tensor([3, 4]))  # the same head can keep them, too
+
+
+def test_dead_locations_are_skipped_where_classes_are_many_and_they_are_many():
+    for classes, dead, skipped in ((20, 15, False), (400, 15, True), (400, 1, False)):
+        head = CalmHead(2, classes, "relu")
+        with torch.no_grad():
+            head.attention.weight.copy_(torch.tensor([1.0, 0.0]).view(1, 2, 1, 1))
+            head.attention.bias.zero_()
+        features = torch.ones(1, 2, 4, 4)
+        features[0, 0].view(-1)[:dead] = -1
+        row = head(features.requires_grad_()).target_rows(torch.tensor([3]))
+        assert int(row.isneginf().sum()) == dead  # no mass, either way
+        made = step(head, features, torch.tensor([3]))
+        assert (max(made) < 16 * classes) == skipped
 
 
 def test_pieces_cover_every_location_once():
