@@ -15,7 +15,8 @@ from calm.data import load_splits
 from calm.data.birds import write_birds
 from calm.data.part_groups import read_part_groups
 from calm.errors import CalmError
-from calm.evaluate.cue_localization import cue_localization, read_cue_data
+from calm.evaluate.cue_data import read_cue_data
+from calm.evaluate.cue_localization import cue_localization
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject
 

@@ -73,7 +73,7 @@ class Unscored:
         pieces: list[Piece]
         if silent is not None:
             pieces = where(~silent.flatten(1))
-        elif self.keep_logits:
+        elif self.keep_logits and torch.is_grad_enabled():
             pieces = everywhere(batch)
         else:
             pieces = some_at_a_time(batch, height * width, self.num_classes)

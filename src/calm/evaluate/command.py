@@ -19,7 +19,7 @@ from calm.checkpoint import load
 from calm.data.loading import load_split
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
-from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.cue_data import read_cue_data
 from calm.evaluate.flags import flags
 from calm.evaluate.map_folder import MapFolder, open_map_folder
 from calm.evaluate.processes import first, own_gpu, size, together

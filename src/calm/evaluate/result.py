@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from calm.atomic import write_json
+from calm.documents import read_json
 from calm.errors import CalmError
 from calm.metrics.bootstrap import Estimate
 
@@ -232,7 +232,7 @@ class Result:
             CalmError: no such file, or no result of this format.
         """
         try:
-            read = json.loads(Path(path).read_text())
+            read = read_json(path, "result")
             if read["format"] != FORMAT:
                 raise CalmError(f"{path} is a result of format {read['format']}, this release reads {FORMAT}")
             return Result(

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from calm.atomic import write_text
+from calm.documents import read_json
 from calm.released_commands.experiment import save_measures
 
 __all__ = ["METRICS", "SPLITS", "Performance"]
@@ -37,7 +38,7 @@ class Performance:
         """The figures of a finished run; those of test are of the last epoch's weights."""
         with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
             rows = list(csv.DictReader(file))
-        result = json.loads((run_dir / "result.json").read_text(encoding="utf-8"))
+        result = read_json(run_dir / "result.json")
         values = _empty()
         values["train"]["loss"] = [float(row["train_loss"]) for row in rows]
         values["train"]["cls"] = [100 * float(row["train_accuracy"]) for row in rows]
@@ -50,7 +51,7 @@ class Performance:
         """What an experiment's folder holds already; nothing if there is no file."""
         path, values = folder / "performance_log.json", _empty()
         if path.is_file():
-            for split, metrics in json.loads(path.read_text(encoding="utf-8")).items():
+            for split, metrics in read_json(path).items():
                 values[split] |= {metric: meter["value_per_epoch"] for metric, meter in metrics.items()}
         return cls(values)
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from calm import checkpoint
 from calm.data.loading import load_split
 from calm.errors import CalmError
@@ -18,6 +16,7 @@ from calm.released_commands.performance import Performance
 from calm.released_commands.terminal import RULE, Log
 from calm.released_commands.weights import check_pretrained, load_model, transplant
 from calm.released_file import FILE_NAME
+from calm.torch_file import read_torch
 from calm.train import TrainConfig, preset, train
 from calm.train.optim import build_optimizer
 
@@ -138,7 +137,7 @@ def _only_test(flags: Flags, log: Log) -> None:
 def _export(config: TrainConfig, run_dir: Path, path: Path) -> None:
     """Write the last epoch's weights, and the optimiser's state, as the released code does."""
     model = checkpoint.load(run_dir / "last")
-    state = torch.load(run_dir / "checkpoints" / "last.ckpt", map_location="cpu", weights_only=True)
+    state = read_torch(run_dir / "checkpoints" / "last.ckpt", "checkpoint")
     optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
     optimizer.load_state_dict(state["optimizer_states"][0])
     save_released(model, path, epoch=config.epochs, optimizer=optimizer)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from calm.documents import read_json
 from calm.errors import CalmError
 from calm.evaluate.result import Result
 from calm.maps import MAP_KINDS
@@ -130,8 +131,8 @@ def _data(result: Result) -> Mapping[str, Any]:
 def _is_result(path: Path) -> bool:
     """Whether a JSON file is a saved result, and not a table, a configuration, or something else."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = read_json(path)
+    except CalmError:
         return False
     return isinstance(content, dict) and {"benchmark", "label", "figures", "provenance"} <= content.keys()
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from calm.documents import read_json, read_yaml
 from calm.errors import CalmError
 
 __all__ = ["Run", "read_run"]
@@ -61,8 +59,8 @@ def read_run(folder: Path) -> Run:
         rows = list(csv.DictReader(file))
     return Run(
         folder,
-        yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8")),
-        json.loads((folder / "result.json").read_text(encoding="utf-8")),
+        read_yaml(folder / "config.yaml"),
+        read_json(folder / "result.json"),
         {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())},
-        json.loads((folder / "versions.json").read_text(encoding="utf-8")),
+        read_json(folder / "versions.json"),
     )

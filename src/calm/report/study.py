@@ -19,7 +19,7 @@ from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.data.transforms import eval_transform
 from calm.errors import CalmError
-from calm.evaluate.cue_localization import CueData, read_cue_data
+from calm.evaluate.cue_data import CueData, read_cue_data
 from calm.evaluate.result import Result
 from calm.evaluate.runner import Data, run
 from calm.evaluate.subject import Subject, model_subject

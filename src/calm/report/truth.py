@@ -18,7 +18,7 @@ from calm.data.images import read_rgb
 from calm.data.loading import load_split
 from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.cue_data import read_cue_data
 from calm.render import Picture
 from calm.report.found import Group
 from calm.report.names import listed, species_name
