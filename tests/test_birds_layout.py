@@ -203,7 +203,7 @@ def test_the_manifest_holds_the_configuration(birds: BirdsSummary) -> None:
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"species": 1}, "species=1: give a whole number between 2 and 128"),
+    ({"species": 1}, "species=1: give a whole number between 2 and 208"),
     ({"images_per_species": 1}, "images_per_species=1"),
     ({"size": 16}, "size=16: give a whole number between 32 and 512"),
     ({"size": 96.0}, r"size=96\.0"),

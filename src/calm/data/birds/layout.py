@@ -210,7 +210,7 @@ def write_birds(
     Args:
         out: the folder to fill: a new or empty one, or one of an earlier call. If that call completed with the
             same arguments, nothing is drawn; if it was killed, this one completes it.
-        species: number of species, 2 to 128. They differ by the part groups of CUB's attributes; 10 species
+        species: number of species, 2 to 208. They differ by the part groups of CUB's attributes; 10 species
             have 4 pairs each of 1, 2 and 3 differing groups, 24 have 60 such pairs.
         images_per_species: images of each species, train and test together.
         size: width and height of the images in pixels, 32 to 512.
