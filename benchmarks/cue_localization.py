@@ -5,7 +5,7 @@
 The loop does what the protocol says, pair by pair, and what released evaluators do: it reads the lists and the pair's
 images, draws their part regions, takes one forward pass for each of the two classes, and resizes, normalises and
 counts one map after the other. Of more than ``--pairs`` pairs it takes so many, evenly spread, and its time is scaled
-up to the maps of all. Figures are compared pair by pair.
+up to the maps of all. Figures are compared pair by pair. The last row has as many classes and pairs as CUB.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from cub_size import SPECIES, cub_pairs
 from measure import clock, table, verdict
 
 import calm
 from calm.data import load_split
 from calm.data.birds import write_birds
-from calm.data.cue_files import read_pairs, read_part_points, read_segmentation
+from calm.data.cue_files import read_part_points, read_segmentation
 from calm.data.cues import group_mask, part_regions
+from calm.evaluate.cue_data import read_cue_data
 from calm.evaluate.cue_localization import cue_localization
 from calm.evaluate.subject import model_subject
 from calm.metrics.thresholds import thresholds
@@ -30,7 +32,7 @@ from calm.normalize import normalize
 from calm.resample import resize_maps
 
 TARGET = 20
-SETTINGS = [(24, 4, (1, 2, 3)), (24, 4, range(1, 8)), (128, 2, (1, 2, 3))]
+SETTINGS = [(24, 4, (1, 2, 3)), (24, 4, range(1, 8)), (128, 2, (1, 2, 3)), (SPECIES, 2, (1, 2, 3))]
 """Species, test images of each, and the numbers of differing part groups that make a pair."""
 
 
@@ -87,10 +89,13 @@ def compare(asked: argparse.Namespace, species: int, images: int, groups: object
             model(warm.to(asked.device))
 
         began = clock()
-        result = cue_localization(subject, split, root, batch_size=asked.batch_size, counts=counts)
+        data = read_cue_data(split, root, counts)
+        if species == SPECIES:
+            data = cub_pairs(data)
+        result = cue_localization(subject, split, data, batch_size=asked.batch_size)
         ours = clock() - began
 
-        pairs = read_pairs(root, counts)
+        pairs = data.pairs
         chosen = np.unique(np.linspace(0, len(pairs) - 1, min(asked.pairs, len(pairs))).astype(int)).tolist()
         began = clock()
         figures, maps = loop(model, root, [pairs[number] for number in chosen], asked.batch_size)

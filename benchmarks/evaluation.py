@@ -1,12 +1,12 @@
 """Each benchmark of `calm evaluate` on birds of CUB's size: seconds and peak memory. Prints a Markdown table.
 
-    python benchmarks/evaluation.py [--full] [--of_each 6 11] [--backbone narrow_resnet] [--size 64]
+    python benchmarks/evaluation.py [--full] [--of_each 4 8] [--backbone narrow_resnet] [--size 64]
 
-The data set has 128 species (CUB: 200), 896 pairs of them that differ in one to three part groups (CUB: 191), and with
-``--full`` 5,760 test images (CUB: 5,794); else an eighth and a quarter of that. Every row is a process of its own, and
-its memory is the most that the process held at once, libraries included. What grows with the images is the slope
-between the smallest and the largest number of them. Peaks of
-cue localization of 256, 512 and 1,024 images were 1029, 1091 and 1044 MiB: 60 MiB more or less tell nothing.
+The data set has CUB's 200 species and 191 pairs of them that differ in one to three part groups, and with ``--full``
+its 5,794 test images; else 4 and 8 of each species. Every row is a process of its own, and its memory is the most that
+the process held at once, libraries included. What grows with the images is the slope between the smallest and the
+largest number of them. Peaks of cue localization of 256, 512 and 1,024 images were 1029, 1091 and 1044 MiB: 60 MiB more
+or less tell nothing.
 """
 
 from __future__ import annotations
@@ -21,16 +21,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from cub_size import IMAGES, SPECIES, cub_pairs
 from measure import clock, table
 
 import calm
 from calm.data import load_split
 from calm.data.birds import write_birds
+from calm.evaluate.cue_data import read_cue_data
+from calm.evaluate.cue_localization import cue_localization
 from calm.evaluate.runner import Data, run
 from calm.evaluate.subject import model_subject
 
-SPECIES, OF_EACH = 128, 45
-"""Species, and test images of each in the full size."""
+OF_EACH = -(-IMAGES // SPECIES)
+"""Most test images of a species in the full size."""
 BENCHMARKS = ("classification", "cue-localization", "localization", "remove-and-classify")
 
 
@@ -43,16 +46,19 @@ def one(name: str, model: Path, root: Path, of_each: int, batch_size: int, out: 
         of_class[record.label] += 1
         if of_class[record.label] <= of_each:
             records.append(record)
-    split = replace(split, records=tuple(records))
+    split = replace(split, records=tuple(records[:IMAGES]))
     subject = model_subject(calm.load(model))
-    data = Data.of(split, root)
     began = clock()
-    result = run(name, subject, data, out, batch_size=batch_size)
+    if name == "cue-localization":
+        pairs = cub_pairs(read_cue_data(split, root))
+        result = cue_localization(subject, split, pairs, batch_size=batch_size)
+    else:
+        result = run(name, subject, Data.of(split, root), out, batch_size=batch_size)
     status = Path("/proc/self/status").read_text().splitlines()
     peak = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
     return {
-        "images": len(records),
-        "maps": result.details.get("samples", len(records)),
+        "images": len(split.records),
+        "maps": result.details.get("samples", len(split.records)),
         "seconds": clock() - began,
         "peak": peak / 1024,
     }
@@ -61,9 +67,8 @@ def one(name: str, model: Path, root: Path, of_each: int, batch_size: int, out: 
 def main() -> None:
     """Draw birds, run every benchmark in every size, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--full", action="store_true", help="5,760 images too")
-    eighths = [round(OF_EACH / 8), round(OF_EACH / 4)]
-    parser.add_argument("--of_each", type=int, nargs="+", default=eighths, help="test images of each species")
+    parser.add_argument("--full", action="store_true", help="5,794 images too")
+    parser.add_argument("--of_each", type=int, nargs="+", default=[4, 8], help="test images of each species")
     parser.add_argument("--backbone", default="narrow_resnet")
     parser.add_argument(
         "--size", type=int, default=64, help="of the images and of the network's input, in pixels"
