@@ -254,7 +254,16 @@ def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_ot
 def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = randomisation(model_subject(model, method="gtcond"), split, images=4, replicates=10)
+    told = []
+    found = randomisation(
+        model_subject(model, method="gtcond"),
+        split,
+        images=4,
+        batch_size=3,
+        replicates=10,
+        progress=told.append,
+    )
+    assert (sum(told), len(told)) == (len(split.records), 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.details["images"] == 4
     assert found.details["stages"] == ["head", "backbone.last", "backbone.stem"]

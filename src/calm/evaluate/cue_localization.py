@@ -23,7 +23,7 @@ from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.cue_data import CueData, read_cue_data
 from calm.evaluate.processes import gathered
-from calm.evaluate.reading import Progress, batches
+from calm.evaluate.reading import Progress, batches, paced
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 from calm.maps import difference
@@ -70,7 +70,7 @@ def cue_localization(
         root: of the data set, or what `read_cue_data` read there.
         batch_size: images of one forward pass. It does not change the figures.
         workers: processes that read images.
-        progress: told the number of images after each batch.
+        progress: told after each batch its share of the work, as a number of the split's images.
         counts: numbers of differing part groups that make a pair; not used if ``root`` is data already.
         replicates: bootstrap samples, of pairs for PxAP and of images for peak and mass.
         seed: of the bootstrap.
@@ -97,7 +97,7 @@ def cue_localization(
         subject.device,
         batch_size=batch_size,
         workers=workers,
-        progress=progress,
+        progress=paced(progress, len(data.samples), len(split.records)),
         indices=list(data.samples),
     ):
         asked = _Asked.of(data, positions)

@@ -15,7 +15,7 @@ from calm.choices import Order
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.evaluate.processes import gathered, in_order
-from calm.evaluate.reading import Progress, looks
+from calm.evaluate.reading import Progress, looks, paced
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
@@ -56,7 +56,7 @@ def randomisation(
         images: how many, spread evenly over the split; their maps are kept in memory.
         batch_size: images in a forward pass.
         workers: processes that read images.
-        progress: see `calm.evaluate.reading`; told about every round, one more than there are stages.
+        progress: told after each batch its share of the work, as a number of the split's images.
         seed: of the weights and the bootstrap.
         replicates: bootstrap samples of images.
 
@@ -82,6 +82,7 @@ def randomisation(
     changed = copy.deepcopy(model)
     whole: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
     rounds = stages(changed) if order == "cascading" else whole
+    progress = paced(progress, len(chosen) * (1 + len(rounds)), count)
 
     def maps_with(weights: CalmModel) -> Iterator[tuple[list[int], Tensor]]:
         looking = replace(subject, look=partial(look_with, weights))

@@ -22,10 +22,23 @@ from calm.evaluate.processes import in_order, listen, rank, share, size
 from calm.evaluate.subject import Looked, Subject
 from calm.preprocess import Preprocessing
 
-__all__ = ["Progress", "Seen", "batches", "by_id", "looks", "turns"]
+__all__ = ["Progress", "Seen", "batches", "by_id", "looks", "paced", "turns"]
 
 Progress: TypeAlias = Callable[[int], None]
 """Told after each batch how many images it had; with several processes, how many all their batches had."""
+
+
+def paced(progress: Progress | None, reads: int, total: int) -> Progress | None:
+    """Progress of a benchmark that reads ``reads`` images in all, told as if they were ``total``."""
+    read = 0
+
+    def tell(count: int) -> None:
+        nonlocal read
+        before, read = read, read + count
+        assert progress is not None
+        progress(read * total // reads - before * total // reads)
+
+    return None if progress is None else tell
 
 
 def turns(
