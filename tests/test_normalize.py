@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from calm.errors import CalmError
 from calm.normalize import normalize
 
 MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
@@ -50,8 +49,3 @@ def test_max_of_an_all_negative_map_is_zeros():
 
 def test_half_precision_maps_are_normalised_in_float32():
     assert normalize(torch.rand(2, 3, 3).half(), "minmax").dtype == torch.float32
-
-
-def test_an_unknown_name_is_refused_with_the_nearest():
-    with pytest.raises(CalmError, match="did you mean 'clipping'"):
-        normalize(MAPS, "cliping")
