@@ -15,12 +15,12 @@ from calm.data.images import MAX_PIXELS, image_size, probe, read_rgb, to_rgb
 from calm.errors import CalmError
 
 
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
 def write_bomb(path: Path, width: int, height: int) -> Path:
     """A PNG of a few bytes whose header claims any size."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
@@ -141,6 +141,27 @@ def test_transparent_pixels_are_laid_over_white(tmp_path: Path, mode: str) -> No
     found = _saved(tmp_path / "a.png", image.convert(mode))
     assert found[0, 0].tolist() == [0, 0, 0]
     assert found[0, 1].tolist() == [255, 255, 255]
+
+
+def test_the_transparent_colour_of_a_png_is_laid_over_white(tmp_path: Path) -> None:
+    """A tRNS chunk, of RGB with 8 bits a channel and with 16, whose upper 8 are kept."""
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (1, 2, 4))
+    assert _saved(tmp_path / "a.png", image, transparency=(1, 2, 3)).tolist() == [[[255] * 3, [1, 2, 4]]]
+    shades = Image.new("L", (2, 1), 5)
+    shades.putpixel((1, 0), 6)
+    assert _saved(tmp_path / "grey.png", shades, transparency=5).tolist() == [[[255] * 3, [6] * 3]]
+    (tmp_path / "deep.png").write_bytes(
+        png((2, 1), 16, struct.pack(">6H", 0x0102, 0x0304, 0x0506, 0x0201, 0x0403, 0x0605), b"\1\2\3\4\5\6")
+    )
+    assert read_rgb(tmp_path / "deep.png").tolist() == [[[255] * 3, [2, 4, 6]]]
+
+
+def png(size: tuple[int, int], bits: int, row: bytes, colour: bytes) -> bytes:
+    """A PNG of mode RGB, all rows the same, with a transparent colour; Pillow writes none of 16 bits a channel."""
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", *size, bits, 2, 0, 0, 0))
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * size[1]))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", colour) + pixels + chunk(b"IEND", b"")
 
 
 def test_floating_point_pixels_are_refused(tmp_path: Path) -> None:

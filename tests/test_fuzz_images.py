@@ -166,22 +166,33 @@ def test_damaged_exif_data_do_not_cost_the_picture(tmp_path: Path) -> None:
 # From the file to the model
 
 
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_each_orientation_is_turned_as_the_standard_says(tmp_path: Path, orientation: int) -> None:
-    """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274)."""
+def test_each_orientation_is_turned_as_the_standard_says(
+    tmp_path: Path, orientation: int, suffix: str
+) -> None:
+    """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274), here for two bars of 8 pixels
+    that meet in one corner, since JPEG blurs."""
     rows, columns = {
         1: ("top", "left"), 2: ("top", "right"), 3: ("bottom", "right"), 4: ("bottom", "left"),
         5: ("left", "top"), 6: ("right", "top"), 7: ("right", "bottom"), 8: ("left", "bottom"),
     }[orientation]  # fmt: skip
-    stored = np.zeros((4, 6, 3), dtype=np.uint8)
-    stored[0, :, 0], stored[:, 0, 1] = 255, 255  # first row red, first column green
+    stored = np.zeros((32, 48, 3), dtype=np.uint8)
+    stored[:8, :, 0], stored[:, :8, 1] = 255, 255  # first rows red, first columns green
     exif = Image.Exif()
     exif[0x0112] = orientation
-    Image.fromarray(stored).save(tmp_path / "a.png", exif=exif)
-    shown = read_rgb(tmp_path / "a.png", exif=True)
-    edges = {"top": shown[0], "bottom": shown[-1], "left": shown[:, 0], "right": shown[:, -1]}
-    assert (edges[rows][:, 0] == 255).all()
-    assert (edges[columns][:, 1] == 255).all()
+    exact = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    path = tmp_path / f"a.{suffix}"
+    Image.fromarray(stored).save(path, exif=exif, **exact)
+    shown = read_rgb(path, exif=True)
+    assert shown.shape == ((48, 32, 3) if orientation > 4 else (32, 48, 3))
+    bars = {"top": shown[:8], "bottom": shown[-8:], "left": shown[:, :8], "right": shown[:, -8:]}
+    assert (bars[rows][..., 0] > 250).all()
+    assert (bars[columns][..., 1] > 250).all()
+    assert (shown[..., 0] > 128).sum() == 8 * 48
+    assert (shown[..., 1] > 128).sum() == 8 * 32
+    prepare = Preprocessing(size=(16, 16))
+    assert (prepare(path) == prepare(shown)).all()
 
 
 def test_a_file_reaches_the_model_upright_as_calm_attribute_shows_it(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
 
     Args:
         path: an image of one of :data:`FORMATS`, of any mode; of an animation, the first frame.
-        exif: turn the picture as its EXIF orientation says. (Pillow itself turns TIFF files, asked or not.)
+        exif: turn the picture as its EXIF orientation says. (Pillow itself turns TIFF files, asked or not; once.)
 
     Raises:
         CalmError: naming the file: it is missing, not an image, broken, of floating-point pixels, or more than
@@ -205,6 +205,7 @@ def read_pixels(
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as the EXIF orientation says; as stored, if that cannot be read."""
+    image.load()  # Pillow turns TIFF files itself, and only then forgets their orientation
     try:
         orientation = image.getexif().get(0x0112)
     except Exception:  # damaged EXIF data is no reason to refuse a whole picture
@@ -216,14 +217,19 @@ def _upright(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """``image`` in mode RGB, 8 bits a channel.
 
-    Transparent pixels are laid over white. 16-bit grey keeps its upper 8 bits. Grey, palette and CMYK
-    images convert as Pillow does.
+    Transparent pixels are laid over white, those of a PNG's transparent colour too. 16-bit grey keeps its upper 8
+    bits. Grey, palette and CMYK images convert as Pillow does.
 
     Raises:
         CalmError: floating-point pixels, whose range is not known.
     """
     if image.mode == "RGB":
-        return image
+        colour = image.info.get("transparency")  # one that a PNG declares to be transparent
+        if not isinstance(colour, tuple):
+            return image
+        if max(colour) > 255:  # of a file with 16 bits a channel; Pillow has made the pixels 8 bits
+            image = image.copy()
+            image.info["transparency"] = tuple(value >> 8 for value in colour)
     if image.mode.startswith("I"):
         pixels: NDArray[Any] = np.asarray(image).astype(np.int64)
         return Image.fromarray(np.clip(pixels >> 8, 0, 255).astype(np.uint8)).convert("RGB")
