@@ -149,13 +149,14 @@ def variance(sharpness: float, samples: int, draws: int = 300) -> tuple[float, d
         (found,) = torch.autograd.grad(-(weights * conditional).sum(1).mean(), head.conv_last.weight)
         return found
 
+    def shares(places: Tensor) -> Tensor:
+        return torch.zeros_like(posterior).scatter_add_(1, places, torch.full(places.shape, 1 / samples))
+
     def independent(mass: Tensor) -> Tensor:
-        times = torch.zeros_like(mass)
-        places = torch.multinomial(mass, samples, replacement=True)
-        return times.scatter_add_(1, places, torch.full(places.shape, 1 / samples))
+        return shares(torch.multinomial(mass, samples, replacement=True))
 
     ways = {
-        "systematic, from the posterior (ours)": lambda: draw(posterior[:, None], samples)[:, 0],
+        "systematic, from the posterior (ours)": lambda: shares(draw(posterior[:, None], samples)),
         "independent, from the posterior": lambda: independent(posterior),
         "independent, from the prior, weighted": lambda: independent(prior) * posterior / prior,
     }

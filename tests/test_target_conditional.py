@@ -105,18 +105,40 @@ def test_a_second_backward_pass_gives_the_same_gradient():
     assert_close(torch.autograd.grad(row.sum(), weight)[0], first)
 
 
-def test_differentiating_twice_is_refused_and_reading_the_logits_first_allows_it():
-    head = CalmHead(3, 4).double()
+@pytest.mark.parametrize("options", [{}, {"method": "calm-ml"}, {"samples": 3}], ids=str)
+@pytest.mark.parametrize("activation", ["softplus", "relu"])
+def test_differentiating_twice_is_refused(options, activation):
+    head = CalmHead(3, 4, activation).double()
     features = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
     targets = torch.tensor([1, 3])
-    (once,) = torch.autograd.grad(head(features).loss(targets), features, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        once.sum().backward()
-    output = head(features)
-    assert output.logits.requires_grad
-    (once,) = torch.autograd.grad(output.loss(targets), features, create_graph=True)
-    once.square().sum().backward()
-    assert features.grad.abs().sum() > 0
+    loss = head(features).loss(targets, **options)
+    for once in torch.autograd.grad(loss, [features, head.conv_last.weight], create_graph=True):
+        with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: read output\.logits"):
+            torch.autograd.grad(once.square().sum(), features, retain_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        torch.autograd.functional.hessian(lambda x: head(x).loss(targets, **options), features)
+
+
+def test_a_gradient_of_a_constant_factor_is_no_less_a_gradient():
+    features, weight, bias, targets = made((2, 3, 5, 4), 5)
+    features.requires_grad_()
+    row, _ = target_conditional(features, weight, bias, targets, 4, everywhere(2))
+    (once,) = torch.autograd.grad(row.sum(), features, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiated twice"):
+        (row.sum() + once.square().sum()).backward()
+
+
+def test_reading_the_logits_first_allows_differentiating_twice():
+    head = CalmHead(3, 4).double()
+    features = torch.randn(2, 3, 2, 2, dtype=torch.float64)
+    targets = torch.tensor([1, 3])
+
+    def loss(features):
+        output = head(features)
+        assert output.logits.requires_grad
+        return output.loss(targets, method="calm-ml")
+
+    assert torch.autograd.gradgradcheck(loss, features.requires_grad_())
 
 
 @pytest.mark.parametrize("activation", ["softplus", "relu", "exp"])
@@ -267,6 +289,55 @@ def test_a_layer_with_a_hook_is_called():
     assert seen == [1]
 
 
+@pytest.mark.parametrize("listen", ["backward", "before backward", "global"])
+def test_whoever_listens_to_a_layer_is_told(listen):
+    head, seen = CalmHead(3, 4), []
+    match listen:
+        case "backward":
+            handle = head.conv_last.register_full_backward_hook(lambda *_: seen.append(1))
+        case "before backward":
+            handle = head.conv_last.register_full_backward_pre_hook(lambda *_: seen.append(1))
+        case "global":
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda layer, *_: seen.append(1) if layer is head.conv_last else None
+            )
+    with handle:
+        head(torch.randn(1, 3, 2, 2, requires_grad=True)).loss(torch.tensor([0])).backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("without", ["conv_last", "attention", "both"])
+def test_a_bias_may_be_missing(without):
+    torch.manual_seed(1)
+    head = CalmHead(3, 4).double()
+    for name in ("conv_last", "attention"):
+        nn.init.normal_(getattr(head, name).bias)
+        if without in (name, "both"):
+            getattr(head, name).register_parameter("bias", None)
+    features, targets = torch.randn(2, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 3])
+    losses = (
+        head(features).loss(targets),
+        CalmOutput(head.conv_last(features), head.attention(features)).loss(targets),
+    )
+    assert_close(*losses)
+    for one, other in zip(
+        *(torch.autograd.grad(loss, list(head.parameters())) for loss in losses), strict=True
+    ):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}], ids=str
+)
+def test_other_convolutions_in_the_heads_place_are_called(options):
+    torch.manual_seed(1)
+    head = CalmHead(3, 4)
+    head.conv_last, head.attention = nn.Conv2d(3, 4, **options), nn.Conv2d(3, 1, **options)
+    features, targets = torch.randn(2, 3, 4, 4), torch.tensor([0, 3])
+    want = CalmOutput(head.conv_last(features), head.attention(features)).loss(targets)
+    assert_close(head(features).loss(targets), want)
+
+
 def test_a_parametrised_layer_trains_through_its_parametrisation():
     torch.manual_seed(0)
     head = CalmHead(3, 4)
@@ -289,7 +360,11 @@ def test_drawn_mass_is_the_posteriors_rounded_to_the_samples(images, locations, 
     q = q * (torch.rand(q.shape) >= zeros)
     q[:, 0] += 1e-3
     q = q / q.sum((1, 2), keepdim=True)
-    times = draw(q, samples) * samples
+    places = draw(q, samples)
+    assert places.shape == (images, samples)
+    times = torch.zeros(images, locations, dtype=torch.float64)
+    times.scatter_add_(1, places, torch.ones(places.shape, dtype=torch.float64))
+    times = times.view_as(q)
     assert_close(times.sum((1, 2)), torch.full((images,), float(samples), dtype=torch.float64))
     assert ((times - samples * q).abs() < 1 + 1e-9).all()
     assert not times[q == 0].any()
@@ -299,8 +374,8 @@ def test_the_expectation_of_what_is_drawn_is_the_posterior(monkeypatch):
     q = torch.tensor([[[0.5, 0.0, 0.03], [0.17, 0.2, 0.1]]], dtype=torch.float64)
     starts = (torch.arange(4000, dtype=torch.float64) + 0.5) / 4000  # all the random number can be
     monkeypatch.setattr(torch, "rand", lambda *size, **_: starts[:, None])
-    mean = draw(q.expand(4000, -1, -1), 3).mean(dim=0)
-    assert_close(mean, q[0], rtol=0, atol=1e-3)
+    drawn = draw(q.expand(4000, -1, -1), 3).flatten().bincount(minlength=6) / 12_000
+    assert_close(drawn.double(), q.flatten(), rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("teacher", [False, True])

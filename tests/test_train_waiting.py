@@ -41,12 +41,10 @@ class Waits(TorchDispatchMode):
 
 
 def waits_of_a_step(
-    monkeypatch: pytest.MonkeyPatch, method: Method, step: int, prior: str, teacher: bool
+    monkeypatch: pytest.MonkeyPatch, method: Method, step: int, prior: str, loss: LossOptions
 ) -> list[str]:
     """What forward, loss, measures and backward wait for, as they are on a GPU."""
-    config = tiny_config(Path("data"), Path("run"), method=method)
-    if teacher:
-        config = replace(config, loss=LossOptions(posterior="ema"))
+    config = replace(tiny_config(Path("data"), Path("run"), method=method), loss=loss)
     model = create_model(tiny_net(), 3, method, prior_activation=prior)  # type: ignore[arg-type]
     module = TrainingModule(model.train(), config, Run(3, 4))
     monkeypatch.setattr(TrainingModule, "global_step", property(lambda self: step))
@@ -58,19 +56,21 @@ def waits_of_a_step(
 
 
 @pytest.mark.parametrize(
-    ("method", "prior", "teacher"),
+    ("method", "prior", "loss"),
     [
-        ("cam", "softplus", False),
-        ("calm-ml", "softplus", False),
-        ("calm-em", "softplus", False),
-        ("calm-em", "softplus", True),
+        ("cam", "softplus", LossOptions()),
+        ("calm-ml", "softplus", LossOptions()),
+        ("calm-em", "softplus", LossOptions()),
+        ("calm-em", "softplus", LossOptions(posterior="ema")),
+        ("calm-em", "softplus", LossOptions(samples=2)),
+        ("calm-em", "softplus", LossOptions(samples=2, posterior="ema")),
     ],
 )
 def test_a_step_between_two_looks_waits_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, method: Method, prior: str, teacher: bool
+    monkeypatch: pytest.MonkeyPatch, method: Method, prior: str, loss: LossOptions
 ) -> None:
-    assert waits_of_a_step(monkeypatch, method, 3, prior, teacher) == []
+    assert waits_of_a_step(monkeypatch, method, 3, prior, loss) == []
 
 
 def test_a_step_that_is_looked_at_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "_local_scalar_dense" in waits_of_a_step(monkeypatch, "calm-em", 0, "softplus", False)
+    assert "_local_scalar_dense" in waits_of_a_step(monkeypatch, "calm-em", 0, "softplus", LossOptions())

@@ -43,8 +43,15 @@ __all__ = [
 ]
 
 
+FLOAT16_MAX = 65504.0
+"""Largest finite float16. Activations of more are infinite, and a difference of two such is not a number."""
+
+
 def widen(values: Tensor) -> Tensor:
-    """``values`` in float32, or unchanged where they are wider: the entrance to the float32 island."""
+    """``values`` in float32, or unchanged where they are wider: the entrance to the float32 island. Infinite float16
+    becomes the largest finite one."""
+    if values.dtype == torch.float16:
+        return values.float().clamp(-FLOAT16_MAX, FLOAT16_MAX)
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 

@@ -14,7 +14,7 @@ Source: paper, section 3 (learning the latent variable model).
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 __all__ = ["draw", "e_step", "em_loss", "ml_loss"]
@@ -55,18 +55,16 @@ def em_loss(
 
 
 @torch.no_grad()
-def draw(posterior: Float[Tensor, "b h w"], samples: int) -> Float[Tensor, "b h w"]:
-    """q with mass at no more than ``samples`` locations of each image, drawn at random so that its expectation is q.
+def draw(posterior: Float[Tensor, "b h w"], samples: int) -> Int[Tensor, "b s"]:
+    """Locations of each image (flat indices, in order), drawn from q: their average has the expectation under q.
 
     Systematic sampling: one random number an image, and equal steps through the cumulative q from there. A location
-    with mass q is drawn ``samples * q`` times, rounded up or down, and gets 1 / ``samples`` each time; so it varies
-    less than with independent draws (measured: benchmarks/README.md).
+    with mass q is drawn ``samples * q`` times, rounded up or down; so it varies less than with independent draws
+    (measured: benchmarks/README.md). A location without mass is never drawn.
     """
     mass = posterior.flatten(1).double()
     edges = mass.cumsum(dim=1)
     start = torch.rand(len(mass), 1, dtype=torch.float64, device=mass.device)
     steps = (torch.arange(samples, device=mass.device) + start) / samples * edges[:, -1:]
     past = (mass > 0).flip(1).int().argmax(dim=1, keepdim=True)  # locations without mass at the end
-    places = torch.minimum(torch.searchsorted(edges, steps, right=True), mass.shape[1] - 1 - past)
-    share = torch.full_like(steps, 1 / samples)
-    return torch.zeros_like(mass).scatter_add_(1, places, share).to(posterior.dtype).view_as(posterior)
+    return torch.minimum(torch.searchsorted(edges, steps, right=True), mass.shape[1] - 1 - past)

@@ -222,12 +222,14 @@ class CalmOutput:
         with torch.no_grad():
             own = self.target_rows(targets)
         posterior = self._e_step(own, targets, temperature, teacher)
-        drawn = objectives.draw(posterior, samples)
+        places = objectives.draw(posterior, samples)
         if self._unscored is not None and self._unscored.direct():
-            row = self._unscored.target_where(targets, drawn > 0)
+            drawn = self._unscored.target_at(targets, places)
         else:
-            row = self.log_joint_of(targets[:, None]).squeeze(1) - self.log_prior
-        return objectives.em_loss(drawn, row) + objectives.em_loss(posterior, self.log_prior)
+            rows = self.logits.gather(1, targets[:, None, None, None].expand(-1, 1, *self.logits.shape[2:]))
+            conditional = widen(rows).squeeze(1) - self.log_normalizer
+            drawn = conditional.flatten(1).gather(1, places)
+        return objectives.em_loss(posterior, self.log_prior) - drawn.mean(dim=1)
 
     def loss(
         self,

@@ -23,9 +23,8 @@ from typing import Any, TypeAlias
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from calm.latent import widen
+from calm.latent import FLOAT16_MAX, widen
 
 __all__ = ["everywhere", "some_at_a_time", "target_conditional", "where"]
 
@@ -33,7 +32,8 @@ Piece: TypeAlias = tuple[slice, slice | Tensor]
 """Images, and of each of them the locations that are scored in one product."""
 
 HELD_AT_ONCE = 2**21
-"""Logits that `some_at_a_time` makes at once: 8 MB in float32."""
+"""Logits that `some_at_a_time` makes at once: 8 MB in float32. Of more than 131,072 classes it makes more: those of 16
+locations."""
 
 
 def everywhere(images: int) -> list[Piece]:
@@ -79,8 +79,10 @@ def target_conditional(
         keep: hold the buffer until the backward pass; False computes it again there.
 
     Returns:
-        In float32 or wider: log-probabilities, at most 0; and scores (zeros if ``weight`` has no row for them). They
-        cannot be differentiated twice: PyTorch says so where that is tried.
+        In float32 or wider: log-probabilities, at most 0; and scores (zeros if ``weight`` has no row for them).
+
+    Raises:
+        RuntimeError: their gradient is differentiated.
     """
     found: tuple[Tensor, Tensor] = _TargetConditional.apply(
         features, weight, bias, targets, classes, pieces, keep
@@ -120,14 +122,34 @@ class _TargetConditional(torch.autograd.Function):
         return log_conditional, scores
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, of_row: Tensor | None, of_score: Tensor | None) -> tuple[Tensor | None, ...]:
         features, weight, bias, targets, log_conditional = ctx.saved_tensors
+        gradients = _Gradient.apply(ctx, features, weight, bias, targets, log_conditional, of_row, of_score)
+        return *gradients, *(None,) * 4
+
+
+class _Gradient(torch.autograd.Function):
+    """The backward pass of `_TargetConditional`, which has none of its own: it would need every logit once more."""
+
+    @staticmethod
+    def forward(
+        _: Any,
+        ctx: Any,
+        features: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        log_conditional: Tensor,
+        of_row: Tensor | None,
+        of_score: Tensor | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         wants = ctx.needs_input_grad
         whole = len(ctx.pieces) == 1 and isinstance(ctx.pieces[0][1], slice)
         of_features = torch.zeros_like(features) if wants[0] and not whole else None
         of_weight = torch.zeros_like(weight) if wants[1] else None
-        of_bias = torch.zeros_like(bias, dtype=log_conditional.dtype) if wants[2] else None
+        of_bias = (
+            torch.zeros_like(bias, dtype=log_conditional.dtype) if bias is not None and wants[2] else None
+        )
         for number, (image, place) in enumerate(ctx.pieces):
             rows = features[image, :, place]
             buffer, scale = (
@@ -154,7 +176,13 @@ class _TargetConditional(torch.autograd.Function):
                 of_features[image, :, place] = _product(weight.t(), buffer)
             else:
                 of_features[image].index_add_(2, place, _product(weight.t(), buffer))
-        return of_features, of_weight, None if of_bias is None else of_bias.to(bias.dtype), *(None,) * 4
+        return of_features, of_weight, None if of_bias is None else of_bias.to(weight.dtype)
+
+    @staticmethod
+    def backward(_: Any, *__: Tensor) -> None:
+        raise RuntimeError(
+            "the loss of unscored features cannot be differentiated twice: read output.logits before the loss"
+        )
 
 
 def _score(
@@ -164,6 +192,10 @@ def _score(
     buffer = _product(weight, rows)
     if bias is not None:
         buffer += bias[:, None]
+    if buffer.dtype == torch.float16:
+        buffer.clamp_(
+            -FLOAT16_MAX, FLOAT16_MAX
+        )  # a sum beyond its range is infinite, and infinities cancel to NaN
     logits = buffer[:, :classes]
     wide = widen(logits)  # the buffer itself, or in half precision a passing copy
     peak = wide.amax(dim=1, keepdim=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from calm.target_conditional import Piece, everywhere, some_at_a_time, target_conditional, where
 
@@ -14,7 +15,8 @@ __all__ = ["Unscored"]
 
 WORTH_SKIPPING = 150
 """Classes times the share of dead locations above which picking the live ones costs less than scoring all: with half of
-them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md)."""
+them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md). Of fewer classes than that
+the locations are not even looked at: that alone takes a fifth of a step with 200."""
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,10 @@ class Unscored:
     def direct(self) -> bool:
         """Whether the losses may read the weights themselves. A layer that was wrapped, hooked or parametrised must be
         called; and under `torch.compile` the compiler fuses better than we do."""
-        layers = (self.conv_last, self.attention)
-        return not torch.compiler.is_compiling() and all(
-            type(layer) is nn.Conv2d and not layer._forward_hooks and not layer._forward_pre_hooks
-            for layer in layers
+        return (
+            not torch.compiler.is_compiling()
+            and not _has_any_global_hook()  # type: ignore[no-untyped-call]
+            and all(map(_plain, (self.conv_last, self.attention)))
         )
 
     def target(
@@ -77,18 +79,19 @@ class Unscored:
             pieces = everywhere(batch)
         else:
             pieces = some_at_a_time(batch, height * width, self.num_classes)
-        row, scores = self._scored(targets, weight, bias, pieces)
+        row, scores = self._scored(features.flatten(2), targets, weight, bias, pieces)
         return row.view(batch, height, width), scores.view(batch, 1, height, width)
 
-    def target_where(self, targets: Int[Tensor, " b"], mask: Bool[Tensor, "b h w"]) -> Float[Tensor, "b h w"]:
-        """log p(y | x, z) of the target where ``mask`` is True: only these locations cost. -inf elsewhere."""
-        row, _ = self._scored(targets, *self._rows(self.conv_last), where(mask.flatten(1)))
-        return row.view_as(mask)
+    def target_at(self, targets: Int[Tensor, " b"], places: Int[Tensor, "b s"]) -> Float[Tensor, "b s"]:
+        """log p(y | x, z) of the target at some locations of each image (flat indices): only these cost."""
+        picked = self.features.flatten(2)
+        picked = picked.gather(2, places[:, None].expand(-1, picked.shape[1], -1))
+        return self._scored(picked, targets, *self._rows(self.conv_last), everywhere(len(places)))[0]
 
     def _scored(
-        self, targets: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]
+        self, features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]
     ) -> tuple[Tensor, Tensor]:
-        flat = self.features.flatten(2).to(weight.dtype)
+        flat = features.to(weight.dtype)
         with torch.autocast(flat.device.type, enabled=False):
             return target_conditional(
                 flat, weight, bias, targets, self.num_classes, pieces, keep=self.keep_logits
@@ -97,8 +100,11 @@ class Unscored:
     def _rows(self, *layers: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weights and biases of the layers, one below the other, in the dtype that autocast asks for."""
         weight = torch.cat([layer.weight.flatten(1) for layer in layers])  # type: ignore[operator]
-        biases = [layer.bias for layer in layers]
-        bias = None if any(bias is None for bias in biases) else torch.cat(biases)  # type: ignore[arg-type]
+        bias = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = [weight.new_zeros(len(layer.weight)) for layer in layers]  # type: ignore[arg-type]
+            pairs = zip(layers, zeros, strict=True)
+            bias = torch.cat([zero if layer.bias is None else layer.bias for layer, zero in pairs])  # type: ignore[misc]
         device = self.features.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
@@ -109,8 +115,18 @@ class Unscored:
     def _silent(self) -> Bool[Tensor, "b h w"] | None:
         """Where a ReLU prior has no mass; None if skipping does not pay. An image without any mass has the uniform
         prior, so that all of it counts."""
-        if self.num_classes <= WORTH_SKIPPING:
+        if self.num_classes <= 2 * WORTH_SKIPPING:
             return None
         silent = self.scores().squeeze(1) <= 0
         silent &= ~silent.flatten(1).all(dim=1)[:, None, None]
         return silent if self.num_classes * float(silent.float().mean()) > WORTH_SKIPPING else None
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether a layer is what its weight and bias say: a convolution of single locations that nobody listens to."""
+    return (
+        type(layer) is nn.Conv2d
+        and (layer.kernel_size, layer.stride, layer.padding, layer.groups) == ((1, 1), (1, 1), (0, 0), 1)
+        and not (layer._forward_hooks or layer._forward_pre_hooks)
+        and not (layer._backward_hooks or layer._backward_pre_hooks)
+    )
