@@ -1,13 +1,15 @@
-"""Open files that nobody vouches for: regular files only, JSON and YAML of bounded size that mean what they seem to.
+"""Open files that nobody vouches for: regular files only; JSON, YAML and CSV of bounded size that mean what they seem to.
 
 Nothing in a file is run, and a small file never becomes a large one in memory.
 """
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import stat
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -16,7 +18,7 @@ import yaml
 
 from calm.errors import CalmError
 
-__all__ = ["open_regular", "read_json", "read_text", "read_yaml"]
+__all__ = ["open_regular", "read_columns", "read_json", "read_text", "read_yaml"]
 
 MOST_JSON = 16 * 2**20
 """Bytes of a JSON file, at most."""
@@ -95,6 +97,39 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name[:80]!r} is there twice in one object")
         found[name] = value
     return found
+
+
+def read_columns(
+    path: str | os.PathLike[str], what: str = "file", *, need: Sequence[str] = ()
+) -> dict[str, list[float]]:
+    """The columns of a CSV file of numbers whose first line names them; nan is a number here.
+
+    Args:
+        path: the file.
+        what: what it is, for messages.
+        need: columns that it must have.
+
+    Raises:
+        CalmError: see `read_text`; or a column of ``need`` is missing, a name is twice there, a row has more or fewer
+            fields than there are names or a field that is no number, or there is no row.
+    """
+    text = read_text(path, what)
+    try:
+        names, *rows = [row for row in csv.reader(text.splitlines()) if row] or [[]]
+        lacking = [name for name in need if name not in names]
+        if lacking or len(set(names)) < len(names):
+            fault = f"has no column {lacking[0]!r}" if lacking else "names a column twice"
+            raise CalmError(f"{what} {path} {fault}: its first line is {','.join(names)[:200]!r}")
+        if not rows:
+            raise CalmError(f"{what} {path} has no row of numbers")
+        for number, row in enumerate(rows, start=1):
+            if len(row) != len(names):
+                raise ValueError(f"row {number} has {len(row)} fields, not {len(names)}")
+        return {name: [float(row[place]) for row in rows] for place, name in enumerate(names)}
+    except CalmError:
+        raise
+    except (ValueError, csv.Error) as error:
+        raise CalmError(f"cannot read {what} {path} as a table of numbers: {str(error)[:300]}") from error
 
 
 def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:

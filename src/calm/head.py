@@ -44,11 +44,9 @@ class CalmHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
         """An output that scores classes and locations, and computes everything else, when asked."""
-        if not torch.is_grad_enabled():  # scored now, or reading it outside `no_grad` would have a gradient
-            return CalmOutput(
-                self.conv_last(features), self.attention(features), self.activation, self.denominator
-            )
         unscored = Unscored(features, self.conv_last, self.attention, self.keep_logits)
+        if not torch.is_grad_enabled():  # scored now, or reading it outside `no_grad` would have a gradient
+            return CalmOutput(unscored.logits(), unscored.scores(), self.activation, self.denominator)
         return CalmOutput.of_features(unscored, self.activation, self.denominator)
 
 

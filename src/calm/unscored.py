@@ -46,9 +46,16 @@ class Unscored:
         return logits
 
     def scores(self) -> Float[Tensor, "b 1 h w"]:
-        """s, the location scores."""
-        scores: Tensor = self.attention(self.features)
-        return scores
+        """s, the location scores. As a product of one row: as a convolution it takes five times longer on a CPU."""
+        if not self.direct():
+            scores: Tensor = self.attention(self.features)
+            return scores
+        weight, bias = self._rows(self.attention)
+        features = self.features.flatten(2).to(weight.dtype)
+        with torch.autocast(features.device.type, enabled=False):
+            row = torch.bmm(weight.expand(len(features), -1, -1), features)
+        row = row if bias is None else row + bias
+        return row.view(len(row), 1, *self.features.shape[2:])
 
     def direct(self) -> bool:
         """Whether the losses may read the weights themselves. A layer that was wrapped, hooked or parametrised must be

@@ -11,14 +11,13 @@ names and values as plain dicts.
 
 from __future__ import annotations
 
-import csv
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from calm.atomic import write_text
-from calm.documents import read_json
+from calm.documents import read_columns, read_json
 from calm.released_commands.experiment import save_measures
 
 __all__ = ["METRICS", "SPLITS", "Performance"]
@@ -36,13 +35,12 @@ class Performance:
     @classmethod
     def of_run(cls, run_dir: Path) -> Performance:
         """The figures of a finished run; those of test are of the last epoch's weights."""
-        with (run_dir / "metrics.csv").open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+        history = read_columns(run_dir / "metrics.csv", need=("train_loss", "train_accuracy", "val_accuracy"))
         result = read_json(run_dir / "result.json")
         values = _empty()
-        values["train"]["loss"] = [float(row["train_loss"]) for row in rows]
-        values["train"]["cls"] = [100 * float(row["train_accuracy"]) for row in rows]
-        values["val"]["cls"] = [100 * float(row["val_accuracy"]) for row in rows]
+        values["train"]["loss"] = history["train_loss"]
+        values["train"]["cls"] = [100 * value for value in history["train_accuracy"]]
+        values["val"]["cls"] = [100 * value for value in history["val_accuracy"]]
         values["test"]["cls"] = [100 * result["last"]["test"]["accuracy"]]
         return cls(values)
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from calm.documents import read_json, read_yaml
-from calm.errors import CalmError
+from calm.documents import read_columns, read_json, read_yaml
+from calm.errors import CalmError, shown
 
 __all__ = ["Run", "read_run"]
 
@@ -50,17 +49,31 @@ def read_run(folder: Path) -> Run:
     """Read a run folder.
 
     Raises:
-        CalmError: it is not one, or the run did not finish.
+        CalmError: it is not one, or the run did not finish, or a file of it is damaged; the message names the file.
     """
     for name in ("config.yaml", "result.json", "metrics.csv", "versions.json"):
         if not (folder / name).is_file():
             raise CalmError(f"{folder} is no finished run of calm train: it has no {name}")
-    with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file))
+    config = _mapping(folder / "config.yaml", read_yaml(folder / "config.yaml"))
+    if config.get("method") not in tuple(LABELS):
+        raise CalmError(
+            f"{folder / 'config.yaml'}: method is {shown(config.get('method'))}: allowed are {', '.join(LABELS)}"
+        )
+    result = _mapping(folder / "result.json", read_json(folder / "result.json"))
+    best = result.get("best")
+    if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
+        raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
+    history = read_columns(folder / "metrics.csv", need=("epoch",))
     return Run(
         folder,
-        read_yaml(folder / "config.yaml"),
-        read_json(folder / "result.json"),
-        {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())},
-        read_json(folder / "versions.json"),
+        config,
+        result,
+        history,
+        _mapping(folder / "versions.json", read_json(folder / "versions.json")),
     )
+
+
+def _mapping(path: Path, content: Any) -> dict[str, Any]:
+    if not isinstance(content, dict):
+        raise CalmError(f"{path} holds {shown(content)}, not names with values")
+    return content

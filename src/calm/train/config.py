@@ -119,7 +119,7 @@ class LossOptions:
         temperature: exponent of the joint in q: a number, or ``START:END`` for a linear change over the run, or
             ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
         samples: teach the classes at so many locations of each image, drawn from q, for very many classes: an
-            unbiased estimate of the gradient. None is all locations.
+            unbiased estimate of the gradient. Not with mixup or cutmix. None is all locations.
     """
 
     posterior: Literal["current", "ema"] = "current"
@@ -283,6 +283,11 @@ class TrainConfig:
         if self.method != "calm-em" and self.loss != LossOptions():
             raise CalmError(
                 f"loss.posterior, teacher_decay, temperature and samples are calm-em's, not {self.method}'s"
+            )
+        if self.loss.samples is not None and self.augment.mixes:
+            raise CalmError(
+                f"loss.samples {self.loss.samples} asks about one class of an image, but augment.mixup and cutmix mix two:"
+                " leave out loss.samples, or set augment.mixup and augment.cutmix to 0"
             )
         if self.method == "cam" and not self.hardware.keep_logits:
             raise CalmError("hardware.keep_logits is CALM's: CAM averages first and makes no logits to keep")
