@@ -1,4 +1,4 @@
-"""Open files that nobody vouches for: regular files only; JSON, YAML and CSV of bounded size that mean what they seem to.
+"""Open files that nobody vouches for: regular files only, JSON, YAML, CSV of bounded size that mean what they seem to.
 
 Nothing in a file is run, and a small file never becomes a large one in memory.
 """

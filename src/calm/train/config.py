@@ -286,7 +286,7 @@ class TrainConfig:
             )
         if self.loss.samples is not None and self.augment.mixes:
             raise CalmError(
-                f"loss.samples {self.loss.samples} asks about one class of an image, but augment.mixup and cutmix mix two:"
+                f"loss.samples {self.loss.samples} is for one class per image, but augment.mixup and cutmix mix two;"
                 " leave out loss.samples, or set augment.mixup and augment.cutmix to 0"
             )
         if self.method == "cam" and not self.hardware.keep_logits:
