@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import pickle
@@ -122,15 +124,18 @@ def pickled_canary(path: Path) -> bytes:
     return pickle.dumps(Canary(path))
 
 
-def in_child(tasks: Sequence[tuple[str, Path]], seconds: float = 300) -> list[dict[str, Any]]:
-    """Let a process with little memory read files (see `_reader`): for each, "kind" (ok, CalmError, or another
-    exception), "message", "seconds", and "megabytes", by which the largest use of memory grew."""
+def in_child(
+    tasks: Sequence[tuple[str, Path]], *, seconds: float = 300, megabytes: int = MEGABYTES
+) -> list[dict[str, Any]]:
+    """Let a process with so little memory beyond its own read files (see `_reader`): for each, "kind" (ok, CalmError,
+    or another exception), "message", "seconds", and "megabytes", by which the largest use of memory grew."""
     command = [
         sys.executable,
         "-W",
         "error",
         __file__,
         json.dumps([(name, str(path)) for name, path in tasks]),
+        str(megabytes),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -194,6 +199,14 @@ def _reader(name: str) -> Callable[[Path], Any]:
             from calm.checkpoint import load
 
             return lambda path: load(path.parent)
+        case "attribute":
+            import calm.explanation
+            from calm.explain import attribute_files
+
+            assert calm.explanation  # what takes seconds to import
+            return lambda path: attribute_files(
+                [str(path)], model=str(path.parent / "model"), out=path.parent / "out"
+            )
         case "released":
             from calm.released import load_released
 
@@ -205,14 +218,15 @@ def _main() -> None:
     tasks = [(_reader(name), Path(path)) for name, path in json.loads(sys.argv[1])]
     with open("/proc/self/statm") as file:  # noqa: PTH123
         used = int(file.read().split()[0]) * resource.getpagesize()
-    limit = used + MEGABYTES * 2**20
+    limit = used + int(sys.argv[2]) * 2**20
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     for read, path in tasks:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.process_time()
         kind, message = "ok", ""
         try:
-            read(path)
+            with contextlib.redirect_stdout(io.StringIO()):
+                read(path)
         except Exception as error:
             kind, message = type(error).__name__, str(error)
         seconds = time.process_time() - start

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,13 @@ from torch import Tensor, nn
 import calm.explain
 from calm.errors import CalmError
 from calm.explain import attribute_files
-from calm.explanation import Question, ask, class_index, explain
+from calm.explanation import Question, ask, class_index, draw, explain
 from calm.head import CalmHead, CamHead
 from calm.image_inputs import find_images
 from calm.model import CalmModel, ModelConfig
 from calm.places import locate
 from calm.preprocess import Preprocessing
+from calm.render import overlay
 from calm.resample import resize_maps
 
 NAMES = ("001.Red_Finch", "002.Blue_Bunting", "003.Green_Finch", "004.Owl", "005.Auk", "006.[bold]Wren")
@@ -277,3 +279,46 @@ def test_the_ninths_share_the_whole_map(height: int, width: int) -> None:
 
 def test_a_map_without_positive_mass_has_no_share() -> None:
     assert locate(-torch.ones(4, 4)).share == 0
+
+
+def test_the_ring_of_a_shrunk_overlay_lies_at_the_place() -> None:
+    """Compared with the overlay of the same map without a ring."""
+    model, picture = (
+        make("calm-em"),
+        np.random.default_rng(3).integers(0, 256, (2600, 3900, 3), dtype=np.uint8),
+    )
+    (answer,) = explain(model, [picture], Question("jointll"))
+    grid = torch.zeros(4, 4)
+    grid[1, 2] = 1
+    answer = replace(
+        answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))}
+    )
+    drawn = draw(picture, answer, Question("jointll"))
+    assert drawn.shape[:2] == (1633, 2449)
+    ringed = (drawn != overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)
+    y, x = (np.flatnonzero(ringed.any(axis=axis)) for axis in (1, 0))
+    place = answer.places[answer.target]
+    assert abs((y[0] + y[-1]) / 2 - place.y * 1633 / 2600) < 2
+    assert abs((x[0] + x[-1]) / 2 - place.x * 2449 / 3900) < 2
+
+
+def test_large_pictures_of_one_batch_are_explained_apart(
+    calm_model: CalmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 2,880 bytes; a batch is full above the limit."""
+    for i in range(5):
+        picture(tmp_path / "in" / f"{i}.png", seed=i)
+    batches: list[int] = []
+    preprocess = calm_model.preprocess
+
+    def counted(pictures: list[np.ndarray]) -> Tensor:
+        batches.append(len(pictures))
+        return preprocess(pictures)
+
+    object.__setattr__(calm_model, "preprocess", counted)
+    for limit, expected in ((10_000, [4, 1]), (4_000, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(calm.explain, "HELD", limit)
+        batches.clear()
+        results = attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out")
+        assert batches == expected
+        assert len(json.loads(results.read_text())["images"]) == 5

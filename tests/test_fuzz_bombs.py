@@ -12,14 +12,17 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data_files import write_lines, write_pack
 from fuzz_corpus import corpus
-from fuzzing import refused_cheaply
+from fuzzing import in_child, refused_cheaply
 from PIL import Image
+from stress_counts import FULL
 
 import calm
+from calm.data.images import MAX_PIXELS
 
 pytestmark = pytest.mark.stress
 
@@ -160,3 +163,47 @@ def checkpoints(folder: Path) -> list[tuple[str, Path]]:
         folder / "hollow.pth.tar",
     )
     return [*found, ("released", folder / "hollow.pth.tar")]
+
+
+def explained(folder: Path, sizes: dict[str, tuple[int, int]], megabytes: int) -> dict[str, tuple[int, int]]:
+    """Let `calm attribute` explain pictures, (width, height), with so much memory; the sizes of their overlays."""
+    calm.create_model("tiny_resnet", 7).save_pretrained(folder / "model")
+    for name, size in sizes.items():
+        Image.new("RGB", size, (9, 200, 30)).save(folder / f"{name}.png", compress_level=1)
+    tasks = [("attribute", folder / f"{name}.png") for name in sizes]
+    found = {}
+    for name, result in zip(sizes, in_child(tasks, megabytes=megabytes), strict=True):
+        assert result["kind"] == "ok", (name, result)
+        written = np.load(folder / "out" / f"{name}.jointll.npy", mmap_mode="r")
+        assert (written.shape, written.dtype) == (sizes[name][::-1], np.float32)
+        with Image.open(folder / "out" / f"{name}.jointll.png") as overlay:
+            found[name] = overlay.size
+    return found
+
+
+def test_thin_and_large_pictures_are_explained_in_bounded_memory(tmp_path: Path) -> None:
+    """The overlay of a line as high as SMALLEST_PICTURE would have 13 million columns."""
+    sizes = {
+        "wide": (60_000, 1),
+        "high": (1, 60_000),
+        "one": (1, 1),
+        "short": (300, 2),
+        "large": (3600, 2800),
+    }
+    assert explained(tmp_path, sizes, 700) == {
+        "wide": (60_000, 1),
+        "high": (1, 60_000),
+        "one": (224, 224),
+        "short": (1800, 12),
+        "large": (2268, 1764),
+    }
+
+
+@pytest.mark.skipif(not FULL, reason="takes half a minute: CALM_STRESS=full")
+def test_the_largest_pictures_are_explained_in_bounded_memory(tmp_path: Path) -> None:
+    sizes = {"square": (9400, 9400), "line": (MAX_PIXELS, 1), "column": (2, 40_000_000)}
+    assert explained(tmp_path, sizes, 3500) == {
+        "square": (2000, 2000),
+        "line": (65_535, 1),
+        "column": (1, 65_535),
+    }

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from calm.colormaps import colorize, table
+import calm.render
+from calm.colormaps import Colormap, colorize, table
 from calm.errors import CalmError
 from calm.render import Tile, draw_boxes, draw_contour, draw_point, overlay, panel, resize_picture
 
@@ -48,6 +49,19 @@ def test_colorize_takes_the_nearest_end_outside_and_zero_for_nan() -> None:
 def test_a_colour_map_cannot_be_changed_by_its_users() -> None:
     with pytest.raises(ValueError, match="read-only"):
         table("heat")[0] = 0
+
+
+@pytest.mark.parametrize("colormap", ["heat", "signed"])
+def test_an_overlay_computed_in_parts_is_the_same(
+    colormap: Colormap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = np.random.default_rng(0)
+    picture, values = generator.integers(0, 256, (23, 37, 3), dtype=np.uint8), generator.normal(size=(4, 5))
+    whole = overlay(picture, values, colormap=colormap)
+    before = picture.copy()
+    monkeypatch.setattr(calm.render, "AT_ONCE", 100)
+    assert (overlay(picture, values, colormap=colormap) == whole).all()
+    assert (picture == before).all()
 
 
 def test_overlay_mixes_as_documented() -> None:

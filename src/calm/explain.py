@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +12,17 @@ from calm.atomic import atomic_path, write_json
 from calm.errors import CalmError
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from calm.explanation import Explanation, Question
     from calm.image_inputs import ImageInput
     from calm.model import CalmModel
     from calm.render import Picture
 
 __all__ = ["attribute_files"]
+
+HELD = 3 * 2**26
+"""Bytes of pictures that a batch holds before it is explained; the last one may be larger."""
 
 
 def attribute_files(
@@ -37,11 +41,11 @@ def attribute_files(
 ) -> Path:
     """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
 
-    For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak) and NAME.KIND.npy
-    (the map: float32, at the size of the image, in its own unit and not normalised), and at the end
-    results.json. A value of a jointll map is p(y, z | x), the probability of one cell of the model's grid;
-    resized to the image it keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y
-    | x).
+    For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak; of the size of the
+    picture, enlarged if that is small, shrunk to 4 megapixels if it is larger) and NAME.KIND.npy (the map:
+    float32, at the size of the image, in its own unit and not normalised), and at the end results.json. A value
+    of a jointll map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
+    keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
 
     Pictures are turned upright as their EXIF data says.
 
@@ -57,7 +61,7 @@ def attribute_files(
             the overlay red speaks for the target, blue for the other.
         out: folder for the results. Inputs are never overwritten.
         grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
-        batch_size: images in one pass through the model.
+        batch_size: images in one pass through the model; fewer if they are very large.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
 
     Returns:
@@ -69,7 +73,6 @@ def attribute_files(
     """
     # Here, so that the help page need not wait for PyTorch.
     from calm.baselines import BASELINES
-    from calm.data.images import read_rgb
     from calm.explanation import ask, explain
     from calm.explanation_summary import print_summary, summary
     from calm.image_inputs import find_images
@@ -88,15 +91,7 @@ def attribute_files(
     console = Console()
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     done: list[dict[str, Any]] = []
-    for start in range(0, len(inputs), batch_size):
-        readable: list[tuple[ImageInput, Picture]] = []
-        for entry in inputs[start : start + batch_size]:
-            try:
-                readable.append((entry, read_rgb(entry.path, exif=True)))
-            except CalmError as error:
-                failed.append({"file": str(entry.path), "error": str(error)})
-        if not readable:
-            continue
+    for readable in _batches(inputs, batch_size, failed):
         answers = explain(loaded, [picture for _, picture in readable], question)
         for (entry, picture), answer in zip(readable, answers, strict=True):
             files = _write(out, entry.name, picture, answer, question, suffixes)
@@ -120,6 +115,25 @@ def attribute_files(
             f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{listed}"
         )
     return results
+
+
+def _batches(
+    inputs: Sequence[ImageInput], batch_size: int, failed: list[dict[str, str]]
+) -> Iterator[list[tuple[ImageInput, Picture]]]:
+    """The pictures, read; some at a time, fewer if they are large. Those that cannot be read go to ``failed``."""
+    from calm.data.images import read_rgb
+
+    batch: list[tuple[ImageInput, Picture]] = []
+    for entry in inputs:
+        try:
+            batch.append((entry, read_rgb(entry.path, exif=True)))
+        except CalmError as error:
+            failed.append({"file": str(entry.path), "error": str(error)})
+        if len(batch) == batch_size or sum(picture.size for _, picture in batch) > HELD:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
 
 
 def _load(source: str, device: str) -> CalmModel:
@@ -161,18 +175,24 @@ def _write(
     out: Path, name: str, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
 ) -> dict[str, str]:
     """Write the files of one image; what each is, and its path in ``out``."""
-    import numpy as np
     from PIL import Image
 
     from calm.explanation import draw
 
-    arrays = {"map": answer.values, "grid": answer.grid}
     for what, suffix in suffixes.items():
         with atomic_path(out / (name + suffix)) as temporary:
             if what == "overlay":
                 Image.fromarray(draw(picture, answer, question)).save(temporary)
             else:
-                content = io.BytesIO()
-                np.save(content, arrays[what].numpy().astype(np.float32))
-                temporary.write_bytes(content.getvalue())
+                _write_array(temporary, answer.values if what == "map" else answer.grid)
     return {what: name + suffix for what, suffix in suffixes.items()}
+
+
+def _write_array(path: Path, values: Tensor) -> None:
+    """As ``numpy.save``, but without a copy of the values, and if the disk is full the error says so."""
+    import numpy as np
+
+    array = np.ascontiguousarray(values.numpy(), dtype=np.float32)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)

@@ -19,11 +19,20 @@ from calm.places import Place, locate
 from calm.render import Picture, draw_point, overlay
 from calm.resample import resize_maps
 
-__all__ = ["Explanation", "Question", "ask", "class_index", "draw", "explain"]
+__all__ = ["Explanation", "Question", "ask", "class_index", "draw", "drawn_size", "explain"]
 
 SMALLEST_PICTURE = 224
-"""Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has this many
-pixels."""
+"""Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has this many pixels, if
+their longer side then has no more than `LONGEST_ENLARGED`."""
+
+LONGEST_ENLARGED = 2048
+"""Pixels that the longer side is enlarged to, at most."""
+
+LARGEST_OVERLAY = 4_000_000
+"""Overlays of larger pictures are shrunk to about so many pixels."""
+
+LONGEST_OVERLAY = 65_535
+"""Pixels of the longer side of an overlay, at most."""
 
 
 @dataclass(frozen=True)
@@ -187,16 +196,17 @@ def _answer(
     signed = maps[0] if question.versus is None else maps[0] - maps[1]
     grid = maps[0] if question.versus is None else signed.abs()
     target = int(classes[0])
-    places = {int(c): locate(resize_maps(values, size)) for c, values in zip(classes, maps, strict=True)}
+    of_class = {int(c): values for c, values in zip(classes, maps, strict=True)}
+    places = {c: locate(resize_maps(values, size)) for c, values in of_class.items()}
     if question.versus is not None:
         places[target] = locate(resize_maps(grid, size))
     return Explanation(probs, target, tuple(best.tolist()), places, grid, signed, size)
 
 
 def draw(picture: Picture, explanation: Explanation, question: Question) -> Picture:
-    """The overlay, with a ring around the highest point; small pictures are enlarged."""
-    factor = max(1, -(-SMALLEST_PICTURE // min(picture.shape[:2])))
-    size = picture.shape[0] * factor, picture.shape[1] * factor
+    """The overlay, with a ring around the highest point; small pictures are enlarged, very large ones shrunk."""
+    height, width = picture.shape[:2]
+    size = drawn_size(height, width)
     of_cam = question.method in MAP_KINDS and MAP_KINDS[question.method].family == "cam"
     drawn = overlay(
         picture,
@@ -206,6 +216,18 @@ def draw(picture: Picture, explanation: Explanation, question: Question) -> Pict
         size=size,
     )
     place = explanation.places[explanation.target]
-    return draw_point(
-        drawn, (place.x + 0.5) * factor, (place.y + 0.5) * factor, radius=max(4, min(size) // 48)
-    )
+    x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
+    return draw_point(drawn, x, y, radius=max(4, min(size) // 48))
+
+
+def drawn_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the overlay of a picture.
+
+    >>> drawn_size(24, 40), drawn_size(500, 375), drawn_size(1, 60_000), drawn_size(8000, 8000)
+    ((240, 400), (500, 375), (1, 60000), (2000, 2000))
+    """
+    factor = min(-(-SMALLEST_PICTURE // min(height, width)), LONGEST_ENLARGED // max(height, width))
+    if factor > 1:
+        return height * factor, width * factor
+    scale = min(1.0, (LARGEST_OVERLAY / (height * width)) ** 0.5, LONGEST_OVERLAY / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))

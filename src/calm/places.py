@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -50,11 +51,19 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
     height, width = values.shape
     y, x = divmod(int(values.argmax()), width)
     row, column = 3 * y // height, 3 * x // width
-    mass = values.double().clamp(min=0)
-    # The same floor as above decides for each pixel, so that the ninths tile the picture.
-    rows = [i for i in range(height) if 3 * i // height == row]
-    columns = [i for i in range(width) if 3 * i // width == column]
-    inside = mass[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].sum()
-    total = float(mass.sum())
-    share = float(inside) / total if total > 0 else 0.0
+    rows, columns = _third(row, height), _third(column, width)
+    total = _mass(values)
+    share = _mass(values[rows, columns]) / total if total > 0 else 0.0
     return Place(x, y, float(values[y, x]), _WORDS[row][column], share)
+
+
+def _third(index: int, length: int) -> slice:
+    """The i with 3 i // length == index: the same floor as above decides, so that the ninths tile the picture."""
+    return slice(-(-index * length // 3), -(-(index + 1) * length // 3))
+
+
+def _mass(values: Tensor) -> float:
+    """The sum of the positive values, in float64; a part at a time, since a map may have as many as an image pixels."""
+    return sum(
+        (float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0
+    )

@@ -26,6 +26,9 @@ ImageLike: TypeAlias = Union[str, Path, "PIL.Image.Image", "np.ndarray", Tensor]
 LARGEST_SIDE = 8192
 """Pixels of a side of the model's input, at most."""
 
+LONGEST_AT_ONCE = 2**16
+"""Pixels of a side of a picture up to which it is resized in one step."""
+
 
 @dataclass(frozen=True)
 class Preprocessing:
@@ -83,7 +86,9 @@ class Preprocessing:
 
         picture = _open(image)
         height, width = self.size
-        resized = picture.resize((width, height), Image.Resampling.BILINEAR)
+        # Pillow's weights take 16 bytes for each pixel of a side: of a very long one, means of pixels come first.
+        gap = 3.0 if max(picture.size) > LONGEST_AT_ONCE else None
+        resized = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=gap)
         pixels = torch.from_numpy(np.array(resized, dtype=np.uint8)).permute(2, 0, 1)
         return self.normalize(pixels.float() / 255)
 

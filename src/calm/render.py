@@ -39,6 +39,9 @@ __all__ = [
 Picture: TypeAlias = NDArray[np.uint8]
 Colour: TypeAlias = tuple[int, int, int]
 
+AT_ONCE = 2**18
+"""Pixels of an overlay that are computed at a time, so that floats of a large picture need no memory."""
+
 INK: Colour = (38, 40, 52)
 PAPER: Colour = (255, 255, 255)
 FADED: Colour = (120, 124, 138)
@@ -73,18 +76,26 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise CalmError(f"alpha is an opacity between 0 and 1, got {alpha}")
     height, width = size or image.shape[:2]
-    picture = resize_picture(_checked(image), (height, width)).astype(np.float64)
     grid = torch.as_tensor(values).detach().cpu()
     if grid.ndim != 2:
         raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}")
-    scaled = resize_maps(
-        _signed(grid) if colormap == "signed" else normalize(grid, how), (height, width)
-    ).numpy()
+    scaled = resize_maps(_signed(grid) if colormap == "signed" else normalize(grid, how), (height, width))
+    strength = scaled.reshape(-1).numpy()
+    drawn = resize_picture(_checked(image), (height, width)).reshape(-1, 3).copy()
+    for start in range(0, len(drawn), AT_ONCE):
+        part = slice(start, start + AT_ONCE)
+        drawn[part] = _overlaid(drawn[part], strength[part], colormap, alpha)
+    return drawn.reshape(height, width, 3)
+
+
+def _overlaid(pixels: Picture, scaled: NDArray[Any], colormap: Colormap, alpha: float) -> Picture:
+    """Pixels (n, 3) with the colours of their values (n,) over them."""
+    picture = pixels.astype(np.float64)
     # Heat takes its colour early: its weak end is dark. A signed map is white near zero, and stays clear there.
     strength = np.abs(scaled) if colormap == "signed" else np.sqrt(scaled)
-    opacity = alpha * strength[..., None]
+    opacity = alpha * strength[:, None]
     grey = picture @ np.array([0.299, 0.587, 0.114])
-    calmed = 0.45 * picture + 0.55 * grey[..., None]
+    calmed = 0.45 * picture + 0.55 * grey[:, None]
     return _rounded((1 - opacity) * calmed + opacity * colorize(scaled, colormap))
 
 
@@ -140,7 +151,10 @@ def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
     """A picture (not a map) at ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
     if image.shape[:2] == size:
         return image
-    return np.array(Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    # Pillow's weights take 32 bytes for each pixel of a side: of a very long one, means of pixels come first.
+    gap = 3.0 if max(image.shape) > 2**16 else None
+    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, reducing_gap=gap)
+    return np.array(resized)
 
 
 @dataclass(frozen=True)

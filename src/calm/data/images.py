@@ -231,7 +231,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in colour)
     if image.mode.startswith("I"):
-        pixels: NDArray[Any] = np.asarray(image).astype(np.int64)
+        pixels: NDArray[Any] = np.asarray(image)
         return Image.fromarray(np.clip(pixels >> 8, 0, 255).astype(np.uint8)).convert("RGB")
     if image.mode == "F":
         raise CalmError("floating-point image: convert it to 8 bits a channel first")
