@@ -6,7 +6,10 @@ import csv
 import io
 import json
 import math
+from dataclasses import replace
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from rich.console import Console
@@ -114,12 +117,38 @@ def test_other_annotation_is_another_result(place, tmp_path):
     split = calm.data.load_split(tmp_path / "birds", "test")
     data = runner.Data.of(split, tmp_path / "birds")
     subject = calm.evaluate.model_subject(calm.load(place / "cam"))
-    before = runner.place("cue-localization", subject, data, tmp_path, {})
-    other = runner.place("remove-and-classify", subject, data, tmp_path, {})
+
+    def places(data):
+        return {name: runner.place(name, subject, data, tmp_path, {}) for name in calm.evaluate.BENCHMARKS}
+
+    def changed(one, two):
+        return {name for name in one if one[name] != two[name]}
+
+    before = places(data)
     file = tmp_path / "birds/parts/part_locs.txt"
     file.write_text(file.read_text().replace(" 1\n", " 0\n", 1))
-    assert runner.place("cue-localization", subject, data, tmp_path, {}) != before
-    assert runner.place("remove-and-classify", subject, data, tmp_path, {}) == other
+    points = places(runner.Data.of(split, tmp_path / "birds"))
+    assert changed(before, points) == {"cue-localization"}
+    mask = split.records[0].masks[0]
+    PIL.Image.fromarray(255 - np.asarray(PIL.Image.open(mask))).save(mask)
+    masks = places(runner.Data.of(split, tmp_path / "birds"))
+    assert changed(points, masks) == {"cue-localization", "localization"}
+
+
+def test_another_model_of_the_same_weights_has_results_of_its_own(place, tmp_path):
+    split = calm.data.load_split(place / "birds", "test")
+    data = runner.Data.of(split, place / "birds")
+    model = calm.load(place / "cam")
+    subject = calm.evaluate.model_subject(model)
+    first = runner.place("classification", subject, data, tmp_path, {})
+    config = model.config
+    for change in ({"large_feature_map": False}, {"prior_activation": "relu"}):
+        model.config = replace(config, **change)
+        assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
+    model.config = config
+    assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) == first
+    model.preprocessing = replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
+    assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
 
 
 def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path):
@@ -141,7 +170,10 @@ def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path)
     ("benchmark", "more", "message"),
     [
         ("cue-localisation", [], "did you mean 'cue-localization'"),
-        ("classification", ["--method", "gradcamm"], "did you mean 'gradcam'"),
+        ("localization", ["--method", "gradcamm"], "did you mean 'gradcam'"),
+        ("classification", ["--method", "gradcam"], "about models, not about their maps"),
+        ("classification", ["--norm", "minmax"], "classification does not read --norm"),
+        ("remove-and-classify", ["--thresholds", "log"], "remove-and-classify does not read --thresholds"),
         ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
         ("classification", ["--steps", "5"], "no --method reads --steps"),
         ("classification", ["--split", "tset"], "--split tset"),
@@ -160,6 +192,25 @@ def test_a_mistake_ends_in_one_line_before_work_starts(place, tmp_path, capsys, 
     assert main(["evaluate", benchmark, *words(place, *more, "--out", str(out))]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_boxes_are_fitted_to_stretched_maps_unless_told_otherwise(place, tmp_path):
+    def figures(*more):
+        flags = words(place, *more, "--out", str(tmp_path / "out"), models=("calm-em",))
+        (found,) = evaluate(["localization", *flags])
+        return {name: estimate.value for name, estimate in found.figures.items()}
+
+    usual, stretched = figures(), figures("--norm", "minmax", "--thresholds", "even")
+    clipped = figures("--norm", "clipping", "--thresholds", "log")
+    of_boxes = {name for name in usual if name.startswith(("maxboxacc", "top"))}
+    assert len(of_boxes) >= 5
+    assert {name for name in usual if usual[name] != stretched[name]} == {
+        "pxap",
+        "pxap_released",
+        "energy_inside",
+    }
+    assert {name for name in usual if usual[name] != clipped[name]} <= of_boxes
+    assert usual["maxboxacc_v2"] != clipped["maxboxacc_v2"]
 
 
 def test_a_map_kind_that_no_model_has_is_refused(place):

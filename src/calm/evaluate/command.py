@@ -59,7 +59,7 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
     names = [name for name, row in BENCHMARKS.items() if row.in_all] if everything else [asked.benchmark]
     for name in names:
         benchmark(name)
-    _check(asked)
+    _check(asked, names)
     options = _options(asked, names)
     split = load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root)
     names = _possible(names, split, asked.data, everything=everything)
@@ -107,7 +107,7 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
     return results
 
 
-def _check(asked: argparse.Namespace) -> None:
+def _check(asked: argparse.Namespace, names: Sequence[str]) -> None:
     if not asked.model and not asked.maps:
         raise CalmError("nothing to evaluate: give --model or, for localization, --maps")
     if asked.maps and asked.benchmark != "localization":
@@ -117,6 +117,11 @@ def _check(asked: argparse.Namespace) -> None:
             raise CalmError(
                 f"--{name} is about models, and maps are taken as they are: leave it out, or give --model"
             )
+    for flag in ("norm", "thresholds"):
+        if getattr(asked, flag) is not None and not any(flag in BENCHMARKS[name].reads for name in names):
+            raise CalmError(f"{asked.benchmark} does not read --{flag}: leave it out")
+    if asked.method and all(BENCHMARKS[name].per_model for name in names):
+        raise CalmError(f"{asked.benchmark} is about models, not about their maps: leave out --method")
     if asked.split not in SPLITS:
         raise CalmError(f"--split {asked.split}: choose one of {', '.join(SPLITS)}")
     least = {"batch_size": 1, "workers": 0, "replicates": 0, "seed": 0}

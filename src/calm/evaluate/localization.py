@@ -44,10 +44,10 @@ def localization(
 ) -> Result:
     """Score a subject's maps of the true classes on a split with boxes or masks.
 
-    Boxes give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2`` and its parts ``maxboxacc_30`` ..., and, of a
-    model, ``top1_localization`` and ``top5_localization``. Masks give ``pxap`` and ``pxap_released``, the two
-    countings of `calm.metrics.pixel_ap`. ``pointing`` and ``energy_inside`` are about the union of the objects: their
-    masks, or else their boxes.
+    Boxes, fitted to maps in ``subject.box_normalization``, give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2``
+    and its parts ``maxboxacc_30`` ..., and, of a model, ``top1_localization`` and ``top5_localization``. Masks give
+    ``pxap`` and ``pxap_released``, the two countings of `calm.metrics.pixel_ap`. ``pointing`` and ``energy_inside`` are
+    about the union of the objects: their masks, or else their boxes.
 
     Args:
         subject: a model with its explanation, or a folder of maps in [0, 1], which are taken as they are.
@@ -70,7 +70,8 @@ def localization(
     if batch_size < 1:
         raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
-    judges = [_JUDGES[kind](subject.thresholds, split, size, replicates, seed, device) for kind in kinds]
+    cuts = {"masks": subject.thresholds, "boxes": getattr(subject, "box_thresholds", subject.thresholds)}
+    judges = [_JUDGES[kind](cuts[kind], split, size, replicates, seed, device) for kind in kinds]
     pointing = PointingGame(replicates=replicates, seed=seed).to(device)
     energy = EnergyInside(replicates=replicates, seed=seed).to(device)
     scores: dict[int, float] = {}
@@ -96,9 +97,11 @@ def localization(
 
 
 class _Seen(NamedTuple):
-    """A batch of maps at the size of the protocol, in [0, 1]; predictions are None where there is no model."""
+    """A batch of maps at the size of the protocol, in [0, 1], the second time as boxes are fitted to them; predictions
+    are None where there is no model."""
 
     maps: Float[Tensor, "b h w"]
+    for_boxes: Float[Tensor, "b h w"]
     places: Int[Tensor, " b"]
     labels: Int[Tensor, " b"]
     predictions: Int[Tensor, "b k"] | None
@@ -117,15 +120,16 @@ def _looks(
         labels = torch.tensor([record.label for record in split.records])
         for some in turns(range(len(split.records)), batch_size, progress):
             places = torch.tensor(some)
-            yield _Seen(subject.maps(some), places, labels[places], None)
+            maps = subject.maps(some)
+            yield _Seen(maps, maps, places, labels[places], None)
         return
     for _, labels, places, looked in looks(
         subject, split, batch_size=batch_size, workers=workers, progress=progress
     ):
         probs = looked.probs.detach()
-        raw = looked.maps(labels[:, None])[:, 0].detach()
-        maps = normalize(resize_maps(raw, size), subject.normalization)
-        yield _Seen(maps, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
+        raw = resize_maps(looked.maps(labels[:, None])[:, 0].detach(), size)
+        maps, for_boxes = (normalize(raw, how) for how in (subject.normalization, subject.box_normalization))
+        yield _Seen(maps, for_boxes, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
 
 
 _Updated = tuple[Bool[Tensor, "b h w"], Bool[Tensor, "b h w"], Sequence[float]]
@@ -152,7 +156,7 @@ class _Boxes:
     def update(self, seen: _Seen) -> _Updated:
         boxes = [scaled_boxes(self.split.records[place], self.size) for place in seen.places.tolist()]
         labels = None if seen.predictions is None else seen.labels
-        self.metric.update(seen.maps, boxes, seen.places, seen.predictions, labels)
+        self.metric.update(seen.for_boxes, boxes, seen.places, seen.predictions, labels)
         inside = torch.stack([box_region(each, self.size) for each in boxes]).to(seen.maps.device)
         return inside, torch.zeros_like(inside), self.metric.latest.tolist()
 

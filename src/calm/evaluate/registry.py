@@ -27,6 +27,9 @@ class Benchmark:
         needs_root: reads class attributes and part points below the data set's root.
         per_model: about the classifier, not about its maps: run once for each model.
         in_all: part of ``all``; the others are asked for by name.
+        reads: what of a subject's reading of maps it depends on: ``norm``, ``thresholds`` (flags of the command, too),
+            and with ``boxes`` those of boxes.
+        masks: compares maps with the masks of the data set.
         options: what else can be chosen, flags of the command too.
     """
 
@@ -35,6 +38,8 @@ class Benchmark:
     needs_root: bool = False
     per_model: bool = False
     in_all: bool = True
+    reads: tuple[str, ...] = ()
+    masks: bool = False
     options: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Result]:
@@ -58,14 +63,20 @@ BENCHMARKS: dict[str, Benchmark] = {
         "calm.evaluate.cue_localization:cue_localization",
         "does the difference of two classes' maps lie on the parts that tell them apart",
         needs_root=True,
+        reads=("norm", "thresholds"),
+        masks=True,
     ),
     "remove-and-classify": Benchmark(
         "calm.evaluate.remove_and_classify:remove_and_classify",
         "is the class lost when the highest-scored pixels are erased",
+        reads=("norm",),
         options=("fill", "fractions", "explain"),
     ),
     "localization": Benchmark(
-        "calm.evaluate.localization:localization", "do maps find the object, by its masks or boxes"
+        "calm.evaluate.localization:localization",
+        "do maps find the object, by its masks or boxes",
+        reads=("norm", "thresholds", "boxes"),
+        masks=True,
     ),
     "classification": Benchmark(
         "calm.evaluate.classification:classification",
@@ -76,6 +87,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "calm.evaluate.insertion_deletion:insertion_deletion",
         "how fast the class comes and goes with the highest-scored pixels",
         in_all=False,
+        reads=("norm",),
         options=("fill", "points", "explain"),
     ),
     "randomisation": Benchmark(

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import PIL
+import torch
 
 from calm.data.digest import summary
 from calm.data.records import Split
 from calm.evaluate.map_folder import MapFolder
 from calm.evaluate.processes import first, gathered, size
 from calm.evaluate.reading import Progress
-from calm.evaluate.registry import benchmark
+from calm.evaluate.registry import Benchmark, benchmark
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 
@@ -50,12 +56,22 @@ class Data:
         }
         return cls(split, Path(root), facts)
 
+    @cached_property
     def annotation(self) -> str:
         """SHA-256 of the files below ``attributes/`` and ``parts/`` of the root."""
         digest = hashlib.sha256()
         for folder in ("attributes", "parts"):
             for path in sorted((self.root / folder).glob("*.*")):
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+    @cached_property
+    def masks(self) -> str:
+        """SHA-256 of the mask files of all images."""
+        digest = hashlib.sha256()
+        for record in self.split.records:
+            for path in record.all_masks:
+                digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"none")
         return digest.hexdigest()
 
 
@@ -72,9 +88,10 @@ def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, option
     known: list[Any] = [
         name,
         about,
-        _protocol(subject),
+        _protocol(row, subject),
         data.facts["fingerprint"],
-        data.annotation() if row.needs_root else None,
+        data.annotation if row.needs_root else None,
+        data.masks if row.masks else None,
         sorted((common | row.chosen(options)).items()),
         version("calm"),
     ]
@@ -135,14 +152,14 @@ def run(
     provenance = {
         **result.provenance,
         "subject": dict(subject.about),
-        **_protocol(subject),
+        **_protocol(row, subject),
         "data": dict(data.facts),
         "options": {**{key: row.default(key) for key in row.options}, **options},
         "device": str(subject.device) if isinstance(subject, Subject) else None,
         "processes": size(),
         "seconds": round(time.perf_counter() - began, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {package: version(package) for package in ("calm", "torch")},
+        "versions": _versions(),
     }
     result = replace(result, label=label, provenance=provenance)
     if first():
@@ -150,9 +167,28 @@ def run(
     return result
 
 
-def _protocol(subject: Subject | MapFolder) -> dict[str, str | None]:
-    """Stored maps are normalised already."""
-    return {"normalization": getattr(subject, "normalization", None), "thresholds": subject.thresholds}
+def _protocol(row: Benchmark, subject: Subject | MapFolder) -> dict[str, str | None]:
+    """How the benchmark reads maps. Stored maps are normalised already."""
+    found: dict[str, str | None] = {}
+    if "norm" in row.reads:
+        found |= {"normalization": getattr(subject, "normalization", None)}
+    if "thresholds" in row.reads:
+        found |= {"thresholds": subject.thresholds}
+    if "boxes" in row.reads and isinstance(subject, Subject):
+        found |= {"box_normalization": subject.box_normalization, "box_thresholds": subject.box_thresholds}
+    return found
+
+
+def _versions() -> dict[str, str]:
+    """Of what figures depend on: contours are OpenCV's, regions of parts Pillow's."""
+    import cv2
+
+    of_modules = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
+    return {
+        "calm": version("calm"),
+        "python": platform.python_version(),
+        **{name: str(module.__version__) for name, module in of_modules.items()},
+    }
 
 
 def _words(value: Any) -> str:

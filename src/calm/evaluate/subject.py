@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, Protocol
 
@@ -53,7 +53,10 @@ class Subject:
         device: where images must be.
         normalization: of its maps before a protocol.
         thresholds: of its protocol, "even" or "log".
-        about: the model's weights, the method and its options, ready for JSON: what a stored result is known by.
+        box_normalization: the same before boxes are fitted, whose protocol cuts a map to 256 values: of probabilities
+            of single cells most would be below the first.
+        box_thresholds: of boxes.
+        about: the model and its weights, the method and its options, ready for JSON: what a stored result is known by.
         model: what looks, if it is a model.
         look_with: the same method's look with other weights: (model, images) to what was seen.
     """
@@ -64,6 +67,8 @@ class Subject:
     device: torch.device
     normalization: Normalization = "minmax"
     thresholds: Thresholds = "even"
+    box_normalization: Normalization = "minmax"
+    box_thresholds: Thresholds = "even"
     about: Mapping[str, Any] = field(default_factory=dict)
     model: CalmModel | None = None
     look_with: Callable[[CalmModel, Tensor], Looked] | None = None
@@ -120,8 +125,9 @@ def model_subject(
         method: a map kind of the model or a baseline (`calm.baselines.METHODS`); None: the model's main kind.
         label: the row's name; None: the training method and the explanation, "CAM gradcam".
         about: more to know the result by, such as the path of the model.
-        normalization: None: ``clipping`` for CALM's own maps, which are probabilities, else ``minmax``.
-        thresholds: None: ``log`` for CALM's own maps, else ``even``.
+        normalization: None: ``clipping`` for CALM's own maps, which are probabilities, else ``minmax``; and ``minmax``
+            for boxes.
+        thresholds: None: ``log`` for CALM's own maps, else ``even``; and ``even`` for boxes.
         options: of the baseline: steps, samples, noise, seed, target_layer, batch_size.
 
     Raises:
@@ -154,9 +160,10 @@ def model_subject(
         model.device,
         normalization or ("clipping" if calm_maps else "minmax"),
         thresholds or ("log" if calm_maps else "even"),
+        normalization or "minmax",
+        thresholds or "even",
         {
-            "training_method": model.config.method,
-            "backbone": model.config.backbone,
+            "model_config": {**asdict(model.config), "preprocessing": asdict(model.preprocessing)},
             "weights": weights_digest(model),
             "method": name,
             "options": {key: value for key, value in options.items() if key != "batch_size"},

@@ -59,7 +59,8 @@ def markdown(results: Sequence[Result]) -> str:
         ]
         lines = [head, ["---"] + ["---:"] * len(names), *rows]
         parts.append(f"## {benchmark}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
-    return "\n".join([*parts, "In brackets: 95 percent bootstrap interval.\n"])
+    said = [f"{line[0].upper()}{line[1:]}.\n" for line in _remarks(results)]
+    return "\n".join([*parts, *said])
 
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
@@ -91,7 +92,23 @@ def print_tables(results: Sequence[Result], console: Console) -> None:
                 )
                 table.add_row(escape(result.label), *(cell.replace(" (", "\n(") for cell in cells))
             console.print(table)
-    console.print("in brackets: 95 percent bootstrap interval", style="dim")
+    for line in _remarks(results):
+        console.print(line, style="dim", highlight=False)
+
+
+def _remarks(results: Sequence[Result]) -> list[str]:
+    """What to know when reading the figures."""
+    found = []
+    if any(math.isfinite(e.low + e.high) for result in results for e in result.figures.values()):
+        found.append("in brackets: 95 percent bootstrap interval")
+    apart = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
+    if apart:
+        found.append(f"joint maps sum to p(y | x): the largest difference is {max(apart):.1g}")
+    if any(result.details.get("segmented") is False for result in results):
+        found.append(
+            "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"
+        )
+    return found
 
 
 def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:
