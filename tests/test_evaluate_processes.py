@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from stress import trees
+from stress_counts import FULL, count
 
 import calm
 from calm.cli import main
@@ -33,8 +38,8 @@ def ports(count: int) -> list[int]:
     return found
 
 
-def start(command_lines: list[list[str]], size: int = 2) -> list[tuple[str, str]]:
-    """What each process said on its two outputs."""
+def launch(command_lines: list[list[str]], size: int = 2) -> list[subprocess.Popen[str]]:
+    """Start the processes that run the command lines together."""
     tasks = json.dumps(list(zip(command_lines, ports(len(command_lines)), strict=True)))
     running = []
     for rank in range(size):
@@ -48,6 +53,11 @@ def start(command_lines: list[list[str]], size: int = 2) -> list[tuple[str, str]
                 command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             )
         )
+    return running
+
+
+def ends(running: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What each process said on its two outputs."""
     try:
         return [process.communicate(timeout=500) for process in running]
     finally:
@@ -116,7 +126,7 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
         words("localization", "wrong", "--fill", "blur"),
         [],  # a crash
     ]
-    said = start([*command_lines("two"), idle, *wrong])
+    said = ends(launch([*command_lines("two"), idle, *wrong]))
     assert all("codes [0, 0, 0, 0, 2, 2, 2]" in out for out, _ in said), said
     one, two = (tmp_path / name for name in ("one", "two"))
     for line in command_lines("one"):
@@ -142,6 +152,38 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
     assert len(first_errors.splitlines()) == 3
     assert second_errors.startswith("Traceback")
     assert second_errors.endswith("KeyError: 'lost'\n")
+
+
+@pytest.mark.slow
+@pytest.mark.stress
+def test_processes_that_are_killed_do_not_spoil_what_they_have_finished(place, tmp_path, capsys):
+    def words(out: Path) -> list[str]:
+        flags = ["--model", str(place / "model"), "--data", str(place / "birds"), "--out", str(out)]
+        return ["all", *flags, "--replicates", "20", "--device", "cpu", "--batch_size", "1"]
+
+    assert main(["evaluate", *words(tmp_path / "alone")]) == 0
+    alone = stored(tmp_path / "alone")
+    chance = random.Random(0)
+    longest, kept = 20.0, set()
+    for number in range(count(reduced=2, full=30)):
+        out = tmp_path / str(number)
+        running = launch([words(out)])
+        began = time.monotonic()
+        after = chance.uniform(0, longest)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[0].wait(after)
+        if running[0].poll() is not None:
+            longest = time.monotonic() - began
+        for process in running:  # torchrun, too, ends all where one is lost
+            process.kill()
+        ends(running)
+        kept.add(len(stored(out)))  # whole files, or this fails to read them
+        assert all("codes [0]" in text for text, _ in ends(launch([words(out)])))
+        for name, ours in alone.items():
+            same(ours["figures"], stored(out)[name]["figures"], f"{number}: {name}")
+        assert not trees.hidden(out)
+    capsys.readouterr()
+    assert not FULL or {0, 4} <= kept
 
 
 def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
