@@ -15,7 +15,8 @@ from PIL import Image
 
 from calm.data.birds import choose_species, write_birds
 from calm.data.cue_files import read_class_attributes, read_pairs, read_part_points, read_segmentation
-from calm.data.cues import CUB_GROUPS, PartPoints, class_pairs, group_mask, group_votes, part_regions
+from calm.data.cues import CUB_GROUPS, CuePair, PartPoints, class_pairs, group_mask, group_votes, part_regions
+from calm.data.part_groups import read_part_groups
 from calm.errors import CalmError
 
 SAMPLES = os.environ.get("CALM_SAMPLE_DATA")
@@ -126,6 +127,15 @@ def test_the_official_files_give_31_64_and_96_pairs():
     assert Counter(len(pair.groups) for pair in pairs) == {1: 31, 2: 64, 3: 96}
 
 
+@pytest.mark.skipif(not SAMPLES, reason="CALM_SAMPLE_DATA names no folder with the official CUB files")
+def test_the_vote_of_long_legged_birds_changes_no_pair_of_the_official_files():
+    names, present = read_class_attributes(Path(SAMPLES or "") / "cub-meta")
+    votes = group_votes(names)
+    voted = class_pairs(present, votes)
+    votes[names.index("has_shape::long-legged-like")] = False
+    assert class_pairs(present, votes) == voted
+
+
 def test_pairs_of_birds_differ_in_the_groups_in_which_they_were_made_to_differ(birds):
     species = choose_species(6)
     expected = {
@@ -207,3 +217,29 @@ def test_the_table_is_cut_at_fifty_percent_and_attribute_names_may_lie_beside_th
     names, present = read_class_attributes(tmp_path / "CUB")
     assert names == ("has_eye", "has_leg")
     assert present.tolist() == [[True, False], [False, True]]
+
+
+def test_the_example_in_the_documentation_is_read_as_it_says(tmp_path):
+    text = (Path(__file__).parents[1] / "docs" / "cue-data.md").read_text()
+    blocks = [
+        "\n".join(line[4:] for line in block.splitlines()) + "\n"
+        for block in text.split("\n\n")
+        if block.startswith("    ")
+    ]
+    attributes, percentages, points, groups = blocks[:4]
+    files = {
+        "attributes/attributes.txt": attributes,
+        "attributes/class_attribute_labels_continuous.txt": percentages,
+        "parts/parts.txt": "1 front_wheel\n2 back_wheel\n3 roof\n",
+        "parts/part_locs.txt": points,
+        "parts/groups.yaml": groups,
+        "images.txt": "1 a/1.jpg\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    names, present = read_class_attributes(tmp_path)
+    wheels, roof = read_part_groups(tmp_path)
+    assert class_pairs(present, group_votes(names, (wheels, roof))) == [CuePair(0, 1, (0,))]
+    seen = read_part_points(tmp_path)
+    assert seen.visible_groups((wheels, roof)).tolist() == [[True, False]]

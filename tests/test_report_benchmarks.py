@@ -190,7 +190,14 @@ def test_dots_stand_at_their_values_with_their_intervals():
 
 
 def test_the_papers_figures_stand_beside_ours_on_its_data_only():
-    cub = {"data": {"images": 5794, "classes": 200, "fingerprint": "f"}}
+    cub = {
+        "data": {
+            "images": 5794,
+            "classes": 200,
+            "fingerprint": "f",
+            "class_counts": {"001.Black_footed_Albatross": 30},
+        }
+    }
     ours = group(cue_result(provenance=cub))
     body = benchmark_section(ours, styles([ours])).body
     assert "paper: CALM-EM" in body

@@ -136,6 +136,9 @@ class PartPoints:
 def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "a g"]:
     """Which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
 
+    So ``has_shape::long-legged-like`` votes for the legs, though it is about the whole bird. On CUB that changes no
+    pair and none of its groups (tests/test_cues.py).
+
     >>> group_votes(["has_eye_color::black", "has_size::small", "has_under_tail_color::buff"]).int().argmax(1)
     tensor([0, 0, 4])
     """

@@ -54,7 +54,8 @@ class Group:
     @property
     def published_data(self) -> str | None:
         """The data set of the paper that this is, if it is one."""
-        return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)))
+        names = self.data.get("class_counts", {})
+        return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)), names)
 
 
 def find_groups(folders: Iterable[Path]) -> list[Group]:
@@ -72,7 +73,10 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
         files.update({path.resolve(): None for path in inside if _is_result(path)})
     if not files:
         names = ", ".join(map(str, folders))
-        raise CalmError(f"no result of a benchmark below {names}: make some with calm evaluate")
+        raise CalmError(
+            f"no result of a benchmark below {names}: make some with calm evaluate, or name the folder where it put"
+            " them (./evaluation, if it was asked about several models and not told --out)"
+        )
     found: dict[tuple[str, str], list[tuple[Path, Result]]] = {}
     for path in files:
         result = Result.load(path)

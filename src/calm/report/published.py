@@ -6,7 +6,7 @@ localization and of classification; ResNet-50 on a 28x28 grid.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 __all__ = ["DATA_SETS", "PUBLISHED", "Published", "data_set", "published"]
@@ -74,13 +74,14 @@ PUBLISHED = (
 )
 
 
-def data_set(classes: int, images: int) -> str | None:
-    """The data set of the paper that a test split is, by its size; None if it is none of them.
+def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
+    """The data set of the paper that a test split is, by its size and (CUB) a class name, or None.
 
-    >>> data_set(200, 5794), data_set(5, 5794)
+    >>> data_set(200, 5794, ["001.Black_footed_Albatross"]), data_set(200, 5794, ["Emerald_Leafbird"])
     ('CUB-200-2011', None)
     """
-    return DATA_SETS.get((classes, images))
+    found = DATA_SETS.get((classes, images))
+    return None if found == CUB and not any("Black_footed_Albatross" in name for name in names) else found
 
 
 def published(benchmark: str, data: str | None) -> Published | None:
