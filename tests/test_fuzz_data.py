@@ -143,7 +143,7 @@ METADATA = (
 )
 
 
-@cases(80)
+@cases(80, 1200)
 @given(data=st.data())
 def test_metadata_lists(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "metadata"
@@ -160,7 +160,7 @@ CUB = tuple(
 )
 
 
-@cases(80)
+@cases(80, 1200)
 @given(data=st.data())
 def test_cub_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "cub"
@@ -194,7 +194,7 @@ CUES = (
 )
 
 
-@cases(100)
+@cases(100, 6600)
 @given(data=st.data())
 def test_attributes_part_points_and_groups(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
