@@ -73,6 +73,10 @@ class CubSource:
         """The official names with their numbers, such as "001.Black_footed_Albatross"."""
         return read_names(self.root / "classes.txt")
 
+    def listing(self, split: str) -> str:
+        """The files or folder that say which images a split has, for messages."""
+        return "images.txt and train_test_split.txt"
+
     def read(self, split: str) -> Split:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
 

@@ -57,6 +57,10 @@ class FolderSource:
     def _base(self, split: str) -> Path:
         return self.root / split if (self.root / "train").is_dir() else self.root
 
+    def listing(self, split: str) -> str:
+        """The files or folder that say which images a split has, for messages."""
+        return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
+
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`.
 

@@ -36,6 +36,9 @@ class Source(Protocol):
     def splits(self) -> tuple[str, ...]:
         """The splits that have files of their own."""
 
+    def listing(self, split: str, /) -> str:
+        """The files or folder that say which images a split has, for messages."""
+
     def read(self, split: str, /) -> Split:
         """Read one of ``splits``."""
 
@@ -127,7 +130,10 @@ def load_splits(
         if name not in read or not read[name].records:
             Report.of(read.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
-            raise CalmError(f"{root} has no image for split {name!r}; splits with files of their own: {own}")
+            where = f" (listed by {source.listing(name)})" if name in source.splits else ""
+            raise CalmError(
+                f"{root} has no image for split {name!r}{where}; splits with files of their own: {own}"
+            )
     return {name: read[name] for name in wanted}
 
 

@@ -101,6 +101,10 @@ class MetadataSource:
             labels |= {name: line.value for name, line in found.items() if line.value >= 0}
         return names_from_folders(labels)
 
+    def listing(self, split: str) -> str:
+        """The files or folder that say which images a split has, for messages."""
+        return str(self.lists / split / "image_ids.txt")
+
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``.
 
