@@ -193,9 +193,8 @@ def _score(
     if bias is not None:
         buffer += bias[:, None]
     if buffer.dtype == torch.float16:
-        buffer.clamp_(
-            -FLOAT16_MAX, FLOAT16_MAX
-        )  # a sum beyond its range is infinite, and infinities cancel to NaN
+        # A sum beyond its range is infinite, and infinities cancel to NaN.
+        buffer.clamp_(-FLOAT16_MAX, FLOAT16_MAX)
     logits = buffer[:, :classes]
     wide = widen(logits)  # the buffer itself, or in half precision a passing copy
     peak = wide.amax(dim=1, keepdim=True)

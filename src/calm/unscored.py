@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,7 +17,7 @@ __all__ = ["Unscored"]
 WORTH_SKIPPING = 150
 """Classes times the share of dead locations above which picking the live ones costs less than scoring all: with half of
 them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md). Of fewer classes than that
-the locations are not even looked at: that alone takes a fifth of a step with 200."""
+the locations are not even looked at."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,14 @@ class Unscored:
 
     def _rows(self, *layers: nn.Module) -> tuple[Tensor, Tensor | None]:
         """Weights and biases of the layers, one below the other, in the dtype that autocast asks for."""
-        weight = torch.cat([layer.weight.flatten(1) for layer in layers])  # type: ignore[operator]
+        convolutions = cast("tuple[nn.Conv2d, ...]", layers)  # `direct` has looked
+        weight = torch.cat([layer.weight.flatten(1) for layer in convolutions])
+        biases = [layer.bias for layer in convolutions]
         bias = None
-        if any(layer.bias is not None for layer in layers):
-            zeros = [weight.new_zeros(len(layer.weight)) for layer in layers]  # type: ignore[arg-type]
-            pairs = zip(layers, zeros, strict=True)
-            bias = torch.cat([zero if layer.bias is None else layer.bias for layer, zero in pairs])  # type: ignore[misc]
+        if any(one is not None for one in biases):
+            counts = [layer.out_channels for layer in convolutions]
+            pairs = zip(biases, counts, strict=True)
+            bias = torch.cat([weight.new_zeros(count) if one is None else one for one, count in pairs])
         device = self.features.device.type
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)

@@ -128,7 +128,9 @@ def _looks(
     ):
         probs = looked.probs.detach()
         raw = resize_maps(looked.maps(labels[:, None])[:, 0].detach(), size)
-        maps, for_boxes = (normalize(raw, how) for how in (subject.normalization, subject.box_normalization))
+        maps = normalize(raw, subject.normalization)
+        same = subject.box_normalization == subject.normalization
+        for_boxes = maps if same else normalize(raw, subject.box_normalization)
         yield _Seen(maps, for_boxes, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
 
 
