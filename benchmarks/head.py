@@ -3,8 +3,8 @@
 The limit is cross-entropy on the mean of conv_last's logits: three matrix products (logits, gradient of the features,
 gradient of the weights) and almost nothing else. "ReLU prior, half dead" has no mass at half of the locations, which
 are skipped; "logits not kept" is `keep_logits=False`; "8 drawn" is the sampled E-step. Time is of all ways in turn,
-peak memory of a process of its own, above the features and weights. A second table has the variance of the sampled
-gradient. Prints Markdown.
+peak memory of a process of its own, above the features and weights. Tables below have the location scores alone and the
+variance of the sampled gradient. Prints Markdown.
 
 Run: python benchmarks/head.py [--classes 200 1000] [--channels 2048 --grid 28 --batch 16] [--channels_last]
 """
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from calm.head import CalmHead
 from calm.objectives import draw
+from calm.unscored import Unscored
 
 LIMIT, OURS, CHUNKED, PLAIN = (
     "cross-entropy of the mean",
@@ -129,6 +130,22 @@ def compare(setting: Setting, rounds: int) -> list[list[object]]:
     return rows
 
 
+def location_scores(setting: Setting, rounds: int) -> list[list[str]]:
+    """Rows of the table: forward and backward of the location scores, by our product and by the layer."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    features = torch.randn(setting.batch, setting.channels, setting.grid, setting.grid, device=device)
+    features.requires_grad_()
+    head = CalmHead(setting.channels, 2).to(device)
+    ways = {
+        "product (ours)": lambda: (
+            Unscored(features, head.conv_last, head.attention).scores().sum().backward()
+        ),
+        "convolution": lambda: head.attention(features).sum().backward(),
+    }
+    times = measure.seconds(ways, rounds)
+    return [[way, f"{1000 * measure.median(taken):.0f}"] for way, taken in times.items()]
+
+
 def variance(sharpness: float, samples: int, draws: int = 300) -> tuple[float, dict[str, float]]:
     """How much the sampled gradient of conv_last varies: mean squared distance to its expectation over the squared
     norm of that, by the way locations are drawn. And the number of locations that the posterior is spread over
@@ -211,6 +228,8 @@ def main() -> None:
     print(f"With {asked.many} classes, whose weights' gradient alone takes {weights:.0f} MiB:\n")
     peaks = [[way, f"{peak(way, settings[-1]):.0f}"] for way in (LIMIT, OURS, CHUNKED)]
     print(measure.table(["way", "peak MiB"], peaks) + "\n")
+    print("Location scores alone, forward and backward:\n")
+    print(measure.table(["way", "ms"], location_scores(settings[0], asked.rounds)) + "\n")
     print("Variance of the sampled gradient of `conv_last`, over its squared norm (196 locations):\n")
     found = [
         [f"{spread:.0f}", samples, *(f"{value:.3f}" for value in by_way.values())]

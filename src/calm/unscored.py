@@ -16,8 +16,7 @@ __all__ = ["Unscored"]
 
 WORTH_SKIPPING = 150
 """Classes times the share of dead locations above which picking the live ones costs less than scoring all: with half of
-them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md). Of fewer classes than that
-the locations are not even looked at."""
+them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +124,7 @@ class Unscored:
     def _silent(self) -> Bool[Tensor, "b h w"] | None:
         """Where a ReLU prior has no mass; None if skipping does not pay. An image without any mass has the uniform
         prior, so that all of it counts."""
-        if self.num_classes <= 2 * WORTH_SKIPPING:
+        if self.num_classes <= WORTH_SKIPPING:
             return None
         silent = self.scores().squeeze(1) <= 0
         silent &= ~silent.flatten(1).all(dim=1)[:, None, None]
