@@ -156,6 +156,30 @@ def test_metadata_lists(tmp_path_factory: pytest.TempPathFactory, data: st.DataO
     read_splits(root, name)
 
 
+def write_masked_pack(root: Path) -> Path:
+    """A pack whose images have masks, two of one image, and an ignore mask of another."""
+    write_pack(root)
+    for split in ("train", "test"):
+        lists = root / "metadata" / split
+        ids = (lists / "image_ids.txt").read_text().split()
+        masks = [f"masks/{split}-{index}.png" for index in range(len(ids) + 2)]
+        for mask in masks:
+            write_image(root / mask)
+        ignored = f"{ids[1]},{masks[1]},{masks[-1]}"
+        lines = [f"{name},{mask}," for name, mask in zip(ids, masks, strict=False)]
+        write_lines(lists / "localization.txt", [lines[0], f"{ids[0]},{masks[-2]},", ignored, *lines[2:]])
+    return root
+
+
+@cases(80, 1200)
+@given(data=st.data())
+def test_metadata_lists_of_masks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    folder = tmp_path_factory.getbasetemp() / "masked"
+    folder.mkdir(exist_ok=True)
+    lists = ("metadata/train/localization.txt", "metadata/test/localization.txt")
+    read_splits(*one_damaged(folder, write_masked_pack, lists, data))
+
+
 CUB = tuple(
     f"{name}.txt"
     for name in ("images", "classes", "image_class_labels", "train_test_split", "bounding_boxes")
@@ -196,6 +220,14 @@ CUES = (
 )
 
 
+REFERRING = {
+    "attributes/attributes.txt": CUES[2],
+    "images.txt": CUES[4],
+    "parts/parts.txt": CUES[4],
+}
+"""Where a line that is missing in one file is missed: an error may name either."""
+
+
 @cases(100, 6600)
 @given(data=st.data())
 def test_attributes_part_points_and_groups(
@@ -203,13 +235,14 @@ def test_attributes_part_points_and_groups(
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "cues"
     folder.mkdir(exist_ok=True)
-    root, _ = one_damaged(folder, write_cues, CUES, data)
-    found = outcome(partial(read_class_attributes, root), str(root))
+    root, name = one_damaged(folder, write_cues, CUES, data)
+    names = (name, REFERRING.get(name, name))
+    found = outcome(partial(read_class_attributes, root), *names)
     if found is not None:
         assert found[1].shape == (len(found[1]), len(found[0]))
-    groups = outcome(partial(read_part_groups, root), str(root))
-    outcome(partial(read_pairs, root, groups=groups or ()), str(root))
-    points = outcome(partial(read_part_points, root), str(root))
+    groups = outcome(partial(read_part_groups, root), *names)
+    outcome(partial(read_pairs, root, groups=groups or ()), *names)
+    points = outcome(partial(read_part_points, root), *names)
     if points is not None:
         assert len(set(points.ids)) == len(points.ids)
         assert torch.isfinite(points.xy).all()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fuzz_corpus import SIZE, corpus
+from fuzz_corpus import FLAT, LOSSY, SIZE, corpus, files_of, pixels_of
 from fuzzing import cases, damaged, outcome
 from hypothesis import given
 from hypothesis import strategies as st
@@ -48,8 +48,39 @@ def test_a_good_file_of_every_kind_is_read(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(corpus()[name])
     found = outcome(lambda: read_rgb(tmp_path / name), name)
     assert found is not None
-    assert found.shape == (SIZE[1], SIZE[0], 3)
+    stored = (SIZE[1], SIZE[0])
+    assert found.shape[:2] == (stored[::-1] if name == "turned.tif" else stored)  # which Pillow itself turns
     read_every_way(tmp_path / name)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9), SIZE])
+@pytest.mark.parametrize("name", corpus())
+def test_each_kind_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+    """Oracle: of one colour, half of it transparent, what each kind keeps; of noise, the pixels, where none is lost."""
+    path = tmp_path / name
+    red, green, blue, alpha = FLAT
+    luma = round(0.299 * red + 0.587 * green + 0.114 * blue)
+    colour: list[float] = [luma] * 3 if name.startswith("grey") else [red, green, blue]
+    if name.startswith("bits"):
+        colour = [255 * (luma > 127)] * 3
+    kept = {"palette-alphas.png": 80, "grey-alpha.png": alpha, "alpha.png": alpha, "lossless.webp": alpha}
+    opaque = kept.get(name, 255) / 255
+    path.write_bytes(files_of(size, noise=False)[name])
+    found = read_rgb(path, exif=True)
+    assert found.shape == (*(size if "turned" in name else size[::-1]), 3)
+    lossy = name.endswith(LOSSY)
+    expected = np.array(colour) * opaque + 255 * (1 - opaque)
+    assert np.abs(found - expected).max() <= (4 if lossy else 1)
+    read_every_way(path)
+    path.write_bytes(files_of(size, noise=True)[name])
+    read_every_way(path)
+    exact = (
+        name.startswith(("plain", "turned", "deep", "pages", "text", "lzw", "cmyk", "animated.png"))
+        and not lossy
+    )
+    if exact and not name.endswith("gif"):
+        shown = pixels_of(size, noise=True)[..., :3]
+        assert (read_rgb(path, exif=True) == (np.rot90(shown, -1) if "turned" in name else shown)).all()
 
 
 @cases(100, 3000)
