@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import io
+from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
@@ -19,6 +21,7 @@ from calm.data import load_splits
 from calm.data.check import check
 from calm.data.cue_files import read_class_attributes
 from calm.data.prepare import prepare
+from calm.data.prepare.sources import PUBLISHED
 from calm.errors import CalmError
 
 
@@ -200,6 +203,42 @@ def test_metadata_comes_from_an_address_with_its_checksum(tmp_path, ilsvrc):
     prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url, metadata_sha256=digest)
     assert check(prepared.root, metadata_root=prepared.metadata_root).ok
     assert [path.name for path in (tmp_path / "out/metadata").iterdir()] == ["ILSVRC"]
+
+
+HASHED = f"0/{'af' * 20}.jpeg"
+
+
+def test_images_named_by_hashes_get_the_names_of_the_lists(tmp_path, ilsvrc):
+    """Today's archives of ImageNetV2 and the mapping that the published lists have for them."""
+    make_tar(ilsvrc / "imagenetv2-top.tar.gz", {f"imagenetv2-top-format-val/{HASHED}": picture()})
+    prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
+    assert any("named by hashes" in note for note in prepared.notes)
+    mapping = {"metadata/ILSVRC/val/mapping.txt": f"0/0.jpeg, {HASHED}\n0/1.jpeg, {HASHED}\n".encode()}
+    make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS) | mapping)
+    for _ in range(2):
+        prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
+        assert [path.name for path in (tmp_path / "out/dataset/ImageNetV2/val2/0").iterdir()] == ["0.jpeg"]
+    assert check(prepared.root, metadata_root=prepared.metadata_root).ok
+
+
+@pytest.mark.parametrize("line", [f"../../0.jpeg, {HASHED}", f"0/0.jpeg {HASHED}", "0/0.jpeg, ../x.jpeg"])
+def test_a_mapping_that_names_other_files_is_refused(tmp_path, ilsvrc, line):
+    make_tar(ilsvrc / "imagenetv2-top.tar.gz", {f"imagenetv2-top-format-val/{HASHED}": picture()})
+    mapping = {"metadata/ILSVRC/val/mapping.txt": line.encode()}
+    make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS) | mapping)
+    with pytest.raises(CalmError, match=r"mapping\.txt:1"):
+        prepare("ilsvrc", [ilsvrc], tmp_path / "out")
+
+
+def test_the_published_metadata_are_fetched_by_name(tmp_path, ilsvrc, monkeypatch):
+    """The published archive is that of the whole repository: one folder, named by the commit."""
+    inside = {f"wsolevaluation-e99726/{name}": data for name, data in lists("ILSVRC", ILSVRC_IDS).items()}
+    archive = make_zip(tmp_path / "repository.zip", inside)
+    published = PUBLISHED["metadata"]
+    assert urlsplit(published.url).scheme == "https"
+    monkeypatch.setitem(PUBLISHED, "metadata", replace(published, url=archive.as_uri()))
+    prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url="published")
+    assert check(prepared.root, metadata_root=prepared.metadata_root).ok
 
 
 @pytest.mark.parametrize(

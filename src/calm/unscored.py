@@ -46,7 +46,8 @@ class Unscored:
         return logits
 
     def scores(self) -> Float[Tensor, "b 1 h w"]:
-        """s, the location scores. As a product of one row: as a convolution it takes five times longer on a CPU."""
+        """s, the location scores. As a product of one row: a convolution takes four times as long on a CPU
+        (benchmarks/README.md)."""
         if not self.direct():
             scores: Tensor = self.attention(self.features)
             return scores

@@ -10,7 +10,7 @@ from typing import NoReturn
 from calm.atomic import remove_abandoned
 from calm.data.prepare.cub import prepare_cub
 from calm.data.prepare.fetch import place_metadata
-from calm.data.prepare.large import prepare_ilsvrc, prepare_openimages
+from calm.data.prepare.large import name_as_listed, prepare_ilsvrc, prepare_openimages
 from calm.data.prepare.sources import list_archives
 from calm.data.prepare.staging import Prepared
 from calm.data.prepare.tiny_imagenet import prepare_tiny_imagenet
@@ -24,7 +24,8 @@ DATA_SETS = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "t
 EXAMPLES = """examples:
   calm data prepare cub --from downloads --out .
   calm data prepare tiny-imagenet --from tiny-imagenet-200.zip --out tiny --classes n01443537,n01629819
-  calm data prepare ilsvrc --from downloads metadata.zip --out ."""
+  calm data prepare ilsvrc --from downloads metadata.zip --out .
+  calm data prepare openimages30k --from downloads --out . --metadata_url published"""
 
 
 def prepare(
@@ -45,7 +46,8 @@ def prepare(
         out: gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
             ``images/``, ``metadata/`` and ``classes.txt``.
         classes: of Tiny ImageNet: WordNet ids separated by commas, or a file of them; empty: all 200.
-        metadata_url: https address of an archive of the released metadata.
+        metadata_url: https address of an archive of the released metadata, or ``published`` for that of the
+            published evaluator. Nothing is fetched without it.
         metadata_sha256: its checksum.
         partial: wrong sizes, checksums and counts are notes and no errors.
 
@@ -72,6 +74,8 @@ def prepare(
     work = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
     work(found, out, prepared)
     place_metadata(released, out, found, prepared, metadata_url, metadata_sha256)
+    if name == "ilsvrc":
+        name_as_listed(out, prepared)
     return prepared
 
 
@@ -101,7 +105,11 @@ def main(words: Sequence[str]) -> Prepared:
     )
     parser.add_argument("--out", required=True, help="folder that gets dataset/ and metadata/")
     parser.add_argument("--classes", default="", help="tiny-imagenet: WordNet ids, or a file of them")
-    parser.add_argument("--metadata_url", default="", help="https address of the released metadata's archive")
+    parser.add_argument(
+        "--metadata_url",
+        default="",
+        help="fetch the released metadata: https address of its archive, or 'published' for the one on GitHub",
+    )
     parser.add_argument("--metadata_sha256", default="", help="its checksum")
     parser.add_argument("--partial", action="store_true", help="wrong checksums and counts are only noted")
     return prepare(**vars(parser.parse_args(list(words))))

@@ -26,7 +26,7 @@ def place_metadata(
 ) -> None:
     """Put the lists of data set ``name`` (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
 
-    Without an archive or address this is only a note.
+    Without an archive or address this is only a note. The address ``published`` stands for that of `PUBLISHED`.
 
     Raises:
         CalmError: the archive has no such lists; the download fails.
@@ -38,12 +38,13 @@ def place_metadata(
             _unpack_lists(found[0], final, name)
         elif url:
             with working_folder(final) as folder:
-                download(url, folder / "download", sha256)
+                address = PUBLISHED["metadata"].url if url == "published" else url
+                download(address, folder / "download", sha256)
                 _unpack_lists(folder / "download", final, name)
         else:
             prepared.notes.append(
                 f"no metadata lists: put metadata.zip from {PUBLISHED['metadata'].where} into --from, "
-                "or give --metadata_url"
+                "or give --metadata_url published to fetch it"
             )
             return
     if final.exists():

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from calm.data.lines import numbered
 from calm.data.prepare.archives import unpack
 from calm.data.prepare.sources import PUBLISHED, find
 from calm.data.prepare.staging import Prepared, merge, staged
 from calm.errors import CalmError
 
-__all__ = ["prepare_ilsvrc", "prepare_openimages"]
+__all__ = ["name_as_listed", "prepare_ilsvrc", "prepare_openimages"]
 
 ILSVRC = {"train": 1_281_167, "val": 50_000, "val2": 10_000}
 OPENIMAGES = {"train": 29_819, "val": 2_500, "test": 5_000}
 IMAGES = {".jpg", ".jpeg"}
+HASH = 40
+"""Characters of a file's name by hash."""
+LISTED_AND_HASHED = re.compile(r"(\d+/\d+\.jpeg),\s*(\d+/[0-9a-f]{40}\.jpeg)")
 
 
 def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
@@ -43,6 +48,36 @@ def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> N
                 _unwrapped(work / "archive", part).replace(result)
         else:
             prepared.expect(f"{part} images", _images(final), ILSVRC[part])
+
+
+def name_as_listed(out: Path, prepared: Prepared) -> None:
+    """Give ImageNetV2's images the names that the released lists have for them, ``0/0.jpeg`` to ``999/9.jpeg``.
+
+    Its archives of today call them by hashes. The lists of the published evaluator come with ``val/mapping.txt``, a
+    line of the name in the lists, a comma and the name by hash for each image. Without it this is only a note.
+
+    Raises:
+        CalmError: a line that is not so.
+    """
+    images, mapping = (
+        out / "dataset" / "ImageNetV2" / "val2",
+        out / "metadata" / "ILSVRC" / "val" / "mapping.txt",
+    )
+    hashed = any(len(path.stem) == HASH for path in images.glob("*/*"))
+    if not hashed:
+        return
+    if not mapping.is_file():
+        prepared.notes.append(
+            f"images of {images} are named by hashes, lists have 0/0.jpeg: {mapping.name} of"
+            f" {PUBLISHED['metadata'].where} tells which is which, --metadata_url published fetches it"
+        )
+        return
+    for line, text in numbered(mapping):
+        names = LISTED_AND_HASHED.fullmatch(text)
+        if names is None:
+            raise CalmError(f"{mapping}:{line}: {text!r:.200} is not 'class/number.jpeg, class/hash.jpeg'")
+        if (images / names[2]).is_file():
+            (images / names[2]).rename(images / names[1])
 
 
 def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:

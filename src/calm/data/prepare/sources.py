@@ -23,12 +23,14 @@ class Published:
         where: where to get it.
         md5: published checksum; empty if none is.
         size: published size in bytes; 0 if none is.
+        url: of the archive itself, for what `calm data prepare` fetches when it is asked to.
     """
 
     patterns: tuple[str, ...]
     where: str
     md5: str = ""
     size: int = 0
+    url: str = ""
 
 
 PUBLISHED: dict[str, Published] = {
@@ -51,7 +53,8 @@ PUBLISHED: dict[str, Published] = {
         ("ilsvrc2012_img_val.tar",), "https://image-net.org (account)", "29b22e2961454d5413ddabcf34fc5622"
     ),
     "imagenetv2": Published(
-        ("imagenetv2*", "imagenet-v2*", "val2.*"), "https://github.com/modestyachts/ImageNetV2"
+        ("imagenetv2*", "imagenet-v2*", "val2.*"),
+        "https://github.com/modestyachts/ImageNetV2 (imagenetv2-threshold0.7.tar.gz)",
     ),
     "openimages": Published(
         ("*openimages*", "train.*", "val.*", "test.*"),
@@ -64,7 +67,9 @@ PUBLISHED: dict[str, Published] = {
         248100043,
     ),
     "metadata": Published(
-        ("*metadata*", "wsolevaluation*"), "https://github.com/clovaai/wsolevaluation (folder metadata)"
+        ("*metadata*", "wsolevaluation*"),
+        "https://github.com/clovaai/wsolevaluation (folder metadata)",
+        url="https://github.com/clovaai/wsolevaluation/archive/e9972606b18064ea886f098f2b5b29b9ade75f09.zip",
     ),
 }
 
