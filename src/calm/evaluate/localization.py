@@ -70,7 +70,7 @@ def localization(
     if batch_size < 1:
         raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
-    cuts = {"masks": subject.thresholds, "boxes": getattr(subject, "box_thresholds", subject.thresholds)}
+    cuts = {"masks": subject.thresholds, "boxes": subject.box_thresholds}
     judges = [_JUDGES[kind](cuts[kind], split, size, replicates, seed, device) for kind in kinds]
     pointing = PointingGame(replicates=replicates, seed=seed).to(device)
     energy = EnergyInside(replicates=replicates, seed=seed).to(device)

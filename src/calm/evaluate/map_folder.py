@@ -48,6 +48,11 @@ class MapFolder:
     thresholds: Thresholds
     about: Mapping[str, Any]
 
+    @property
+    def box_thresholds(self) -> Thresholds:
+        """Of boxes: the same, the maps are taken as they are."""
+        return self.thresholds
+
     def maps(self, places: Sequence[int]) -> Float[Tensor, "b h w"]:
         """The maps of images by their places in the split, float32 or wider."""
         return torch.from_numpy(np.stack([_wide(_read(self.files[place])) for place in places]))
