@@ -118,6 +118,7 @@ def test_the_yaml_reader(tmp_path_factory: pytest.TempPathFactory, data: st.Data
     [
         ("data: !!python/object/apply:os.system ['touch {canary}']", "could not determine a constructor"),
         ("data: !!python/name:os.system ''", "could not determine a constructor"),
+        ("data: x\nlr: !!float ''\n", "as YAML"),
         ("data: x\nlr: 1\nlr: 2\n", "'lr' is twice"),
         ("data: &a [*a]\n", "more than 5,000 values"),
         ("[1, 2]", "no list of 'setting: value'"),

@@ -152,7 +152,7 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
         return loader.construct_document(node)
     except CalmError:
         raise
-    except (yaml.YAMLError, ValueError, TypeError, OverflowError, AttributeError, RecursionError) as error:
+    except Exception as error:  # PyYAML's makers of values fail in any way: IndexError for an empty !!float
         raise CalmError(f"cannot read {what} {path} as YAML: {error}") from error
 
 
