@@ -91,6 +91,18 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
         "R",
         "top-1",
     ]
+    split = calm.data.load_split(place / "birds", "test")
+    told = [
+        runner.place(
+            "remove-and-classify",
+            calm.evaluate.model_subject(calm.load(place / "cam")),
+            runner.Data.of(split, place / "birds"),
+            tmp_path,
+            {"fractions": given},
+        )
+        for given in ([0.1, 0.3, 0.5, 0.7, 0.9], (0.1, 0.3, 0.5, 0.7, 0.9))
+    ]
+    assert told[0] == told[1]
     monkeypatch.setattr(Result, "save", lambda *_: pytest.fail("computed again"))
     said = evaluate([*flags, "--fill", "zero", "--fractions", "0.1", "0.3", "0.5", "0.7", "0.9"])[0]
     assert said.figures == usual.figures
@@ -133,6 +145,35 @@ def test_other_annotation_is_another_result(place, tmp_path):
     PIL.Image.fromarray(255 - np.asarray(PIL.Image.open(mask))).save(mask)
     masks = places(runner.Data.of(split, tmp_path / "birds"))
     assert changed(points, masks) == {"cue-localization", "localization"}
+    narrow = replace(split, records=(replace(split.records[0], size=(1, 2)), *split.records[1:]))
+    assert changed(masks, places(runner.Data.of(narrow, tmp_path / "birds"))) == set(calm.evaluate.BENCHMARKS)
+    (tmp_path / "birds/attributes/attributes.txt").rename(tmp_path / "attributes.txt")  # as in CUB's archive
+    moved = places(runner.Data.of(split, tmp_path / "birds"))
+    (tmp_path / "attributes.txt").write_text(
+        (tmp_path / "attributes.txt").read_text().replace("wing", "tail")
+    )
+    assert changed(moved, places(runner.Data.of(split, tmp_path / "birds"))) == {"cue-localization"}
+
+
+def test_a_stored_result_is_found_whatever_its_row_is_called_beside_others(place, tmp_path):
+    import shutil
+
+    shutil.copytree(place / "cam", tmp_path / "cam")
+    torch.manual_seed(1)
+    calm.create_model(
+        "small_resnet", 4, "cam", preprocessing=calm.Preprocessing(size=(48, 48))
+    ).save_pretrained(tmp_path / "other")
+    alone = ["classification", *words(tmp_path, "--out", str(tmp_path / "out"), models=("cam",))]
+    alone[alone.index(str(tmp_path / "birds"))] = str(place / "birds")
+    (first,) = evaluate(alone)
+    alone[alone.index("--model") + 1 : alone.index("--data")] = [
+        str(tmp_path / "cam"),
+        str(tmp_path / "other"),
+    ]
+    both = evaluate(alone)
+    assert [result.label for result in both] == ["CAM cam (cam)", "CAM cam (other)"]
+    assert both[0].figures == first.figures
+    assert len(list((tmp_path / "out/classification").glob("*.json"))) == 2
 
 
 def test_another_model_of_the_same_weights_has_results_of_its_own(place, tmp_path):
@@ -259,6 +300,8 @@ def test_labels_with_brackets_are_shown_as_they_are():
 
 
 def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
+    import shutil
+
     import numpy as np
 
     split = calm.data.load_split(place / "birds", "test")
@@ -277,3 +320,14 @@ def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
             evaluate(["localization", *words(place, "--maps", str(tmp_path / "maps"), *flag, models=())[1:]])
     with pytest.raises(CalmError, match="nothing to evaluate"):
         evaluate(["localization", "--data", str(place / "birds")])
+    for flag in (["--workers", "2"], ["--device", "cpu"]):
+        with pytest.raises(CalmError, match="--workers and --device are about models"):
+            evaluate(
+                ["localization", "--data", str(place / "birds"), "--maps", str(tmp_path / "maps"), *flag]
+            )
+    (tmp_path / "maps").rename(tmp_path / "one")
+    for name in ("a", "b"):
+        shutil.copytree(tmp_path / "one", tmp_path / name / "maps")
+    flags = ["--data", str(place / "birds"), "--out", str(tmp_path / "two"), "--replicates", "20"]
+    both = evaluate(["localization", "--maps", str(tmp_path / "a/maps"), str(tmp_path / "b/maps"), *flags])
+    assert [result.label for result in both] == ["maps (a)", "maps (b)"]

@@ -307,6 +307,14 @@ def test_an_image_listed_twice_has_no_part_points(tmp_path: Path) -> None:
             read_part_points(tmp_path)
 
 
+def test_a_table_of_no_attributes_is_refused(tmp_path: Path) -> None:
+    write_cues(tmp_path)
+    for name in ("attributes", "class_attribute_labels_continuous"):
+        (tmp_path / "attributes" / f"{name}.txt").write_text("\n")
+    with pytest.raises(CalmError, match=r"attributes\.txt lists no attribute"):
+        read_class_attributes(tmp_path)
+
+
 def test_a_message_never_repeats_a_long_line(tmp_path: Path) -> None:
     root = write_pack(tmp_path)
     (root / "metadata" / "train" / "image_ids.txt").write_text("n" * 900_000)
@@ -332,8 +340,8 @@ def test_class_indices_start_at_0_or_1(tmp_path: Path) -> None:
         read_names(tmp_path / "classes.txt")
 
 
-@pytest.mark.parametrize("line", ["1 1 nan 2 1", "1 1 2 inf 1", "1 1.5 2 2 1"])
-def test_part_points_are_finite_and_parts_whole_numbers(tmp_path: Path, line: str) -> None:
+@pytest.mark.parametrize("line", ["1 1 nan 2 1", "1 1 2 inf 1", "1 1 2e9 1 1", "1 1.5 2 2 1"])
+def test_part_points_are_near_and_parts_whole_numbers(tmp_path: Path, line: str) -> None:
     write_cues(tmp_path)
     write_lines(tmp_path / "parts" / "part_locs.txt", [line])
     with pytest.raises(CalmError, match=r"part_locs\.txt:1"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import oracle
@@ -14,6 +15,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calm import latent
+from calm.errors import CalmError
 from calm.output import CalmOutput
 
 
@@ -143,3 +145,14 @@ def test_nothing_is_computed_before_it_is_asked():
     assert {name for name, _ in given} == {"logits", "scores"}
     out.loss(torch.tensor([0, 1]))
     assert {name for name, _ in set(out._values) - given} == {"log_normalizer", "log_prior"}
+
+
+def test_a_name_that_is_none_is_refused_and_not_taken_for_another():
+    output = CalmOutput(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3))
+    with pytest.raises(CalmError, match="did you mean 'calm-ml'"):
+        output.loss(torch.tensor([0]), method="calm-mll")
+    log_prior = inspect.unwrap(latent.log_prior)  # without the check of types that tests add
+    with pytest.raises(CalmError, match="did you mean 'softplus'"):
+        log_prior(torch.zeros(1, 1, 3, 3), "softplu")
+    with pytest.raises(CalmError, match="did you mean 'constant'"):
+        log_prior(torch.zeros(1, 1, 3, 3), denominator="const")

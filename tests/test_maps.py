@@ -113,3 +113,9 @@ def test_wrong_questions_are_refused_with_the_value_and_the_choices(targets, kin
 def test_a_cam_model_has_no_joint():
     with pytest.raises(CalmError, match="CAM model: choose one of cam"):
         canonical_kind("jointll", "cam")
+
+
+def test_no_image_has_no_map():
+    none = CalmOutput(torch.zeros(0, 5, 3, 2), torch.zeros(0, 1, 3, 2))
+    for kind, options in (("jointll", {}), ("jointll-superclass", {"superclass": SUPERCLASS})):
+        assert none.attribute(torch.zeros(0, dtype=torch.int64), kind, **options).shape == (0, 3, 2)

@@ -71,7 +71,9 @@ def test_thresholds_are_the_protocols():
     assert log[-1] == 1
 
 
-@pytest.mark.parametrize("wrong", [[0.5, 0.5], [0.7, 0.1], [-0.1, 0.5], [0.5, 1.5], []])
+@pytest.mark.parametrize(
+    "wrong", [[0.5, 0.5], [0.7, 0.1], [-0.1, 0.5], [0.5, 1.5], [], [float("nan")], [0.1, float("nan"), 0.5]]
+)
 def test_own_thresholds_must_ascend_within_0_and_1(wrong):
     with pytest.raises(CalmError, match="ascending"):
         thresholds(torch.tensor(wrong))

@@ -241,12 +241,18 @@ def test_without_pairs_or_parts_there_is_no_figure():
         metric.compute()
 
 
-def test_maps_of_zeros_have_no_released_figure_and_a_strict_one():
+@pytest.mark.parametrize("counting", ["strict", "released"])
+def test_a_pair_that_maps_miss_entirely_counts_and_one_that_no_image_shows_does_not(counting):
+    """By hand: a map of zeros is below all thresholds: its precision is 0 or, as released, no pixel is counted."""
     truth = torch.tensor([[[True, False], [False, False]]])
-    for counting, expected in (("strict", 0.0), ("released", math.nan)):
-        metric = CueLocalization([1], "log", counting, replicates=20)
-        metric.update(torch.zeros(1, 2, 2), truth, torch.tensor([0]))
-        assert metric.compute().mean.value == pytest.approx(expected, nan_ok=True)
+    metric = CueLocalization([1, 1, 1], "log", counting, replicates=20)
+    metric.update(truth.float(), truth, torch.tensor([0]))
+    metric.update(torch.zeros(1, 2, 2), truth, torch.tensor([1]))
+    metric.update(truth.float(), torch.zeros_like(truth), torch.tensor([2]))
+    result = metric.compute()
+    assert result.per_pair[:2] == (1.0, 0.0)
+    assert (math.isnan(result.per_pair[2]), result.empty) == (True, 1)
+    assert result.mean.value == 0.5
 
 
 @pytest.mark.parametrize("wrong", [-1, 2])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from calm.normalize import normalize
+from calm.normalize import normalize, resize_and_normalize
 
 MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
 
@@ -34,6 +34,7 @@ def test_values(how, want):
         torch.full((2, 2), 0.7),
         torch.tensor([[0.1, math.nan], [0.2, 0.3]]),
         torch.tensor([[0.1, math.inf], [0, 0]]),
+        torch.tensor([[-3e38, 3e38], [0, 1]]),
     ],
 )
 def test_a_constant_or_non_finite_map_becomes_zeros_and_its_neighbour_does_not(how, bad):
@@ -49,3 +50,14 @@ def test_max_of_an_all_negative_map_is_zeros():
 
 def test_half_precision_maps_are_normalised_in_float32():
     assert normalize(torch.rand(2, 3, 3).half(), "minmax").dtype == torch.float32
+
+
+@pytest.mark.parametrize("how", ["minmax", "max", "clipping"])
+@pytest.mark.parametrize("side", [5, 6, 7, 12, 14, 28])
+def test_a_map_that_is_constant_on_its_grid_stays_without_information_in_any_size(how, side):
+    """Interpolation leaves differences in the last bit: 1/144 on a 12x12 grid comes out in two values."""
+    maps = torch.stack([torch.full((side, side), 1 / side**2), torch.rand(side, side)])
+    got = resize_and_normalize(maps, (224, 224), how)
+    assert not got[0].any()
+    assert got[1].max() > 0.5
+    assert got[1].min() < 0.5

@@ -144,6 +144,8 @@ def test_tiny_imagenet_is_split_and_written_in_the_metadata_format(tmp_path, mon
     }
     with pytest.raises(CalmError, match="other classes"):
         prepare("tiny-imagenet", [archive], out, classes="n00000001", partial=True)
+    with pytest.raises(CalmError, match="2 classes, expected 200"):  # all of them are asked for
+        prepare("tiny-imagenet", [archive], out)
     prepare("tiny-imagenet", [archive], tmp_path / "again", classes=str(out / "classes.txt"), partial=True)
     assert (tmp_path / "again/classes.txt").read_text() == (out / "classes.txt").read_text()
 
@@ -154,6 +156,14 @@ def test_classes_that_the_archive_has_not_are_refused(tmp_path, classes):
     with pytest.raises(CalmError, match="class"):
         prepare("tiny-imagenet", [archive], tmp_path / "out", classes=classes, partial=True)
     assert not (tmp_path / "out").exists()
+
+
+def test_as_many_classes_as_there_are_can_be_named():
+    """Together they are longer than the name of a file can be."""
+    ids = [f"n{number:08d}" for number in range(200)]
+    assert tiny.read_classes(",".join(ids)) == ids
+    with pytest.raises(CalmError, match="no WordNet id"):
+        tiny.read_classes(",".join([*ids, "cat"]))
 
 
 def lists(name: str, images: dict[str, str]) -> dict[str, bytes]:
@@ -215,6 +225,11 @@ def test_images_named_by_hashes_get_the_names_of_the_lists(tmp_path, ilsvrc):
     assert any("named by hashes" in note for note in prepared.notes)
     mapping = {"metadata/ILSVRC/val/mapping.txt": f"0/0.jpeg, {HASHED}\n0/1.jpeg, {HASHED}\n".encode()}
     make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS) | mapping)
+    other = tmp_path / "out/dataset/ImageNetV2/val2/0" / f"{'b' * 40}.jpeg"
+    other.write_bytes(picture())
+    notes = prepare("ilsvrc", [ilsvrc], tmp_path / "out", partial=True).notes
+    assert any(f"has no name for 1 images, the first is {other}" in note for note in notes)
+    other.unlink()
     for _ in range(2):
         prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
         assert [path.name for path in (tmp_path / "out/dataset/ImageNetV2/val2/0").iterdir()] == ["0.jpeg"]
@@ -243,7 +258,12 @@ def test_the_published_metadata_are_fetched_by_name(tmp_path, ilsvrc, monkeypatc
 
 @pytest.mark.parametrize(
     ("url", "message"),
-    [("http://localhost/x.zip", "only https"), ("https://localhost:1/x.zip", "without a network")],
+    [
+        ("http://localhost/x.zip", "only https"),
+        ("https://localhost:1/x.zip", "without a network"),
+        ("https://local host/x.zip", "cannot fetch"),
+        ("https://localhost:port/x.zip", "cannot fetch"),
+    ],
 )
 def test_an_address_that_cannot_be_fetched_is_a_clear_error(tmp_path, ilsvrc, url, message):
     with pytest.raises(CalmError, match=message):

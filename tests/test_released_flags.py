@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from data_files import write_pack
+from data_files import write_lines, write_pack
 from released_cub import write_released_cub
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from calm.model import CalmModel, create_model
 from calm.preprocess import Preprocessing
 from calm.released_commands.data import proxy_lists
 from calm.released_commands.flags import Flags, build_parser, parse
+from calm.released_commands.performance import Performance
 from calm.released_commands.remove_and_classify import measure
 from calm.released_commands.subject import released_subject
 from calm.released_commands.train import train_config
@@ -231,7 +232,16 @@ def test_proxy_lists_keep_the_named_training_images_only(tmp_path: Path) -> None
         proxy_lists(given)
     chosen = ["images/train/1.png", "images/train/4.png"]
     (tmp_path / "lists" / "CUB" / "train" / "image_ids_proxy.txt").write_text("\n".join(chosen) + "\n")
+    write_lines(tmp_path / "lists" / "CUB" / "classes.txt", ["0 cat", "1 dog", "2 cow"])
     lists = proxy_lists(given)
+    assert load_split(pack, "train", metadata_root=lists).class_names == ("cat", "dog", "cow")
     assert (lists / "train" / "image_ids.txt").read_text().split() == chosen
     assert (lists / "train" / "class_labels.txt").read_text().split() == [f"{chosen[0]},0", f"{chosen[1]},1"]
     assert (lists / "test" / "image_ids.txt").read_text().count("\n") == 2
+
+
+@pytest.mark.parametrize("text", ["[]", "1", '{"train": 3}', '{"train": {"cls": {}}}', '{"more": {}}'])
+def test_a_damaged_log_of_performance_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "performance_log.json").write_text(text)
+    with pytest.raises(CalmError, match=r"performance_log\.json"):
+        Performance.read(tmp_path)

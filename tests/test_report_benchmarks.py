@@ -17,6 +17,7 @@ from calm.data.birds import write_birds
 from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate.result import Curve, Result, figure_spec
+from calm.evaluate.subject import weights_digest
 from calm.metrics.bootstrap import Estimate
 from calm.model import create_model
 from calm.preprocess import Preprocessing
@@ -256,6 +257,7 @@ def birds(tmp_path_factory):
         "model": str(folder / "model"),
         "method": "jointll",
         "options": {},
+        "weights": weights_digest(model),
         "normalization": "clipping",
     }
     return folder, split, model.eval(), {"data": data, "subject": subject}, scores
@@ -302,6 +304,16 @@ def test_without_model_or_data_the_gallery_is_a_sentence(birds, tmp_path):
     html = gallery_section(group(made(provenance=lost, scores=scores))).body
     assert "its model is no longer at" in html
     assert html.count("data:image/jpeg") == 10  # the images themselves are there
+    for changes, words in (
+        ({"model": "owner/name"}, "its model owner/name is no folder"),
+        ({"weights": "0" * 64}, "has other weights now"),
+        ({"maps": str(tmp_path)}, f"cannot read map {tmp_path}"),
+    ):
+        for name in scores:
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / f"{name}.npy").write_bytes(b"damaged")
+        other = {**provenance, "subject": {**provenance["subject"], **changes}}
+        assert words in gallery_section(group(made(provenance=other, scores=scores))).body
     moved = {**provenance, "data": {**provenance["data"], "root": str(tmp_path / "moved")}}
     html = gallery_section(group(made(provenance=moved, scores=scores))).body
     assert "the data cannot be read any more" in html

@@ -22,6 +22,7 @@ Source: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution"
 from __future__ import annotations
 
 import math
+from typing import get_args
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calm.choices import PriorActivation, PriorDenominator
+from calm.errors import unknown
 
 __all__ = [
     "PriorActivation",
@@ -83,7 +85,14 @@ def log_prior(
     Returns:
         Log-probabilities whose exponentials sum to 1 over (h, w); -inf where a location has no mass. An image whose
         activations are all 0 (possible with ``relu``) gets the uniform prior, and no gradient to its scores.
+
+    Raises:
+        CalmError: an unknown activation or denominator.
     """
+    if activation not in _LOG_ACTIVATIONS:
+        raise unknown("prior activation", activation, _LOG_ACTIVATIONS)
+    if denominator not in get_args(PriorDenominator):
+        raise unknown("prior denominator", denominator, get_args(PriorDenominator))
     log_activation = _LOG_ACTIVATIONS[activation](widen(scores).squeeze(1))
     dead = (log_activation == -math.inf).all(dim=(-2, -1), keepdim=True)
     log_activation = torch.where(dead, torch.zeros_like(log_activation), log_activation)

@@ -215,7 +215,9 @@ def _members(
                 f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {output.num_classes - 1}"
             )
         rows.append(members)
-    longest = max(map(len, rows))
-    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=targets.device)
-    valid = torch.tensor([[i < len(row) for i in range(longest)] for row in rows], device=targets.device)
+    longest = max(map(len, rows), default=1)
+    padded = targets.new_tensor([row + [0] * (longest - len(row)) for row in rows])
+    valid = torch.tensor(
+        [[i < len(row) for i in range(longest)] for row in rows], dtype=torch.bool, device=targets.device
+    )
     return padded.view(*targets.shape, longest), valid.view(*targets.shape, longest)

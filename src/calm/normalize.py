@@ -1,7 +1,8 @@
 """Normalisations of a score map before it is thresholded, shown or compared.
 
 Each takes maps of any leading shape, looks at one map (the last two axes) at a time, and returns new tensors.
-A constant map says nothing about where, and a NaN or infinite one says nothing at all: both become zeros.
+A constant map says nothing about where, and a NaN or infinite one (or one whose range is) says nothing at all: all
+become zeros.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ from torch import Tensor
 
 from calm.errors import unknown
 from calm.latent import widen
+from calm.resample import resize_maps
 
-__all__ = ["Normalization", "normalize"]
+__all__ = ["Normalization", "normalize", "resize_and_normalize"]
 
 Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
 
@@ -40,7 +42,7 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
     values = widen(maps)
     low = values.amin(dim=(-2, -1), keepdim=True)
     high = values.amax(dim=(-2, -1), keepdim=True)
-    usable = low.isfinite() & high.isfinite() & (high > low)
+    usable = (high - low).isfinite() & (high > low)
     if how == "clipping":
         scaled = values.clamp(0, 1)
     elif how == "max":
@@ -48,3 +50,15 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
     else:
         scaled = (values - low) / torch.where(usable, high - low, 1.0)
     return torch.where(usable, scaled, torch.zeros_like(scaled))
+
+
+def resize_and_normalize(
+    maps: Float[Tensor, "*n h w"], size: tuple[int, int], how: Normalization
+) -> Float[Tensor, "*n H W"]:
+    """Maps as protocols compare them: resized to ``size`` = (height, width) in pixels, then normalised.
+
+    A map that is constant on its own grid becomes zeros, as in `normalize`: interpolation would give it differences in
+    the last bit, which ``minmax`` would stretch to [0, 1].
+    """
+    constant = (maps == maps[..., :1, :1]).flatten(-2).all(dim=-1)
+    return normalize(resize_maps(maps.masked_fill(constant[..., None, None], 0), size), how)

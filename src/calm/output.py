@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from calm import latent, maps, objectives
-from calm.errors import CalmError
+from calm.errors import CalmError, unknown
 from calm.latent import PriorActivation, PriorDenominator, widen
 from calm.unscored import Unscored
 
@@ -252,6 +252,8 @@ class CalmOutput:
         """
         if method == "calm-em":
             return self._em_loss(targets, temperature, teacher, samples).mean()
+        if method != "calm-ml":
+            raise unknown("loss method", method, ("calm-em", "calm-ml"))
         if temperature != 1.0 or teacher is not None or samples is not None:
             raise CalmError(
                 "temperature, teacher and samples belong to the E-step: they need method 'calm-em'"

@@ -13,7 +13,6 @@ name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -32,6 +31,9 @@ __all__ = ["read_class_attributes", "read_pairs", "read_part_points", "read_segm
 
 MOST_PARTS = 1000
 """Parts of a data set, at most."""
+
+FARTHEST = 1e6
+"""Pixels: the largest coordinate of a part point."""
 
 PRESENT_PERCENT = 50.0
 """A class has an attribute if at least this percentage of its annotations say so."""
@@ -56,6 +58,8 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
         if number != str(len(names) + 1) or not name:
             raise CalmError(f"{path}:{line}: {text!r} is not '{len(names) + 1} NAME'")
         names.append(name.strip())
+    if not names:
+        raise CalmError(f"{path} lists no attribute")
     table = root / "attributes" / "class_attribute_labels_continuous.txt"
     rows = [_percentages(table, line, text, len(names)) for line, text in numbered(table)]
     return tuple(names), torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)) >= PRESENT_PERCENT
@@ -109,9 +113,9 @@ def read_part_points(root: Path) -> PartPoints:
         number, _, rest = text.partition(" ")
         values = _floats(rest)
         whole = len(values) == 4 and values[0] % 1 == 0 and values[3] in (0, 1)
-        if not whole or not all(map(math.isfinite, values)):
+        if not whole or not all(abs(value) <= FARTHEST for value in values):
             raise CalmError(
-                f"{path}:{line}: {text!r:.200} is not 'image-number part-number x y visible(0|1)'"
+                f"{path}:{line}: {text!r:.200} is not 'image-number part-number x y visible(0|1)', or far outside"
             )
         if number not in places or not 1 <= values[0] <= parts:
             raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {values[0]:g}")

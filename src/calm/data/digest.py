@@ -21,7 +21,7 @@ def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
     Args:
         split: the images.
         file_sizes: include the number of bytes of each image file, which finds most changed files without
-            reading them.
+            reading them, and the sizes that the annotation says the images have.
 
     Raises:
         CalmError: with ``file_sizes``, a missing file.
@@ -31,7 +31,7 @@ def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
         masks = [_relative(mask, split.root) for mask in record.all_masks]
         line: list[Any] = [record.id, record.label, record.boxes, masks]
         if file_sizes:
-            line.append(_bytes(record.path))
+            line += [_bytes(record.path), record.size]
         digest.update(json.dumps(line).encode())
     return digest.hexdigest()
 

@@ -63,7 +63,7 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
     options = _options(asked, names)
     split = load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root)
     names = _possible(names, split, asked.data, everything=everything)
-    subjects: list[Subject | MapFolder] = [*_subjects(asked, split), *_folders(asked, split)]
+    subjects = _told_apart([*_subjects(asked, split), *_folders(asked, split)])
     out = asked.out or _default_out(asked.model)
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
@@ -117,6 +117,8 @@ def _check(asked: argparse.Namespace, names: Sequence[str]) -> None:
             raise CalmError(
                 f"--{name} is about models, and maps are taken as they are: leave it out, or give --model"
             )
+    if not asked.model and (asked.workers or asked.device != "auto"):
+        raise CalmError("--workers and --device are about models: leave them out, or give --model")
     for flag in ("norm", "thresholds"):
         if getattr(asked, flag) is not None and not any(flag in BENCHMARKS[name].reads for name in names):
             raise CalmError(f"{asked.benchmark} does not read --{flag}: leave it out")
@@ -197,7 +199,7 @@ def _subjects(asked: argparse.Namespace, split: Split) -> list[Subject]:
         if method not in used:
             family = MAP_KINDS[method].family.upper()
             raise CalmError(f"--method {method} needs a {family} model, and none of --model is one")
-    return _told_apart(subjects)
+    return subjects
 
 
 def _folders(asked: argparse.Namespace, split: Split) -> list[MapFolder]:
@@ -222,12 +224,13 @@ def _has(model: CalmModel, method: str) -> bool:
     )
 
 
-def _told_apart(subjects: list[Subject]) -> list[Subject]:
-    """Equal labels get the name of the model's folder, or else a number."""
+def _told_apart(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
+    """Equal labels get the name of the model's folder, or of the one that the maps' folder is in; or else a number."""
     labels = [subject.label for subject in subjects]
+    folders = [s.about["model"] if isinstance(s, Subject) else Path(s.about["maps"]).parent for s in subjects]
     named = [
-        f"{s.label} ({Path(s.about['model']).name})" if labels.count(s.label) > 1 else s.label
-        for s in subjects
+        f"{label} ({Path(folder).name})" if labels.count(label) > 1 else label
+        for label, folder in zip(labels, folders, strict=True)
     ]
     return [
         replace(s, label=f"{name} {named[:i].count(name) + 1}" if named.count(name) > 1 else name)

@@ -31,8 +31,7 @@ from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixel_ap import Counting
 from calm.metrics.pointing import energy_inside, peak_hits, pixels
-from calm.normalize import normalize
-from calm.resample import resize_maps
+from calm.normalize import resize_and_normalize
 
 __all__ = ["cue_localization"]
 
@@ -108,7 +107,7 @@ def cue_localization(
         for some in torch.split(torch.arange(len(asked.pair)), together):
             row, pair = asked.row[some].to(subject.device), asked.pair[some]
             one, other = (grid[row, slot[some].to(subject.device)] for slot in (asked.first, asked.second))
-            maps = normalize(resize_maps(difference(one, other), PROTOCOL_SIZE), subject.normalization)
+            maps = resize_and_normalize(difference(one, other), PROTOCOL_SIZE, subject.normalization)
             differing = bits[pair].to(own_bits)[:, None, None]
             truth = (own_bits.index_select(0, row) & differing).to(torch.bool)
             metric.update(maps, truth, pair.to(subject.device))

@@ -22,8 +22,7 @@ from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
 from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
 from calm.metrics.thresholds import Thresholds, thresholds
-from calm.normalize import normalize
-from calm.resample import resize_maps
+from calm.normalize import resize_and_normalize
 
 __all__ = ["PROTOCOL_SIZE", "localization"]
 
@@ -127,10 +126,10 @@ def _looks(
         subject, split, batch_size=batch_size, workers=workers, progress=progress
     ):
         probs = looked.probs.detach()
-        raw = resize_maps(looked.maps(labels[:, None])[:, 0].detach(), size)
-        maps = normalize(raw, subject.normalization)
+        grid = looked.maps(labels[:, None])[:, 0].detach()
+        maps = resize_and_normalize(grid, size, subject.normalization)
         same = subject.box_normalization == subject.normalization
-        for_boxes = maps if same else normalize(raw, subject.box_normalization)
+        for_boxes = maps if same else resize_and_normalize(grid, size, subject.box_normalization)
         yield _Seen(maps, for_boxes, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
 
 

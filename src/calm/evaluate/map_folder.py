@@ -26,7 +26,7 @@ from calm.documents import open_regular
 from calm.errors import CalmError
 from calm.metrics.thresholds import Thresholds
 
-__all__ = ["MapFolder", "open_map_folder"]
+__all__ = ["MapFolder", "open_map_folder", "read_map"]
 
 _SHOWN = 5
 """Examples of each kind of problem in a message."""
@@ -55,7 +55,7 @@ class MapFolder:
 
     def maps(self, places: Sequence[int]) -> Float[Tensor, "b h w"]:
         """The maps of images by their places in the split, float32 or wider."""
-        return torch.from_numpy(np.stack([_wide(_read(self.files[place])) for place in places]))
+        return torch.from_numpy(np.stack([read_map(self.files[place]) for place in places]))
 
 
 def open_map_folder(
@@ -165,9 +165,14 @@ def _file_size(file: BinaryIO) -> int:
     return os.fstat(file.fileno()).st_size
 
 
-def _wide(array: NDArray[Any]) -> NDArray[Any]:
-    wide = np.float64 if array.dtype.kind == "f" and array.dtype.itemsize == 8 else np.float32
-    return array.astype(wide)  # in the machine's byte order
+def read_map(path: Path) -> NDArray[Any]:
+    """The map of a file, float32 or wider in the machine's byte order.
+
+    Raises:
+        CalmError: naming the file: it is missing, or no whole array of numbers.
+    """
+    array = _read(path)
+    return array.astype(np.float64 if array.dtype.kind == "f" and array.dtype.itemsize == 8 else np.float32)
 
 
 def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] | None:

@@ -11,10 +11,9 @@ from calm.choices import Explain
 from calm.errors import unknown
 from calm.evaluate.reading import Seen
 from calm.metrics.erasing import Fill, erasing_order, filling, random_order
-from calm.normalize import Normalization, normalize
-from calm.resample import resize_maps
+from calm.normalize import Normalization, resize_and_normalize
 
-__all__ = ["Ranked", "check_names", "maps_to_rank", "ranked"]
+__all__ = ["Ranked", "check_names", "ranked"]
 
 
 class Ranked(NamedTuple):
@@ -43,7 +42,7 @@ def ranked(seen: Seen, how: Normalization, *, explain: Explain, fill: Fill, seed
     """
     explained = seen.labels if explain == "label" else seen.looked.probs.argmax(dim=1)
     size = (seen.images.shape[-2], seen.images.shape[-1])
-    maps = maps_to_rank(seen.looked.maps(explained[:, None])[:, 0], size, how)
+    maps = resize_and_normalize(seen.looked.maps(explained[:, None])[:, 0], size, how)
     random = random_order(seen.keys, size[0] * size[1], seed)
     return Ranked(
         explained,
@@ -52,18 +51,6 @@ def ranked(seen: Seen, how: Normalization, *, explain: Explain, fill: Fill, seed
         filling(seen.images, fill, keys=seen.keys, seed=seed),
         int((~maps.flatten(1).any(dim=1)).sum()),
     )
-
-
-def maps_to_rank(
-    maps: Float[Tensor, "b h w"], size: tuple[int, int], how: Normalization
-) -> Float[Tensor, "b H W"]:
-    """Maps at the size of the images, normalised.
-
-    A map that is constant on its own grid becomes zeros, as a constant map does in `calm.normalize`: interpolation
-    would give it differences in the last bit, and an order that means nothing.
-    """
-    constant = (maps == maps[:, :1, :1]).flatten(1).all(dim=1)
-    return normalize(resize_maps(maps, size), how).masked_fill(constant[:, None, None], 0.0)
 
 
 def check_names(explain: str, fill: str) -> None:

@@ -54,7 +54,8 @@ class Benchmark:
 
     def chosen(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """Those of ``options`` that are this benchmark's own and chosen otherwise than by default."""
-        own = {name: options[name] for name in self.options if name in options}
+        given = {name: options[name] for name in self.options if name in options}
+        own = {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
         return {name: value for name, value in own.items() if value != self.default(name)}
 
 

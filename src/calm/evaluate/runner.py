@@ -58,10 +58,17 @@ class Data:
 
     @cached_property
     def annotation(self) -> str:
-        """SHA-256 of the files below ``attributes/`` and ``parts/`` of the root."""
+        """SHA-256 of the files that `calm.data.cue_files` reads, wherever they may be."""
         digest = hashlib.sha256()
-        for folder in ("attributes", "parts"):
-            for path in sorted((self.root / folder).glob("*.*")):
+        paths = [
+            path for folder in ("attributes", "parts") for path in sorted((self.root / folder).glob("*.*"))
+        ]
+        paths += [
+            self.root / "images.txt",
+            *(place / "attributes.txt" for place in (self.root, self.root.parent)),
+        ]
+        for path in paths:
+            if path.is_file():
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
         return digest.hexdigest()
 
@@ -78,7 +85,8 @@ class Data:
 def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
     """Where a result is stored: its name has a digest of all that the figures depend on.
 
-    An option that is chosen as it would be anyway makes no other name.
+    An option that is chosen as it would be anyway makes no other name. Once a result is stored, it does not matter what
+    the row is called beside others.
     """
     row = benchmark(name)
     common = {key: value for key, value in options.items() if key not in row.options}
@@ -97,7 +105,8 @@ def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, option
     ]
     digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
     slug = re.sub(r"[^a-z0-9]+", "-", subject.label.lower()).strip("-") or "subject"
-    return out / name / f"{slug}-{digest[:8]}.json"
+    stored = sorted((out / name).glob(f"*-{digest[:8]}.json"))
+    return stored[0] if stored else out / name / f"{slug}-{digest[:8]}.json"
 
 
 def run(

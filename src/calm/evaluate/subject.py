@@ -139,7 +139,7 @@ def model_subject(
         name = model.map_kind(name)
         if MAP_KINDS[name].over == "superclass":
             raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
-    allowed = frozenset({"batch_size"}) | (frozenset() if own else baselines.BASELINES[name].options)
+    allowed = frozenset() if own else baselines.BASELINES[name].options | {"batch_size"}
     for option in options:
         if option not in allowed:
             raise unknown(f"option of {name!r}", option, sorted(allowed))

@@ -28,10 +28,11 @@ class CueLocalizationResult(NamedTuple):
     """PxAP of class pairs, in [0, 1].
 
     Attributes:
-        per_pair: of each pair, NaN for pairs without an image.
+        per_pair: of each pair, NaN for pairs of which no image shows a differing part. 0 if counting leaves out all
+            pixels of the parts, as "released" does of zeros (the released code gets NaN there).
         by_groups: mean over the pairs that differ in this many part groups.
-        mean: over all pairs: mPxAP; NaN if counting leaves out every pixel, as it does of zeros under "released".
-        empty: pairs without an image; they are in no mean.
+        mean: over all pairs: mPxAP.
+        empty: pairs of which no image shows a differing part; they are in no mean.
     """
 
     per_pair: tuple[float, ...]
@@ -122,16 +123,13 @@ class CueLocalization(Metric):
             order = torch.tensor(sorted(range(len(self.groups)), key=lambda pair: self.groups[pair]))
             histogram = torch.empty_like(histogram)
             histogram[order] = self.histogram[order].cumsum(0)
-        per_pair = precision_recall(histogram, self.counting)[2]
+        per_pair = precision_recall(histogram, self.counting)[2].nan_to_num()
         per_pair = per_pair.masked_fill(positives == 0, torch.nan)
         groups = torch.tensor(self.groups, device=per_pair.device)
         seen = per_pair.isfinite()
 
         def mean(wanted: Tensor) -> Estimate:
-            known = per_pair[wanted & seen]
-            if not len(known):
-                return Estimate(torch.nan, torch.nan, torch.nan)
-            return bootstrap_mean(known, self.replicates, self.seed)
+            return bootstrap_mean(per_pair[wanted & seen], self.replicates, self.seed)
 
         numbers = sorted(set(groups[seen].tolist()))
         return CueLocalizationResult(

@@ -29,7 +29,8 @@ def thresholds(which: Thresholds | Float[Tensor, " t"]) -> Float[Tensor, " t"]:
     """
     if isinstance(which, Tensor):
         own = which.double()
-        if own.ndim != 1 or not len(own) or bool((own.diff() <= 0).any()) or own[0] < 0 or own[-1] > 1:
+        row = own.ndim == 1 and len(own) > 0
+        if not row or not bool((own.diff() > 0).all()) or not 0 <= own[0] <= own[-1] <= 1:
             raise CalmError("own thresholds must be a row of ascending numbers from 0 to 1")
         return own
     if which == "even":

@@ -46,6 +46,8 @@ def proxy_lists(flags: Flags) -> Path:
         )
     chosen = set(proxy.read_text(encoding="utf-8").split("\n"))
     out = flags.folder / "proxy" / flags.dataset_name
+    if (flags.lists / "classes.txt").is_file():
+        write_text(out / "classes.txt", (flags.lists / "classes.txt").read_text(encoding="utf-8"))
     for split in ("train", "val", "test"):
         for name in FILES:
             path = flags.lists / split / name

@@ -18,6 +18,7 @@ from typing import Any
 
 from calm.atomic import write_text
 from calm.documents import read_columns, read_json
+from calm.errors import CalmError
 from calm.released_commands.experiment import save_measures
 
 __all__ = ["METRICS", "SPLITS", "Performance"]
@@ -46,11 +47,18 @@ class Performance:
 
     @classmethod
     def read(cls, folder: Path) -> Performance:
-        """What an experiment's folder holds already; nothing if there is no file."""
+        """What an experiment's folder holds already; nothing if there is no file.
+
+        Raises:
+            CalmError: the file is damaged.
+        """
         path, values = folder / "performance_log.json", _empty()
         if path.is_file():
-            for split, metrics in read_json(path).items():
-                values[split] |= {metric: meter["value_per_epoch"] for metric, meter in metrics.items()}
+            try:
+                for split, metrics in read_json(path).items():
+                    values[split] |= {metric: meter["value_per_epoch"] for metric, meter in metrics.items()}
+            except (AttributeError, KeyError, TypeError) as error:
+                raise CalmError(f"{path} is not the log that training writes: delete it") from error
         return cls(values)
 
     def save(self, folder: Path) -> None:

@@ -7,12 +7,12 @@ from typing import TypeAlias
 import torch
 
 from calm.data.records import Split
-from calm.evaluate.ranked_pixels import maps_to_rank
 from calm.evaluate.reading import batches
 from calm.evaluate.remove_and_classify import after_erasing
 from calm.evaluate.subject import Subject
 from calm.metrics.erasing import erasing_order, filling, random_order
 from calm.metrics.remove_and_classify import FRACTIONS
+from calm.normalize import resize_and_normalize
 from calm.released_commands.data import test_split
 from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags
@@ -72,7 +72,7 @@ def measure(
         looked = subject.look(images)
         whole += (looked.probs.argmax(dim=1) == labels).tolist()
         grid = looked.maps(labels[:, None])[:, 0]
-        maps = maps_to_rank(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
+        maps = resize_and_normalize(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
         random = random_order(keys, images.shape[-2] * images.shape[-1], seed)
         orders = {"topk": erasing_order(maps, random), "random": random}
         for name, order in orders.items():

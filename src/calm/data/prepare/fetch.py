@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -93,7 +94,7 @@ def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0)
                 raise CalmError(f"{url}: the download was cut short: try again")
             if sha256 and (wrong := check_digest(temporary, "sha256", sha256)):
                 raise CalmError(f"{url}: {wrong}")
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         raise CalmError(
             f"cannot fetch {url} ({error}): without a network, download it elsewhere and put it into --from"
         ) from error

@@ -78,6 +78,9 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
             raise CalmError(f"{mapping}:{line}: {text!r:.200} is not 'class/number.jpeg, class/hash.jpeg'")
         if (images / names[2]).is_file():
             (images / names[2]).rename(images / names[1])
+    left = [path for path in images.glob("*/*") if len(path.stem) == HASH]
+    if left:
+        prepared.complain(f"{mapping} has no name for {len(left)} images, the first is {min(left)}")
 
 
 def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:

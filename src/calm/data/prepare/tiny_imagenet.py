@@ -6,6 +6,7 @@ Of each class, the first 450 training images are train, the others (50) val; the
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from calm.errors import CalmError, unknown
 
 __all__ = ["prepare_tiny_imagenet", "read_classes"]
 
+CLASSES = 200
 TRAIN, VAL, TEST = 450, 50, 50
 """Images a class."""
 
@@ -29,12 +31,10 @@ def read_classes(text: str) -> list[str]:
     Raises:
         CalmError: a line without an id, an id given twice.
     """
-    path = Path(text)
-    if path.is_file():
-        lines = [line.split() for _, line in numbered(path)]
+    found = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(map(_is_id, found)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
+        lines = [line.split() for _, line in numbered(Path(text))]
         found = [next((word for word in line[:2] if _is_id(word)), " ".join(line)) for line in lines]
-    else:
-        found = [word.strip() for word in text.split(",") if word.strip()]
     for word in found:
         if not _is_id(word):
             raise CalmError(f"--classes: {word!r} is no WordNet id such as n01443537, and no file of them")
@@ -59,7 +59,7 @@ def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepare
         there = read_classes(str(out / "classes.txt"))
         if classes and there != read_classes(classes):
             raise CalmError(f"--out {out} has other classes already: give a new folder")
-        prepared.counts["classes"] = len(there)
+        prepared.expect("classes", len(there), len(there) if classes else CLASSES)
         return
     chosen = read_classes(classes)
     found = find("tiny-imagenet", archives, prepared)
