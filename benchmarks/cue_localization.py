@@ -33,7 +33,13 @@ from calm.normalize import normalize
 from calm.resample import resize_maps
 
 TARGET = 20
-SETTINGS = [(24, 4, (1, 2, 3)), (24, 4, range(1, 8)), (128, 2, (1, 2, 3)), (SPECIES, 2, (1, 2, 3))]
+SETTINGS = [
+    (24, 4, (1, 2, 3)),
+    (14, 8, range(1, 8)),
+    (24, 4, range(1, 8)),
+    (128, 2, (1, 2, 3)),
+    (SPECIES, 2, (1, 2, 3)),
+]
 """Species, test images of each, and the numbers of differing part groups that make a pair."""
 
 
