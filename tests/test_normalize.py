@@ -61,3 +61,9 @@ def test_a_map_that_is_constant_on_its_grid_stays_without_information_in_any_siz
     assert not got[0].any()
     assert got[1].max() > 0.5
     assert got[1].min() < 0.5
+
+
+@pytest.mark.parametrize("how", ["minmax", "max", "clipping"])
+def test_gradients_pass_through(how):
+    maps = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda maps: normalize(maps, how), maps)

@@ -43,13 +43,14 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
     low = values.amin(dim=(-2, -1), keepdim=True)
     high = values.amax(dim=(-2, -1), keepdim=True)
     usable = (high - low).isfinite() & (high > low)
+    # In place, from the first new tensor on: to allocate one of this size takes longer than to fill it.
     if how == "clipping":
         scaled = values.clamp(0, 1)
     elif how == "max":
-        scaled = values.clamp(min=0) / torch.where(high > 0, high, 1.0)
+        scaled = values.clamp(min=0).div_(torch.where(high > 0, high, 1.0))
     else:
-        scaled = (values - low) / torch.where(usable, high - low, 1.0)
-    return torch.where(usable, scaled, torch.zeros_like(scaled))
+        scaled = (values - low).div_(torch.where(usable, high - low, 1.0))
+    return scaled.masked_fill_(~usable, 0.0)
 
 
 def resize_and_normalize(

@@ -79,8 +79,8 @@ def energy_inside(
     """
     scores = maps if ignore is None else maps.masked_fill(ignore, 0)
     whole = scores.sum(dim=(1, 2), dtype=torch.float64)
-    inside = (scores * truth.view(torch.uint8).to(scores.dtype)).sum(dim=(1, 2), dtype=torch.float64)
-    return torch.where(whole > 0, inside / whole, 0.0)
+    shown = truth.view(torch.uint8).to(scores.dtype).mul_(scores)
+    return torch.where(whole > 0, shown.sum(dim=(1, 2), dtype=torch.float64) / whole, 0.0)
 
 
 class _Sums(Metric):
