@@ -59,12 +59,9 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
     Raises:
         CalmError: a line that is not so.
     """
-    images, mapping = (
-        out / "dataset" / "ImageNetV2" / "val2",
-        out / "metadata" / "ILSVRC" / "val" / "mapping.txt",
-    )
-    hashed = any(len(path.stem) == HASH for path in images.glob("*/*"))
-    if not hashed:
+    images = out / "dataset" / "ImageNetV2" / "val2"
+    mapping = out / "metadata" / "ILSVRC" / "val" / "mapping.txt"
+    if not _hashed(images):
         return
     if not mapping.is_file():
         prepared.notes.append(
@@ -78,8 +75,7 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
             raise CalmError(f"{mapping}:{line}: {text!r:.200} is not 'class/number.jpeg, class/hash.jpeg'")
         if (images / names[2]).is_file():
             (images / names[2]).rename(images / names[1])
-    left = [path for path in images.glob("*/*") if len(path.stem) == HASH]
-    if left:
+    if left := _hashed(images):
         prepared.complain(f"{mapping} has no name for {len(left)} images, the first is {min(left)}")
 
 
@@ -122,6 +118,11 @@ def _sort_splits(archive: Path, folder: Path, result: Path) -> None:
         merge(folder, result / named)
     elif not some:
         raise CalmError(f"{archive} has no folder train, val or test")
+
+
+def _hashed(images: Path) -> list[Path]:
+    """Those that are named by hashes."""
+    return [path for path in images.glob("*/*") if len(path.stem) == HASH]
 
 
 def _unwrapped(folder: Path, name: str) -> Path:
