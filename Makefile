@@ -23,7 +23,7 @@ test: lint  ## lint, then every test
 	@echo "calm: running the tests ..."
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
-stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked stress; half an hour)
+stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked stress; 20 minutes)
 	@CALM_STRESS=full $(BIN)/python -m pytest -q -m stress
 
 bench: $(VENV)/.installed  ## time it against other ways, into benchmarks/README.md; TOPIC=explain for one
