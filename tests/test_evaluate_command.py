@@ -47,6 +47,7 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
     shown = capsys.readouterr().out
     labels = ["CALM-EM jointll", "CALM-EM gradcam", "CAM cam", "CAM gradcam"]
     assert all(label in shown for label in labels)
+    assert "cue-localization on birds, test" in shown
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
     assert list(dict.fromkeys(row["label"] for row in rows)) == labels
     table = json.loads((tmp_path / "table.json").read_text())
@@ -57,8 +58,11 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
         assert (row["value"], row["low"], row["high"]) == result.figures["mpxap"]
         assert result.provenance["subject"]["model"].startswith(str(place))
         assert result.provenance["data"]["images"] > 0
-    for label in labels:
-        assert f"| {label} |" in (tmp_path / "table.md").read_text()
+    assert {(row["data"], row["split"]) for row in rows} == {("birds", "test")}
+    text = (tmp_path / "table.md").read_text()
+    assert "## cue-localization on birds, test\n" in text
+    assert "- mPxAP released: " in text
+    assert all(f"| {label} |" in text for label in labels)
 
 
 def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_path, monkeypatch):
@@ -207,6 +211,29 @@ def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path)
     assert [result.benchmark for result in evaluate(flags)] == ["remove-and-classify", "classification"]
 
 
+def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp_path):
+    import shutil
+
+    for folder in sorted((place / "birds/images").iterdir()):
+        shutil.copytree(folder, tmp_path / "data" / folder.name)  # CLASS/*.jpg: no split at all
+    for name, fraction in (("one", 0.34), ("two", 0.17), ("three", 0.34)):
+        shutil.copytree(place / "cam", tmp_path / name / "best")
+        (tmp_path / name / "config.yaml").write_text(f"reading:\n  val_fraction: {fraction}\n")
+    flags = ["--data", str(tmp_path / "data"), "--replicates", "20", "--out", str(tmp_path / "out")]
+    (found,) = evaluate(["classification", "--model", str(tmp_path / "one"), *flags])
+    split = calm.data.load_split(tmp_path / "data", "test", val_fraction=0.34)
+    assert found.provenance["data"]["images"] == len(split.records) == 8
+    both = ["--model", str(tmp_path / "one/best"), str(tmp_path / "three")]
+    assert len(evaluate(["classification", *both, *flags])) == 2
+    with pytest.raises(CalmError, match=r"trained with val_fraction 0\.34, another one not"):
+        evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *flags])
+    train = ["--data", str(place / "birds"), *flags[2:]]  # has a test split of its own
+    assert (
+        len(evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *train]))
+        == 2
+    )
+
+
 @pytest.mark.parametrize(
     ("benchmark", "more", "message"),
     [
@@ -270,6 +297,7 @@ def test_figures_are_written_in_their_unit():
     assert written(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
     assert written(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
     assert written(Estimate(0.25, math.nan, math.nan), FigureSpec("x")) == "25.0"
+    assert written(Estimate(-0.1, -0.2, -0.05), FigureSpec("x", "ratio")) == "-0.100 (-0.200 to -0.050)"
     assert written(None, FigureSpec("x")) == "-"
 
 

@@ -142,6 +142,8 @@ def test_superclass_sums_its_classes(calm_model: CalmModel, tmp_path: Path) -> N
     attribute_files([str(file)], model="m", superclass="red finch,green finch", out=out, grid=True)
     joint = calm_model(calm_model.preprocess(file)).joint[0].detach()
     np.testing.assert_allclose(np.load(out / "a.jointll-superclass.grid.npy"), joint[0] + joint[2], rtol=1e-5)
+    (record,) = json.loads((out / "results.json").read_text())["images"]
+    assert [member["index"] for member in record["superclass"]] == [0, 2]
 
 
 def test_pictures_of_any_size_share_a_batch(calm_model: CalmModel, tmp_path: Path) -> None:
@@ -225,6 +227,7 @@ def test_classes_are_found_by_name_and_index() -> None:
         ({"kind": "jointll-superclass"}, "needs superclass"),
         ({"kind": "jointll", "superclass": "0,1"}, "takes no superclass"),
         ({"superclass": "0,1", "versus": "2"}, "leave out superclass"),
+        ({"superclass": "0,1", "target": "2"}, "leave out target"),
         ({"target": "Owl", "versus": "3"}, "the same class"),
         ({"versus": "Oxl"}, "no class 'Oxl'"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 
 import oracle
 import pytest
@@ -156,3 +157,10 @@ def test_a_name_that_is_none_is_refused_and_not_taken_for_another():
         log_prior(torch.zeros(1, 1, 3, 3), "softplu")
     with pytest.raises(CalmError, match="did you mean 'constant'"):
         log_prior(torch.zeros(1, 1, 3, 3), denominator="const")
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (), (3, 2), (2, 2, 1)])
+def test_a_loss_needs_a_target_for_each_image(shape):
+    output = CalmOutput(torch.zeros(2, 2, 3, 3), torch.zeros(2, 1, 3, 3))
+    with pytest.raises(CalmError, match=re.escape(f"targets of shape {shape} for 2 images")):
+        output.loss(torch.zeros(shape, dtype=torch.int64))

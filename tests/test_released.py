@@ -358,3 +358,12 @@ def test_the_command_can_be_made_from_the_signature():
     assert "num_classes" not in parameters
     for name in parameters:
         assert f"{name}: " in inspect.getdoc(convert)
+
+
+def test_a_training_run_is_no_place_for_a_converted_model(resnet, tmp_path):
+    (tmp_path / "config.yaml").write_text("data: birds\n")
+    with pytest.raises(CalmError, match="is the folder of a training run"):
+        convert(resnet[0], out=tmp_path, method="calm-em", large_feature_map=True)
+    with pytest.raises(CalmError, match="there is no checkpoint"):
+        convert(tmp_path / "nowhere", out=tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]

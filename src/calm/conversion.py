@@ -38,11 +38,15 @@ def convert(
         What became of every key; ``print`` it.
 
     Raises:
-        CalmError: as `load_released`, or a file of class names that does not fit.
+        CalmError: as `load_released`, or a file of class names that does not fit; ``out`` is a training run.
     """
     from calm.checkpoint import save_pretrained  # here, so that the help page need not wait for PyTorch
     from calm.released import load_with_report
 
+    if not checkpoint.exists():
+        raise CalmError(f"there is no checkpoint {checkpoint}")
+    if (out / "config.yaml").is_file():
+        raise CalmError(f"--out {out} is the folder of a training run: name another one")
     names = None if class_names is None else _read_names(class_names)
     model, report = load_with_report(checkpoint, method, large_feature_map, use_bn, names)
     model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}

@@ -113,6 +113,8 @@ def ask(
         raise CalmError(f"{name} {need}")
     if versus is not None and members:
         raise CalmError("versus compares two classes: leave out superclass")
+    if target is not None and members:
+        raise CalmError("superclass asks about all of its classes together: leave out target")
     first = None if target is None else class_index(model, target)
     second = None if versus is None else class_index(model, versus)
     if second is not None and first == second:

@@ -33,6 +33,7 @@ def summary(source: Path, answer: Explanation, question: Question, names: Sequen
         "height": height,
         "target": _named(answer.target, answer, names),
         "versus": None if question.versus is None else _named(question.versus, answer, names),
+        "superclass": [_named(c, answer, names) for c in question.superclass],
         "place": asdict(answer.places[answer.target]),
         "grid": list(answer.grid.shape),
         "grid_sum": float(answer.grid.double().sum()),
@@ -47,21 +48,27 @@ def print_summary(
     mass = f"share of {UNITS.get(question.method, 'the map')} there"
     console.print(str(source), style="bold", markup=False, highlight=False, soft_wrap=True)
     table = Table(box=None, pad_edge=False)
-    for heading in ("", "class", "p(y|x)", "where (x, y)", mass):
+    together = question.versus is not None or bool(question.superclass)  # one map for several classes
+    for heading in ("", "class", "p(y|x)", *(() if together else ("where (x, y)", mass))):
         right = heading in ("p(y|x)", mass)
         table.add_column(heading, justify="right" if right else "left", header_style="dim")
     marks = {answer.target: "→"} if question.versus is None else {answer.target: "→", question.versus: "≠"}
+    if question.superclass:
+        marks = dict.fromkeys(question.superclass, "+")
     for c in dict.fromkeys([*answer.top, *marks]):
-        place = answer.places.get(c) if question.versus is None else None
+        place = None if together else answer.places.get(c)
         table.add_row(
             marks.get(c, ""),
             escape(names[c]),
             f"{float(answer.probs[c]):.3f}",
-            str(place) if place else "",
-            f"{place.share:.0%}" if place else "",
-            style="bold" if c == answer.target else None,
+            *([str(place), f"{place.share:.0%}"] if place else []),
+            style="bold" if c in marks and c != question.versus else None,
         )
     console.print(table)
+    if question.superclass:
+        place = answer.places[answer.target]
+        text = f"{' + '.join(names[c] for c in question.superclass)}: {place}, {mass}: {place.share:.0%}"
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
     if question.versus is not None:
         place = answer.places[answer.target]
         text = f"{names[answer.target]} against {names[question.versus]}: {place}, {place.share:.0%} of the difference"

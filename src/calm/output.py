@@ -249,7 +249,15 @@ class CalmOutput:
             teacher: the output, for the same images, that the posterior is taken from; None: this one. EM only.
             samples: teach the classes at so many locations of each image, drawn from the posterior: an unbiased
                 estimate of loss and gradient, for very many classes; None: at all of them. EM only.
+
+        Raises:
+            CalmError: another number of targets than of images; an option that the method does not have.
         """
+        if targets.ndim not in (1, 2) or len(targets) != self.batch_size:
+            raise CalmError(
+                f"targets of shape {tuple(targets.shape)} for {self.batch_size} images: give a class index for each, or"
+                " a row of probabilities"
+            )
         if method == "calm-em":
             return self._em_loss(targets, temperature, teacher, samples).mean()
         if method != "calm-ml":

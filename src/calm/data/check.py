@@ -101,8 +101,8 @@ def load_checked(
         strict=False,
     )
     report = check_splits(splits, decode=decode, progress=progress)
-    if not skip_bad:
-        report.raise_if_bad()
+    if not skip_bad and not report.ok:
+        raise CalmError(f"{report}\n`calm train --skip-bad` goes on without the images named in errors")
     return {name: drop_bad(split, report) for name, split in splits.items()}, report
 
 

@@ -76,7 +76,7 @@ class Report:
             CalmError: with the whole report as its message.
         """
         if not self.ok:
-            raise CalmError(f"{self}\n`--skip-bad` goes on without the images named in errors")
+            raise CalmError(str(self))
 
     def _groups(self) -> dict[str, list[Problem]]:
         groups: dict[str, list[Problem]] = defaultdict(list)

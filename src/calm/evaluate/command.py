@@ -16,8 +16,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calm.atomic import working_folder
 from calm.baselines import BASELINES, canonical_method
 from calm.checkpoint import load
+from calm.data.digest import fingerprint
 from calm.data.loading import load_split
 from calm.data.records import SPLITS, Split
+from calm.documents import read_yaml
 from calm.errors import CalmError
 from calm.evaluate.cue_data import read_cue_data
 from calm.evaluate.flags import flags
@@ -61,7 +63,7 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
         benchmark(name)
     _check(asked, names)
     options = _options(asked, names)
-    split = load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root)
+    split = _split(asked)
     names = _possible(names, split, asked.data, everything=everything)
     subjects = _told_apart([*_subjects(asked, split), *_folders(asked, split)])
     out = asked.out or _default_out(asked.model)
@@ -145,6 +147,42 @@ def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
             raise CalmError(f"{asked.benchmark} does not read --{name}: leave it out")
         options[name] = check_fractions(value) if name == "fractions" else value
     return options
+
+
+def _split(asked: argparse.Namespace) -> Split:
+    """The images. What a data set has no split for is carved from its training images as the models' runs did it: other
+    fractions would be judged by images that a model has seen.
+
+    Raises:
+        CalmError: the models were trained with other splits.
+    """
+    readings = [reading for model in asked.model if (reading := _reading(Path(model)))] or [{}]
+    splits = [
+        load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root, **reading)
+        for reading in {str(reading): reading for reading in readings}.values()
+    ]
+    if len({fingerprint(split) for split in splits}) > 1:
+        told = ", ".join(f"{name} {value}" for name, value in readings[0].items())
+        raise CalmError(
+            f"the models of --model have other {asked.split} images or classes: {asked.model[0]} was trained with"
+            f" {told}, another one not. Evaluate them apart"
+        )
+    return splits[0]
+
+
+def _reading(model: Path) -> dict[str, Any]:
+    """What a run's config.yaml says about splits; nothing of a model that is in no run."""
+    for folder in (model, model.parent):
+        if (folder / "config.yaml").is_file():
+            config = read_yaml(folder / "config.yaml", "configuration")
+            reading = config.get("reading") if isinstance(config, dict) else None
+            if isinstance(reading, dict):
+                return {
+                    name: reading[name]
+                    for name in ("val_fraction", "present_classes_only")
+                    if name in reading
+                }
+    return {}
 
 
 def _possible(names: list[str], split: Split, root: Path, *, everything: bool) -> list[str]:

@@ -96,7 +96,12 @@ def flags() -> argparse.ArgumentParser:
         choices=get_args(Order),
         help=f"one stage after another, from the head down, or all at once (default: cascading){_of('order')}",
     )
-    add("--out", type=Path, help="default: RUN/evaluation for one model folder, else ./evaluation")
+    add(
+        "--out",
+        type=Path,
+        help="keeps all results (`calm report` shows them) and the tables of the last call; default: RUN/evaluation for"
+        " one model folder, else ./evaluation",
+    )
     add("--batch_size", type=int, default=32, help="images of one forward pass (default: 32)")
     add("--workers", type=int, default=0, help="processes that read images (default: 0)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")

@@ -29,14 +29,17 @@ def written(estimate: Estimate | None, spec: FigureSpec) -> str:
         return "-"
     scale, digits = (100, 1) if spec.unit == "percent" else (1, 3)
     value, low, high = (f"{scale * number:.{digits}f}" for number in estimate)
-    return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}-{high})"
+    to = " to " if estimate.low < 0 else "-"
+    return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}{to}{high})"
 
 
 def records(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each figure: benchmark, label, figure, value, low, high, unit; None where undefined."""
+    """A row for each figure: benchmark, data, split, label, figure, value, low, high, unit; None where undefined."""
     return [
         {
             "benchmark": result.benchmark,
+            "data": _data(result)[0],
+            "split": _data(result)[1],
             "label": result.label,
             "figure": name,
             **{end: number if math.isfinite(number) else None for end, number in estimate._asdict().items()},
@@ -48,9 +51,9 @@ def records(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def markdown(results: Sequence[Result]) -> str:
-    """A table for each benchmark, all figures; the best value of a column is bold."""
+    """A table for each benchmark, all figures, and what they mean; the best value of a column is bold."""
     parts = []
-    for benchmark, some in _by_benchmark(results).items():
+    for some in _by_benchmark(results).values():
         names = _names(some, every=True)
         head = ["method", *(_head(name) for name in names)]
         rows = [
@@ -58,7 +61,11 @@ def markdown(results: Sequence[Result]) -> str:
             for result in some
         ]
         lines = [head, ["---"] + ["---:"] * len(names), *rows]
-        parts.append(f"## {benchmark}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n")
+        parts.append(
+            f"## {_title(some[0])}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+        )
+        meanings = [f"- {spec.title}: {spec.meaning}" for spec in map(figure_spec, names) if spec.meaning]
+        parts.append("\n".join([*meanings, ""]))
     said = [f"{line[0].upper()}{line[1:]}.\n" for line in _remarks(results)]
     return "\n".join([*parts, *said])
 
@@ -77,12 +84,12 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
     """The main figures on the terminal, in as many tables below each other as its width needs."""
-    for benchmark, some in _by_benchmark(results).items():
+    for some in _by_benchmark(results).values():
         names = _names(some, every=False)
         first = max(len(result.label) for result in some)
         columns = max(1, (console.width - first - 4) // _WIDTH)
         for start in range(0, len(names), columns):
-            table = Table(title=benchmark, title_justify="left", show_lines=True)
+            table = Table(title=escape(_title(some[0])), title_justify="left", show_lines=True)
             table.add_column("method", min_width=min(first, 24), overflow="fold")
             for name in names[start : start + columns]:
                 table.add_column(escape(_head(name)), justify="right", max_width=_WIDTH - 3)
@@ -94,6 +101,17 @@ def print_tables(results: Sequence[Result], console: Console) -> None:
             console.print(table)
     for line in _remarks(results):
         console.print(line, style="dim", highlight=False)
+
+
+def _data(result: Result) -> tuple[str | None, str | None]:
+    """Name of the data set's folder, and the split."""
+    data = result.provenance.get("data") or {}
+    return (Path(data["root"]).name if "root" in data else None), data.get("split")
+
+
+def _title(result: Result) -> str:
+    root, split = _data(result)
+    return f"{result.benchmark} on {root}, {split}" if root else result.benchmark
 
 
 def _remarks(results: Sequence[Result]) -> list[str]:
