@@ -277,4 +277,4 @@ def test_a_data_set_as_openimages_lays_it_out_is_judged_from_its_files(tmp_path,
     ]
     assert figures["energy_inside"].value == pytest.approx(np.mean(inside), abs=1e-6)
     table = (out / "table.csv").read_text().splitlines()
-    assert any(line.startswith("localization,maps,pxap,") for line in table)
+    assert any(line.startswith("localization,data,test,maps,pxap,") for line in table)
