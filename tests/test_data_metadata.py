@@ -263,8 +263,9 @@ def test_wrong_lines_stop_a_strict_reading_all_at_once(tmp_path: Path) -> None:
     write_pack(tmp_path)
     edit(tmp_path / "metadata/val/class_labels.txt", "0.png,0", "0.png,cat")
     edit(tmp_path / "metadata/val/localization.txt", "1.png,1,1,5,4", "1.png,1,1,8,4")
-    with pytest.raises(CalmError, match=r"(?s)'cat' for images/val/0.png.*box 1,1,8,4 "):
+    with pytest.raises(CalmError, match=r"(?s)'cat' for images/val/0.png.*box 1,1,8,4 ") as caught:
         load_split(tmp_path, "val")
+    assert "--skip-bad" not in str(caught.value)  # a flag of calm train
     loose = load_split(tmp_path, "val", strict=False)
     assert [record.id for record in loose.records] == ["images/val/1.png"]
     assert [problem.kind for problem in loose.problems] == ["label-not-integer", "box-outside"]

@@ -23,6 +23,8 @@ from calm.evaluate.command import evaluate
 from calm.evaluate.result import FIGURES, FigureSpec
 from calm.evaluate.tables import markdown, print_tables, written
 from calm.metrics.bootstrap import Estimate
+from calm.report.found import Group
+from calm.report.truth import scenes
 
 
 @pytest.fixture(scope="module")
@@ -225,8 +227,22 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
     assert found.provenance["data"]["images"] == len(split.records) == 8
     both = ["--model", str(tmp_path / "one/best"), str(tmp_path / "three")]
     assert len(evaluate(["classification", *both, *flags])) == 2
-    with pytest.raises(CalmError, match=r"trained with val_fraction 0\.34, another one not"):
-        evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *flags])
+    mixed = ["--model", str(place / "cam"), str(tmp_path / "one"), str(tmp_path / "two")]
+    with pytest.raises(
+        CalmError, match=r"one \(val_fraction 0\.34\) than for .*two \(val_fraction 0\.17\): evaluate"
+    ):
+        evaluate(["classification", *mixed, *flags])
+    ids = [record.id for record in split.records]
+    group = Group(found.benchmark, (found,), found.provenance["data"])
+    assert [scene.record.id for scene in scenes(group, ids)] == ids  # the report reads the same images
+    for text, words in (
+        ("[]", "has no list 'reading'"),
+        ("reading: {val_fraction: many}", "val_fraction is 'many'"),
+    ):
+        (tmp_path / "two/config.yaml").write_text(text)
+        with pytest.raises(CalmError, match=rf"two/config\.yaml.*{words}"):
+            evaluate(["classification", *mixed, *flags])
+    (tmp_path / "two/config.yaml").write_text("reading: {val_fraction: 0.17}")
     train = ["--data", str(place / "birds"), *flags[2:]]  # has a test split of its own
     assert (
         len(evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *train]))

@@ -16,10 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from calm.atomic import working_folder
 from calm.baselines import BASELINES, canonical_method
 from calm.checkpoint import load
-from calm.data.digest import fingerprint
-from calm.data.loading import load_split
 from calm.data.records import SPLITS, Split
-from calm.documents import read_yaml
 from calm.errors import CalmError
 from calm.evaluate.cue_data import read_cue_data
 from calm.evaluate.flags import flags
@@ -27,6 +24,7 @@ from calm.evaluate.map_folder import MapFolder, open_map_folder
 from calm.evaluate.processes import first, own_gpu, size, together
 from calm.evaluate.registry import BENCHMARKS, benchmark
 from calm.evaluate.result import Result
+from calm.evaluate.run_split import run_split
 from calm.evaluate.runner import Data, place, run
 from calm.evaluate.subject import Subject, model_subject
 from calm.evaluate.tables import print_tables, write_tables
@@ -63,7 +61,9 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
         benchmark(name)
     _check(asked, names)
     options = _options(asked, names)
-    split = _split(asked)
+    split, reading = run_split(
+        asked.data, asked.split, asked.model, layout=asked.layout, metadata_root=asked.metadata_root
+    )
     names = _possible(names, split, asked.data, everything=everything)
     subjects = _told_apart([*_subjects(asked, split), *_folders(asked, split)])
     out = asked.out or _default_out(asked.model)
@@ -72,7 +72,7 @@ def _evaluate(asked: argparse.Namespace) -> list[Result]:
     if first():
         with working_folder(out / "table"):
             pass  # where nothing can be written, say so now and not after the work
-    data = Data.of(split, asked.data, asked.layout, asked.metadata_root)
+    data = Data.of(split, asked.data, asked.layout, asked.metadata_root, reading)
     results = []
     with _bars(Console(stderr=True, quiet=not first())) as bars:
         for name in names:
@@ -147,42 +147,6 @@ def _options(asked: argparse.Namespace, names: Sequence[str]) -> dict[str, Any]:
             raise CalmError(f"{asked.benchmark} does not read --{name}: leave it out")
         options[name] = check_fractions(value) if name == "fractions" else value
     return options
-
-
-def _split(asked: argparse.Namespace) -> Split:
-    """The images. What a data set has no split for is carved from its training images as the models' runs did it: other
-    fractions would be judged by images that a model has seen.
-
-    Raises:
-        CalmError: the models were trained with other splits.
-    """
-    readings = [reading for model in asked.model if (reading := _reading(Path(model)))] or [{}]
-    splits = [
-        load_split(asked.data, asked.split, layout=asked.layout, metadata_root=asked.metadata_root, **reading)
-        for reading in {str(reading): reading for reading in readings}.values()
-    ]
-    if len({fingerprint(split) for split in splits}) > 1:
-        told = ", ".join(f"{name} {value}" for name, value in readings[0].items())
-        raise CalmError(
-            f"the models of --model have other {asked.split} images or classes: {asked.model[0]} was trained with"
-            f" {told}, another one not. Evaluate them apart"
-        )
-    return splits[0]
-
-
-def _reading(model: Path) -> dict[str, Any]:
-    """What a run's config.yaml says about splits; nothing of a model that is in no run."""
-    for folder in (model, model.parent):
-        if (folder / "config.yaml").is_file():
-            config = read_yaml(folder / "config.yaml", "configuration")
-            reading = config.get("reading") if isinstance(config, dict) else None
-            if isinstance(reading, dict):
-                return {
-                    name: reading[name]
-                    for name in ("val_fraction", "present_classes_only")
-                    if name in reading
-                }
-    return {}
 
 
 def _possible(names: list[str], split: Split, root: Path, *, everything: bool) -> list[str]:

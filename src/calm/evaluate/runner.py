@@ -46,12 +46,21 @@ class Data:
     facts: Mapping[str, Any]
 
     @classmethod
-    def of(cls, split: Split, root: Path, layout: str = "auto", metadata_root: Path | None = None) -> Data:
-        """The data of a split that was read from ``root``; image files are looked at for their sizes."""
+    def of(
+        cls,
+        split: Split,
+        root: Path,
+        layout: str = "auto",
+        metadata_root: Path | None = None,
+        reading: Mapping[str, Any] | None = None,
+    ) -> Data:
+        """The data of a split that was read from ``root`` (``reading``: see `run_split`); image files are looked at for
+        their sizes."""
         facts = {
             "root": str(Path(root).resolve()),
             "layout": layout,
             "metadata_root": None if metadata_root is None else str(metadata_root.resolve()),
+            **(reading or {}),
             **summary(split, file_sizes=True),
         }
         return cls(split, Path(root), facts)

@@ -38,8 +38,7 @@ def records(results: Sequence[Result]) -> list[dict[str, Any]]:
     return [
         {
             "benchmark": result.benchmark,
-            "data": _data(result)[0],
-            "split": _data(result)[1],
+            **_data(result),
             "label": result.label,
             "figure": name,
             **{end: number if math.isfinite(number) else None for end, number in estimate._asdict().items()},
@@ -64,8 +63,8 @@ def markdown(results: Sequence[Result]) -> str:
         parts.append(
             f"## {_title(some[0])}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
         )
-        meanings = [f"- {spec.title}: {spec.meaning}" for spec in map(figure_spec, names) if spec.meaning]
-        parts.append("\n".join([*meanings, ""]))
+        meanings = [f"- {spec.title}: {spec.meaning}\n" for spec in map(figure_spec, names) if spec.meaning]
+        parts += ["".join(meanings)] if meanings else []
     said = [f"{line[0].upper()}{line[1:]}.\n" for line in _remarks(results)]
     return "\n".join([*parts, *said])
 
@@ -103,15 +102,15 @@ def print_tables(results: Sequence[Result], console: Console) -> None:
         console.print(line, style="dim", highlight=False)
 
 
-def _data(result: Result) -> tuple[str | None, str | None]:
-    """Name of the data set's folder, and the split."""
+def _data(result: Result) -> dict[str, str | None]:
+    """Name of the data set's folder, and the split; None where the provenance does not say."""
     data = result.provenance.get("data") or {}
-    return (Path(data["root"]).name if "root" in data else None), data.get("split")
+    return {"data": Path(data["root"]).name if "root" in data else None, "split": data.get("split")}
 
 
 def _title(result: Result) -> str:
-    root, split = _data(result)
-    return f"{result.benchmark} on {root}, {split}" if root else result.benchmark
+    found = _data(result)
+    return f"{result.benchmark} on {found['data']}, {found['split']}" if found["data"] else result.benchmark
 
 
 def _remarks(results: Sequence[Result]) -> list[str]:

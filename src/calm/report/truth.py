@@ -19,6 +19,7 @@ from calm.data.loading import load_split
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_data import read_cue_data
+from calm.evaluate.run_split import READING
 from calm.render import Picture
 from calm.report.found import Group
 from calm.report.names import listed, species_name
@@ -82,7 +83,7 @@ def _split(group: Group) -> Split:
     if not data.get("root") or not Path(data["root"]).is_dir():
         raise CalmError(f"there is no folder {data.get('root', '(not recorded)')}")
     options: dict[str, Any] = {
-        name: data[name] for name in ("layout", "metadata_root") if data.get(name) is not None
+        name: data[name] for name in ("layout", "metadata_root", *READING) if data.get(name) is not None
     }
     return load_split(data["root"], data.get("split", "test"), **options)
 
