@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -52,6 +53,36 @@ def test_the_module_is_the_command() -> None:
     assert wrong.stdout == ""
     assert wrong.stderr.strip().count("\n") == 0
     assert "did you mean 'attribute'" in wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dta birds x", "unknown command 'dta birds': .*; did you mean 'data birds'[?]"),
+        ("data chek x", "unknown command 'data chek': .*; did you mean 'data check'[?]"),
+        ("attribute a.jpg --modle x", "unknown flag --modle; did you mean --model[?]"),
+        ("attribute a.jpg --modle=x", "unknown flag --modle; did you mean --model[?]"),
+        ("attribute a.jpg --zzzzzzzz", "unknown flag --zzzzzzzz; see calm attribute --help"),
+        ("attribute", "missing: images, --model; see calm attribute --help"),
+        ("attribute a.jpg --model x --batch_size 1.5", "--batch_size is '1.5': give a whole number; see"),
+        ("attribute a.jpg --model x --grid perhaps", "--grid is 'perhaps': give true or false; see"),
+        ("train --metod cam", "unknown flag --metod; did you mean --method[?]"),
+        ("train --data x --loss.tempertaure 1", "unknown flag .*; did you mean --loss.temperature[?]"),
+        ("train --data x --method caml", "unknown value 'caml' in --method: .*; did you mean 'cam'[?]"),
+        ("train --data x --lr high", "--lr is 'high': give a number; see calm train --help"),
+        ("train --data x --method", "argument --method: expected one argument; see calm train --help"),
+        ("data birds a b", "nothing is known to do with b; see calm data birds --help"),
+        ("data check x --layout cubs", "unknown value 'cubs' in --layout: .*; did you mean 'cub'[?]"),
+        ("data prepare cub --form x", "unknown flag --form; did you mean --from[?]"),
+        ("data prepare cub", "missing: --from, --out; see calm data prepare --help"),
+        ("data prepare cubb --from x --out y", "unknown value 'cubb' in name: .*; did you mean 'cub'[?]"),
+        ("evaluate all --modle x", "unknown flag --modle; did you mean --model[?]"),
+    ],
+)
+def test_a_mistyped_line_is_told_its_fix(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"calm: {message}.*\n", said), said
 
 
 @pytest.mark.parametrize("name", COMMANDS)

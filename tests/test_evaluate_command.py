@@ -262,13 +262,13 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
         ("classification", ["--steps", "5"], "no --method reads --steps"),
         ("classification", ["--split", "tset"], "--split tset"),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
-        ("classification", ["--models", "x"], "unrecognized arguments"),
+        ("classification", ["--models", "x"], "unknown flag --models; did you mean --model?"),
         ("classification", ["--fill", "blur"], "classification does not read --fill"),
         ("all", ["--points", "5"], "all does not read --points"),
         ("insertion-deletion", ["--points", "0"], "--points 0: give at least 1"),
         ("insertion-deletion", ["--fractions", "0.5"], "insertion-deletion does not read --fractions"),
         ("remove-and-classify", ["--fractions", "0.5", "0.1"], "give ascending shares"),
-        ("remove-and-classify", ["--fill", "zeros"], "invalid choice: 'zeros'"),
+        ("remove-and-classify", ["--fill", "zeros"], "unknown value 'zeros' in --fill: allowed are zero"),
     ],
 )
 def test_a_mistake_ends_in_one_line_before_work_starts(place, tmp_path, capsys, benchmark, more, message):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
 from typing import Any
@@ -212,7 +213,8 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     else:
         name, rest = words[0], words[1:]
     if name not in COMMANDS:
-        raise unknown("command", name, COMMANDS)
+        both = " ".join(words[:2])  # perhaps one of two words, whose first is mistyped
+        raise unknown("command", both if get_close_matches(both, COMMANDS, cutoff=0.8) else name, COMMANDS)
     return name, rest
 
 

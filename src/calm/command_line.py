@@ -17,7 +17,7 @@ from typing import Any, get_origin, get_type_hints
 
 from jsonargparse import ArgumentParser, DefaultHelpFormatter
 
-from calm.errors import CalmError
+from calm.complaints import complaint, refuse_unknown_flags
 
 __all__ = ["Formatter", "build_parser", "parse"]
 
@@ -91,11 +91,11 @@ def parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
         CalmError: an unknown flag, a missing or a wrong value.
         SystemExit: after ``--help``.
     """
+    refuse_unknown_flags(parser, arguments)
     try:
         values: dict[str, Any] = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
     except argparse.ArgumentError as error:
-        text = re.sub(r"\s*\n\s*", " ", str(error))
-        raise CalmError(f"{text}; see {parser.prog} --help") from error
+        raise complaint(parser, str(error)) from error
     return values
 
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, get_args
+from typing import TYPE_CHECKING, get_args
 
 from calm.choices import REPLICATES, Explain, Fill, Order
+from calm.complaints import Parser
 from calm.data.loading import LAYOUTS
-from calm.errors import CalmError
 from calm.evaluate.registry import BENCHMARKS
 
 if TYPE_CHECKING:
@@ -27,16 +27,11 @@ _EXAMPLES = """examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CalmError(f"{message}; see {self.prog} --help")
-
-
-def flags() -> argparse.ArgumentParser:
+def flags() -> Parser:
     """The command's parser."""
     listed = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
     apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
-    parser = _Parser(
+    parser = Parser(
         prog="calm evaluate",
         description="Benchmark models and their explanations. Prints a table, and writes table.json, table.csv,"
         " table.md and a file for each result; a result that is there already is not computed again.\n\n"
@@ -117,8 +112,7 @@ def _of(option: str) -> str:
 
 def main(words: Sequence[str]) -> list[Result]:
     """`calm evaluate`: `calm.evaluate.command.evaluate`, or its help."""
-    if {"-h", "--help"} & set(words):
-        flags().parse_args(["--help"])
+    flags().parse_args(["--help"] if {"-h", "--help"} & set(words) else words)  # before PyTorch is imported
     from calm.evaluate.command import evaluate
 
     return evaluate(words)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from calm.atomic import remove_abandoned
+from calm.complaints import Parser
 from calm.data.prepare.cub import prepare_cub
 from calm.data.prepare.fetch import place_metadata
 from calm.data.prepare.large import name_as_listed, prepare_ilsvrc, prepare_openimages
@@ -85,14 +85,9 @@ def _data_folders(out: Path) -> Iterator[Path]:
     yield from (out / "dataset").glob("*/")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise CalmError(f"{message}; see {self.prog} --help")
-
-
 def main(words: Sequence[str]) -> Prepared:
     """Run the command line ``NAME --from ARCHIVES --out DIR``."""
-    parser = _Parser(
+    parser = Parser(
         "calm data prepare",
         description="Check and unpack published archives into a data set that every command reads.",
         epilog=EXAMPLES,
@@ -112,4 +107,4 @@ def main(words: Sequence[str]) -> Prepared:
     )
     parser.add_argument("--metadata_sha256", default="", help="its checksum")
     parser.add_argument("--partial", action="store_true", help="wrong checksums and counts are only noted")
-    return prepare(**vars(parser.parse_args(list(words))))
+    return prepare(**vars(parser.parse_args(words)))
