@@ -171,7 +171,10 @@ def test_a_mistyped_run_in_an_existing_folder_is_not_looked_for_on_the_hub(tmp_p
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # calling it would be a TypeError
     (tmp_path / "runs").mkdir()
-    with pytest.raises(CalmError, match="no saved model at runs/cma: no such folder"):
+    with pytest.raises(CalmError, match="no saved model at runs/cma: no such folder, and no hub id"):
+        load("runs/cma")
+    (tmp_path / "runs" / "cam").mkdir()
+    with pytest.raises(CalmError, match=r"no such folder \(did you mean runs/cam\?\), and no hub id"):
         load("runs/cma")
 
 

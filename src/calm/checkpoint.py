@@ -10,6 +10,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 
@@ -258,8 +259,20 @@ def _locate(source: str | os.PathLike[str]) -> Path:
         raise CalmError(f"{path} is a file, but a saved model is a folder with {CARD} and {WEIGHTS}: {hint}")
     name = os.fspath(source)
     if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):
-        raise CalmError(f"no saved model at {name}: no such folder, and no hub id either (owner/name)")
+        raise CalmError(
+            f"no saved model at {name}: no such folder{_beside(path)}, and no hub id either (owner/name)"
+        )
     return _download(name)
+
+
+def _beside(path: Path) -> str:
+    """For a message about a folder that is not there: the one beside it that was perhaps meant."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
 def _model_folder(path: Path) -> Path:
