@@ -11,7 +11,10 @@ import pytest
 from data_files import edit, write_cub, write_image, write_lines, write_pack
 from test_data_images import write_broken
 
+from calm.cli import main
+from calm.data.birds import write_birds
 from calm.data.check import check, check_splits, drop_bad, load_checked
+from calm.data.cue_files import read_pairs
 from calm.data.dataset import ImageDataset
 from calm.data.loading import load_splits
 from calm.data.problems import KINDS
@@ -30,7 +33,10 @@ def test_a_good_data_set_has_no_problem(tmp_path: Path) -> None:
     report = check(write_pack(tmp_path))
     assert report.ok
     assert report.problems == ()
-    assert str(report) == "6 train, 2 val, 2 test images: no errors, no warnings"
+    layout, classes, images = str(report).splitlines()
+    assert layout.startswith("layout metadata: metadata/train/image_ids.txt")
+    assert classes.startswith("classes: ")
+    assert images == "6 train, 2 val, 2 test images: no errors, no warnings"
     assert report.summary["images"] == {"train": 6, "val": 2, "test": 2}
     report.raise_if_bad()
 
@@ -264,3 +270,63 @@ def test_threads_keep_the_order_and_pass_errors_on() -> None:
     assert list(in_threads(lambda number: number * 2, range(3000))) == list(range(0, 6000, 2))
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda number: 1 // number, range(3)))
+
+
+# Files of cue localization
+
+
+@pytest.fixture
+def birds(tmp_path: Path) -> Path:
+    write_birds(tmp_path / "birds", species=4, images_per_species=2, test_fraction=0.5, size=64)
+    return tmp_path / "birds"
+
+
+def test_what_was_found_is_said_with_the_pairs_of_cue_localization(birds: Path) -> None:
+    report = check(birds)
+    assert report.ok
+    layout, classes, cues, images = str(report).splitlines()
+    assert layout.startswith("layout cub: images.txt, ")
+    assert re.fullmatch(r"classes: (\S+, ){2}\S+ and 1 more", classes)
+    pairs = {count: len(read_pairs(birds, (count,))) for count in range(1, 8)}
+    assert sum(pairs.values()) == 6
+    said = ", ".join(f"{number} in {count}" for count, number in pairs.items() if number)
+    assert (
+        cues
+        == "cue localization: 15 parts in 7 groups, 312 attributes; pairs of classes by differing groups: "
+        + said
+    )
+    assert images == "4 train, 4 test images: no errors, no warnings"
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        ("parts/part_locs.txt", r"\A1 1 .*", "1 1 x 2 1", "part_locs.txt:1: '1 1 x 2 1' is not"),
+        ("parts/part_locs.txt", r"\A1 1 .*", "99 1 1 2 1", "part_locs.txt:1: no image 99 in images.txt"),
+        ("attributes/attributes.txt", r"\A1 ", "2 ", "attributes.txt:1: '2 has_"),
+        ("attributes/class_attribute_labels_continuous.txt", r"\A.*\n", "", "describes 3 classes, the data set has 4"),
+        ("parts/groups.yaml", "", "[]", "needs a list of 1 to 31 groups"),
+    ],
+)  # fmt: skip
+def test_wrong_files_of_cue_localization_are_errors(
+    birds: Path, file: str, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = birds / file
+    text = path.read_text() if path.exists() else ""
+    path.write_text(re.sub(old, new, text, count=1))
+    (problem,) = check(birds).problems
+    assert (problem.kind, problem.severity) == ("cue-file", "error")
+    assert message in problem.message
+    assert main(["data", "check", str(birds)]) == 1
+    said = capsys.readouterr().out
+    assert message in said
+    assert "cue localization: " not in said
+
+
+def test_parts_without_attributes_are_said_and_no_error(birds: Path) -> None:
+    shutil.rmtree(birds / "attributes")
+    report = check(birds)
+    assert report.problems == ()
+    assert "no cue localization: there is parts/ but no attributes/" in report.found
+    shutil.rmtree(birds / "parts")
+    assert not any("cue" in line for line in check(birds).found)

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from PIL import Image
 
+from calm.data.cue_check import check_cue_files
 from calm.data.images import Probe, probe
 from calm.data.lines import box_problem
-from calm.data.loading import Layout, load_splits, open_source
+from calm.data.loading import LAYOUTS, Layout, find_layout, load_splits, open_source
 from calm.data.problems import Problem
 from calm.data.records import SPLITS, Record, Split
 from calm.data.report import Report
@@ -33,7 +34,7 @@ def check(
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Check all splits that a data set has files for.
+    """Check all splits that a data set has files for, and the files for cue localization where there are some.
 
     Args:
         root: folder of the data set.
@@ -50,17 +51,23 @@ def check(
     Raises:
         CalmError: what keeps a data set from being read at all.
     """
-    own = open_source(Path(root), layout, None if metadata_root is None else Path(metadata_root)).splits
+    folder, lists = Path(root), None if metadata_root is None else Path(metadata_root)
+    layout = find_layout(folder, layout, lists)
     splits = load_splits(
         root,
-        own,
+        open_source(folder, layout, lists).splits,
         layout=layout,
         metadata_root=metadata_root,
         val_fraction=0.0,
         present_classes_only=present_classes_only,
         strict=False,
     )
-    return check_splits(splits, decode=decode, workers=workers, progress=progress)
+    report = check_splits(splits, decode=decode, workers=workers, progress=progress)
+    wrong, cues = check_cue_files(folder, splits)
+    names = next(iter(splits.values())).class_names
+    first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
+    found = (f"layout {layout}: {LAYOUTS[layout]}", f"classes: {first}", *filter(None, [cues]))
+    return replace(report, problems=(*report.problems, *wrong), found=found)
 
 
 def load_checked(

@@ -16,7 +16,7 @@ from calm.data.released_roots import IMAGE_ROOTS
 from calm.data.report import Report
 from calm.errors import CalmError, unknown
 
-__all__ = ["LAYOUTS", "Layout", "SplitName", "detect_layout", "load_split", "load_splits"]
+__all__ = ["LAYOUTS", "Layout", "SplitName", "detect_layout", "find_layout", "load_split", "load_splits"]
 
 Layout = Literal["auto", "cub", "metadata", "folder"]
 SplitName = Literal["train", "val", "test"]
@@ -153,6 +153,15 @@ def _carved(train: Split, lacking: list[str], fraction: float, seed: int) -> dic
 
 def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Source:
     """The data set in ``root``, of the given layout or the one found."""
+    return _OPEN[find_layout(root, layout, metadata_root)](root, metadata_root)
+
+
+def find_layout(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Layout:
+    """The layout that is meant: "auto" is looked up.
+
+    Raises:
+        CalmError: no such folder; no layout of that name, or that has no metadata folder; see `detect_layout`.
+    """
     if not root.is_dir():
         raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
     if layout == "auto":
@@ -163,7 +172,7 @@ def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None 
         raise CalmError(
             f"metadata_root is given ({metadata_root}), but the layout {layout!r} has no such folder"
         )
-    return _OPEN[layout](root, metadata_root)
+    return layout
 
 
 def detect_layout(root: Path) -> Layout:

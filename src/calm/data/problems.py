@@ -52,6 +52,9 @@ KINDS: dict[str, Kind] = {
         "image of another size than stated", "correct image_sizes.txt, and the boxes with it"
     ),
     "missing-mask": Kind("missing or unreadable mask", "put the file there, or take its line out"),
+    "cue-file": Kind(
+        "attributes or parts that cue localization cannot read", "correct the file; nothing else needs it"
+    ),
     "box-thin": Kind(
         "box of zero width or height", "nothing to do if it is meant (one pixel thin)", "warning"
     ),

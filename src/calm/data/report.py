@@ -25,10 +25,12 @@ class Report:
     Attributes:
         problems: everything, in the order found.
         images: images looked at, by split.
+        found: lines about what the data set is, for people.
     """
 
     problems: tuple[Problem, ...]
     images: dict[str, int]
+    found: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, splits: Iterable[Split], found: Iterable[Problem] = ()) -> Report:
@@ -88,7 +90,7 @@ class Report:
         """The report: grouped by kind, errors first, a few of each kind, with counts and what to do."""
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
-        lines = [f"{images} images: {_count(errors, 'error')}, {_count(warnings, 'warning')}"]
+        lines = [*self.found, f"{images} images: {_count(errors, 'error')}, {_count(warnings, 'warning')}"]
         for kind, members in self._groups().items():
             about = KINDS[kind]
             lines += ["", f"{about.severity}: {about.title} ({len(members):,})"]
