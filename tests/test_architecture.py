@@ -9,7 +9,7 @@ from pathlib import Path
 SOURCE = Path(__file__).parent.parent / "src"
 
 LAYERS = [
-    {"caches", "choices", "errors", "atomic", "command_line", "documents", "torch_file"},
+    {"caches", "choices", "complaints", "errors", "atomic", "command_line", "documents", "torch_file"},
     {"latent", "colormaps"},
     {"objectives", "target_conditional", "resample", "normalize"},
     {"maps", "unscored"},

@@ -183,6 +183,11 @@ def test_maps_that_no_threshold_can_cut_are_refused():
     ):
         with pytest.raises(CalmError, match=words):
             metric.update(wrong, truth, torch.tensor([0]))
+    maps, mask = torch.zeros(1, 2, 2), torch.ones(1, 2, 2)
+    with pytest.raises(CalmError, match="truth must be boolean, got torch\\.float32"):
+        metric.update(maps, mask, torch.tensor([0]))
+    with pytest.raises(CalmError, match="pixels to ignore must be boolean, got torch\\.uint8"):
+        metric.update(maps, truth, torch.tensor([0]), mask.byte())
     metric.update(torch.zeros(1, 2, 2), ~truth, torch.tensor([0]))
     with pytest.raises(CalmError, match="no positive pixel"):
         metric.compute()

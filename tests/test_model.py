@@ -5,12 +5,14 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import numpy as np
 import oracle
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+import calm
 from calm.backbones.timm_models import TimmBackbone
 from calm.errors import CalmError
 from calm.model import ModelConfig, create_model
@@ -68,6 +70,50 @@ def test_maps_come_at_image_size_and_at_any_other(method):
     assert model.attribute(IMAGES, TARGETS, size=(7, 9)).shape == (3, 7, 9)
     assert model.attribute(IMAGES, torch.stack([TARGETS, TARGETS], 1)).shape == (3, 2, 16, 20)
     assert not model.attribute(IMAGES, TARGETS).requires_grad
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_target_is_that_of_all_images_and_a_list_will_do(method):
+    model = tiny(method).eval()
+    output = model(IMAGES)
+    kind = model.map_kind()
+    every = torch.tensor([4, 4, 4])
+    for one in (4, torch.tensor(4), np.int64(4), [4, 4, 4]):
+        assert_close(output.attribute(one, kind), output.attribute(every, kind), rtol=0, atol=0)
+        assert_close(model.attribute(IMAGES, one), model.attribute(IMAGES, every), rtol=0, atol=0)
+        assert_close(
+            calm.attribute(model, IMAGES, one, "gradient"), calm.attribute(model, IMAGES, every, "gradient")
+        )
+    assert_close(model.attribute(IMAGES, [[0, 1], [2, 3], [4, 0]])[1, 1], model.attribute(IMAGES, 3)[1])
+    assert_close(
+        model.difference(IMAGES, [0, 1, 4], 2), model.difference(IMAGES, torch.tensor([0, 1, 4]), every - 2)
+    )
+
+
+@pytest.mark.parametrize("wrong", ["albatross", None, True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
+def test_wrong_targets_are_refused(wrong):
+    with pytest.raises(CalmError, match="targets"):
+        tiny()(IMAGES).attribute(wrong)
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (IMAGES[0], r"floats of shape \(B, 3, H, W\), got torch.float32 \(3, 16, 20\)"),
+        (IMAGES[:, :1], r"got torch.float32 \(3, 1, 16, 20\)"),
+        ((IMAGES * 9).byte(), r"got torch.uint8 \(3, 3, 16, 20\)"),
+        (IMAGES.numpy(), "got a ndarray: model.preprocess makes one of files"),
+        ("bird.jpg", "got a str: model.preprocess makes one of files"),
+    ],
+)
+def test_what_is_no_batch_of_images_is_refused(images, message):
+    for ask in (
+        tiny(),
+        lambda wrong: tiny().attribute(wrong, 0),
+        lambda wrong: calm.attribute(tiny(), wrong, 0),
+    ):
+        with pytest.raises(CalmError, match=message):
+            ask(images)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -31,7 +31,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, shown, unknown
 from calm.latent import log_posterior
 from calm.normalize import normalize
 from calm.resample import resize_maps
@@ -39,7 +39,19 @@ from calm.resample import resize_maps
 if TYPE_CHECKING:
     from calm.output import CalmOutput, CamOutput
 
-__all__ = ["ALIASES", "MAP_KINDS", "Superclass", "attribute", "canonical_kind", "difference"]
+__all__ = [
+    "ALIASES",
+    "MAP_KINDS",
+    "Superclass",
+    "Targets",
+    "as_targets",
+    "attribute",
+    "canonical_kind",
+    "difference",
+]
+
+Targets: TypeAlias = "Tensor | Sequence[int] | Sequence[Sequence[int]] | int"
+"""Class indices (B,) or (B, K), or one that is meant in all images."""
 
 Superclass: TypeAlias = Mapping[int, Sequence[int]]
 """For each target class, the classes of its superclass (which normally include itself)."""
@@ -127,7 +139,7 @@ def canonical_kind(kind: str, family: str) -> str:
 
 def attribute(
     output: CalmOutput | CamOutput,
-    targets: Int[Tensor, " b"] | Int[Tensor, "b k"],
+    targets: Targets,
     kind: str,
     *,
     superclass: Superclass | None = None,
@@ -137,7 +149,8 @@ def attribute(
 
     Args:
         output: what the model returned for the images.
-        targets: class indices, (B,) for one map per image or (B, K) for K.
+        targets: class indices, (B,) for one map per image or (B, K) for K, as a tensor or a list; or one class for all
+            images.
         kind: a row of the table at the top of this module.
         superclass: for the ``-superclass`` kinds: the classes that each target is summed over.
         size: (height, width) to resize to; None leaves the grid as it is.
@@ -150,8 +163,8 @@ def attribute(
             or a superclass missing or not wanted.
     """
     spec = MAP_KINDS[canonical_kind(kind, output.family)]
-    targets = _checked(targets, output, "targets")
-    classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
+    asked = _checked(targets, output, "targets")
+    classes = asked if asked.ndim == 2 else asked.unsqueeze(1)
     if (spec.over == "superclass") != (superclass is not None):
         need = (
             "needs superclass=, a mapping from target to its classes"
@@ -172,7 +185,7 @@ def attribute(
         maps = rows.sum(dim=2)
         if spec.mean:
             maps = maps / valid.sum(dim=2)[..., None, None]
-    maps = maps if targets.ndim == 2 else maps.squeeze(1)
+    maps = maps if asked.ndim == 2 else maps.squeeze(1)
     return maps if size is None else resize_maps(maps, size)
 
 
@@ -181,9 +194,25 @@ def difference(first: Float[Tensor, "*n h w"], second: Float[Tensor, "*n h w"]) 
     return (first - second).abs()
 
 
-def _checked(targets: Tensor, output: CalmOutput | CamOutput, what: str) -> Tensor:
-    """``targets`` as int64 on the output's device, after checking shape, dtype and range."""
+def as_targets(given: Targets, images: int) -> Tensor:
+    """Targets as a tensor; one class alone is that of all images. Neither dtype nor range is looked at.
+
+    Raises:
+        CalmError: they are no numbers.
+    """
+    try:
+        targets = torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalmError(
+            f"targets must be class indices, one or a list or a tensor, got {shown(given)}"
+        ) from error
+    return targets if targets.ndim else targets.expand(images)
+
+
+def _checked(given: Targets, output: CalmOutput | CamOutput, what: str) -> Tensor:
+    """Targets as int64 on the output's device, after checking shape, dtype and range."""
     classes, batch = output.num_classes, output.batch_size
+    targets = as_targets(given, batch)
     if targets.dtype.is_floating_point or targets.dtype == torch.bool or targets.ndim not in (1, 2):
         raise CalmError(
             f"{what} must be class indices of shape (B,) or (B, K), got {targets.dtype} of shape {tuple(targets.shape)}"

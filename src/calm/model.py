@@ -19,7 +19,7 @@ from calm.output import CalmOutput, CamOutput
 from calm.preprocess import ImageLike, Preprocessing
 from calm.resample import resize_maps
 
-__all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
+__all__ = ["CalmModel", "Method", "ModelConfig", "check_images", "create_model"]
 
 _IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
@@ -100,7 +100,12 @@ class CalmModel(nn.Module):
         return self.head.conv_last.weight.device
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Features of normalised images (see `preprocess`)."""
+        """Features of normalised images (see `preprocess`).
+
+        Raises:
+            CalmError: no floats of shape (B, 3, H, W).
+        """
+        check_images(images)
         features: Tensor = self.backbone(images)
         return features
 
@@ -112,6 +117,9 @@ class CalmModel(nn.Module):
 
         Returns:
             An output with ``log_probs`` and ``probs`` (B, C), and every other quantity when asked.
+
+        Raises:
+            CalmError: see `encode`.
         """
         output: CalmOutput | CamOutput = self.head(self.encode(images))
         return output
@@ -180,7 +188,7 @@ class CalmModel(nn.Module):
     def attribute(
         self,
         images: Float[Tensor, "b 3 H W"],
-        targets: Tensor,
+        targets: maps.Targets,
         kind: str | None = None,
         *,
         superclass: maps.Superclass | None = None,
@@ -190,7 +198,7 @@ class CalmModel(nn.Module):
 
         Args:
             images: as for `forward`.
-            targets: the classes to explain.
+            targets: the classes to explain; one alone is asked of all images.
             kind: a name of `calm.maps.MAP_KINDS`; None is ``jointll`` for CALM, ``cam`` for CAM.
             superclass: for the superclass kinds: target to its classes.
             size: (height, width) of the maps; None is the size of the images.
@@ -208,16 +216,16 @@ class CalmModel(nn.Module):
     def difference(
         self,
         images: Float[Tensor, "b 3 H W"],
-        first: Tensor,
-        second: Tensor,
+        first: maps.Targets,
+        second: maps.Targets,
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b H W"]:
-        """Why class ``first`` and not ``second``, (B,) each: abs of the difference of their maps on the grid, resized
-        as in `attribute`. One forward pass."""
+        """Why class ``first`` and not ``second``, (B,) each or one for all images: abs of the difference of their maps
+        on the grid, resized as in `attribute`. One forward pass."""
         kind = self.map_kind(kind)
-        pair = torch.stack([first, second], dim=1)
+        pair = torch.stack([maps.as_targets(one, len(images)) for one in (first, second)], dim=1)
         one, other = self(images).attribute(pair, kind).unbind(dim=1)
         return resize_maps(maps.difference(one, other), size or _height_width(images))
 
@@ -323,6 +331,22 @@ def create_model(
         else CalmHead(channels, num_classes, prior_activation, prior_denominator)
     )
     return CalmModel(config, body, head, class_names=class_names, preprocessing=prepared)
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of normalised images.
+
+    Raises:
+        CalmError: no floats of shape (B, 3, H, W).
+    """
+    if not isinstance(images, Tensor):
+        raise CalmError(
+            f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise CalmError(
+            f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+        )
 
 
 def _height_width(images: Tensor) -> tuple[int, int]:

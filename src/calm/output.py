@@ -270,7 +270,7 @@ class CalmOutput:
 
     def attribute(
         self,
-        targets: Tensor,
+        targets: maps.Targets,
         kind: str = "jointll",
         *,
         superclass: maps.Superclass | None = None,
@@ -340,7 +340,7 @@ class CamOutput:
 
     def attribute(
         self,
-        targets: Tensor,
+        targets: maps.Targets,
         kind: str = "cam",
         *,
         superclass: maps.Superclass | None = None,

@@ -10,10 +10,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Set
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm.baselines import gradient
@@ -21,11 +21,9 @@ from calm.baselines.gradcam import GRADCAMS, gradcam
 from calm.baselines.score import Options, class_scores, left_as_found
 from calm.errors import CalmError, unknown
 from calm.maps import ALIASES as MAP_ALIASES
-from calm.maps import MAP_KINDS, Superclass
+from calm.maps import MAP_KINDS, Superclass, Targets, as_targets
+from calm.model import CalmModel, check_images
 from calm.resample import resize_maps
-
-if TYPE_CHECKING:
-    from calm.model import CalmModel
 
 __all__ = [
     "ALIASES",
@@ -38,7 +36,7 @@ __all__ = [
     "class_scores",
 ]
 
-Explain: TypeAlias = Callable[["CalmModel", Tensor, Tensor, Options], Tensor]
+Explain: TypeAlias = Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,7 @@ METHODS: tuple[str, ...] = (*MAP_KINDS, *BASELINES)
 def attribute(
     model: CalmModel,
     images: Float[Tensor, "b 3 h w"],
-    targets: Int[Tensor, " b"],
+    targets: Targets,
     method: str = "integrated-gradients",
     *,
     superclass: Superclass | None = None,
@@ -97,7 +95,7 @@ def attribute(
     Args:
         model: a model of this package.
         images: normalised images, on the model's device.
-        targets: the class to explain in each image.
+        targets: the class to explain in each image, (B,), or one for all.
         method: one of ``METHODS``.
         superclass: for the model's ``-superclass`` maps, the classes of each target.
         size: (height, width) of the maps; None: that of the images.
@@ -126,14 +124,14 @@ def attribute(
     _check_options(method, asked, BASELINES[name].options if name in BASELINES else frozenset({"superclass"}))
     options = Options(batch_size=batch_size, **given)
     _check_values(options)
-    _check_input(model, images, targets)
+    classes = _checked(model, images, targets)
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
     with left_as_found(model):
         # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph.
-        images, targets = images.detach().clone(), targets.clone().to(images.device, torch.int64)
+        images, classes = images.detach().clone(), classes.clone().to(images.device, torch.int64)
         for some_images, some_targets in zip(
-            torch.split(images, batch_size), torch.split(targets, batch_size), strict=True
+            torch.split(images, batch_size), torch.split(classes, batch_size), strict=True
         ):
             if name in BASELINES:
                 some_maps = BASELINES[name].explain(model, some_images.detach(), some_targets, options)
@@ -171,15 +169,14 @@ def _check_values(options: Options) -> None:
         raise CalmError(f"noise must be a number of at least 0, got {options.noise!r}")
 
 
-def _check_input(model: CalmModel, images: Tensor, targets: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise CalmError(
-            f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-        )
+def _checked(model: CalmModel, images: Tensor, given: Targets) -> Tensor:
+    """The targets as a tensor, after a look at images and targets."""
+    check_images(images)
     if images.device != model.device:
         raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
+    targets = as_targets(given, len(images))
     if targets.shape != images.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
         raise CalmError(
             f"targets must be class indices of shape ({len(images)},), one per image, "
@@ -188,3 +185,4 @@ def _check_input(model: CalmModel, images: Tensor, targets: Tensor) -> None:
     low, high, classes = int(targets.min()), int(targets.max()), model.config.num_classes
     if low < 0 or high >= classes:
         raise CalmError(f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
+    return targets

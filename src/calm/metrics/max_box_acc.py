@@ -139,7 +139,7 @@ class MaxBoxAcc(Metric):
             CalmError: a map with NaN or values outside [0, 1]; an image without a box; ``predictions`` without
                 ``labels``; numbers of images that differ.
         """
-        check_maps(maps, maps)
+        check_maps(maps, None)
         if not len(maps) == len(boxes) == len(keys):
             raise CalmError(f"{len(maps)} maps, boxes of {len(boxes)} images and {len(keys)} keys: one each")
         if (predictions is None) != (labels is None):

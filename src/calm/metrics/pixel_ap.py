@@ -140,13 +140,18 @@ def pixel_edges(which: Thresholds | Float[Tensor, " t"]) -> Float[Tensor, " t"]:
     return edges if edges[-1] == 1 else torch.cat([edges, edges.new_ones(1)])
 
 
-def check_maps(maps: Tensor, truth: Tensor, keys: Tensor | None = None, ignore: Tensor | None = None) -> None:
+def check_maps(
+    maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, ignore: Tensor | None = None
+) -> None:
     """Refuse maps that no threshold in [0, 1] can cut.
 
     Raises:
-        CalmError: shapes differ; not one key an image; NaN; a value outside [0, 1].
+        CalmError: a truth that is not boolean; shapes differ; not one key an image; NaN; a value outside [0, 1].
     """
-    if maps.shape != truth.shape:
+    for what, mask in (("truth", truth), ("pixels to ignore", ignore)):
+        if mask is not None and mask.dtype != torch.bool:
+            raise CalmError(f"the {what} must be boolean, got {mask.dtype}: such as masks > 0")
+    if truth is not None and maps.shape != truth.shape:
         raise CalmError(
             f"maps have shape {tuple(maps.shape)}, the truth {tuple(truth.shape)}: resize the maps (calm.resample)"
         )
