@@ -213,6 +213,11 @@ def test_metadata_comes_from_an_address_with_its_checksum(tmp_path, ilsvrc):
     prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url, metadata_sha256=digest)
     assert check(prepared.root, metadata_root=prepared.metadata_root).ok
     assert [path.name for path in (tmp_path / "out/metadata").iterdir()] == ["ILSVRC"]
+    again = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url)
+    assert f"nothing fetched from {url}: the lists are in {prepared.metadata_root}" in "".join(again.notes)
+    at_hand = make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS))
+    other = prepare("ilsvrc", [ilsvrc], tmp_path / "other", metadata_url=url)
+    assert f"nothing fetched from {url}: {at_hand} was taken" in other.notes
 
 
 HASHED = f"0/{'af' * 20}.jpeg"

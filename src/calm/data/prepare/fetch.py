@@ -33,9 +33,16 @@ def place_metadata(
         CalmError: the archive has no such lists; the download fails.
     """
     final = out / "metadata" / name
-    if not final.exists():
+    if final.exists():
+        if url:
+            prepared.notes.append(
+                f"nothing fetched from {url}: the lists are in {final} (delete it to fetch them)"
+            )
+    else:
         found = find("metadata", archives, prepared)
         if found:
+            if url:
+                prepared.notes.append(f"nothing fetched from {url}: {found[0]} was taken")
             _unpack_lists(found[0], final, name)
         elif url:
             with working_folder(final) as folder:
