@@ -29,7 +29,7 @@ from calm.evaluate.cue_data import read_cue_data
 from calm.evaluate.cue_localization import cue_localization
 from calm.evaluate.subject import model_subject
 from calm.metrics.thresholds import thresholds
-from calm.normalize import normalize
+from calm.normalization import normalize
 from calm.resample import resize_maps
 
 TARGET = 20

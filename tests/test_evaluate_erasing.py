@@ -22,7 +22,7 @@ from calm.evaluate.result import Result, figure_spec
 from calm.evaluate.subject import Subject, model_subject
 from calm.metrics.erasing import erase, erasing_order, filling, first_pixels, random_order
 from calm.model import create_model
-from calm.normalize import normalize
+from calm.normalization import normalize
 from calm.preprocess import Preprocessing
 from calm.resample import resize_maps
 

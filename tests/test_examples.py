@@ -1,4 +1,4 @@
-"""The example in one file does what the library does, and learns what it says it learns."""
+"""The examples do what they say."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from torch import nn
 from torch.testing import assert_close
 
 import calm
+from calm.data.birds import write_birds
+from calm.evaluate.command import evaluate
 
-PATH = Path(__file__).parent.parent / "examples" / "minimal_calm.py"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def load_example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def minimal():
-    spec = importlib.util.spec_from_file_location("minimal_calm", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_example("minimal_calm")
 
 
 def test_the_minimal_version_equals_the_library(minimal):
@@ -51,3 +57,24 @@ def test_it_learns_and_localises(minimal, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert float(lines[3].split()[-1]) > 0.95
     assert float(lines[-1].split()[-1]) > 0.5
+
+
+def test_written_maps_give_the_figures_of_their_model(tmp_path):
+    write_birds(tmp_path / "birds", species=3, images_per_species=4, test_fraction=0.5, size=64)
+    torch.manual_seed(0)
+    model = calm.create_model("tiny_resnet", 3, preprocessing=calm.Preprocessing(size=(32, 32)))
+    model.save_pretrained(tmp_path / "model")
+    load_example("write_maps").write_maps(
+        str(tmp_path / "model"), str(tmp_path / "birds"), tmp_path / "maps", "joint", batch_size=4
+    )
+    flags = ["--data", str(tmp_path / "birds"), "--out", str(tmp_path / "out")]
+    flags += ["--model", str(tmp_path / "model"), "--maps", str(tmp_path / "maps")]
+    own, theirs = evaluate(["localization", *flags, "--norm", "minmax", "--thresholds", "even"])
+    assert len(list((tmp_path / "maps").rglob("*.npy"))) == 6
+    assert own.label != theirs.label
+    shared = own.figures.keys() & theirs.figures.keys()
+    assert {"pxap", "maxboxacc_v2"} <= shared
+    for name in shared:
+        assert list(theirs.figures[name]) == pytest.approx(list(own.figures[name]), nan_ok=True, abs=1e-6), (
+            name
+        )

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from calm.model import CalmModel as CalmModel
     from calm.model import ModelConfig as ModelConfig
     from calm.model import create_model as create_model
-    from calm.normalize import normalize as normalize
+    from calm.normalization import normalize as normalize
     from calm.output import CalmOutput as CalmOutput
     from calm.output import CamOutput as CamOutput
     from calm.preprocess import Preprocessing as Preprocessing
@@ -38,7 +38,7 @@ _HOMES = {
     "create_model": "calm.model",
     "load": "calm.checkpoint",
     "load_released": "calm.released",
-    "normalize": "calm.normalize",
+    "normalize": "calm.normalization",
     "resize_maps": "calm.resample",
 }
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from calm.errors import CalmError, shown, unknown
 from calm.latent import log_posterior
-from calm.normalize import normalize
+from calm.normalization import normalize
 from calm.resample import resize_maps
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from calm.colormaps import Colormap, colorize
 from calm.errors import CalmError
-from calm.normalize import Normalization, normalize
+from calm.normalization import Normalization, normalize
 from calm.resample import resize_maps
 
 __all__ = [

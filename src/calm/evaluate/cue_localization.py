@@ -31,7 +31,7 @@ from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixel_ap import Counting
 from calm.metrics.pointing import energy_inside, peak_hits, pixels
-from calm.normalize import resize_and_normalize
+from calm.normalization import resize_and_normalize
 
 __all__ = ["cue_localization"]
 

@@ -22,7 +22,7 @@ from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
 from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
 from calm.metrics.thresholds import Thresholds, thresholds
-from calm.normalize import resize_and_normalize
+from calm.normalization import resize_and_normalize
 
 __all__ = ["PROTOCOL_SIZE", "localization"]
 

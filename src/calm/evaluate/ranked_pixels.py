@@ -11,7 +11,7 @@ from calm.choices import Explain
 from calm.errors import unknown
 from calm.evaluate.reading import Seen
 from calm.metrics.erasing import Fill, erasing_order, filling, random_order
-from calm.normalize import Normalization, resize_and_normalize
+from calm.normalization import Normalization, resize_and_normalize
 
 __all__ = ["Ranked", "check_names", "ranked"]
 

@@ -22,7 +22,7 @@ from calm.errors import CalmError, unknown
 from calm.maps import MAP_KINDS
 from calm.metrics.thresholds import Thresholds
 from calm.model import CalmModel
-from calm.normalize import Normalization
+from calm.normalization import Normalization
 from calm.output import CalmOutput, CamOutput
 from calm.preprocess import Preprocessing
 

@@ -12,7 +12,7 @@ from calm.evaluate.remove_and_classify import after_erasing
 from calm.evaluate.subject import Subject
 from calm.metrics.erasing import erasing_order, filling, random_order
 from calm.metrics.remove_and_classify import FRACTIONS
-from calm.normalize import resize_and_normalize
+from calm.normalization import resize_and_normalize
 from calm.released_commands.data import test_split
 from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags

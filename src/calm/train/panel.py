@@ -14,7 +14,7 @@ from calm.atomic import atomic_path
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.model import CalmModel
-from calm.normalize import Normalization
+from calm.normalization import Normalization
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 from calm.train.journal import TensorBoard
