@@ -11,7 +11,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 LAYERS = [
     {"caches", "choices", "complaints", "errors", "atomic", "command_line", "documents", "torch_file"},
     {"latent", "colormaps"},
-    {"objectives", "target_conditional", "resample", "normalization"},
+    {"moment", "objectives", "target_conditional", "resample", "normalization"},
     {"maps", "unscored"},
     {"output", "render"},
     {"head", "backbones", "preprocess", "data", "metrics"},

@@ -279,3 +279,62 @@ def test_an_output_made_without_gradients_has_none_whenever_it_is_read(quiet):
     for value in (output.joint, output.probs, output.scores, output.loss(torch.tensor([0]))):
         assert not value.requires_grad
     assert model(images).logits.requires_grad
+
+
+# An output that is read later than it was made
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_read_after_a_change_of_weights_is_of_the_forward_pass_or_refused(method):
+    model = tiny(method)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    early, late = model(IMAGES), model(IMAGES)
+    before = early.probs
+    maps = early.logits
+    late.loss(TARGETS).backward()
+    optimizer.step()
+    assert early.probs is before or torch.equal(early.probs, before)
+    assert early.logits is maps
+    with pytest.raises(CalmError, match="weights have changed since this output's forward pass"):
+        late.attribute(TARGETS, model.map_kind())
+    if method != "cam":
+        with pytest.raises(CalmError, match="weights have changed"):
+            _ = late.probs
+    moved = model(IMAGES)
+    model.double()
+    with pytest.raises(CalmError, match="weights have changed"):
+        _ = moved.logits
+
+
+def test_an_output_of_borrowed_weights_does_not_answer_with_the_own_ones():
+    model = tiny()
+    others = {name: value + 1 for name, value in model.named_parameters()}
+    output = torch.func.functional_call(model, others, (IMAGES,))
+    with pytest.raises(CalmError, match="weights have changed"):
+        _ = output.probs
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_output_is_read_in_the_precision_that_it_was_made_in(method):
+    model = tiny(method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, outside = model(IMAGES), model(IMAGES)
+        want = inside.logits, inside.probs, inside.loss(TARGETS)
+    assert want[0].dtype == torch.bfloat16
+    for one, other in zip((outside.logits, outside.probs, outside.loss(TARGETS)), want, strict=True):
+        assert_close(one, other, rtol=0, atol=0)
+    plain, reference = model(IMAGES), model(IMAGES).logits
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_close(plain.logits, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
+def test_maps_of_an_output_made_without_gradients_have_none(method, quiet):
+    model = tiny(method).eval()
+    with quiet():
+        output = model(IMAGES)
+    found = output.attribute(TARGETS, model.map_kind())
+    assert not found.requires_grad
+    assert not output.logits.requires_grad
+    assert_close(found, model(IMAGES).attribute(TARGETS, model.map_kind()).detach())

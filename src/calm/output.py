@@ -17,6 +17,7 @@ from torch import Tensor
 from calm import latent, maps, objectives
 from calm.errors import CalmError, unknown
 from calm.latent import PriorActivation, PriorDenominator, widen
+from calm.moment import Moment, again
 from calm.unscored import Unscored
 
 __all__ = ["CalmOutput", "CamOutput"]
@@ -295,6 +296,7 @@ class CamOutput:
         self._features, self._weight, self._bias = features, weight, bias
         self.class_scores = widen(F.linear(features.mean(dim=(-2, -1)), weight.flatten(1), bias))
         self._values: dict[tuple[str, bool], Tensor] = {}
+        self._then = Moment.now(features.device, (weight, bias))
 
     @property
     def num_classes(self) -> int:
@@ -314,7 +316,8 @@ class CamOutput:
     @_kept
     def logits(self) -> Tensor:
         """f, the class activation maps of all classes, (B, C, h, w)."""
-        return F.conv2d(self._features, self._weight, self._bias)
+        with again(self._then, (self._weight, self._bias)):
+            return F.conv2d(self._features, self._weight, self._bias)
 
     @_kept
     def log_probs(self) -> Tensor:
@@ -328,11 +331,12 @@ class CamOutput:
 
     def logits_of(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """f of the classes asked, for each image its own, in float32 or wider."""
-        weight, bias = self._weight.flatten(1)[classes], self._bias[classes]
-        return (
-            widen(torch.einsum("bdhw,bkd->bkhw", self._features, weight.to(self._features.dtype)))
-            + widen(bias)[..., None, None]
-        )
+        with again(self._then, (self._weight, self._bias)):
+            weight, bias = self._weight.flatten(1)[classes], self._bias[classes]
+            return (
+                widen(torch.einsum("bdhw,bkd->bkhw", self._features, weight.to(self._features.dtype)))
+                + widen(bias)[..., None, None]
+            )
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
         """Cross-entropy, mean over the batch, in nats; ``targets`` (B,) indices or (B, C) soft."""

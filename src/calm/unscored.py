@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from calm.moment import Moment, again
 from calm.target_conditional import Piece, everywhere, some_at_a_time, target_conditional, where
 
 __all__ = ["Unscored"]
@@ -19,9 +21,10 @@ WORTH_SKIPPING = 150
 them dead, 300 classes (from the times of 200 and 1,000 classes in benchmarks/README.md)."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class Unscored:
-    """Features and the two layers of a CALM head.
+    """Features and the two layers of a CALM head. What is asked later is computed as in the forward pass; a change of
+    the weights since then is a `CalmError`.
 
     Attributes:
         features: of the backbone, (B, D, h, w).
@@ -35,6 +38,13 @@ class Unscored:
     attention: nn.Module
     keep_logits: bool = True
 
+    def __post_init__(self) -> None:
+        self._then = Moment.now(self.features.device, self._weights())
+
+    def _weights(self) -> Iterator[Tensor]:
+        yield from self.conv_last.parameters()
+        yield from self.attention.parameters()
+
     @property
     def num_classes(self) -> int:
         """C."""
@@ -42,21 +52,23 @@ class Unscored:
 
     def logits(self) -> Float[Tensor, "b c h w"]:
         """f, the class scores of all classes."""
-        logits: Tensor = self.conv_last(self.features)
+        with again(self._then, self._weights()):
+            logits: Tensor = self.conv_last(self.features)
         return logits
 
     def scores(self) -> Float[Tensor, "b 1 h w"]:
         """s, the location scores. As a product of one row: a convolution takes four times as long on a CPU
         (benchmarks/README.md)."""
-        if not self.direct():
-            scores: Tensor = self.attention(self.features)
-            return scores
-        weight, bias = self._rows(self.attention)
-        features = self.features.flatten(2).to(weight.dtype)
-        with torch.autocast(features.device.type, enabled=False):
-            row = torch.bmm(weight.expand(len(features), -1, -1), features)
-        row = row if bias is None else row + bias
-        return row.view(len(row), 1, *self.features.shape[2:])
+        with again(self._then, self._weights()):
+            if not self.direct():
+                scores: Tensor = self.attention(self.features)
+                return scores
+            weight, bias = self._rows(self.attention)
+            features = self.features.flatten(2).to(weight.dtype)
+            with torch.autocast(features.device.type, enabled=False):
+                row = torch.bmm(weight.expand(features.shape[0], -1, -1), features)
+            row = row if bias is None else row + bias
+            return row.view(features.shape[0], 1, *self.features.shape[2:])
 
     def direct(self) -> bool:
         """Whether the losses may read the weights themselves. A layer that was wrapped, hooked or parametrised must be
@@ -77,24 +89,26 @@ class Unscored:
             relu: the prior is: locations with a score of 0 or less have no mass, whatever the class. On a CPU they
                 are skipped if they are many; their log-probability is then given as -inf.
         """
-        features, (weight, bias) = self.features, self._rows(self.conv_last, self.attention)
-        batch, _, height, width = features.shape
-        silent = self._silent() if relu and features.device.type == "cpu" else None
-        pieces: list[Piece]
-        if silent is not None:
-            pieces = where(~silent.flatten(1))
-        elif self.keep_logits and torch.is_grad_enabled():
-            pieces = everywhere(batch)
-        else:
-            pieces = some_at_a_time(batch, height * width, self.num_classes)
-        row, scores = self._scored(features.flatten(2), targets, weight, bias, pieces)
-        return row.view(batch, height, width), scores.view(batch, 1, height, width)
+        with again(self._then, self._weights()):
+            features, (weight, bias) = self.features, self._rows(self.conv_last, self.attention)
+            batch, _, height, width = features.shape
+            silent = self._silent() if relu and features.device.type == "cpu" else None
+            pieces: list[Piece]
+            if silent is not None:
+                pieces = where(~silent.flatten(1))
+            elif self.keep_logits and torch.is_grad_enabled():
+                pieces = everywhere(batch)
+            else:
+                pieces = some_at_a_time(batch, height * width, self.num_classes)
+            row, scores = self._scored(features.flatten(2), targets, weight, bias, pieces)
+            return row.view(batch, height, width), scores.view(batch, 1, height, width)
 
     def target_at(self, targets: Int[Tensor, " b"], places: Int[Tensor, "b s"]) -> Float[Tensor, "b s"]:
         """log p(y | x, z) of the target at some locations of each image (flat indices): only these cost."""
         picked = self.features.flatten(2)
         picked = picked.gather(2, places[:, None].expand(-1, picked.shape[1], -1))
-        return self._scored(picked, targets, *self._rows(self.conv_last), everywhere(len(places)))[0]
+        with again(self._then, self._weights()):
+            return self._scored(picked, targets, *self._rows(self.conv_last), everywhere(len(places)))[0]
 
     def _scored(
         self, features: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, pieces: list[Piece]

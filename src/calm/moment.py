@@ -1,0 +1,69 @@
+"""The circumstances of a forward pass, for what its output computes later: the weights, autocast and gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from calm.errors import CalmError
+
+__all__ = ["Moment", "again"]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What held when an output was made.
+
+    Attributes:
+        weights: of the layers that are yet to be asked, each with its version and dtype.
+        device: type of the device.
+        autocast: dtype that autocast asked for; None without.
+        gradients: whether they were recorded.
+    """
+
+    weights: tuple[tuple[Tensor, int, torch.dtype], ...]
+    device: str
+    autocast: torch.dtype | None
+    gradients: bool
+
+    @classmethod
+    def now(cls, device: torch.device, weights: Iterable[Tensor]) -> Moment | None:
+        """This one; None under `torch.compile`, which sees the whole computation."""
+        if torch.compiler.is_compiling():
+            return None
+        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        seen = tuple((weight, _version(weight), weight.dtype) for weight in weights)
+        return cls(seen, device.type, dtype, torch.is_grad_enabled())
+
+
+def again(then: Moment | None, weights: Iterable[Tensor]) -> AbstractContextManager[None]:
+    """Compute with the same weights as it was computed then. None: as it is computed now.
+
+    Raises:
+        CalmError: the weights are others by now: the features are not theirs.
+    """
+    return nullcontext() if then is None else _restored(then, weights)
+
+
+@contextmanager
+def _restored(then: Moment, weights: Iterable[Tensor]) -> Iterator[None]:
+    for weight, (seen, version, dtype) in zip(weights, then.weights, strict=True):
+        if weight is not seen or _version(weight) != version or weight.dtype != dtype:
+            raise CalmError(
+                "the weights have changed since this output's forward pass (an optimiser step, a move to another"
+                " dtype?): read what you need of an output, such as probs, before that, or ask the model again"
+            )
+    with (
+        nullcontext() if then.gradients else torch.no_grad(),
+        torch.autocast(then.device, dtype=then.autocast, enabled=then.autocast is not None),
+    ):
+        yield
+
+
+def _version(weight: Tensor) -> int:
+    """Counts the changes in place; inference tensors have no such count."""
+    return 0 if weight.is_inference() else weight._version
