@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +68,32 @@ def test_kill_after_the_last_epoch_only_measures(uninterrupted: tuple[Path, Path
     train(rich_config(data, run), backbone=tiny_net(), quiet=True)
     assert (run / "result.json").read_text() == (alone / "result.json").read_text()
     assert (run / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_command_says_so_and_continues(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    data, run = write_squares(tmp_path / "data"), tmp_path / "run"
+    command = [sys.executable, "-m", "calm.cli", "train", "--preset", "birds", "--data", str(data)]
+    command += ["--run_dir", str(run), "--backbone", "tiny_resnet", "--batch_size", "8", "--epochs"]
+    process = subprocess.Popen(
+        [*command, "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    said = ""
+    while "epoch    2/" not in said and process.poll() is None:
+        said += process.stdout.readline()
+    process.send_signal(sent)
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    found = re.search(r"interrupted: the same command continues after epoch (\d+)\n", said)
+    if found:
+        assert checkpoint_of(run)["callbacks"]["Checkpoints"]["last"]["epoch"] == int(found[1])
+    else:
+        assert "interrupted: the same command starts again: no epoch was finished\n" in said
+        assert not (run / "checkpoints" / "last.ckpt").exists()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from calm.atomic import atomic_path
 from calm.errors import CalmError
@@ -65,17 +67,20 @@ class Checkpoints(Checkpoint):
 
     Args:
         run_dir: the run folder.
+        say: tells the user something.
 
     Attributes:
         last: epoch (from 1) and validation measures of the last epoch done; empty before the first.
         best: the same of the best epoch.
+        saved: epochs in the checkpoint.
         restored: whether all that was saved is back, and training goes on.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
+        self.run_dir, self.say = run_dir, say
         self.last: dict[str, float] = {}
         self.best: dict[str, float] = {}
+        self.saved = 0
         self.restored = False
 
     @property
@@ -99,8 +104,19 @@ class Checkpoints(Checkpoint):
         if not self.best or _rank(self.last) > _rank(self.best):
             self.best = self.last
         trainer.save_checkpoint(self.path)
+        self.saved = trainer.current_epoch + 1
         if trainer.is_global_zero:
             self._export(pl_module)
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Say what an interruption means."""
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
+            ahead = (
+                f"continues after epoch {self.saved}" if self.saved else "starts again: no epoch was finished"
+            )
+            self.say(f"interrupted: the same command {ahead}")
 
     def _export(self, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, TrainingModule)
@@ -118,6 +134,7 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there."""
         self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
+        self.saved = int(self.last.get("epoch", 0))
 
 
 def _rank(measures: dict[str, float]) -> tuple[float, float]:

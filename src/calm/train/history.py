@@ -75,15 +75,6 @@ class History(pl.Callback):
             )
             self.board.flush()
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Say what an interruption means."""
-        if isinstance(exception, KeyboardInterrupt) and trainer.is_global_zero:
-            self.say(
-                f"interrupted after {len(self.rows)} whole epochs: the same command continues from there"
-            )
-
     def write(self) -> None:
         """Write metrics.csv anew."""
         text = io.StringIO()

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 __all__ = ["well_behaved_lightning"]
 
@@ -28,7 +29,8 @@ def well_behaved_lightning() -> Iterator[None]:
     deterministic algorithms, and Ctrl-C.
 
     Raises:
-        KeyboardInterrupt: as it happened. (Lightning would end the process, and ignore Ctrl-C from then on.)
+        KeyboardInterrupt: as it happened. (Lightning would end the process with code 1.)
+        SystemExit: with 143 after SIGTERM, as a process that is ended by it. (Lightning would end with 0.)
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
@@ -41,8 +43,10 @@ def well_behaved_lightning() -> Iterator[None]:
             for pattern in _NOT_APPLICABLE:
                 warnings.filterwarnings("ignore", message=pattern)
             yield
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
     except SystemExit as stop:
-        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
             raise
         signal.signal(signal.SIGINT, interrupt)
         raise KeyboardInterrupt from stop

@@ -128,7 +128,7 @@ def _run(module: TrainingModule, data: RunData, run_dir: Path, log: RunLog) -> N
     config = module.config
     board = TensorBoard(run_dir / "tensorboard")
     history = History(run_dir / "metrics.csv", log, board)
-    checkpoints = Checkpoints(run_dir)
+    checkpoints = Checkpoints(run_dir, log)
     callbacks: list[pl.Callback] = [board, ProgressBar(log.console), history, checkpoints]
     if config.log.panel_images:
         panel = Panel(run_dir / "panels", data.datasets["val"], config.log.panel_images, board)
