@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import math
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -17,6 +19,7 @@ from rich.console import Console
 import calm
 from calm.cli import main
 from calm.data.birds import write_birds
+from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
 from calm.evaluate.command import evaluate
@@ -62,9 +65,30 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
         assert result.provenance["data"]["images"] > 0
     assert {(row["data"], row["split"]) for row in rows} == {("birds", "test")}
     text = (tmp_path / "table.md").read_text()
-    assert "## cue-localization on birds, test\n" in text
+    assert "## cue-localization on birds, test (8 images)\n" in text
+    assert (
+        "Cue-localization: normalization clipping, thresholds log for CALM-EM jointll; normalization minmax,"
+        " thresholds even for CALM-EM gradcam, CAM cam, CAM gradcam.\n" in text
+    )
     assert "- mPxAP released: " in text
     assert all(f"| {label} |" in text for label in labels)
+
+
+def test_figures_that_some_images_lack_the_truth_for_are_missing_aloud(place, tmp_path, capsys):
+    data = Path(shutil.copytree(place / "birds", tmp_path / "birds"))
+    test = load_split(data, "test").records[3]
+    number = next(
+        line.split()[0] for line in (data / "images.txt").read_text().splitlines() if line.endswith(test.id)
+    )
+    boxes = (data / "bounding_boxes.txt").read_text().splitlines(keepends=True)
+    (data / "bounding_boxes.txt").write_text("".join(b for b in boxes if b.split()[0] != number))
+    flags = words(place, "--out", str(tmp_path / "out"), models=("cam",))
+    flags[flags.index("--data") + 1] = str(data)
+    (found,) = evaluate(["localization", *flags])
+    assert "maxboxacc" not in "".join(found.figures)
+    assert f"no figures by boxes: 1 of 8 images of split 'test' have none, first {test.id}" in " ".join(
+        capsys.readouterr().out.split()
+    )
 
 
 def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_path, monkeypatch):

@@ -111,6 +111,14 @@ def test_wrong_input_is_refused_with_its_reason():
         metric.update(maps, boxes[:1], keys)
     with pytest.raises(CalmError, match="labels"):
         metric.update(maps, boxes, keys, predictions)
+    for wrong in (predictions[:, 0], predictions[:1], predictions[None]):
+        with pytest.raises(CalmError, match="by falling probability"):
+            metric.update(maps, boxes, keys, wrong, labels)
+    with pytest.raises(CalmError, match="by falling probability"):
+        metric.update(maps, boxes, keys, predictions, labels[:1])
+    with pytest.raises(CalmError, match="images, height, width"):
+        metric.update(maps[:, None], boxes, keys)
+    assert not metric.images.any()
     with pytest.raises(CalmError, match="ious"):
         MaxBoxAcc(ious=(0.5, 30))
     metric.update(maps, boxes, keys, predictions, labels)

@@ -96,6 +96,26 @@ def test_wrong_targets_are_refused(wrong):
         tiny()(IMAGES).attribute(wrong)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (torch.tensor([0, 1]), r"shape \(2,\) for 3 images"),
+        (torch.tensor([0.0, 1.0, 2.0]), r"shape \(3,\) for 3 images, torch.float32"),
+        (torch.ones(3, 4) / 4, r"for 3 images, .* or a row of 5 probabilities"),
+    ],
+)
+def test_a_loss_refuses_what_are_no_targets(method, targets, message):
+    with pytest.raises(CalmError, match=message):
+        tiny(method).loss(IMAGES, targets)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_indices_of_any_integer_type_teach_the_same(method):
+    model = tiny(method)
+    assert_close(model.loss(IMAGES, TARGETS.int()), model.loss(IMAGES, TARGETS), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     ("images", "message"),
     [

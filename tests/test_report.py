@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from calm.errors import CalmError
-from calm.report import Figure, Page, Section, join, render, tag, write
+from calm.report import Figure, Page, Section, charts, join, render, tag, write
 from calm.report.charts import Line, chart, legend
 from calm.report.pictures import Shot, colour_bar, data_uri, image, strip
 from calm.report.runs import read_run
@@ -153,6 +153,23 @@ def test_a_chart_draws_its_figures_in_the_colours_of_the_page():
     assert not re.search(r"#0\d0\d0\d|<metadata|https?://|<style", html)
     assert 'aria-label="Loss &amp; more"' in html
     assert Texts(legend([*lines, lines[0]])).of("li") == ["a", "b"]
+
+
+@pytest.mark.parametrize(("lowest", "drawn"), [(0.2, 0.0), (-0.3, -0.3)])
+def test_a_curve_below_zero_is_drawn_whole(lowest, drawn, monkeypatch):
+    limits = []
+    monkeypatch.setattr(charts, "_figure", lambda draw, *_: limits.append(_limits(draw)))
+    chart([Line([0, 1], [1.0, 0.5], "a", band=([0.9, lowest], [1.0, 0.6]))], title="t", x_label="x")
+    assert limits[0] == pytest.approx(drawn, abs=0.1)
+    assert limits[0] <= drawn
+
+
+def _limits(draw):
+    from matplotlib.figure import Figure
+
+    axes = Figure().add_subplot()
+    draw(axes)
+    return axes.get_ylim()[0]
 
 
 def test_charts_of_one_page_do_not_share_ids():

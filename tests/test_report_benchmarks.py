@@ -21,6 +21,7 @@ from calm.evaluate.subject import weights_digest
 from calm.metrics.bootstrap import Estimate
 from calm.model import create_model
 from calm.preprocess import Preprocessing
+from calm.report import measured
 from calm.report.benchmarks import benchmark_section
 from calm.report.charts import Dots, dot_chart
 from calm.report.drawn_maps import maps_of
@@ -87,6 +88,35 @@ def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(t
         ("localization", ["CALM-EM jointll"], 9),
     ]
     assert len({g.heading for g in groups}) == 3
+
+
+def test_results_of_one_model_under_two_protocols_are_named_by_them(tmp_path):
+    for norm, cuts in (("minmax", "even"), ("max", "log"), ("max", "even")):
+        said = {"normalization": norm, "thresholds": cuts, "subject": {"model": "runs/a"}}
+        figures = {"mpxap": Estimate(0.5, 0.4, 0.6)}
+        result = Result("cue-localization", "CAM cam", figures, provenance=said)
+        result.save(tmp_path / f"{norm}-{cuts}.json")
+    (group,) = find_groups([tmp_path])
+    assert {result.label for result in group.results} == {
+        "CAM cam (norm minmax, thresholds even)",
+        "CAM cam (norm max, thresholds log)",
+        "CAM cam (norm max, thresholds even)",
+    }
+
+
+def test_the_best_are_all_that_share_the_best_figure():
+    def shown(*values):
+        results = [
+            Result("classification", name, {"top1": Estimate(value, value, value)})
+            for name, value in zip("abcde", values, strict=False)
+        ]
+        note = str(measured._figure(Group("classification", tuple(results), {})).note)
+        return note.replace("\u202f", " ")
+
+    assert shown(0.5, 0.7, 0.6) == "b; next c, 60.0 %"
+    assert shown(0.7, 0.70001, 0.6) == "b, a; next c, 60.0 %"
+    assert shown(0.7, 0.7) == "a, b"
+    assert shown(0.7, 0.7, 0.7, 0.7, 0.6) == "a, b, c and 1 more; next e, 60.0 %"
 
 
 def test_missing_and_empty_folders_are_named(tmp_path, capsys):

@@ -77,7 +77,7 @@ def print_summary(
 
 
 def _named(c: int, answer: Explanation, names: Sequence[str]) -> dict[str, Any]:
-    return {"index": c, "name": names[c], "probability": float(answer.probs[c])}
+    return {"index": c, "name": names[c], "probability": min(1.0, float(answer.probs[c]))}
 
 
 def _place(c: int, answer: Explanation) -> dict[str, Any]:

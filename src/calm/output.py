@@ -254,11 +254,7 @@ class CalmOutput:
         Raises:
             CalmError: another number of targets than of images; an option that the method does not have.
         """
-        if targets.ndim not in (1, 2) or len(targets) != self.batch_size:
-            raise CalmError(
-                f"targets of shape {tuple(targets.shape)} for {self.batch_size} images: give a class index for each, or"
-                " a row of probabilities"
-            )
+        targets = _taught(targets, self)
         if method == "calm-em":
             return self._em_loss(targets, temperature, teacher, samples).mean()
         if method != "calm-ml":
@@ -339,8 +335,12 @@ class CamOutput:
             )
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
-        """Cross-entropy, mean over the batch, in nats; ``targets`` (B,) indices or (B, C) soft."""
-        return F.cross_entropy(self.class_scores, targets)
+        """Cross-entropy, mean over the batch, in nats; ``targets`` (B,) indices or (B, C) soft.
+
+        Raises:
+            CalmError: another number of targets than of images.
+        """
+        return F.cross_entropy(self.class_scores, _taught(targets, self))
 
     def attribute(
         self,
@@ -352,3 +352,16 @@ class CamOutput:
     ) -> Tensor:
         """Attribution maps from this forward pass: see `calm.maps.attribute`."""
         return maps.attribute(self, targets, kind, superclass=superclass, size=size)
+
+
+def _taught(targets: Tensor, output: CalmOutput | CamOutput) -> Tensor:
+    """The targets of a loss, indices as int64, after a look at their shape and dtype. To look at their range would wait
+    for a GPU."""
+    batch, classes = output.batch_size, output.num_classes
+    soft = targets.is_floating_point()
+    if targets.shape != ((batch, classes) if soft else (batch,)):
+        raise CalmError(
+            f"targets of shape {tuple(targets.shape)} for {batch} images, {targets.dtype}: give a class index for each,"
+            f" or a row of {classes} probabilities"
+        )
+    return targets if soft else targets.long()

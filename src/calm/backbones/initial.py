@@ -38,7 +38,7 @@ def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
         raise CalmError(
             f"cannot get the pretrained weights {weights.url}: {error}. Connect to the network, or put the "
             f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}, or start from random weights with "
-            "pretrained=False"
+            "pretrained=False (calm train: --model.pretrained false)"
         ) from error
     return state
 

@@ -160,7 +160,7 @@ def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module
                 raise
             raise CalmError(
                 f"cannot get the pretrained weights of timm model {name!r}: {error} Connect to the network, "
-                "or start from random weights with pretrained=False"
+                "or start from random weights with pretrained=False (calm train: --model.pretrained false)"
             ) from error
         else:
             return model

@@ -67,10 +67,15 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
 
 def _percentages(path: Path, line: int, text: str, count: int) -> list[float]:
     values = _floats(text)
-    if len(values) != count or not all(0 <= value <= 100 for value in values):
+    wrong = (
+        [word for word, value in zip(text.split(), values, strict=True) if not 0 <= value <= 100]
+        if values
+        else []
+    )
+    if len(values) != count or wrong:
+        found = f"{wrong[0]!r:.40} among them" if wrong else f"{len(text.split())} values"
         raise CalmError(
-            f"{path}:{line}: needs {count} percentages from 0 to 100, one per attribute,"
-            f" found {len(text.split())} values"
+            f"{path}:{line}: needs {count} percentages from 0 to 100, one per attribute, found {found}"
         )
     return values
 

@@ -103,7 +103,10 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
         if shown:
             samples[image] = shown
     if not samples:
-        raise CalmError(f"no {split.name} image of {root} shows a part that tells two classes apart")
+        raise CalmError(
+            f"no {split.name} image of {root} shows a part that tells two classes apart: is any part of these images"
+            f" visible (last column 1) in {root / 'parts' / 'part_locs.txt'}?"
+        )
     sizes = [record.size or image_size(record.path) or (0, 0) for record in split.records]
     return CueData(pairs, groups, points, torch.tensor(sizes), samples)
 

@@ -78,8 +78,8 @@ def cue_localization(
         Figures ``mpxap``, ``mpxap_1`` ... (every pixel counted, each pair by itself) and the same with the
         endings of ``WAYS``; for pairs that differ in one group ``peak_in_part`` and ``mass_in_part``, and what a
         random pixel of the image and of the object would score there, ``part_of_image`` and ``part_of_object``;
-        ``chance``, the mPxAP of a map without information. Scores per image: the share of its difference maps
-        that lies on the differing parts, mean over its pairs. In ``details["pairs"]`` the same by pair.
+        ``chance``, the share of pixels that belong to the differing parts. Scores per image: the share of its
+        difference maps that lies on these parts, mean over its pairs. In ``details["pairs"]`` the same by pair.
 
     Raises:
         CalmError: see `read_cue_data`.

@@ -65,7 +65,7 @@ def localization(
     Raises:
         CalmError: images without annotation; unreadable files; maps that are not in [0, 1].
     """
-    kinds = truth_kinds(split)
+    kinds, partly = truth_kinds(split)
     if batch_size < 1:
         raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
@@ -91,7 +91,7 @@ def localization(
         details |= more_details
     pointed = pointing.cpu().compute()
     figures |= {"pointing": pointed.mean, "energy_inside": energy.cpu().compute().mean}
-    details["blank_maps"] = pointed.blank
+    details |= {"blank_maps": pointed.blank, "partly": partly}
     return Result("localization", subject.label, figures, curves, named, details)
 
 

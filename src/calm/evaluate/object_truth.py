@@ -22,8 +22,8 @@ __all__ = ["Truth", "box_region", "masks", "scaled_boxes", "truth_kinds"]
 Truth = Literal["boxes", "masks"]
 
 
-def truth_kinds(split: Split) -> tuple[Truth, ...]:
-    """What every image of a split is annotated with: masks, boxes, or both.
+def truth_kinds(split: Split) -> tuple[tuple[Truth, ...], str]:
+    """What every image of a split is annotated with, masks, boxes, or both; and what only some images have, in words.
 
     Raises:
         CalmError: no image, no annotation, or images without the one that others have.
@@ -34,7 +34,12 @@ def truth_kinds(split: Split) -> tuple[Truth, ...]:
     without = {kind: [record.id for record in split.records if not getattr(record, kind)] for kind in kinds}
     whole = tuple(kind for kind in kinds if not without[kind])
     if whole:
-        return whole
+        partly = [kind for kind in kinds if 0 < len(without[kind]) < len(split.records)]
+        return whole, " and ".join(
+            f"no figures by {kind}: {len(without[kind])} of {len(split.records)} images of split {split.name!r} have"
+            f" none, first {without[kind][0]}"
+            for kind in partly
+        )
     nearest = min(kinds, key=lambda kind: len(without[kind]))
     if len(without[nearest]) == len(split.records):
         raise CalmError(

@@ -90,10 +90,15 @@ FIGURES: dict[str, FigureSpec] = {
     "chance": FigureSpec(
         "chance",
         better="",
-        meaning="share of pixels that belong to the differing parts: mPxAP of a constant map",
+        meaning="share of pixels that belong to the differing parts: precision of pixels drawn at random",
     ),
     **{f"r{percent}": _ratio(str(percent)) for percent in (10, 30, 50, 70, 90)},
-    "r_area": FigureSpec("R area", "ratio", "lower", "area under R_k over the share of erased pixels"),
+    "r_area": FigureSpec(
+        "R area",
+        "ratio",
+        "lower",
+        "mean height of R_k up to the largest share erased: compare only with the same shares and the same fill",
+    ),
     "insertion": FigureSpec(
         "insertion", meaning="area under the class's probability as pixels appear, best first"
     ),

@@ -110,7 +110,11 @@ def _data(result: Result) -> dict[str, str | None]:
 
 def _title(result: Result) -> str:
     found = _data(result)
-    return f"{result.benchmark} on {found['data']}, {found['split']}" if found["data"] else result.benchmark
+    if not found["data"]:
+        return result.benchmark
+    images = result.details.get("images")
+    count = f" ({images:,} images)" if isinstance(images, int) else ""
+    return f"{result.benchmark} on {found['data']}, {found['split']}{count}"
 
 
 def _remarks(results: Sequence[Result]) -> list[str]:
@@ -121,10 +125,27 @@ def _remarks(results: Sequence[Result]) -> list[str]:
     apart = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
     if apart:
         found.append(f"joint maps sum to p(y | x): the largest difference is {max(apart):.1g}")
+    found += sorted({f"{r.benchmark}: {r.details['partly']}" for r in results if r.details.get("partly")})
+    found += _protocols(results)
     if any(result.details.get("segmented") is False for result in results):
         found.append(
             "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"
         )
+    return found
+
+
+def _protocols(results: Sequence[Result]) -> list[str]:
+    """For each benchmark whose rows are not all normalised and cut alike, which are how."""
+    found = []
+    for benchmark, some in _by_benchmark(results).items():
+        rows: dict[str, list[str]] = {}
+        for result in some:
+            told = {name: result.provenance.get(name) for name in ("normalization", "thresholds")}
+            how = ", ".join(f"{name} {value}" for name, value in told.items() if value)
+            rows.setdefault(how, []).append(result.label)
+        if len(rows) > 1:
+            ways = [f"{how} for {', '.join(names)}" for how, names in rows.items() if how]
+            found.append(f"{benchmark}: {'; '.join(ways)}")
     return found
 
 

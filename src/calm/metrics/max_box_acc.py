@@ -144,6 +144,15 @@ class MaxBoxAcc(Metric):
             raise CalmError(f"{len(maps)} maps, boxes of {len(boxes)} images and {len(keys)} keys: one each")
         if (predictions is None) != (labels is None):
             raise CalmError("give predictions and labels, or neither")
+        if (
+            predictions is not None
+            and labels is not None
+            and (predictions.ndim != 2 or len(predictions) != len(maps) or labels.shape != keys.shape)
+        ):
+            raise CalmError(
+                f"{len(maps)} maps, predictions of shape {tuple(predictions.shape)} and labels of shape"
+                f" {tuple(labels.shape)}: give (b, k) classes by falling probability, and (b,) true ones"
+            )
         if not len(maps):
             self.latest = torch.empty(0)
             return

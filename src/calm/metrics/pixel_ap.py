@@ -151,6 +151,8 @@ def check_maps(
     for what, mask in (("truth", truth), ("pixels to ignore", ignore)):
         if mask is not None and mask.dtype != torch.bool:
             raise CalmError(f"the {what} must be boolean, got {mask.dtype}: such as masks > 0")
+    if maps.ndim != 3:
+        raise CalmError(f"maps have shape {tuple(maps.shape)}: give (images, height, width)")
     if truth is not None and maps.shape != truth.shape:
         raise CalmError(
             f"maps have shape {tuple(maps.shape)}, the truth {tuple(truth.shape)}: resize the maps (calm.resample)"

@@ -156,7 +156,7 @@ def _scale(axes: Any, *, percent: bool, zero: bool, log: bool) -> None:
     if log:
         axes.set_yscale("log")
     elif zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=min(0, axes.get_ylim()[0]) if axes.dataLim.y0 < 0 else 0)
     if percent:
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
 

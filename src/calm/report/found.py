@@ -142,19 +142,30 @@ def _is_result(path: Path) -> bool:
 
 
 def _distinct(members: Sequence[tuple[Path, Result]]) -> tuple[Result, ...]:
-    """Results whose labels differ: equal ones are told apart by the run's folder, or else by a number."""
-    counts = Counter(result.label for _, result in members)
+    """Results whose labels differ: equal ones are told apart by what differs, the run's folder or the protocol, and
+    else by a number."""
+    alike: dict[str, list[tuple[str, ...]]] = {}
+    for _, result in members:
+        alike.setdefault(result.label, []).append(_circumstances(result))
     seen: Counter[str] = Counter()
     results = []
     for _, result in members:
-        label = result.label
-        if counts[label] > 1:
-            label = f"{label} ({_run_name(result) or 'run'})"
+        label, others = result.label, alike[result.label]
+        if len(others) > 1:
+            each = zip(_circumstances(result), zip(*others, strict=True), strict=True)
+            apart = [own for own, all_of_them in each if own and len(set(all_of_them)) > 1]
+            label = f"{label} ({', '.join(apart) or _run_name(result) or 'run'})"
         seen[label] += 1
         if seen[label] > 1:
             label = f"{label} {seen[label]}"
         results.append(replace(result, label=label))
     return tuple(results)
+
+
+def _circumstances(result: Result) -> tuple[str, ...]:
+    """What two results of one label may differ in."""
+    norm, cuts = (result.provenance.get(name) for name in ("normalization", "thresholds"))
+    return _run_name(result), f"norm {norm}" if norm else "", f"thresholds {cuts}" if cuts else ""
 
 
 def _run_name(result: Result) -> str:

@@ -44,17 +44,20 @@ def report_page(groups: Sequence[Group], *, gallery: bool = True, seed: int = 0)
 
 
 def _figure(group: Group) -> Figure | None:
-    """The benchmark's main figure: the best method's, and who comes next."""
+    """The benchmark's main figure: the best method's, or of those that share it, and who comes next."""
     name = main_figure(group)
     order = best(group, name) if name else []
     if name is None or not order:
         return None
     spec = figure_spec(name)
-    first, rest = order[0], order[1:]
-    note = first.label
-    if rest:
-        note += f"; next {rest[0].label}, {written(name, rest[0].figures[name].value)}"
-    return Figure(written(name, first.figures[name].value), f"{group.heading}: {spec.title}", note)
+    values = [written(name, result.figures[name].value) for result in order]
+    first = values.count(values[0])
+    note = ", ".join(result.label for result in order[:first][:3]) + (
+        f" and {first - 3} more" if first > 3 else ""
+    )
+    if first < len(order):
+        note += f"; next {order[first].label}, {values[first]}"
+    return Figure(values[0], f"{group.heading}: {spec.title}", note)
 
 
 def _making(groups: Sequence[Group]) -> Section:

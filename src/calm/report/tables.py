@@ -90,7 +90,7 @@ def _written(value: float | str | None, column: Column) -> str:
 def _between(interval: tuple[float, float], column: Column) -> str:
     """An interval, with a percent sign only at its end."""
     low, high = (_written(end, column) for end in interval)
-    return f"{low.removesuffix(_PERCENT)}–{high}"
+    return f"{low.removesuffix(_PERCENT)}{' to ' if low.startswith(('-', '−')) else '–'}{high}"
 
 
 def _best(column: Column, values: Sequence[float | str | None]) -> str | None:

@@ -60,7 +60,7 @@ class DataOptions:
         layout: how the data folder is laid out; ``auto`` looks.
         metadata_root: folder of the metadata lists, where they are not beside the images.
         val_fraction: share of the training images, the same in every class, that becomes the validation split
-            where the data has none.
+            where the data has none; a test split of the same size is taken too, where there is none.
         present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
         image_size: height and width in pixels that the model sees.
         workers: processes that read images; 0 reads in the training process. The result does not depend on it.
