@@ -237,7 +237,7 @@ def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path)
     assert [result.benchmark for result in evaluate(flags)] == ["remove-and-classify", "classification"]
 
 
-def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp_path):
+def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp_path, capsys):
     import shutil
 
     for folder in sorted((place / "birds/images").iterdir()):
@@ -248,6 +248,8 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
     flags = ["--data", str(tmp_path / "data"), "--replicates", "20", "--out", str(tmp_path / "out")]
     (found,) = evaluate(["classification", "--model", str(tmp_path / "one"), *flags])
     split = calm.data.load_split(tmp_path / "data", "test", val_fraction=0.34)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "split test is 0.34 of train, by class, seed 0; the other images were not looked at" in said
     assert found.provenance["data"]["images"] == len(split.records) == 8
     both = ["--model", str(tmp_path / "one/best"), str(tmp_path / "three")]
     assert len(evaluate(["classification", *both, *flags])) == 2

@@ -60,6 +60,7 @@ class Data:
             "root": str(Path(root).resolve()),
             "layout": layout,
             "metadata_root": None if metadata_root is None else str(metadata_root.resolve()),
+            "origin": split.origin,
             **(reading or {}),
             **summary(split, file_sizes=True),
         }

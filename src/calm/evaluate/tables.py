@@ -126,6 +126,11 @@ def _remarks(results: Sequence[Result]) -> list[str]:
     if apart:
         found.append(f"joint maps sum to p(y | x): the largest difference is {max(apart):.1g}")
     found += sorted({f"{r.benchmark}: {r.details['partly']}" for r in results if r.details.get("partly")})
+    data = [result.provenance.get("data") or {} for result in results]
+    carved = {(d["split"], d["origin"]) for d in data if d.get("origin", "own files") != "own files"}
+    found += [
+        f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)
+    ]
     found += _protocols(results)
     if any(result.details.get("segmented") is False for result in results):
         found.append(
