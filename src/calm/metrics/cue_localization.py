@@ -45,7 +45,8 @@ class CueLocalization(Metric):
     """Mean over class pairs of the PxAP of their difference maps (mPxAP), with intervals over pairs.
 
     Higher is better, from 0 to 1; a random map scores the share of pixels of the differing parts, a few percent, and a
-    map of zeros the same with even thresholds but 0 with log ones, which begin above 0. It says nothing about whether the classifier tells the classes apart.
+    map of zeros the same with even thresholds but 0 with log ones, which begin above 0. It says nothing about whether
+    the classifier tells the classes apart.
 
     Args:
         groups: the number of part groups in which each pair differs, (p,).
