@@ -349,6 +349,17 @@ def test_an_output_is_read_in_the_precision_that_it_was_made_in(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_shapes_can_be_asked_of_a_model_without_weights(method):
+    model = tiny(method).to("meta")
+    output = model(IMAGES.to("meta"))
+    assert output.probs.shape == (3, 5)
+    assert output.logits.shape == (3, 5, 4, 5)
+    assert output.loss(TARGETS.to("meta")).shape == ()
+    with torch.no_grad():
+        assert model(IMAGES.to("meta")).log_probs.shape == (3, 5)
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
 def test_maps_of_an_output_made_without_gradients_have_none(method, quiet):
     model = tiny(method).eval()

@@ -20,7 +20,7 @@ class Moment:
 
     Attributes:
         weights: of the layers that are yet to be asked, each with its version and dtype.
-        device: type of the device.
+        device: type of the device; empty if it has no autocast.
         autocast: dtype that autocast asked for; None without.
         gradients: whether they were recorded.
     """
@@ -35,9 +35,10 @@ class Moment:
         """This one; None under `torch.compile`, which sees the whole computation."""
         if torch.compiler.is_compiling():
             return None
-        dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+        name = device.type if torch.amp.is_autocast_available(device.type) else ""
+        dtype = torch.get_autocast_dtype(name) if name and torch.is_autocast_enabled(name) else None
         seen = tuple((weight, _version(weight), weight.dtype) for weight in weights)
-        return cls(seen, device.type, dtype, torch.is_grad_enabled())
+        return cls(seen, name, dtype, torch.is_grad_enabled())
 
 
 def again(then: Moment | None, weights: Iterable[Tensor]) -> AbstractContextManager[None]:
@@ -57,10 +58,10 @@ def _restored(then: Moment, weights: Iterable[Tensor]) -> Iterator[None]:
                 "the weights have changed since this output's forward pass (an optimiser step, a move to another"
                 " dtype?): read what you need of an output, such as probs, before that, or ask the model again"
             )
-    with (
-        nullcontext() if then.gradients else torch.no_grad(),
-        torch.autocast(then.device, dtype=then.autocast, enabled=then.autocast is not None),
-    ):
+    quiet = nullcontext() if then.gradients else torch.no_grad()
+    on = then.autocast is not None
+    cast = torch.autocast(then.device, dtype=then.autocast, enabled=on) if then.device else nullcontext()
+    with quiet, cast:
         yield
 
 

@@ -75,6 +75,7 @@ class Unscored:
         called; and under `torch.compile` the compiler fuses better than we do."""
         return (
             not torch.compiler.is_compiling()
+            and torch.amp.is_autocast_available(self.features.device.type)
             and not _has_any_global_hook()  # type: ignore[no-untyped-call]
             and all(map(_plain, (self.conv_last, self.attention)))
         )
