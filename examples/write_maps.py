@@ -1,8 +1,8 @@
 """A model's maps as files for other evaluators: OUT/IMAGE_ID.npy, 224x224 float32 in [0, 1], of the true class.
 
 Run it: python examples/write_maps.py runs/birds birds maps [--method gradcam]
-Read by `calm evaluate localization --maps`, which gives the figures of the model itself, and by evaluators of
-weakly-supervised localization that take one array per image.
+Read by `calm evaluate localization --maps`, which gives the figures of the model itself under `--norm minmax
+--thresholds even`, and by evaluators of weakly-supervised localization that take one array per image.
 """
 
 import argparse

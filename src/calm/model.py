@@ -16,10 +16,10 @@ from calm.choices import Method, PriorActivation, PriorDenominator
 from calm.errors import CalmError, unknown
 from calm.head import CalmHead, CamHead
 from calm.output import CalmOutput, CamOutput
-from calm.preprocess import ImageLike, Preprocessing
+from calm.preprocess import ImageLike, Preprocessing, check_images
 from calm.resample import resize_maps
 
-__all__ = ["CalmModel", "Method", "ModelConfig", "check_images", "create_model"]
+__all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
 
 _IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
@@ -331,22 +331,6 @@ def create_model(
         else CalmHead(channels, num_classes, prior_activation, prior_denominator)
     )
     return CalmModel(config, body, head, class_names=class_names, preprocessing=prepared)
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse what is no batch of normalised images.
-
-    Raises:
-        CalmError: no floats of shape (B, 3, H, W).
-    """
-    if not isinstance(images, Tensor):
-        raise CalmError(
-            f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files"
-        )
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise CalmError(
-            f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
-        )
 
 
 def _height_width(images: Tensor) -> tuple[int, int]:

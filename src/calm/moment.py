@@ -52,12 +52,13 @@ def again(then: Moment | None, weights: Iterable[Tensor]) -> AbstractContextMana
 
 @contextmanager
 def _restored(then: Moment, weights: Iterable[Tensor]) -> Iterator[None]:
-    for weight, (seen, version, dtype) in zip(weights, then.weights, strict=True):
-        if weight is not seen or _version(weight) != version or weight.dtype != dtype:
-            raise CalmError(
-                "the weights have changed since this output's forward pass (an optimiser step, a move to another"
-                " dtype?): read what you need of an output, such as probs, before that, or ask the model again"
-            )
+    if [(id(weight), _version(weight), weight.dtype) for weight in weights] != [
+        (id(weight), version, dtype) for weight, version, dtype in then.weights
+    ]:
+        raise CalmError(
+            "the weights have changed since this output's forward pass (an optimiser step, a move to another dtype?):"
+            " read what you need of an output, such as probs, before that, or ask the model again"
+        )
     quiet = nullcontext() if then.gradients else torch.no_grad()
     on = then.autocast is not None
     cast = torch.autocast(then.device, dtype=then.autocast, enabled=on) if then.device else nullcontext()

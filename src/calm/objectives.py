@@ -17,7 +17,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-__all__ = ["draw", "e_step", "em_loss", "ml_loss"]
+from calm.errors import CalmError
+
+__all__ = ["check_targets", "draw", "e_step", "em_loss", "ml_loss"]
 
 
 def ml_loss(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
@@ -68,3 +70,19 @@ def draw(posterior: Float[Tensor, "b h w"], samples: int) -> Int[Tensor, "b s"]:
     steps = (torch.arange(samples, device=mass.device) + start) / samples * edges[:, -1:]
     past = (mass > 0).flip(1).int().argmax(dim=1, keepdim=True)  # locations without mass at the end
     return torch.minimum(torch.searchsorted(edges, steps, right=True), mass.shape[1] - 1 - past)
+
+
+def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
+    """The targets of a loss, indices as int64, after a look at their shape and dtype. To look at their range would wait
+    for a GPU.
+
+    Raises:
+        CalmError: neither a class index for each image nor a row of probabilities.
+    """
+    soft = targets.is_floating_point()
+    if targets.shape != ((batch, classes) if soft else (batch,)):
+        raise CalmError(
+            f"targets of shape {tuple(targets.shape)} for {batch} images, {targets.dtype}: give a class index for each,"
+            f" or a row of {classes} probabilities"
+        )
+    return targets if soft else targets.long()

@@ -254,7 +254,7 @@ class CalmOutput:
         Raises:
             CalmError: another number of targets than of images; an option that the method does not have.
         """
-        targets = _taught(targets, self)
+        targets = objectives.check_targets(targets, self.batch_size, self.num_classes)
         if method == "calm-em":
             return self._em_loss(targets, temperature, teacher, samples).mean()
         if method != "calm-ml":
@@ -340,7 +340,9 @@ class CamOutput:
         Raises:
             CalmError: another number of targets than of images.
         """
-        return F.cross_entropy(self.class_scores, _taught(targets, self))
+        return F.cross_entropy(
+            self.class_scores, objectives.check_targets(targets, self.batch_size, self.num_classes)
+        )
 
     def attribute(
         self,
@@ -352,16 +354,3 @@ class CamOutput:
     ) -> Tensor:
         """Attribution maps from this forward pass: see `calm.maps.attribute`."""
         return maps.attribute(self, targets, kind, superclass=superclass, size=size)
-
-
-def _taught(targets: Tensor, output: CalmOutput | CamOutput) -> Tensor:
-    """The targets of a loss, indices as int64, after a look at their shape and dtype. To look at their range would wait
-    for a GPU."""
-    batch, classes = output.batch_size, output.num_classes
-    soft = targets.is_floating_point()
-    if targets.shape != ((batch, classes) if soft else (batch,)):
-        raise CalmError(
-            f"targets of shape {tuple(targets.shape)} for {batch} images, {targets.dtype}: give a class index for each,"
-            f" or a row of {classes} probabilities"
-        )
-    return targets if soft else targets.long()

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
     import PIL.Image
 
-__all__ = ["ImageLike", "Preprocessing"]
+__all__ = ["ImageLike", "Preprocessing", "check_images"]
 
 ImageLike: TypeAlias = Union[str, Path, "PIL.Image.Image", "np.ndarray", Tensor]
 """A file, a PIL image, or uint8 RGB of shape (H, W, 3)."""
@@ -111,3 +111,19 @@ def _open(image: ImageLike) -> PIL.Image.Image:
             " a normalised float batch goes to the model directly"
         )
     return Image.fromarray(array)
+
+
+def check_images(images: Tensor) -> None:
+    """Refuse what is no batch of normalised images.
+
+    Raises:
+        CalmError: no floats of shape (B, 3, H, W).
+    """
+    if not isinstance(images, Tensor):
+        raise CalmError(
+            f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files"
+        )
+    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise CalmError(
+            f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}"
+        )

@@ -22,7 +22,8 @@ from calm.baselines.score import Options, class_scores, left_as_found
 from calm.errors import CalmError, unknown
 from calm.maps import ALIASES as MAP_ALIASES
 from calm.maps import MAP_KINDS, Superclass, Targets, as_targets
-from calm.model import CalmModel, check_images
+from calm.model import CalmModel
+from calm.preprocess import check_images
 from calm.resample import resize_maps
 
 __all__ = [

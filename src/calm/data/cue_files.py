@@ -67,11 +67,7 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
 
 def _percentages(path: Path, line: int, text: str, count: int) -> list[float]:
     values = _floats(text)
-    wrong = (
-        [word for word, value in zip(text.split(), values, strict=True) if not 0 <= value <= 100]
-        if values
-        else []
-    )
+    wrong = [word for word, value in zip(text.split(), values, strict=False) if not 0 <= value <= 100]
     if len(values) != count or wrong:
         found = f"{wrong[0]!r:.40} among them" if wrong else f"{len(text.split())} values"
         raise CalmError(
