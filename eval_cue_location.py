@@ -2,8 +2,8 @@
 
 import sys
 
-from calm.released_commands.cue_location import main
-from calm.released_commands.terminal import run
+from calm.released_commands.evaluate import cue_location
+from calm.released_commands.flags import run
 
 if __name__ == "__main__":
-    sys.exit(run("eval_cue_location.py", main))
+    sys.exit(run("eval_cue_location.py", cue_location))

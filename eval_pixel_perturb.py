@@ -2,8 +2,8 @@
 
 import sys
 
-from calm.released_commands.remove_and_classify import main
-from calm.released_commands.terminal import run
+from calm.released_commands.evaluate import remove_and_classify
+from calm.released_commands.flags import run
 
 if __name__ == "__main__":
-    sys.exit(run("eval_pixel_perturb.py", main))
+    sys.exit(run("eval_pixel_perturb.py", remove_and_classify))

@@ -2,7 +2,7 @@
 
 import sys
 
-from calm.released_commands.terminal import run
+from calm.released_commands.flags import run
 from calm.released_commands.train import main
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from calm.evaluate.cue_data import CueData
+from calm.evaluate.cue_localization import CueData
 
 __all__ = ["IMAGES", "PAIRS", "SPECIES", "cub_pairs"]
 

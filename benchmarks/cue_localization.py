@@ -22,15 +22,12 @@ from measure import clock, hottest, table, verdict
 
 import calm
 from calm.data import load_split
-from calm.data.birds import write_birds
-from calm.data.cue_files import read_part_points, read_segmentation
-from calm.data.cues import group_mask, part_regions
-from calm.evaluate.cue_data import read_cue_data
-from calm.evaluate.cue_localization import cue_localization
+from calm.data.cues import group_mask, part_regions, read_part_points, read_segmentation
+from calm.evaluate.cue_localization import cue_localization, read_cue_data
 from calm.evaluate.subject import model_subject
-from calm.metrics.thresholds import thresholds
-from calm.normalization import normalize
-from calm.resample import resize_maps
+from calm.heatmaps import normalize, resize_maps
+from calm.metrics.pixels import thresholds
+from calm_birds import write_birds
 
 TARGET = 20
 SETTINGS = [

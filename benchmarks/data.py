@@ -21,10 +21,9 @@ from PIL import Image
 
 from calm.data.augmentation import AUGMENTATIONS
 from calm.data.dataset import ImageDataset
-from calm.data.images import read_rgb
 from calm.data.records import Record, Split
 from calm.data.transforms import eval_transform, fixed_size, train_transform
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing, read_rgb
 
 SIZES = [((500, 375), 224), ((96, 96), 96)]
 TEST = "testing"

@@ -24,11 +24,10 @@ from measure import clock, peak_and_result, peak_memory, table, verdict
 
 import calm
 from calm.data import load_split
-from calm.data.birds import write_birds
-from calm.evaluate.cue_data import read_cue_data
-from calm.evaluate.cue_localization import cue_localization
+from calm.evaluate.cue_localization import cue_localization, read_cue_data
 from calm.evaluate.runner import Data, run
 from calm.evaluate.subject import model_subject
+from calm_birds import write_birds
 
 OF_EACH = -(-IMAGES // SPECIES)
 """Most test images of a species in the full size."""

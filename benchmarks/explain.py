@@ -29,7 +29,7 @@ from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
 
 import calm
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 
 CLASSES = 200
 ALONE = "prediction alone"

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from straightforward import StraightforwardHead
 from torch import Tensor
 
-from calm.head import CalmHead
-from calm.objectives import draw
-from calm.unscored import Unscored
+from calm.fused import Unscored
+from calm.latent import draw
+from calm.model import CalmHead
 
 LIMIT, OURS, CHUNKED, PLAIN = (
     "cross-entropy of the mean",

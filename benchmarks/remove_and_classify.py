@@ -16,13 +16,18 @@ import time
 
 import torch
 
-from calm.evaluate.ranked_pixels import maps_to_rank
-from calm.evaluate.remove_and_classify import after_erasing
+from calm.evaluate.erasing import after_erasing, maps_to_rank
 from calm.evaluate.subject import model_subject
-from calm.metrics.erasing import erasing_order, filling, first_pixels, random_order
-from calm.metrics.remove_and_classify import FRACTIONS, RemoveAndClassify
+from calm.images import Preprocessing
+from calm.metrics.erasing import (
+    FRACTIONS,
+    RemoveAndClassify,
+    erasing_order,
+    filling,
+    first_pixels,
+    random_order,
+)
 from calm.model import create_model
-from calm.preprocess import Preprocessing
 
 SETTINGS = [("small_resnet", 96, 8), ("resnet50", 224, 2)]
 
@@ -34,7 +39,7 @@ def passes(subject, images, labels):
 
 
 def ours(subject, images, labels):
-    """A batch, as `calm.evaluate.remove_and_classify` treats it."""
+    """A batch, as `calm.evaluate.erasing` treats it."""
     metric = RemoveAndClassify()
     keys = torch.arange(len(images))
     looked = subject.look(images)

@@ -28,8 +28,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from calm.atomic import write_text
 from calm.errors import CalmError, unknown
+from calm.files import write_text
 
 FOLDER = Path(__file__).parent
 BLOCK = re.compile(r"<!-- bench: (?P<command>[^\n]*?) -->\n(?P<output>.*?)<!-- end -->", re.DOTALL)

@@ -20,8 +20,8 @@ import torch
 from straightforward import StraightforwardHead
 from torch import Tensor, nn
 
+from calm.images import Preprocessing
 from calm.model import create_model
-from calm.preprocess import Preprocessing
 
 CAM, CALM, PLAIN = "CAM, mean first", "CALM-EM", "straightforward CALM-EM"
 WAYS = (CAM, CALM, PLAIN)

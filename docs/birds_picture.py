@@ -12,7 +12,7 @@ from PIL import Image
 import calm
 from calm.data import load_split
 from calm.data.cues import group_mask
-from calm.evaluate.cue_data import read_cue_data
+from calm.evaluate.cue_localization import read_cue_data
 from calm.render import Tile, draw_contour, overlay, panel, resize_picture
 
 CELL = 192

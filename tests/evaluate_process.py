@@ -9,7 +9,7 @@ import sys
 import torch
 
 from calm.cli import main
-from calm.evaluate.processes import gathered, rank, together
+from calm.evaluate.reading import gathered, rank, together
 
 
 def crash() -> int:

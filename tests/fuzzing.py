@@ -160,7 +160,7 @@ def refused_cheaply(tasks: Sequence[tuple[str, Path]], megabytes: float = 400) -
 
 def _read_maps(path: Path) -> Any:
     from calm.data.records import Record, Split
-    from calm.evaluate.map_folder import open_map_folder
+    from calm.evaluate.subject import open_map_folder
 
     split = Split("test", (Record("a.jpg", Path("a.jpg"), 0),), ("x", "y"), Path())
     return open_map_folder(path.parent, split, size=(8, 8))
@@ -170,19 +170,19 @@ def _reader(name: str) -> Callable[[Path], Any]:
     """A reader of one file, imported only when asked for: some take seconds to import."""
     match name:
         case "image":
-            from calm.data.images import read_rgb
+            from calm.images import read_rgb
 
             return read_rgb
         case "segmentation":
-            from calm.data.cue_files import read_segmentation
+            from calm.data.cues import read_segmentation
 
             return read_segmentation
         case "part points":
-            from calm.data.cue_files import read_part_points
+            from calm.data.cues import read_part_points
 
             return lambda path: read_part_points(path.parent.parent)
         case "groups":
-            from calm.data.part_groups import read_part_groups
+            from calm.data.cues import read_part_groups
 
             return lambda path: read_part_groups(path.parent.parent)
         case "labels":
@@ -192,18 +192,18 @@ def _reader(name: str) -> Callable[[Path], Any]:
         case "maps":
             return _read_maps
         case "config":
-            from calm.train.command import parse
+            from calm.cli.train import parse
 
             return lambda path: parse(["--config", str(path)])
         case "model":
-            from calm.checkpoint import load
+            from calm.model import load
 
             return lambda path: load(path.parent)
         case "attribute":
-            import calm.explanation
-            from calm.explain import attribute_files
+            import calm.explain
+            from calm.cli.attribute import attribute_files
 
-            assert calm.explanation  # what takes seconds to import
+            assert calm.explain  # what takes seconds to import
             return lambda path: attribute_files(
                 [str(path)], model=str(path.parent / "model"), out=path.parent / "out"
             )

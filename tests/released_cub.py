@@ -9,7 +9,7 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
-from calm.data.birds import write_birds
+from calm_birds import write_birds
 
 ROOT = Path(__file__).parent.parent
 SMALL = (

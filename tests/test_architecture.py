@@ -1,74 +1,103 @@
-"""Imports point one way: no module reaches up to a later layer, not even inside a function."""
+"""Imports point one way: between files there is no circle, and no file imports from a room above its own."""
 
 from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 SOURCE = Path(__file__).parent.parent / "src"
 
-LAYERS = [
-    {"caches", "choices", "complaints", "errors", "atomic", "command_line", "documents", "torch_file"},
-    {"latent", "colormaps"},
-    {"moment", "objectives", "target_conditional", "resample", "normalization"},
-    {"maps", "unscored"},
-    {"output", "render"},
-    {"head", "backbones", "preprocess", "data", "metrics"},
+FLOORS = [
+    {"errors"},
+    {"config", "files"},
+    {"latent", "images", "calm_birds"},
+    {"fused", "heatmaps", "metrics"},
+    {"output", "render", "backbones", "checkpoint", "data"},
     {"model"},
-    {"card", "baselines", "places", "image_inputs"},
-    {"checkpoint"},
-    {"released_file", "released", "train", "explanation", "evaluate"},
-    {"explanation_summary", "conversion", "explain", "report"},
-    {"demo", "released_commands"},
+    {"released", "baselines"},
+    {"conversion", "explain", "train", "evaluate"},
+    {"report", "released_commands"},
     {"cli"},
 ]
-RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+"""The rooms from the ground up. A room imports from lower floors, and, without a circle, from its own."""
 
-# `model.save_pretrained` and its siblings are one-line doors to the module that owns the files.
-DOORS = {("model", "checkpoint")}
-
-
-def imports(tree: ast.AST) -> Iterator[str]:
-    """Names of the package's modules imported anywhere but for type checking."""
-    for node in ast.iter_child_nodes(tree):
-        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            continue
-        if isinstance(node, ast.ImportFrom) and node.module == "calm":
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("calm."):
-            yield node.module.split(".")[1]
-        elif isinstance(node, ast.Import):
-            yield from (a.name.split(".")[1] for a in node.names if a.name.startswith("calm."))
-        yield from imports(node)
+LIBRARY_ROOMS = {room for floor in FLOORS[:8] for room in floor} - {"calm_birds", "data", "train", "evaluate"}
 
 
-def edges() -> set[tuple[str, str]]:
-    found = set()
-    for path in (SOURCE / "calm").rglob("*.py"):
-        own = path.relative_to(SOURCE / "calm").parts[0].removesuffix(".py")
-        if own != "__init__":
-            found |= {(own, other) for other in imports(ast.parse(path.read_text())) if other != own}
+def module_paths() -> dict[str, Path]:
+    """Every module of the two packages, by its dotted name."""
+    found = {}
+    for path in SOURCE.rglob("*.py"):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
     return found
 
 
-def test_every_module_has_a_layer():
-    names = {
-        path.name.removesuffix(".py") for path in (SOURCE / "calm").iterdir() if path.suffix in ("", ".py")
-    }
-    assert names - {"__init__", "__pycache__", "presets", "py.typed"} == set(RANK)
+MODULES = module_paths()
 
 
-def test_imports_point_down_or_sideways():
-    up = {(a, b) for a, b in edges() if b in RANK and RANK[b] > RANK[a]}
-    assert up == DOORS
+def imported(tree: ast.AST) -> Iterator[str]:
+    """Names of our modules that code imports: at the top, inside functions, and for type checking."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module is not None:
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                name = inner if inner in MODULES else node.module
+                if name in MODULES:
+                    yield name
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
 
 
-def test_training_explaining_and_evaluating_never_import_each_other():
-    apart = ("train", "report", "explain", "evaluate")
-    allowed = {("report", "evaluate"), ("report", "explain")}
-    assert not {(a, b) for a, b in edges() if a in apart and b in apart} - allowed
+def room(module: str) -> str:
+    """``latent`` for calm.latent, ``train`` for calm.train.run, ``calm_birds`` for all of that package."""
+    package, _, rest = module.partition(".")
+    return package if package == "calm_birds" else rest.partition(".")[0]
 
 
-def test_the_walk_sees_imports_inside_functions():
-    assert list(imports(ast.parse("def f():\n    from calm.train import x\n"))) == ["train"]
+GRAPH = {module: set(imported(ast.parse(path.read_text()))) - {module} for module, path in MODULES.items()}
+ARROWS = {(module, other) for module, others in GRAPH.items() for other in others if module != "calm"}
+
+
+def test_every_room_has_a_floor() -> None:
+    assert {room(module) for module in MODULES} - {""} == set().union(*FLOORS)
+
+
+def test_there_is_no_circle() -> None:
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError, which names the circle
+
+
+def test_no_import_points_up() -> None:
+    floor_of = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    assert not {(a, b) for a, b in ARROWS if floor_of[room(a)] < floor_of[room(b)]}
+
+
+def test_rooms_of_one_floor_form_no_circle() -> None:
+    rooms: dict[str, set[str]] = {}
+    for a, b in ARROWS:
+        if room(a) != room(b):
+            rooms.setdefault(room(a), set()).add(room(b))
+    TopologicalSorter(rooms).prepare()
+
+
+def test_training_and_evaluation_never_import_each_other() -> None:
+    apart = {"train", "evaluate", "explain"}
+    assert not {(a, b) for a, b in ARROWS if {room(a), room(b)} <= apart and room(a) != room(b)}
+
+
+def test_the_bird_renderer_knows_nothing_of_classifiers() -> None:
+    assert {room(b) for a, b in ARROWS if room(a) == "calm_birds"} <= {"calm_birds", "errors", "files"}
+
+
+def test_the_library_is_at_most_35_files_and_the_house_95() -> None:
+    assert len(MODULES) <= 95
+    assert sum(room(module) in LIBRARY_ROOMS | {""} for module in MODULES) <= 35
+
+
+@pytest.mark.parametrize("code", ["def f():\n    from calm.train import run", "import calm.train.run"])
+def test_the_walk_sees_imports_everywhere(code: str) -> None:
+    assert set(imported(ast.parse(code))) == {"calm.train.run"}

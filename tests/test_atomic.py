@@ -14,13 +14,13 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from calm import atomic
-from calm.atomic import atomic_path, remove_abandoned, working_folder, write_bytes, write_text
+from calm import files
 from calm.errors import CalmError
+from calm.files import atomic_path, remove_abandoned, working_folder, write_bytes, write_text
 
 HOLD = """
 import sys, time
-from calm.atomic import atomic_path, working_folder
+from calm.files import atomic_path, working_folder
 with atomic_path(sys.argv[1] + "/table.csv") as file, working_folder(sys.argv[1] + "/set") as folder:
     file.write_text("half")
     (folder / "half").touch()
@@ -31,7 +31,7 @@ with atomic_path(sys.argv[1] + "/table.csv") as file, working_folder(sys.argv[1]
 
 @pytest.fixture(autouse=True)
 def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic, "_looked_into", set())
+    monkeypatch.setattr(files, "_looked_into", set())
 
 
 @pytest.fixture

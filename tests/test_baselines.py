@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from calm.baselines import ALIASES, BASELINES, METHODS, attribute
 from calm.baselines.gradcam import GRADCAMS
 from calm.errors import CalmError
-from calm.head import CalmHead, CamHead
-from calm.model import CalmModel, ModelConfig
+from calm.model import CalmHead, CalmModel, CamHead, ModelConfig
 
 CLASSES, CHANNELS = 5, 6
 GRADIENTS = [name for name in BASELINES if name not in GRADCAMS]

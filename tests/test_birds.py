@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calm.data.birds import Drawing, choose_species, draw_bird
-from calm.data.birds.attributes import ATTRIBUTES, PARTS, species_attributes
-from calm.data.birds.species import MAX_SPECIES
 from calm.errors import CalmError
+from calm_birds import Drawing, choose_species, draw_bird
+from calm_birds.attributes import ATTRIBUTES, PARTS, species_attributes
+from calm_birds.species import MAX_SPECIES
 
 SUBSTRINGS = {
     "head": ("bill", "crown", "eye", "forehead", "head", "nape", "throat"),

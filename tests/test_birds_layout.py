@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from calm.data.birds import BirdsSummary, write_birds
-from calm.data.birds.attributes import ATTRIBUTES, PARTS
 from calm.errors import CalmError
+from calm_birds import BirdsSummary, write_birds
+from calm_birds.attributes import ATTRIBUTES, PARTS
 
 SMALL: dict[str, Any] = {"species": 5, "images_per_species": 4, "size": 64, "seed": 3, "test_fraction": 0.25}
 
@@ -177,7 +177,7 @@ def test_a_killed_run_looks_incomplete_and_the_same_call_completes_it(
     birds: BirdsSummary, tmp_path: Path
 ) -> None:
     root = tmp_path / "birds"
-    code = f"from calm.data.birds import write_birds; write_birds({str(root)!r}, workers=1, **{SMALL!r})"
+    code = f"from calm_birds import write_birds; write_birds({str(root)!r}, workers=1, **{SMALL!r})"
     process = subprocess.Popen(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     )

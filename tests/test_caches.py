@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from calm.caches import caches_among_temporary_files
+from calm.files import caches_among_temporary_files
 
 
 @pytest.fixture

@@ -7,10 +7,10 @@ import re
 
 import pytest
 
-from calm.card import FORMAT, Card
+from calm.checkpoint import FORMAT, Card
+from calm.config import ModelConfig
 from calm.errors import CalmError
-from calm.model import ModelConfig
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 
 CARD = Card(
     ModelConfig(
@@ -45,9 +45,9 @@ def test_what_is_written_is_read_back(path):
 
 
 def test_the_sample_in_the_documentation_is_a_card(tmp_path):
-    import calm.card
+    import calm.checkpoint
 
-    sample = re.search(r"::\n\n(.*)\Z", calm.card.__doc__, re.DOTALL)[1]
+    sample = re.search(r"::\n\n(.*)\Z", calm.checkpoint.__doc__, re.DOTALL)[1]
     (tmp_path / "calm.json").write_text(sample)
     card = Card.read(tmp_path / "calm.json")
     assert card.class_names == ("crow", "raven")

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from calm.checkpoint import CARD, WEIGHTS, load, push_to_hub, save_pretrained
+from calm.checkpoint import CARD, WEIGHTS
 from calm.errors import CalmError
-from calm.model import create_model
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
+from calm.model import create_model, load
 
 IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +53,7 @@ def probabilities(model):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     torch.manual_seed(1)
-    return save_pretrained(trained(), tmp_path_factory.mktemp("saved") / "model")
+    return trained().save_pretrained(tmp_path_factory.mktemp("saved") / "model")
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_a_model_is_the_same_after_loading(tmp_path, method, prior):
 )
 def test_a_backbone_with_options_comes_back_by_its_name(tmp_path, backbone, options):
     model = create_model(backbone, 3, **options).eval()
-    again = load(save_pretrained(model, tmp_path / "model"))
+    again = load(model.save_pretrained(tmp_path / "model"))
     assert again.config == model.config
     assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
 
@@ -96,14 +96,14 @@ def test_a_backbone_with_options_comes_back_by_its_name(tmp_path, backbone, opti
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_the_dtype_is_kept(tmp_path, dtype):
     model = trained().to(dtype)
-    again = load(save_pretrained(model, tmp_path / "model"))
+    again = load(model.save_pretrained(tmp_path / "model"))
     assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype, torch.int64}
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
 def test_the_users_own_backbone_must_be_given_again_and_stays_tied(tmp_path):
     model = trained(backbone=Tied())
-    folder = save_pretrained(model, tmp_path / "model")
+    folder = model.save_pretrained(tmp_path / "model")
     again = load(folder, backbone=Tied())
     assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
     assert again.backbone.second.weight is again.backbone.first.weight
@@ -119,7 +119,7 @@ def test_a_superfluous_backbone_is_refused(folder):
 def test_loading_and_saving_leave_random_state_and_mode_as_they_were(folder, tmp_path):
     model = trained().train()
     state = torch.get_rng_state()
-    save_pretrained(model, tmp_path / "new")
+    model.save_pretrained(tmp_path / "new")
     load(folder)
     assert torch.equal(torch.get_rng_state(), state)
     assert model.training
@@ -138,7 +138,7 @@ def test_a_run_folder_gives_its_best_model_and_without_one_its_last(folder, tmp_
     assert load(run).training_summary == {}
     best = load(folder)
     best.training_summary = {"which": "best"}
-    save_pretrained(best, run / "best")
+    best.save_pretrained(run / "best")
     assert load(str(run)).training_summary == {"which": "best"}
 
 
@@ -196,7 +196,7 @@ def test_a_missing_file_is_named(folder, name):
 
 
 def test_weights_of_another_save_are_not_taken_for_this_ones(folder, tmp_path):
-    other = save_pretrained(trained(), tmp_path / "other")
+    other = trained().save_pretrained(tmp_path / "other")
     shutil.copy(other / WEIGHTS, folder / WEIGHTS)
     with pytest.raises(CalmError, match=f"is not the file that {CARD} describes"):
         load(folder)
@@ -237,9 +237,9 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr("calm.card.write_json", full)
+    monkeypatch.setattr("calm.checkpoint.write_json", full)
     with pytest.raises(OSError, match="no space"):
-        save_pretrained(trained(), tmp_path / "model")
+        trained().save_pretrained(tmp_path / "model")
     assert not list(tmp_path.iterdir())
 
 
@@ -248,7 +248,7 @@ def test_a_save_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
     model = trained()
     model.training_summary = {"not json": object()}
     with pytest.raises(CalmError, match="training summary"):
-        save_pretrained(model, folder)
+        model.save_pretrained(folder)
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
 
@@ -256,7 +256,7 @@ def test_a_save_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
 def test_saving_again_replaces_the_model_and_keeps_other_files(folder):
     (folder / "README.md").write_text("mine")
     model = trained("cam")
-    save_pretrained(model, folder)
+    model.save_pretrained(folder)
     assert_close(probabilities(load(folder)), probabilities(model), rtol=0, atol=0)
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", CARD, WEIGHTS]
 
@@ -264,7 +264,7 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(folder):
 def test_a_file_in_the_way_is_named(tmp_path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(CalmError, match="a file of that name exists"):
-        save_pretrained(trained(), tmp_path / "model")
+        trained().save_pretrained(tmp_path / "model")
 
 
 # The hub
@@ -308,7 +308,7 @@ def test_pushing_uploads_the_two_files(monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     model = trained()
-    assert push_to_hub(model, "owner/birds", private=True, token="secret") == "https://hub/commit/1"
+    assert model.push_to_hub("owner/birds", private=True, token="secret") == "https://hub/commit/1"
     assert calls["repo"] == ("owner/birds", True, True)
     assert (calls["token"], calls["files"]) == ("secret", [CARD, WEIGHTS])
     assert_close(calls["model"].state_dict(), model.state_dict())
@@ -316,4 +316,4 @@ def test_pushing_uploads_the_two_files(monkeypatch):
 
 def test_a_refused_push_is_an_error_that_says_so(hub):
     with pytest.raises(CalmError, match="cannot upload to 'owner/birds'"):
-        push_to_hub(trained(), "owner/birds")
+        trained().push_to_hub("owner/birds")

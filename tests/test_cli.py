@@ -21,7 +21,7 @@ from PIL import Image
 import calm
 from calm import cli
 from calm.cli import COMMANDS, Command, main
-from calm.command_line import build_parser, parse
+from calm.cli.parsing import build_parser, parse
 from calm.errors import CalmError
 
 

@@ -13,11 +13,22 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from calm.data.birds import choose_species, write_birds
-from calm.data.cue_files import read_class_attributes, read_pairs, read_part_points, read_segmentation
-from calm.data.cues import CUB_GROUPS, CuePair, PartPoints, class_pairs, group_mask, group_votes, part_regions
-from calm.data.part_groups import read_part_groups
+from calm.data.cues import (
+    CUB_GROUPS,
+    CuePair,
+    PartPoints,
+    class_pairs,
+    group_mask,
+    group_votes,
+    part_regions,
+    read_class_attributes,
+    read_pairs,
+    read_part_groups,
+    read_part_points,
+    read_segmentation,
+)
 from calm.errors import CalmError
+from calm_birds import choose_species, write_birds
 
 SAMPLES = os.environ.get("CALM_SAMPLE_DATA")
 GROUPS = ("head", "back", "belly", "breast", "tail", "leg", "wing")

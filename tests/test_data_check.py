@@ -12,17 +12,16 @@ from data_files import edit, write_cub, write_image, write_lines, write_pack
 from test_data_images import write_broken
 
 from calm.cli import main
-from calm.data.birds import write_birds
 from calm.data.check import check, check_splits, drop_bad, load_checked
-from calm.data.cue_files import read_pairs
+from calm.data.cues import read_pairs
 from calm.data.dataset import ImageDataset
 from calm.data.loading import load_splits
-from calm.data.problems import KINDS
-from calm.data.report import Report
-from calm.data.threads import in_threads
+from calm.data.records import KINDS, Report
+from calm.data.seeds import in_threads
 from calm.data.transforms import eval_transform
 from calm.errors import CalmError
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
+from calm_birds import write_birds
 
 
 def _kinds(report: Report) -> list[str]:

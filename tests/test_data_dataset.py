@@ -20,15 +20,13 @@ from torch.utils.data import DataLoader
 
 from calm.data import dataset as dataset_module
 from calm.data.augmentation import Augmentation, Crop
-from calm.data.dataset import ImageDataset
-from calm.data.digest import fingerprint, summary
-from calm.data.loading import load_split
-from calm.data.randomness import seeded
+from calm.data.dataset import EpochSampler, ImageDataset, Remainder
+from calm.data.loading import fingerprint, load_split, summary
 from calm.data.records import Record, Split
-from calm.data.sampler import EpochSampler, Remainder
+from calm.data.seeds import seeded
 from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 
 SMALL = Preprocessing((6, 8))
 VARIED = Augmentation(crop="random-resized-crop", automatic="trivial", brightness=0.3, erase=0.5)

@@ -1,4 +1,4 @@
-"""calm.data.folder, carve, loading: class folders, carved splits, detection."""
+"""calm.data.loading, carve, loading: class folders, carved splits, detection."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from data_files import write_cub, write_image, write_lines, write_pack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.data.carve import carve
-from calm.data.loading import detect_layout, load_split, load_splits
+from calm.data.loading import carve, detect_layout, load_split, load_splits
 from calm.data.records import Record
 from calm.errors import CalmError
 

@@ -1,4 +1,4 @@
-"""calm.data.images: what is in a file, and its pixels as RGB."""
+"""calm.images: what is in a file, and its pixels as RGB."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import pytest
 from data_files import write_image
 from PIL import Image
 
-from calm.data.images import MAX_PIXELS, image_size, probe, read_rgb, to_rgb
 from calm.errors import CalmError
+from calm.images import MAX_PIXELS, image_size, probe, read_rgb, to_rgb
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:

@@ -10,12 +10,17 @@ from data_files import edit, write_image, write_lines, write_pack
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from calm.data.class_names import names_from_folders, read_names
+from calm.data.cub import names_from_folders, read_names
 from calm.data.loading import load_split, load_splits
-from calm.data.metadata import MetadataSource
-from calm.data.metadata_files import read_ids, read_labels, read_localization, read_sizes
-from calm.data.problems import Problem
-from calm.data.released_roots import IMAGE_ROOTS
+from calm.data.metadata import (
+    IMAGE_ROOTS,
+    MetadataSource,
+    read_ids,
+    read_labels,
+    read_localization,
+    read_sizes,
+)
+from calm.data.records import Problem
 from calm.errors import CalmError
 
 part = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="/\\"), min_size=1).filter(

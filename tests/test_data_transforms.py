@@ -1,4 +1,4 @@
-"""calm.data.augmentation, transforms, mixing: each option does what it says."""
+"""calm.data.transforms, transforms, mixing: each option does what it says."""
 
 from __future__ import annotations
 
@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from calm.data.augmentation import AUGMENTATIONS, Augmentation
-from calm.data.mixing import BatchMix
-from calm.data.transforms import eval_transform, train_transform
+from calm.data.transforms import BatchMix, eval_transform, train_transform
 from calm.errors import CalmError
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 
 PLAIN = Augmentation(crop="none", flip=0.0)
 

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from calm.checkpoint import load
+from calm.cli.demo import demo
+from calm.cli.evaluate import main as evaluate
 from calm.data import ImageDataset, eval_transform, load_splits
-from calm.demo import demo
 from calm.errors import CalmError
-from calm.evaluate.command import evaluate
 from calm.evaluate.result import Result
+from calm.model import load
 
 SMALL = {"species": 3, "images_per_species": 14, "size": 32, "epochs": 1}
 BENCHMARKS = ["cue-localization", "remove-and-classify", "localization", "classification"]

@@ -18,16 +18,16 @@ from rich.console import Console
 
 import calm
 from calm.cli import main
-from calm.data.birds import write_birds
+from calm.cli.evaluate import main as evaluate
 from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
-from calm.evaluate.command import evaluate
 from calm.evaluate.result import FIGURES, FigureSpec
 from calm.evaluate.tables import markdown, print_tables, written
 from calm.metrics.bootstrap import Estimate
 from calm.report.found import Group
-from calm.report.truth import scenes
+from calm.report.gallery import scenes
+from calm_birds import write_birds
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ from PIL import Image
 
 import calm
 from calm.data import load_splits
-from calm.data.birds import write_birds
-from calm.data.part_groups import read_part_groups
+from calm.data.cues import read_part_groups
 from calm.errors import CalmError
-from calm.evaluate.cue_data import read_cue_data
-from calm.evaluate.cue_localization import cue_localization
+from calm.evaluate.cue_localization import cue_localization, read_cue_data
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject
+from calm_birds import write_birds
 
 GROUPS = ["head", "back", "belly", "breast", "tail", "leg", "wing"]
 WORDS = [["bill", "crown", "eye", "forehead", "head", "nape", "throat"], *[[g] for g in GROUPS[1:]]]

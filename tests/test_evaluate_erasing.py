@@ -15,16 +15,14 @@ from torch import nn
 from calm.data import load_split
 from calm.errors import CalmError
 from calm.evaluate.classification import classification
-from calm.evaluate.insertion_deletion import insertion_deletion
+from calm.evaluate.erasing import insertion_deletion, remove_and_classify
 from calm.evaluate.randomisation import randomisation, reinitialise, stages
-from calm.evaluate.remove_and_classify import remove_and_classify
 from calm.evaluate.result import Result, figure_spec
 from calm.evaluate.subject import Subject, model_subject
+from calm.heatmaps import normalize, resize_maps
+from calm.images import Preprocessing
 from calm.metrics.erasing import erase, erasing_order, filling, first_pixels, random_order
 from calm.model import create_model
-from calm.normalization import normalize
-from calm.preprocess import Preprocessing
-from calm.resample import resize_maps
 
 
 class Net(nn.Module):

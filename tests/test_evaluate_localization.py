@@ -12,12 +12,10 @@ from PIL import Image
 from calm.cli import main
 from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.localization import localization
-from calm.evaluate.map_folder import open_map_folder
-from calm.evaluate.object_truth import masks, scaled_boxes
+from calm.evaluate.localization import localization, masks, scaled_boxes
 from calm.evaluate.result import Result
-from calm.evaluate.subject import Subject
-from calm.preprocess import Preprocessing
+from calm.evaluate.subject import Subject, open_map_folder
+from calm.images import Preprocessing
 
 SIZE = (56, 56)
 FAST = {"size": SIZE, "replicates": 20}

@@ -19,11 +19,12 @@ from stress import trees
 from stress_counts import FULL, count
 
 import calm
+import calm_birds
 from calm.cli import main
-from calm.data.birds import write_birds
 from calm.errors import CalmError
-from calm.evaluate import processes
-from calm.evaluate.processes import gathered, in_order, share, together
+from calm.evaluate import reading
+from calm.evaluate.reading import gathered, in_order, share, together
+from calm_birds import write_birds
 
 SCRIPT = Path(__file__).parent / "evaluate_process.py"
 
@@ -105,7 +106,7 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
     split = calm.data.load_split(place / "birds", "test")
     assert len(split.records) == 9  # batches of 4, 4 and 1: the first process has two of them
     broken = tmp_path / "broken"
-    calm.data.birds.write_birds(broken, species=3, images_per_species=10, size=40, seed=2, workers=1)
+    calm_birds.write_birds(broken, species=3, images_per_species=10, size=40, seed=2, workers=1)
     bad = calm.data.load_split(broken, "test").records[5]  # of the second process
     bad.path.write_bytes(bad.path.read_bytes()[:99])
 
@@ -202,20 +203,20 @@ def test_one_process_has_everything():
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(processes, "size", lambda: 6)
-    monkeypatch.setattr(processes, "rank", lambda: 3)
+    monkeypatch.setattr(reading, "size", lambda: 6)
+    monkeypatch.setattr(reading, "rank", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "1")  # of the second machine, perhaps
-    assert processes.own_gpu() == "cuda:1"
+    assert reading.own_gpu() == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(CalmError, match="process 2 of this machine has no GPU of its own, 2 are visible"):
-        processes.own_gpu()
+        reading.own_gpu()
 
 
 def test_every_item_falls_to_one_process(monkeypatch):
-    monkeypatch.setattr(processes, "size", lambda: 3)
+    monkeypatch.setattr(reading, "size", lambda: 3)
     dealt = []
     for rank in range(3):
-        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(reading, "rank", lambda rank=rank: rank)
         dealt.append(list(share(range(8))))
     assert dealt == [[0, 3, 6], [1, 4, 7], [2, 5]]

@@ -11,8 +11,8 @@ from torch import nn
 from torch.testing import assert_close
 
 import calm
-from calm.data.birds import write_birds
-from calm.evaluate.command import evaluate
+from calm.cli.evaluate import main as evaluate
+from calm_birds import write_birds
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

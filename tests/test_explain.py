@@ -12,17 +12,14 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import calm.explain
+import calm.cli.attribute
+from calm.cli.attribute import attribute_files, find_images
 from calm.errors import CalmError
-from calm.explain import attribute_files
-from calm.explanation import Question, ask, class_index, draw, explain
-from calm.head import CalmHead, CamHead
-from calm.image_inputs import find_images
-from calm.model import CalmModel, ModelConfig
-from calm.places import locate
-from calm.preprocess import Preprocessing
+from calm.explain import Question, ask, class_index, draw, explain
+from calm.heatmaps import locate, resize_maps
+from calm.images import Preprocessing
+from calm.model import CalmHead, CalmModel, CamHead, ModelConfig
 from calm.render import overlay
-from calm.resample import resize_maps
 
 NAMES = ("001.Red_Finch", "002.Blue_Bunting", "003.Green_Finch", "004.Owl", "005.Auk", "006.[bold]Wren")
 
@@ -46,14 +43,14 @@ def make(method: str) -> CalmModel:
 @pytest.fixture(params=["calm-em", "cam"])
 def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CalmModel:
     made = make(request.param)
-    monkeypatch.setattr(calm.explain, "_load", lambda source, device: made)
+    monkeypatch.setattr(calm.cli.attribute, "_load", lambda source, device: made)
     return made
 
 
 @pytest.fixture
 def calm_model(monkeypatch: pytest.MonkeyPatch) -> CalmModel:
     made = make("calm-em")
-    monkeypatch.setattr(calm.explain, "_load", lambda source, device: made)
+    monkeypatch.setattr(calm.cli.attribute, "_load", lambda source, device: made)
     return made
 
 
@@ -320,7 +317,7 @@ def test_large_pictures_of_one_batch_are_explained_apart(
 
     object.__setattr__(calm_model, "preprocess", counted)
     for limit, expected in ((10_000, [4, 1]), (4_000, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(calm.explain, "HELD", limit)
+        monkeypatch.setattr(calm.cli.attribute, "HELD", limit)
         batches.clear()
         results = attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out")
         assert batches == expected

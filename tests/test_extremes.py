@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import calm
-from calm.maps import MAP_KINDS
 from calm.model import CalmModel
-from calm.output import CalmOutput
+from calm.output import MAP_KINDS, CalmOutput
 
 pytestmark = pytest.mark.stress
 

@@ -19,12 +19,10 @@ from fuzzing import Canary, cases, damaged, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.card import Card
-from calm.checkpoint import CARD, WEIGHTS, load
+from calm.checkpoint import CARD, WEIGHTS, Card
 from calm.errors import CalmError
-from calm.model import CalmModel, create_model
-from calm.released import load_released
-from calm.released_file import read_released
+from calm.model import CalmModel, create_model, load
+from calm.released import load_released, read_released
 
 pytestmark = pytest.mark.stress
 

@@ -16,9 +16,9 @@ from fuzzing import cases, damaged, damaged_text, outcome
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.documents import read_yaml
+from calm.cli.train import parse
 from calm.errors import CalmError
-from calm.train.command import parse
+from calm.files import read_yaml
 from calm.train.config import TrainConfig
 from calm.train.folder import config_dict, write_config
 

@@ -17,11 +17,9 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from calm.data.check import check
-from calm.data.class_names import read_names
-from calm.data.cue_files import read_class_attributes, read_pairs, read_part_points
-from calm.data.digest import summary
-from calm.data.loading import load_splits
-from calm.data.part_groups import read_part_groups
+from calm.data.cub import read_names
+from calm.data.cues import read_class_attributes, read_pairs, read_part_groups, read_part_points
+from calm.data.loading import load_splits, summary
 from calm.data.records import Split
 from calm.errors import CalmError
 

@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from stress_counts import count
 
-from calm.data.cue_files import read_segmentation
-from calm.data.images import image_size, probe, read_rgb
+from calm.cli.attribute import find_images
+from calm.data.cues import read_segmentation
 from calm.errors import CalmError
-from calm.image_inputs import find_images
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing, image_size, probe, read_rgb
 
 pytestmark = [
     pytest.mark.stress,

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.map_folder import MapFolder, open_map_folder
+from calm.evaluate.subject import MapFolder, open_map_folder
 
 pytestmark = pytest.mark.stress
 

@@ -13,8 +13,8 @@ from fuzzing import cases, damaged_text, outcome
 from hypothesis import given
 
 from calm.errors import CalmError
-from calm.released_commands.performance import Performance
-from calm.report.runs import read_run
+from calm.released_commands.experiment import Performance
+from calm.report.found import read_run
 
 pytestmark = pytest.mark.stress
 

@@ -12,8 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calm.errors import CalmError
-from calm.maps import ALIASES, MAP_KINDS, canonical_kind, difference
-from calm.output import CalmOutput, CamOutput
+from calm.output import ALIASES, MAP_KINDS, CalmOutput, CamOutput, canonical_kind, difference
 
 LOGITS, SCORES = activations_of((3, 5, 3, 4), 11, 1.5)
 TARGETS = torch.tensor([4, 0, 2])

@@ -10,7 +10,7 @@ import torch
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import Estimate, bootstrap_mean, estimate, weights
-from calm.metrics.thresholds import thresholds
+from calm.metrics.pixels import thresholds
 
 
 def test_the_draws_of_an_image_do_not_depend_on_its_batch():

@@ -13,8 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import weights
-from calm.metrics.classification import Classification
-from calm.metrics.rank_correlation import rank_correlation
+from calm.metrics.classification import Classification, rank_correlation
 
 
 def drawn(seed: int, images: int, classes: int, spread: float):

@@ -8,8 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm.metrics.cuts import Cuts
-from calm.metrics.pixel_ap import histograms, pixel_edges
+from calm.metrics.pixels import Cuts, histograms, pixel_edges
 
 KINDS = {
     "even": pixel_edges("even"),

@@ -14,9 +14,16 @@ from torch import Tensor
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import weights
-from calm.metrics.erasing import erase, erasing_order, filling, first_pixels, random_order
-from calm.metrics.insertion_deletion import InsertionDeletion, insertion_deletion_curves
-from calm.metrics.remove_and_classify import RemoveAndClassify
+from calm.metrics.erasing import (
+    InsertionDeletion,
+    RemoveAndClassify,
+    erase,
+    erasing_order,
+    filling,
+    first_pixels,
+    insertion_deletion_curves,
+    random_order,
+)
 
 
 def murmur(bits: int) -> int:

@@ -9,7 +9,7 @@ from test_metrics_boxes import oracle
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import weights
-from calm.metrics.max_box_acc import MaxBoxAcc
+from calm.metrics.boxes import MaxBoxAcc
 
 CUTS = torch.linspace(0, 1, 21, dtype=torch.float64)
 

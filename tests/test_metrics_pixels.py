@@ -14,9 +14,7 @@ from hypothesis import strategies as st
 
 from calm.errors import CalmError
 from calm.metrics.cue_localization import CueLocalization
-from calm.metrics.cuts import Cuts
-from calm.metrics.pixel_ap import PixelAP, histograms, pixel_edges, precision_recall
-from calm.metrics.thresholds import thresholds
+from calm.metrics.pixels import Cuts, PixelAP, histograms, pixel_edges, precision_recall, thresholds
 
 
 def oracle(scores: list[float], truth: list[bool], edges: list[float], counting: str) -> float:

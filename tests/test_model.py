@@ -14,10 +14,11 @@ from torch.testing import assert_close
 
 import calm
 from calm.backbones.timm_models import TimmBackbone
+from calm.config import ModelConfig
 from calm.errors import CalmError
-from calm.model import ModelConfig, create_model
+from calm.images import Preprocessing
+from calm.model import create_model
 from calm.output import CalmOutput
-from calm.preprocess import Preprocessing
 
 METHODS = ["calm-em", "calm-ml", "cam"]
 

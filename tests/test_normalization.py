@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from calm.normalization import normalize, resize_and_normalize
+from calm.heatmaps import normalize, resize_and_normalize
 
 MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from calm.errors import CalmError
-from calm.objectives import e_step, em_loss
+from calm.latent import e_step, em_loss
 from calm.output import CalmOutput, CamOutput
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from calm.data.prepare.archives import Limits, unpack
-from calm.data.prepare.staging import staged
+from calm.data.prepare.archives import Limits, staged, unpack
 from calm.errors import CalmError
 
 

@@ -9,7 +9,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from calm.errors import CalmError
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from calm.cli import COMMANDS
-from calm.command_line import build_parser, parse
-from calm.evaluate.flags import flags as evaluate_flags
-from calm.train import command as train_command
+from calm.cli import train as train_command
+from calm.cli.evaluate import flags as evaluate_flags
+from calm.cli.parsing import build_parser, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

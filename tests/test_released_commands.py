@@ -18,7 +18,7 @@ from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import cue_localization
 from calm.evaluate.subject import model_subject
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
 from calm.released import load_released
 from calm.released_commands.experiment import clear
 from calm.released_commands.flags import parse

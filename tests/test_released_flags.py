@@ -13,17 +13,15 @@ from torch import Tensor
 
 from calm.data.loading import load_split
 from calm.errors import CalmError
-from calm.evaluate.remove_and_classify import remove_and_classify
+from calm.evaluate.erasing import remove_and_classify
 from calm.evaluate.subject import model_subject
+from calm.images import Preprocessing
 from calm.model import CalmModel, create_model
-from calm.preprocess import Preprocessing
-from calm.released_commands.data import proxy_lists
+from calm.released_commands.evaluate import measure
+from calm.released_commands.experiment import Performance
 from calm.released_commands.flags import Flags, build_parser, parse
-from calm.released_commands.performance import Performance
-from calm.released_commands.remove_and_classify import measure
-from calm.released_commands.subject import released_subject
 from calm.released_commands.train import train_config
-from calm.released_commands.weights import transplant
+from calm.released_commands.weights import proxy_lists, released_subject, transplant
 
 RESNET = "--architecture=resnet50"
 

@@ -10,9 +10,19 @@ import pytest
 import torch
 
 import calm.render
-from calm.colormaps import Colormap, colorize, table
 from calm.errors import CalmError
-from calm.render import Tile, draw_boxes, draw_contour, draw_point, overlay, panel, resize_picture
+from calm.render import (
+    Colormap,
+    Tile,
+    colorize,
+    draw_boxes,
+    draw_contour,
+    draw_point,
+    overlay,
+    panel,
+    resize_picture,
+    table,
+)
 
 GREY = np.full((6, 8, 3), 100, np.uint8)
 

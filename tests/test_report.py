@@ -18,9 +18,8 @@ from PIL import Image
 from calm.errors import CalmError
 from calm.report import Figure, Page, Section, charts, join, render, tag, write
 from calm.report.charts import Line, chart, legend
-from calm.report.pictures import Shot, colour_bar, data_uri, image, strip
-from calm.report.runs import read_run
-from calm.report.tables import Column, Row, figures_table
+from calm.report.found import read_run
+from calm.report.page import Column, Row, Shot, colour_bar, data_uri, figures_table, image, strip
 
 HOSTILE = """<script>alert("x")</script> & 'so' on"""
 
@@ -197,6 +196,6 @@ def test_a_run_is_read_as_it_was_written_and_an_unfinished_one_is_refused(tmp_pa
 
 
 def test_the_package_costs_no_plotting_library_until_a_chart_is_drawn():
-    code = "import sys, calm.report, calm.report.charts, calm.demo; print({'matplotlib', 'torch'} & {*sys.modules})"
+    code = "import sys, calm.report, calm.report.charts, calm.cli.demo; print({'matplotlib', 'torch'} & {*sys.modules})"
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

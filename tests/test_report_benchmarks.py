@@ -13,22 +13,19 @@ from PIL import Image
 from test_report import Texts, drawn_paths
 
 from calm.cli import main
-from calm.data.birds import write_birds
 from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate.result import Curve, Result, figure_spec
 from calm.evaluate.subject import weights_digest
+from calm.images import Preprocessing
 from calm.metrics.bootstrap import Estimate
 from calm.model import create_model
-from calm.preprocess import Preprocessing
-from calm.report import measured
+from calm.report import benchmarks
 from calm.report.benchmarks import benchmark_section
 from calm.report.charts import Dots, dot_chart
-from calm.report.drawn_maps import maps_of
-from calm.report.found import Group, find_groups, styles
-from calm.report.gallery import choose, gallery_section
-from calm.report.published import PUBLISHED, published
-from calm.report.truth import scenes
+from calm.report.found import PUBLISHED, Group, find_groups, published, styles
+from calm.report.gallery import choose, gallery_section, maps_of, scenes
+from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
 
@@ -110,7 +107,7 @@ def test_the_best_are_all_that_share_the_best_figure():
             Result("classification", name, {"top1": Estimate(value, value, value)})
             for name, value in zip("abcde", values, strict=False)
         ]
-        note = str(measured._figure(Group("classification", tuple(results), {})).note)
+        note = str(benchmarks._figure(Group("classification", tuple(results), {})).note)
         return note.replace("\u202f", " ")
 
     assert shown(0.5, 0.7, 0.6) == "b; next c, 60.0 %"

@@ -11,10 +11,10 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from calm.errors import CalmError
-from calm.head import CalmHead
-from calm.objectives import draw
+from calm.fused import HELD_AT_ONCE, everywhere, some_at_a_time, target_conditional, where
+from calm.latent import draw
+from calm.model import CalmHead
 from calm.output import CalmOutput
-from calm.target_conditional import HELD_AT_ONCE, everywhere, some_at_a_time, target_conditional, where
 
 shapes = st.tuples(*(st.integers(1, high) for high in (3, 5, 7, 4)))  # images, channels, locations, classes
 
@@ -150,7 +150,7 @@ def test_losses_from_features_are_those_from_activations(
     activation, keep, channels_last, method, skipping, monkeypatch
 ):
     if skipping:
-        monkeypatch.setattr("calm.unscored.WORTH_SKIPPING", 0)
+        monkeypatch.setattr("calm.fused.WORTH_SKIPPING", 0)
     torch.manual_seed(7)
     head = CalmHead(6, 5, activation, keep_logits=keep).double()
     features = torch.randn(4, 6, 3, 4, dtype=torch.float64)

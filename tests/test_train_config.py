@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from calm.cli.train import load_config, parse, preset, preset_names
 from calm.errors import CalmError
-from calm.train.command import load_config, parse, preset, preset_names
 from calm.train.config import DataOptions, Hardware, LossOptions, OptimOptions, TrainConfig
 from calm.train.folder import config_dict, default_run_dir, differences, inspect, write_config
 
@@ -30,7 +30,7 @@ def test_defaults_are_the_released_recipe() -> None:
 def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> None:
     config = config_dict(preset(name, "--data=x"))
     default = config_dict(TrainConfig(data=Path("x")))
-    from calm.train.command import _preset_path
+    from calm.cli.train import _preset_path
 
     def leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
         parts = [

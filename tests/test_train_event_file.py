@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from calm.train.event_file import EventFile
+from calm.train.journal import EventFile
 
 
 def read(folder: Path) -> EventAccumulator:

@@ -8,7 +8,7 @@ from train_cases import tiny_net
 
 from calm.errors import CalmError
 from calm.model import CalmModel, create_model
-from calm.train.guard import FiniteGuard, Moment, check_weights, diagnose
+from calm.train.module import FiniteGuard, Moment, check_weights, diagnose
 
 MOMENT = Moment(epoch=2, step=40, lr=0.05)
 

@@ -8,10 +8,8 @@ from train_cases import tiny_net
 
 from calm.errors import CalmError
 from calm.model import create_model
-from calm.train.config import OptimOptions
-from calm.train.ema import Average
-from calm.train.grouping import is_new
-from calm.train.optim import build_optimizer, parameter_groups
+from calm.train.config import OptimOptions, is_new
+from calm.train.module import Average, build_optimizer, parameter_groups
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:

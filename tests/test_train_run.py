@@ -15,18 +15,23 @@ import torch
 import yaml
 from train_cases import SIZE, rich_config, tiny_config, tiny_net, weights_of, write_squares
 
-from calm import checkpoint
-from calm.data.dataset import ImageDataset
+from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
-from calm.data.randomness import mix_seed
-from calm.data.sampler import EpochSampler
+from calm.data.seeds import mix_seed
 from calm.data.transforms import eval_transform, train_transform
 from calm.errors import CalmError
-from calm.model import CalmModel, create_model
-from calm.preprocess import Preprocessing
+from calm.images import Preprocessing
+from calm.model import CalmModel, create_model, load
 from calm.train import train
-from calm.train.config import Hardware, LogOptions, LossOptions, OptimOptions, TrainConfig
-from calm.train.schedule import Run, learning_rate_factor
+from calm.train.config import (
+    Hardware,
+    LogOptions,
+    LossOptions,
+    OptimOptions,
+    Run,
+    TrainConfig,
+    learning_rate_factor,
+)
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
 
@@ -148,7 +153,7 @@ def test_run_folder_has_everything_about_the_run(rich: Path, data: Path) -> None
 def test_saved_models_have_the_accuracy_that_the_result_says(rich: Path, data: Path) -> None:
     result = json.loads((rich / "result.json").read_text())
     for name in ("last", "best"):
-        model = checkpoint.load(rich / name, backbone=tiny_net())
+        model = load(rich / name, backbone=tiny_net())
         for split in ("val", "test"):
             images = ImageDataset(load_split(data, split), eval_transform(PREPROCESSING))  # type: ignore[arg-type]
             right, surprise = 0, 0.0
@@ -213,7 +218,7 @@ def test_training_starts_from_given_weights(rich: Path, data: Path, tmp_path: Pa
     config = tiny_config(data, tmp_path / "run", epochs=1, lr=0.0)
     config = replace(config, model=replace(config.model, init_from=str(rich)))
     run = train(config, backbone=tiny_net().eval(), quiet=True)
-    start = checkpoint.load(rich, backbone=tiny_net())
+    start = load(rich, backbone=tiny_net())
     trained = {name.removeprefix("model."): value for name, value in weights_of(run).items()}
     assert_close(
         dict(start.named_parameters()), {name: trained[name] for name, _ in start.named_parameters()}

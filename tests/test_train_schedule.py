@@ -9,8 +9,7 @@ import torch
 from torch.optim import lr_scheduler as torchs
 
 from calm.errors import CalmError
-from calm.train.config import OptimOptions
-from calm.train.schedule import Run, learning_rate_factor, temperature_schedule
+from calm.train.config import OptimOptions, Run, learning_rate_factor, temperature_schedule
 
 RUN = Run(epochs=6, steps_per_epoch=5)
 

@@ -14,11 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from train_cases import SIZE, tiny_config, tiny_net
 
-from calm.choices import Method
+from calm.config import Method
 from calm.model import create_model
-from calm.train.config import LossOptions
+from calm.train.config import LossOptions, Run
 from calm.train.module import TrainingModule
-from calm.train.schedule import Run
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "is_nonzero"}
 """Operations whose result, or its shape, the program must see before it goes on: `.item()`, `bool()`, masks."""

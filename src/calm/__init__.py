@@ -11,35 +11,35 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calm.baselines import attribute as attribute
-    from calm.checkpoint import load as load
+    from calm.config import ModelConfig as ModelConfig
     from calm.conversion import convert as convert
     from calm.errors import CalmError as CalmError
-    from calm.maps import MAP_KINDS as MAP_KINDS
+    from calm.heatmaps import normalize as normalize
+    from calm.heatmaps import resize_maps as resize_maps
+    from calm.images import Preprocessing as Preprocessing
     from calm.model import CalmModel as CalmModel
-    from calm.model import ModelConfig as ModelConfig
     from calm.model import create_model as create_model
-    from calm.normalization import normalize as normalize
+    from calm.model import load as load
+    from calm.output import MAP_KINDS as MAP_KINDS
     from calm.output import CalmOutput as CalmOutput
     from calm.output import CamOutput as CamOutput
-    from calm.preprocess import Preprocessing as Preprocessing
     from calm.released import load_released as load_released
-    from calm.resample import resize_maps as resize_maps
 
 _HOMES = {
     "CalmError": "calm.errors",
     "CalmModel": "calm.model",
     "CalmOutput": "calm.output",
     "CamOutput": "calm.output",
-    "MAP_KINDS": "calm.maps",
-    "ModelConfig": "calm.model",
-    "Preprocessing": "calm.preprocess",
+    "MAP_KINDS": "calm.output",
+    "ModelConfig": "calm.config",
+    "Preprocessing": "calm.images",
     "attribute": "calm.baselines",
     "convert": "calm.conversion",
     "create_model": "calm.model",
-    "load": "calm.checkpoint",
+    "load": "calm.model",
     "load_released": "calm.released",
-    "normalize": "calm.normalization",
-    "resize_maps": "calm.resample",
+    "normalize": "calm.heatmaps",
+    "resize_maps": "calm.heatmaps",
 }
 
 __all__ = [*_HOMES]

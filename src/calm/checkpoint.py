@@ -1,29 +1,169 @@
 """Saved models: a folder with ``model.safetensors`` (weights) and ``calm.json`` (everything else).
 
-Such a folder is self-describing: `load` needs nothing but the folder, and nothing in it is executed.
+Such a folder is self-describing: `calm.load` needs nothing but the folder, and nothing in it is executed. This module
+reads and writes the two files and knows no model; `calm.model` builds one from them.
+
+``calm.json``: what a saved model says about itself, read strictly.
+
+A file as `Card.write` leaves it::
+
+    {
+      "format": 1,
+      "model": {"backbone": "resnet50", "num_classes": 2, "method": "calm-em", "large_feature_map": true,
+                "use_bn": true, "output_stride": null, "prior_activation": "softplus",
+                "prior_denominator": "differentiated"},
+      "class_names": ["crow", "raven"],
+      "preprocessing": {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+      "training": {"epochs": 40, "test_accuracy": 0.71},
+      "versions": {"calm": "0.1.0", "torch": "2.11.0"},
+      "weights_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"
+    }
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from calm.atomic import working_folder
-from calm.card import Card
-from calm.documents import open_regular
-from calm.errors import CalmError
-from calm.model import CalmModel, create_model
+from calm.config import ModelConfig
+from calm.errors import CalmError, shown, unknown
+from calm.files import open_regular, read_json, working_folder, write_json
+from calm.images import Preprocessing
 
-__all__ = ["CARD", "WEIGHTS", "fill", "load", "push_to_hub", "save_pretrained"]
+__all__ = ["CARD", "FORMAT", "WEIGHTS", "Card", "fill", "read", "upload", "write"]
+
+FORMAT = 1
+"""The newest version of the format, and the one that is written."""
+
+LARGEST = 1e30
+"""Size of a number where one is asked for: float32 holds it."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Card:
+    """Everything about a saved model but its weights.
+
+    Attributes:
+        model: what to build.
+        class_names: C names, in the order of their indices.
+        preprocessing: from an image to the model's input.
+        training: whatever the training recorded about itself; any JSON object.
+        versions: of the packages that wrote the file; for the reader's eyes.
+        weights_sha256: of the weights' file, so that files of two different saves are not taken for one model.
+    """
+
+    model: ModelConfig
+    class_names: tuple[str, ...]
+    preprocessing: Preprocessing
+    training: dict[str, Any]
+    versions: dict[str, str]
+    weights_sha256: str
+
+    def __post_init__(self) -> None:
+        if len(self.class_names) != self.model.num_classes:
+            raise CalmError(
+                f"class_names has {len(self.class_names)} names for num_classes {self.model.num_classes}"
+            )
+
+    def write(self, path: Path) -> None:
+        """Write the card to ``path`` atomically.
+
+        Raises:
+            CalmError: ``training`` holds something that JSON has no word for.
+        """
+        try:
+            json.dumps(self.training)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise CalmError(f"the training summary must be plain JSON data: {error}") from error
+        write_json(path, {"format": FORMAT, **asdict(self)})
+
+    @staticmethod
+    def read(path: Path) -> Card:
+        """Read and check a card.
+
+        Raises:
+            CalmError: no such file, no JSON, a newer format, an unknown, missing or wrong field: named.
+        """
+        content = read_json(path, "model card")
+        if not isinstance(content, dict) or type(content.get("format")) is not int:
+            raise CalmError(
+                f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}"
+            )
+        version = content.pop("format")
+        if version > FORMAT:
+            raise CalmError(
+                f"{path} has format {shown(version)}, of a newer release; this one reads up to {FORMAT}: upgrade calm"
+            )
+        if version < 1:
+            raise CalmError(f"{path} has format {shown(version)}: allowed are 1 to {FORMAT}")
+        return _record(Card, content, str(path))
+
+
+def _record(kind: type[T], content: object, where: str) -> T:
+    """A dataclass from a JSON object whose fields must be known, complete and of the right type."""
+    if not isinstance(content, dict):
+        raise CalmError(f"{where} must be a JSON object, got {shown(content)}")
+    hints = get_type_hints(kind)
+    known = fields(kind)  # type: ignore[arg-type]
+    names = [field.name for field in known]
+    for name in content:
+        if name not in names:
+            raise unknown("field", name, names, where=where)
+    for field in known:
+        if field.name not in content and field.default is MISSING:
+            raise CalmError(f"{where} lacks the field {field.name!r}")
+    values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()}
+    try:
+        return kind(**values)
+    except CalmError as error:
+        raise CalmError(f"{where}: {error}") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    """``value`` of a JSON file as the annotated type ``hint``, or an error that says what was expected."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        if value not in arguments:
+            raise unknown("value", value, map(str, arguments), where=where)
+        return value
+    if origin in (Union, UnionType):
+        if value is None and NoneType in arguments:
+            return None
+        (hint,) = (one for one in arguments if one is not NoneType)
+        return _value(hint, value, where)
+    if hint == tuple[str, ...] and isinstance(value, list) and all(type(item) is str for item in value):
+        return tuple(value)  # class names, which may be a million: no place to be named for each
+    if origin is tuple and isinstance(value, list):
+        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise CalmError(f"{where} must be a list of {len(kinds)} values, got {shown(value)}")
+        pairs = enumerate(zip(kinds, value, strict=True))
+        return tuple(_value(kind, item, f"{where}[{place}]") for place, (kind, item) in pairs)
+    if origin is dict and isinstance(value, dict):
+        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
+        return _record(hint, value, where)
+    if hint is float and type(value) in (int, float) and abs(value) < LARGEST:
+        return float(value)
+    if hint is Any or (type(value) is hint and hint is not float):
+        return value
+    expected = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a string"}
+    expected |= {tuple: "a list", dict: "a JSON object"}
+    raise CalmError(f"{where} must be {expected[origin or hint]}, got {shown(value)}")
+
 
 CARD = "calm.json"
 WEIGHTS = "model.safetensors"
@@ -31,18 +171,29 @@ _RELEASED = "last_checkpoint.pth.tar"
 _SHOWN = 5
 
 
-def save_pretrained(model: CalmModel, folder: str | os.PathLike[str]) -> Path:
-    """Write ``model`` to ``folder``, all or nothing.
+def write(
+    folder: str | os.PathLike[str],
+    state: Mapping[str, Tensor],
+    config: ModelConfig,
+    class_names: tuple[str, ...],
+    preprocessing: Preprocessing,
+    training: dict[str, Any],
+) -> Path:
+    """Write a model's weights and card to ``folder``, all or nothing.
 
     A new folder appears complete. In a folder that exists the two files are replaced, and other files stay; a
-    kill between the two replacements leaves a mismatch that `load` detects.
+    kill between the two replacements leaves a mismatch that `read` detects.
 
     Args:
-        model: on any device; its dtypes are kept.
         folder: made with its parents if missing.
+        state: the model's state dict, on any device; dtypes are kept.
+        config: what the model is made of.
+        class_names: C names, in the order of their indices.
+        preprocessing: from an image to the model's input.
+        training: what the training recorded about itself, as plain JSON data.
 
     Returns:
-        The folder.
+        The folder, resolved.
 
     Raises:
         CalmError: ``folder`` is a file, or the training summary is not JSON.
@@ -55,15 +206,9 @@ def save_pretrained(model: CalmModel, folder: str | os.PathLike[str]) -> Path:
     with working_folder(folder) as temporary:
         staging = temporary / folder.name
         staging.mkdir()
-        save_file(_unshared(model.state_dict()), staging / WEIGHTS, metadata={"format": "pt"})
-        card = Card(
-            model.config,
-            model.class_names,
-            model.preprocessing,
-            model.training_summary,
-            {package: version(package) for package in ("calm", "torch", "torchvision", "timm")},
-            _sha256(staging / WEIGHTS),
-        )
+        save_file(_unshared(state), staging / WEIGHTS, metadata={"format": "pt"})
+        packages = {package: version(package) for package in ("calm", "torch", "torchvision", "timm")}
+        card = Card(config, class_names, preprocessing, training, packages, _sha256(staging / WEIGHTS))
         card.write(staging / CARD)
         if folder.is_dir() and any(folder.iterdir()):
             for name in (WEIGHTS, CARD):
@@ -73,86 +218,32 @@ def save_pretrained(model: CalmModel, folder: str | os.PathLike[str]) -> Path:
     return folder
 
 
-def load(
-    source: str | os.PathLike[str],
-    *,
-    backbone: nn.Module | None = None,
-    map_location: str | torch.device = "cpu",
-) -> CalmModel:
-    """Load a saved model, in eval mode.
+def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]:
+    """Read a saved model: the folder that holds it, its card, and its weights on the CPU.
 
     Args:
-        source: a folder that `save_pretrained` wrote; or the folder of a training run, whose best model is
-            taken, or its last if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
-        backbone: the module for a model whose backbone was the user's own, built as it was then.
-        map_location: the device.
-
-    The global random state is left as it was.
+        source: a folder that `write` wrote; or the folder of a training run, whose best model is taken, or its last
+            if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
 
     Raises:
-        CalmError: nothing there, not a saved model, a file that is damaged or made by a newer release, weights
-            that do not fit, a backbone missing or superfluous, no way to reach the hub.
+        CalmError: nothing there, not a saved model, a file that is damaged or made by a newer release, weights of
+            another number of classes than the card's, no way to reach the hub.
     """
     folder = _locate(source)
     card = Card.read(folder / CARD)
     state = _read_weights(folder, card)
-    config = card.model
-    if (backbone is None) == (config.backbone == "custom"):
-        raise CalmError(
-            f"the model in {folder} was made with the user's own backbone: build that module as it was, and give "
-            "it as backbone="
-            if backbone is None
-            else f"the model in {folder} has the backbone {config.backbone!r}: leave backbone= out"
-        )
     rows = state.get("head.conv_last.weight")
-    if rows is None or rows.ndim != 4 or not rows.numel() or len(rows) != config.num_classes:
+    if rows is None or rows.ndim != 4 or not rows.numel() or len(rows) != card.model.num_classes:
         found = "none" if rows is None else _kind(rows)
         raise CalmError(
             f"{folder / WEIGHTS} does not fit the model in {CARD}: head.conv_last.weight is {found} for"
-            f" {config.num_classes} classes"
+            f" {card.model.num_classes} classes"
         )
-    with torch.random.fork_rng(devices=[]), _named(folder / CARD):
-        model = create_model(
-            config.backbone if backbone is None else backbone,
-            config.num_classes,
-            config.method,
-            config.large_feature_map,
-            use_bn=config.use_bn,
-            output_stride=config.output_stride,
-            prior_activation=config.prior_activation,
-            prior_denominator=config.prior_denominator,
-            class_names=card.class_names,
-            preprocessing=card.preprocessing,
-        )
-    model.training_summary = card.training
-    try:
-        fill(model, state)
-    except CalmError as error:
-        made, here = card.versions.get("timm"), version("timm")
-        hint = f" (made with timm {made}, here is {here})" if made != here else ""
-        raise CalmError(f"{folder / WEIGHTS} does not fit the model in {CARD}: {error}{hint}") from error
-    return model.to(map_location).eval()
+    return folder, card, state
 
 
-@contextmanager
-def _named(path: Path) -> Iterator[None]:
-    """Errors say which file they come from."""
-    try:
-        yield
-    except CalmError as error:
-        raise CalmError(f"{path}: {error}") from error
-
-
-def push_to_hub(model: CalmModel, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload ``model`` to the Hugging Face Hub, where `load` finds it under ``repo_id``.
-
-    Args:
-        repo_id: ``owner/name``; made if it does not exist.
-        private: of a new repository.
-        token: of the hub; None is the one that ``hf auth login`` stored.
-
-    Returns:
-        The address of the commit.
+def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+    """Upload a saved model to the Hugging Face Hub, and return the address of the commit.
 
     Raises:
         CalmError: the hub cannot be reached, or refuses.
@@ -160,15 +251,11 @@ def push_to_hub(model: CalmModel, repo_id: str, *, private: bool = False, token:
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = save_pretrained(model, Path(temporary) / "model")
-        try:
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(
-                repo_id=repo_id, folder_path=folder, commit_message="Upload CALM model"
-            )
-        except (OSError, ValueError) as error:  # every error class of the hub's client is one of these
-            raise CalmError(f"cannot upload to {repo_id!r} on the Hugging Face Hub: {error}") from error
+    try:
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload CALM model")
+    except (OSError, ValueError) as error:  # every error class of the hub's client is one of these
+        raise CalmError(f"cannot upload to {repo_id!r} on the Hugging Face Hub: {error}") from error
     return str(commit.commit_url)
 
 

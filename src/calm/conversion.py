@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from calm.choices import Method
+from calm.config import Method
 from calm.errors import CalmError
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def convert(
     Raises:
         CalmError: as `load_released`, or a file of class names that does not fit; ``out`` is a training run.
     """
-    from calm.checkpoint import save_pretrained  # here, so that the help page need not wait for PyTorch
-    from calm.released import load_with_report
+    from calm.released import load_with_report  # here, so that the help page need not wait for PyTorch
 
     if not checkpoint.exists():
         raise CalmError(f"there is no checkpoint {checkpoint}")
@@ -50,7 +49,7 @@ def convert(
     names = None if class_names is None else _read_names(class_names)
     model, report = load_with_report(checkpoint, method, large_feature_map, use_bn, names)
     model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}
-    return replace(report, out=save_pretrained(model, out))
+    return replace(report, out=model.save_pretrained(out))
 
 
 def _read_names(path: Path) -> list[str]:

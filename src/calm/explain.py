@@ -1,198 +1,234 @@
-"""``calm attribute``: explain image files, write what came out, and say it on the terminal."""
+"""A question to a model about pictures of any sizes, and its answer from one forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
 
-from rich.console import Console
+import torch
+from jaxtyping import Float
+from torch import Tensor
 
-from calm.atomic import atomic_path, write_json
+from calm.baselines import BASELINES, attribute, canonical_method
+from calm.baselines.score import left_as_found
 from calm.errors import CalmError
+from calm.heatmaps import Place, locate, resize_maps
+from calm.model import CalmModel
+from calm.output import MAP_KINDS
+from calm.render import Picture, draw_point, overlay
 
-if TYPE_CHECKING:
-    from torch import Tensor
+__all__ = ["Explanation", "Question", "ask", "class_index", "draw", "drawn_size", "explain"]
 
-    from calm.explanation import Explanation, Question
-    from calm.image_inputs import ImageInput
-    from calm.model import CalmModel
-    from calm.render import Picture
+SMALLEST_PICTURE = 224
+"""Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has this many pixels, if
+their longer side then has no more than `LONGEST_ENLARGED`."""
 
-__all__ = ["attribute_files"]
+LONGEST_ENLARGED = 2048
+"""Pixels that the longer side is enlarged to, at most."""
 
-HELD = 3 * 2**26
-"""Bytes of pictures that a batch holds before it is explained; the last one may be larger."""
+LARGEST_OVERLAY = 4_000_000
+"""Overlays of larger pictures are shrunk to about so many pixels."""
+
+LONGEST_OVERLAY = 65_535
+"""Pixels of the longer side of an overlay, at most."""
 
 
-def attribute_files(
-    images: list[str],
+@dataclass(frozen=True)
+class Question:
+    """What is asked.
+
+    Attributes:
+        method: a map kind of the model or a baseline, under its canonical name.
+        target: the class to explain; None: in each picture the most probable one (other than ``versus``).
+        versus: the class it is told apart from, for a difference map.
+        superclass: the classes to sum over, for a ``-superclass`` kind.
+    """
+
+    method: str
+    target: int | None = None
+    versus: int | None = None
+    superclass: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The answer for one picture.
+
+    Attributes:
+        probs: p(y | x), (C,).
+        target: the class that was explained.
+        top: the most probable classes, best first.
+        places: where the map of a class points, in the picture's pixels: for the target, and for the other
+            classes of ``top`` where the method gives their maps at no cost.
+        grid: the map as the method gives it: the model's grid (h, w), or its input pixels for gradients.
+        signed: for a difference, target minus versus on the grid; else the same as ``grid``.
+        size: (height, width) of the picture.
+    """
+
+    probs: Float[Tensor, " c"]
+    target: int
+    top: tuple[int, ...]
+    places: dict[int, Place]
+    grid: Float[Tensor, "h w"]
+    signed: Float[Tensor, "h w"]
+    size: tuple[int, int]
+
+    @property
+    def values(self) -> Float[Tensor, "H W"]:
+        """The map at the size of the picture: bilinear, same unit, not normalised."""
+        return resize_maps(self.grid, self.size)
+
+
+def ask(
+    model: CalmModel,
     *,
-    model: str,
     target: str | None = None,
     kind: str | None = None,
     method: str | None = None,
     superclass: str | None = None,
     versus: str | None = None,
-    out: Path = Path("attributions"),
-    grid: bool = False,
-    batch_size: int = 16,
-    device: str = "auto",
-) -> Path:
-    """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
-
-    For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak; of the size of the
-    picture, enlarged if that is small, shrunk to 4 megapixels if it is larger) and NAME.KIND.npy (the map:
-    float32, at the size of the image, in its own unit and not normalised), and at the end results.json. A value
-    of a jointll map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
-    keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
-
-    Pictures are turned upright as their EXIF data says.
-
-    Args:
-        images: image files, folders (searched at all depths) and patterns such as 'photos/*.jpg'.
-        model: a run folder of calm train, a saved model, or a hub id.
-        target: the class to explain, by name or index. Default: the most probable one in each image.
-        kind: which of the model's own maps: jointll, gtcond, saliency, ... for CALM; cam, ... for CAM.
-            Default: jointll or cam.
-        method: instead of a kind, any attribution method: integrated-gradients, smoothgrad, gradcam, ...
-        superclass: names or indices of classes with commas between them, to ask for their sum.
-        versus: a second class: the map becomes the absolute difference, why the target and not this class; in
-            the overlay red speaks for the target, blue for the other.
-        out: folder for the results. Inputs are never overwritten.
-        grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
-        batch_size: images in one pass through the model; fewer if they are very large.
-        device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
-
-    Returns:
-        The file results.json.
+) -> Question:
+    """The question that names and words stand for.
 
     Raises:
-        CalmError: a wrong option, before anything is written; or, after all others were done, images that
-            could not be read, named.
+        CalmError: an unknown class, kind or method, one that does not fit the model, or options that exclude
+            each other.
     """
-    # Here, so that the help page need not wait for PyTorch.
-    from calm.baselines import BASELINES
-    from calm.explanation import ask, explain
-    from calm.explanation_summary import print_summary, summary
-    from calm.image_inputs import find_images
-
-    if batch_size < 1:
-        raise CalmError(f"batch size must be at least 1, got {batch_size}")
-    inputs, missing = find_images(images, out)
-    loaded = _load(model, device)
-    question = ask(loaded, target=target, kind=kind, method=method, superclass=superclass, versus=versus)
-    if grid and question.method in BASELINES:
-        raise CalmError(
-            f"method {question.method!r} has no grid: leave out --grid, or choose a kind of the model"
+    if kind is not None and method is not None:
+        raise CalmError(f"kind {kind!r} and method {method!r} are both given: choose one")
+    members = tuple(class_index(model, name) for name in superclass.split(",")) if superclass else ()
+    if kind is None and members:
+        kind = model.map_kind() + "-superclass"
+    name = model.map_kind(kind) if method is None else canonical_method(method)
+    if name not in BASELINES:
+        name = model.map_kind(name)
+    if ("superclass" in name) != bool(members):
+        need = (
+            f"takes no superclass: try {model.map_kind()}-superclass"
+            if members
+            else "needs superclass=NAME,NAME"
         )
-    suffixes = _suffixes(question, grid)
-    _refuse_overwriting(inputs, out, suffixes)
-    console = Console()
-    failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
-    done: list[dict[str, Any]] = []
-    for readable in _batches(inputs, batch_size, failed):
-        answers = explain(loaded, [picture for _, picture in readable], question)
-        for (entry, picture), answer in zip(readable, answers, strict=True):
-            files = _write(out, entry.name, picture, answer, question, suffixes)
-            done.append(summary(entry.path, answer, question, loaded.class_names) | {"files": files})
-            print_summary(console, entry.path, answer, question, loaded.class_names)
-    results = out / "results.json"
-    write_json(
-        results,
-        {
-            "format": 1,
-            "model": model,
-            "method": question.method,
-            "images": done,
-            "failed": failed,
-        },
-    )
-    console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False, soft_wrap=True)
-    if failed:
-        listed = "\n".join(f"  {failure['error']}" for failure in failed)
-        raise CalmError(
-            f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{listed}"
-        )
-    return results
+        raise CalmError(f"{name} {need}")
+    if versus is not None and members:
+        raise CalmError("versus compares two classes: leave out superclass")
+    if target is not None and members:
+        raise CalmError("superclass asks about all of its classes together: leave out target")
+    first = None if target is None else class_index(model, target)
+    second = None if versus is None else class_index(model, versus)
+    if second is not None and first == second:
+        raise CalmError(f"target and versus are the same class {model.class_names[second]!r}: choose two")
+    return Question(name, first, second, members)
 
 
-def _batches(
-    inputs: Sequence[ImageInput], batch_size: int, failed: list[dict[str, str]]
-) -> Iterator[list[tuple[ImageInput, Picture]]]:
-    """The pictures, read; some at a time, fewer if they are large. Those that cannot be read go to ``failed``."""
-    from calm.data.images import read_rgb
+def class_index(model: CalmModel, text: str) -> int:
+    """The class of a name or an index.
 
-    batch: list[tuple[ImageInput, Picture]] = []
-    for entry in inputs:
-        try:
-            batch.append((entry, read_rgb(entry.path, exif=True)))
-        except CalmError as error:
-            failed.append({"file": str(entry.path), "error": str(error)})
-        if len(batch) == batch_size or sum(picture.size for _, picture in batch) > HELD:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
+    Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted
+    bunting" is "016.Painted_Bunting".
 
-
-def _load(source: str, device: str) -> CalmModel:
-    import torch
-
-    from calm.checkpoint import load
-
-    name = device
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CalmError(f"device {device!r} cannot be used: {error}") from error
-    return load(source, map_location="cpu").to(name).eval()
-
-
-def _suffixes(question: Question, grid: bool) -> dict[str, str]:
-    label = question.method + ("" if question.versus is None else "-difference")
-    return {"overlay": f".{label}.png", "map": f".{label}.npy"} | (
-        {"grid": f".{label}.grid.npy"} if grid else {}
+    Raises:
+        CalmError: no such class; the message has the closest names.
+    """
+    wanted = _plain(text)
+    names = [_plain(name) for name in model.class_names]
+    short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
+    for spelled in (names, short):
+        if spelled.count(wanted) == 1:
+            return spelled.index(wanted)
+    if wanted.isdecimal() and int(wanted) < len(names):
+        return int(wanted)
+    close = [model.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
+    hint = f"; close are {', '.join(map(repr, close))}" if close else ""
+    raise CalmError(
+        f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}"
     )
 
 
-def _refuse_overwriting(inputs: Sequence[ImageInput], out: Path, suffixes: dict[str, str]) -> None:
-    if out.exists() and not out.is_dir():
-        raise CalmError(f"--out {out} is a file: name a folder")
-    sources = {entry.path.resolve() for entry in inputs}
-    for entry in inputs:
-        for suffix in suffixes.values():
-            written = (out / (entry.name + suffix)).resolve()
-            if written in sources:
-                raise CalmError(
-                    f"the result for {entry.path} would overwrite the input {written}: choose another --out"
-                )
+def _plain(name: str) -> str:
+    return name.strip().casefold().replace(" ", "_")
 
 
-def _write(
-    out: Path, name: str, picture: Picture, answer: Explanation, question: Question, suffixes: dict[str, str]
-) -> dict[str, str]:
-    """Write the files of one image; what each is, and its path in ``out``."""
-    from PIL import Image
+def explain(
+    model: CalmModel, pictures: Sequence[Picture], question: Question, *, top: int = 5
+) -> list[Explanation]:
+    """Answer a question about pictures, (H, W, 3) uint8 RGB of any sizes, in one batch.
 
-    from calm.explanation import draw
+    Raises:
+        CalmError: the method does not fit the model (`calm.output`).
+    """
+    images = model.preprocess(list(pictures))
+    with left_as_found(model), torch.no_grad():
+        output = model(images)
+        probs = output.probs
+        best = probs.topk(min(top, probs.shape[1])).indices
+        if question.target is not None:
+            first = torch.full_like(best[:, :1], question.target)
+        elif question.versus is not None:
+            first = probs.index_fill(1, torch.tensor([question.versus]).to(best.device), -1).argmax(
+                1, keepdim=True
+            )
+        else:
+            first = best[:, :1]
+        second = [] if question.versus is None else [torch.full_like(first, question.versus)]
+        asked = torch.cat([first, *second], dim=1)
+        if question.method in BASELINES:
+            classes = asked
+            columns = [attribute(model, images, column, question.method) for column in asked.unbind(1)]
+            maps = torch.stack(columns, dim=1)
+        elif question.superclass:
+            classes = asked
+            groups = {int(c): question.superclass for c in asked.flatten().tolist()}
+            maps = output.attribute(asked, question.method, superclass=groups)
+        else:
+            classes = torch.cat([asked, best], dim=1)  # the places of the best classes cost no pass
+            maps = output.attribute(classes, question.method)
+    maps, classes, best, probs = maps.cpu(), classes.cpu(), best.cpu(), probs.cpu()
+    return [
+        _answer(picture, probs[i], best[i], classes[i], maps[i], question)
+        for i, picture in enumerate(pictures)
+    ]
 
-    for what, suffix in suffixes.items():
-        with atomic_path(out / (name + suffix)) as temporary:
-            if what == "overlay":
-                Image.fromarray(draw(picture, answer, question)).save(temporary)
-            else:
-                _write_array(temporary, answer.values if what == "map" else answer.grid)
-    return {what: name + suffix for what, suffix in suffixes.items()}
+
+def _answer(
+    picture: Picture, probs: Tensor, best: Tensor, classes: Tensor, maps: Tensor, question: Question
+) -> Explanation:
+    size = picture.shape[0], picture.shape[1]
+    signed = maps[0] if question.versus is None else maps[0] - maps[1]
+    grid = maps[0] if question.versus is None else signed.abs()
+    target = int(classes[0])
+    of_class = {int(c): values for c, values in zip(classes, maps, strict=True)}
+    places = {c: locate(resize_maps(values, size)) for c, values in of_class.items()}
+    if question.versus is not None:
+        places[target] = locate(resize_maps(grid, size))
+    return Explanation(probs, target, tuple(best.tolist()), places, grid, signed, size)
 
 
-def _write_array(path: Path, values: Tensor) -> None:
-    """As ``numpy.save``, but without a copy of the values, and if the disk is full the error says so."""
-    import numpy as np
+def draw(picture: Picture, explanation: Explanation, question: Question) -> Picture:
+    """The overlay, with a ring around the highest point; small pictures are enlarged, very large ones shrunk."""
+    height, width = picture.shape[:2]
+    size = drawn_size(height, width)
+    of_cam = question.method in MAP_KINDS and MAP_KINDS[question.method].family == "cam"
+    drawn = overlay(
+        picture,
+        explanation.signed,
+        how="minmax" if of_cam else "max",
+        colormap="heat" if question.versus is None else "signed",
+        size=size,
+    )
+    place = explanation.places[explanation.target]
+    x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
+    return draw_point(drawn, x, y, radius=max(4, min(size) // 48))
 
-    array = np.ascontiguousarray(values.numpy(), dtype=np.float32)
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
+
+def drawn_size(height: int, width: int) -> tuple[int, int]:
+    """(height, width) of the overlay of a picture.
+
+    >>> drawn_size(24, 40), drawn_size(500, 375), drawn_size(1, 60_000), drawn_size(8000, 8000)
+    ((240, 400), (500, 375), (1, 60000), (2000, 2000))
+    """
+    factor = min(-(-SMALLEST_PICTURE // min(height, width)), LONGEST_ENLARGED // max(height, width))
+    if factor > 1:
+        return height * factor, width * factor
+    scale = min(1.0, (LARGEST_OVERLAY / (height * width)) ** 0.5, LONGEST_OVERLAY / max(height, width))
+    return max(1, round(height * scale)), max(1, round(width * scale))

@@ -1,64 +1,99 @@
-"""The classifier: preprocessing, backbone and head in one module, and the one place that puts them together."""
+"""The classifier: preprocessing, backbone and head in one module, and the one place that puts them together.
+
+The two heads: CALM's latent head (class logits and a location score) and CAM's averaging head.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm import maps
-from calm.choices import Method, PriorActivation, PriorDenominator
-from calm.errors import CalmError, unknown
-from calm.head import CalmHead, CamHead
+from calm import checkpoint, output
+from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
+from calm.errors import CalmError
+from calm.fused import Unscored
+from calm.heatmaps import resize_maps
+from calm.images import ImageLike, Preprocessing, check_images
 from calm.output import CalmOutput, CamOutput
-from calm.preprocess import ImageLike, Preprocessing, check_images
-from calm.resample import resize_maps
 
-__all__ = ["CalmModel", "Method", "ModelConfig", "create_model"]
-
-_IMAGENET = (Preprocessing().mean, Preprocessing().std)
+__all__ = ["CalmHead", "CalmModel", "CamHead", "Method", "ModelConfig", "create_model", "load"]
 
 
-@dataclass(frozen=True)
-class ModelConfig:
-    """What a model is made of; with the weights, all that loading needs.
+class CalmHead(nn.Module):
+    """Two 1x1 convolutions on the features: ``conv_last`` scores classes, ``attention`` scores locations.
 
-    Attributes:
-        backbone: a released architecture (``resnet50``, ``vgg16``, ``inception_v3``), ``small_resnet``, a timm
-            model's name, or ``custom`` for the user's own module.
+    Args:
+        in_channels: D, channels of the features.
         num_classes: C.
-        method: ``calm-em`` and ``calm-ml`` are one model with two training losses; ``cam`` is the baseline.
-        large_feature_map: released architectures: a 28x28 grid for 224x224 input instead of 14x14.
-        use_bn: vgg16 and inception_v3: BatchNorm where the released code makes it optional.
-        output_stride: timm models that support it: image size over grid size.
-        prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
-        prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
+        activation: of the prior, see `calm.latent.log_prior`.
+        denominator: of the prior, see `calm.latent.log_prior`.
+        keep_logits: hold the class logits of a training step until its backward pass. False computes them a second time
+            there, some locations at a time: memory does not grow with C, and a step of the head takes about a third
+            longer. An attribute, to be changed at will.
+
+    ``conv_last`` starts Xavier-uniform with zero bias, as the released code does. ``attention`` keeps
+    PyTorch's default start, which is small against the features: the prior begins close to uniform.
     """
 
-    backbone: str
-    num_classes: int
-    method: Method = "calm-em"
-    large_feature_map: bool = True
-    use_bn: bool = True
-    output_stride: int | None = None
-    prior_activation: PriorActivation = "softplus"
-    prior_denominator: PriorDenominator = "differentiated"
+    def __init__(
+        self,
+        in_channels: int,
+        num_classes: int,
+        activation: PriorActivation = "softplus",
+        denominator: PriorDenominator = "differentiated",
+        keep_logits: bool = True,
+    ) -> None:
+        super().__init__()
+        self.conv_last = _class_scores(in_channels, num_classes)
+        self.attention = nn.Conv2d(in_channels, 1, kernel_size=1)
+        self.activation, self.denominator, self.keep_logits = activation, denominator, keep_logits
 
-    def __post_init__(self) -> None:
-        for name, kind in (
-            ("method", Method),
-            ("prior_activation", PriorActivation),
-            ("prior_denominator", PriorDenominator),
-        ):
-            if getattr(self, name) not in get_args(kind):
-                raise unknown(name, getattr(self, name), get_args(kind))
-        if self.num_classes < 1:
-            raise CalmError(f"num_classes is {self.num_classes}: a classifier needs at least 1")
+    def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
+        """An output that scores classes and locations, and computes everything else, when asked."""
+        unscored = Unscored(features, self.conv_last, self.attention, self.keep_logits)
+        if not torch.is_grad_enabled():  # scored now, or reading it outside `no_grad` would have a gradient
+            return CalmOutput(unscored.logits(), unscored.scores(), self.activation, self.denominator)
+        return CalmOutput.of_features(unscored, self.activation, self.denominator)
+
+
+class CamHead(nn.Module):
+    """One 1x1 convolution, averaged over locations: p(y | x) = softmax(mean of f).
+
+    Args:
+        in_channels: D, channels of the features.
+        num_classes: C.
+
+    It has no attention layer: a CAM model has no prior to ask for.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int) -> None:
+        super().__init__()
+        self.conv_last = _class_scores(in_channels, num_classes)
+
+    def forward(self, features: Float[Tensor, "b d h w"]) -> CamOutput:
+        """Score the classes on the averaged features; maps are computed by the output when asked."""
+        assert self.conv_last.bias is not None
+        return CamOutput(features, self.conv_last.weight, self.conv_last.bias)
+
+
+def _class_scores(in_channels: int, num_classes: int) -> nn.Conv2d:
+    conv = nn.Conv2d(in_channels, num_classes, kernel_size=1)
+    nn.init.xavier_uniform_(conv.weight)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+_IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
 
 class CalmModel(nn.Module):
@@ -188,10 +223,10 @@ class CalmModel(nn.Module):
     def attribute(
         self,
         images: Float[Tensor, "b 3 H W"],
-        targets: maps.Targets,
+        targets: output.Targets,
         kind: str | None = None,
         *,
-        superclass: maps.Superclass | None = None,
+        superclass: output.Superclass | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Attribution maps, (B, H', W') or (B, K, H', W') for targets (B,) or (B, K), from one forward pass.
@@ -199,12 +234,12 @@ class CalmModel(nn.Module):
         Args:
             images: as for `forward`.
             targets: the classes to explain; one alone is asked of all images.
-            kind: a name of `calm.maps.MAP_KINDS`; None is ``jointll`` for CALM, ``cam`` for CAM.
+            kind: a name of `calm.output.MAP_KINDS`; None is ``jointll`` for CALM, ``cam`` for CAM.
             superclass: for the superclass kinds: target to its classes.
             size: (height, width) of the maps; None is the size of the images.
 
         Raises:
-            CalmError: see `calm.maps.attribute`; checked before the forward pass where possible.
+            CalmError: see `calm.output.attribute`; checked before the forward pass where possible.
         """
         kind = self.map_kind(kind)
         found: Tensor = self(images).attribute(
@@ -216,8 +251,8 @@ class CalmModel(nn.Module):
     def difference(
         self,
         images: Float[Tensor, "b 3 H W"],
-        first: maps.Targets,
-        second: maps.Targets,
+        first: output.Targets,
+        second: output.Targets,
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
@@ -225,37 +260,52 @@ class CalmModel(nn.Module):
         """Why class ``first`` and not ``second``, (B,) each or one for all images: abs of the difference of their maps
         on the grid, resized as in `attribute`. One forward pass."""
         kind = self.map_kind(kind)
-        pair = torch.stack([maps.as_targets(one, len(images)) for one in (first, second)], dim=1)
+        pair = torch.stack([output.as_targets(one, len(images)) for one in (first, second)], dim=1)
         one, other = self(images).attribute(pair, kind).unbind(dim=1)
-        return resize_maps(maps.difference(one, other), size or _height_width(images))
+        return resize_maps(output.difference(one, other), size or _height_width(images))
 
     def map_kind(self, kind: str | None = None) -> str:
         """The canonical name of a map kind of this model; of its default one for None."""
         family = "cam" if self.config.method == "cam" else "calm"
-        return maps.canonical_kind(kind or {"cam": "cam", "calm": "jointll"}[family], family)
+        return output.canonical_kind(kind or {"cam": "cam", "calm": "jointll"}[family], family)
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
         """Image files, PIL images or uint8 RGB arrays (H, W, 3), one or a list, as a batch on the model's device."""
         return self.preprocessing(images).to(self.device)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint`."""
-        from calm import checkpoint
+        """Write weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
+        return checkpoint.write(
+            folder,
+            self.state_dict(),
+            self.config,
+            self.class_names,
+            self.preprocessing,
+            self.training_summary,
+        )
 
-        return checkpoint.save_pretrained(self, folder)
+    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
+        """Upload the model to the Hugging Face Hub, where `load` finds it under ``repo_id``.
 
-    def push_to_hub(self, repo_id: str, **options: Any) -> str:
-        """Upload to a Hugging Face repository: see `calm.checkpoint.push_to_hub`."""
-        from calm import checkpoint
+        Args:
+            repo_id: ``owner/name``; made if it does not exist.
+            private: whether a new repository is private.
+            token: of the hub; None is the one that ``hf auth login`` stored.
 
-        return checkpoint.push_to_hub(self, repo_id, **options)
+        Returns:
+            The address of the commit.
+
+        Raises:
+            CalmError: the hub cannot be reached, or refuses.
+        """
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = self.save_pretrained(Path(temporary) / "model")
+            return checkpoint.upload(folder, repo_id, private=private, token=token)
 
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> CalmModel:
         """Load from a folder or a hub id: `calm.load`."""
-        from calm import checkpoint
-
-        return checkpoint.load(source, **options)
+        return load(source, **options)
 
     def extra_repr(self) -> str:
         """The configuration, first in ``print(model)``."""
@@ -335,3 +385,54 @@ def create_model(
 
 def _height_width(images: Tensor) -> tuple[int, int]:
     return images.shape[-2], images.shape[-1]
+
+
+def load(
+    source: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    map_location: str | torch.device = "cpu",
+) -> CalmModel:
+    """Load a saved model, in eval mode.
+
+    Args:
+        source: a folder that `CalmModel.save_pretrained` wrote; or the folder of a training run, whose best model is
+            taken, or its last if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
+        backbone: the module for a model whose backbone was the user's own, built as it was then.
+        map_location: the device.
+
+    The global random state is left as it was.
+
+    Raises:
+        CalmError: see `calm.checkpoint.read`; or weights that do not fit, a backbone missing or superfluous.
+    """
+    folder, card, state = checkpoint.read(source)
+    config = card.model
+    if (backbone is None) == (config.backbone == "custom"):
+        raise CalmError(
+            f"the model in {folder} was made with the user's own backbone: build that module as it was, and give "
+            "it as backbone="
+            if backbone is None
+            else f"the model in {folder} has the backbone {config.backbone!r}: leave backbone= out"
+        )
+    options = {name: value for name, value in asdict(config).items() if name != "backbone"}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            model = create_model(
+                backbone or config.backbone,
+                class_names=card.class_names,
+                preprocessing=card.preprocessing,
+                **options,
+            )
+    except CalmError as error:
+        raise CalmError(f"{folder / checkpoint.CARD}: {error}") from error
+    model.training_summary = card.training
+    try:
+        checkpoint.fill(model, state)
+    except CalmError as error:
+        made, here = card.versions.get("timm"), version("timm")
+        hint = f" (made with timm {made}, here is {here})" if made != here else ""
+        raise CalmError(
+            f"{folder / checkpoint.WEIGHTS} does not fit the model in {checkpoint.CARD}: {error}{hint}"
+        ) from error
+    return model.to(map_location).eval()

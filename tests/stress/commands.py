@@ -11,9 +11,9 @@ import torch
 from stress.processes import Ended, Server
 from stress_counts import FULL
 
-from calm.data.birds import write_birds
 from calm.model import create_model
 from calm.released import save_released
+from calm_birds import write_birds
 
 NAMES = ("train", "evaluate", "birds", "prepare", "convert")
 

@@ -27,9 +27,9 @@ COMMANDS = ("train", "evaluate", "data birds", "data prepare", "convert")
 LATER = (
     "calm.train.run",
     "torch.utils.tensorboard",
-    "calm.evaluate.command",
+    "calm.cli.evaluate",
     "calm.released",
-    "calm.data.cue_files",
+    "calm.data.cues",
 )
 """Modules that a command imports when it runs."""
 
@@ -219,7 +219,7 @@ def _serve() -> None:
     sys.addaudithook(watch)
     from importlib import import_module
 
-    from calm.caches import caches_among_temporary_files
+    from calm.files import caches_among_temporary_files
 
     caches_among_temporary_files()  # as the command line does before it imports a command
     import torch

@@ -27,7 +27,7 @@ LIBRARIES = [
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/var/cache/fontconfig")
 """Where the interpreter, its libraries and the system look on their own: processors, memory, time zone, fonts."""
 CACHES = {f"calm-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}
-"""Folders among temporary files: matplotlib's (`calm.caches`) and the PyTorch compiler's."""
+"""Folders among temporary files: matplotlib's (`calm.files`) and the PyTorch compiler's."""
 MORE: dict[str, Callable[[Inputs, Path], list[str]]] = {
     "attribute": lambda inputs, out: [
         "attribute",

@@ -1,4 +1,7 @@
-"""Networks that turn images (B, 3, H, W) into features (B, D, h, w): D is the attribute ``out_channels``."""
+"""The user's own module as a backbone.
+
+Networks that turn images (B, 3, H, W) into features (B, D, h, w): D is the attribute ``out_channels``.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +10,17 @@ from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from calm.backbones.custom import adapt_backbone
-from calm.backbones.inception import InceptionV3
-from calm.backbones.resnet import ResNet50
+from calm.backbones.probe import evaluating
+from calm.backbones.released import VGG16, InceptionV3, ResNet50
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name
-from calm.backbones.vgg import VGG16
 from calm.errors import CalmError
 
 __all__ = ["BACKBONES", "adapt_backbone", "build_backbone"]
+
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet50": ResNet50,
@@ -89,3 +92,64 @@ def _unknown(name: str) -> CalmError:
         f"unknown backbone {name!r}: allowed are {', '.join(BACKBONES)}, any name of timm.list_models(), or "
         f"your own nn.Module that returns features (B, D, h, w){hint}"
     )
+
+
+def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.Module:
+    """Check that ``module`` returns a feature map, and give it ``out_channels`` if it does not say so itself.
+
+    The module is tried once, in eval mode and without gradient, on an image of zeros; its modes and the
+    random state are left as they were. If it does not run on an image of that size, then its own
+    ``out_channels`` or ``num_features`` is believed.
+
+    Args:
+        module: float images (B, 3, H, W) to features (B, D, h, w).
+        size: (height, width) in pixels of the image to try.
+
+    Returns:
+        ``module`` itself, with the int attribute ``out_channels``.
+
+    Raises:
+        CalmError: it returns something else, or another number of channels than its ``out_channels`` says, or
+            it does not run and says no number.
+
+    >>> adapt_backbone(nn.Conv2d(3, 5, kernel_size=3)).out_channels
+    5
+    """
+    name = type(module).__name__
+    stated = _int_attribute(module, "out_channels")
+    try:
+        output = _try(module, size)
+    except Exception as error:  # a stranger's module may raise anything; what it raised is in the message
+        believed = stated or _int_attribute(module, "num_features")
+        if believed is None:
+            raise CalmError(
+                f"the backbone {name} does not run on an image of {size[0]} x {size[1]} pixels: {error}. "
+                "Repair it, or if it needs images of another size, give it an int attribute out_channels"
+            ) from error
+        module.out_channels = believed  # type: ignore[assignment]
+        return module
+    if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
+        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise CalmError(
+            f"the backbone {name} must return one float tensor of features (B, D, h, w), but for one image of "
+            f"{size[0]} x {size[1]} pixels it returned {found}: take its pooling and classifier out"
+        )
+    channels = output.shape[1]
+    if stated not in (None, channels):
+        raise CalmError(
+            f"the backbone {name} says out_channels={stated}, its features have {channels} channels"
+        )
+    module.out_channels = channels  # type: ignore[assignment]
+    return module
+
+
+def _try(module: nn.Module, size: tuple[int, int]) -> object:
+    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
+    devices = [like.device] if like.is_cuda else []
+    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices):
+        return module(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+
+
+def _int_attribute(module: nn.Module, name: str) -> int | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, int) and value > 0 else None

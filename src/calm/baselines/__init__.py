@@ -1,7 +1,7 @@
 """Other people's explanations of the same models, behind the same call as CALM's own.
 
 ``attribute(model, images, targets, method)`` takes every name of ``METHODS``: the maps that the model itself
-offers (`calm.maps`), the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM
+offers (`calm.output`), the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM
 family (`calm.baselines.gradcam`). To add a baseline: write its function, and add a line to ``BASELINES``.
 """
 
@@ -20,11 +20,11 @@ from calm.baselines import gradient
 from calm.baselines.gradcam import GRADCAMS, gradcam
 from calm.baselines.score import Options, class_scores, left_as_found
 from calm.errors import CalmError, unknown
-from calm.maps import ALIASES as MAP_ALIASES
-from calm.maps import MAP_KINDS, Superclass, Targets, as_targets
+from calm.heatmaps import resize_maps
+from calm.images import check_images
 from calm.model import CalmModel
-from calm.preprocess import check_images
-from calm.resample import resize_maps
+from calm.output import ALIASES as MAP_ALIASES
+from calm.output import MAP_KINDS, Superclass, Targets, as_targets
 
 __all__ = [
     "ALIASES",

@@ -3,7 +3,7 @@
 The weights of the channels are the library's; what is around them is ours, so that values keep their meaning.
 The library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of
 two images or two classes cannot be compared. Here a map is ReLU(sum over channels of weight * activation), as
-in the papers, resized by `calm.resample`. For display or a protocol use `calm.normalize`.
+in the papers, resized by `calm.heatmaps`. For display or a protocol use `calm.normalize`.
 
 Ablation-CAM is left out: it divides by the score, which turns its sign around where the score is negative, as
 log p(y | x) is.

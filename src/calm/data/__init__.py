@@ -11,14 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from calm.data.augmentation import AUGMENTATIONS, Augmentation
     from calm.data.check import check_splits, drop_bad, load_checked
-    from calm.data.dataset import ImageDataset
-    from calm.data.digest import fingerprint, summary
-    from calm.data.loading import LAYOUTS, detect_layout, load_split, load_splits
-    from calm.data.mixing import BatchMix
-    from calm.data.records import SPLITS, Box, Record, Split
-    from calm.data.report import Report
-    from calm.data.sampler import EpochSampler
-    from calm.data.transforms import eval_transform, train_transform
+    from calm.data.dataset import EpochSampler, ImageDataset
+    from calm.data.loading import LAYOUTS, detect_layout, fingerprint, load_split, load_splits, summary
+    from calm.data.records import SPLITS, Box, Record, Report, Split
+    from calm.data.transforms import BatchMix, eval_transform, train_transform
 
 __all__ = [
     "AUGMENTATIONS",
@@ -46,15 +42,35 @@ __all__ = [
 
 _HOMES = {
     "augmentation": ("AUGMENTATIONS", "Augmentation"),
-    "check": ("check_splits", "drop_bad", "load_checked"),
-    "dataset": ("ImageDataset",),
-    "digest": ("fingerprint", "summary"),
-    "loading": ("LAYOUTS", "detect_layout", "load_split", "load_splits"),
-    "mixing": ("BatchMix",),
-    "records": ("SPLITS", "Box", "Record", "Split"),
-    "report": ("Report",),
-    "sampler": ("EpochSampler",),
-    "transforms": ("eval_transform", "train_transform"),
+    "check": (
+        "check_splits",
+        "drop_bad",
+        "load_checked",
+    ),
+    "dataset": (
+        "EpochSampler",
+        "ImageDataset",
+    ),
+    "loading": (
+        "LAYOUTS",
+        "detect_layout",
+        "fingerprint",
+        "load_split",
+        "load_splits",
+        "summary",
+    ),
+    "records": (
+        "Box",
+        "Record",
+        "Report",
+        "SPLITS",
+        "Split",
+    ),
+    "transforms": (
+        "BatchMix",
+        "eval_transform",
+        "train_transform",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -22,22 +22,90 @@ both routes to the same image give the same box: x0 = left, y0 = top, x1 = left 
 truncated to integers, and x1, y1 clipped to the last column and row. Left and top do occur as 0, so they
 count from 0. Some official boxes reach up to two pixels over the right or lower edge; more than that is
 reported as a problem and not clipped.
+
+Names of classes: from ``classes.txt``, or from the folders the images are in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from calm.data.class_names import read_names
-from calm.data.images import image_size
-from calm.data.lines import box_problem, inside, numbered, whole_number
-from calm.data.problems import Problem
-from calm.data.records import Box, Record, Split
+from calm.data.records import Box, Problem, Record, Split, box_problem, inside, numbered, whole_number
+from calm.errors import CalmError
+from calm.images import image_size
 
-__all__ = ["CUB_FILES", "CubSource", "corners"]
+__all__ = ["CUB_FILES", "CubSource", "corners", "names_from_folders", "read_names"]
+
+_WORDNET = re.compile(r"n\d{8}\s+(?=\S)")
+
+
+def read_names(path: Path) -> tuple[str, ...]:
+    """Names of ``classes.txt`` by class index.
+
+    The indices of the file are 0 .. C-1, or 1 .. C as in the official CUB file; lines may be in any order.
+    A WordNet id before the name is dropped. Of several synonyms divided by commas the first is the name,
+    unless two classes would then share it.
+
+    Raises:
+        CalmError: a line of another form, an index missing or given twice, two classes of one name.
+    """
+    by_index: dict[int, str] = {}
+    for number, text in numbered(path):
+        key, *rest = text.split(maxsplit=1)
+        index = whole_number(key)
+        name = _WORDNET.sub("", rest[0], count=1) if rest else ""
+        if index is None or not name:
+            raise CalmError(f"{path}:{number}: {text!r} is not 'index name'")
+        if index in by_index:
+            raise CalmError(f"{path}:{number}: class index {index} is given twice")
+        by_index[index] = name
+    first = min(by_index, default=0)
+    missing = set(range(first, first + len(by_index))) - by_index.keys()
+    if first not in (0, 1) or missing or not by_index:
+        wanted = (
+            f"{min(missing)} is missing"
+            if missing
+            else f"the first is {first}"
+            if by_index
+            else "there are none"
+        )
+        raise CalmError(f"{path}: class indices must run from 0 (or 1) without gaps, {wanted}")
+    full = [by_index[index] for index in sorted(by_index)]
+    short = [name.split(",")[0].strip() for name in full]
+    names = short if len(set(short)) == len(short) else full
+    repeated = [name for name, count in Counter(names).items() if count > 1]
+    if repeated:
+        raise CalmError(f"{path}: two classes are called {repeated[0]!r}; names must differ")
+    return tuple(names)
+
+
+def names_from_folders(labels: Mapping[str, int]) -> tuple[str, ...]:
+    """The name of the folder that holds each class's images, or the index as text.
+
+    Args:
+        labels: image id (a relative path) to class index.
+
+    Returns:
+        0 .. the largest label. Folders give the names only if they and the classes pair one to one.
+
+    >>> names_from_folders({"train/cat/1.jpg": 0, "train/dog/1.jpg": 1, "train/dog/2.jpg": 1})
+    ('cat', 'dog')
+    >>> names_from_folders({"train/1.jpg": 0, "train/2.jpg": 1})
+    ('0', '1')
+    """
+    size = max(labels.values(), default=-1) + 1
+    pairs = {(label, PurePosixPath(name).parent.name) for name, label in labels.items()}
+    folders = dict(pairs)
+    names = {folder for _, folder in pairs}
+    if len(pairs) == size == len(folders) == len(names) and "" not in names:
+        return tuple(folders[index] for index in range(size))
+    return tuple(map(str, range(size)))
+
 
 CUB_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
 """The files without which a folder is not read as CUB_200_2011."""

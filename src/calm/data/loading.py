@@ -1,22 +1,245 @@
-"""Find out how a data set is laid out, and read its splits."""
+"""Find out how a data set is laid out, and read its splits.
+
+What a run keeps of the data it was trained on: counts, and a fingerprint.
+
+Splits that a data set does not have: shares of train, and fewer classes.
+
+A folder for each class, with or without a folder for each split above.
+
+::
+
+    photos/train/cat/1.jpg        or        photos/cat/1.jpg
+    photos/train/dog/2.png                  photos/dog/2.png
+    photos/test/cat/3.jpg
+
+Class names are the folders' names in alphabetical order. Files are images by their suffix
+(:data:`SUFFIXES`, any case), at any depth below the class folder; hidden files and all others are passed
+over. Pictures are turned as their EXIF orientation says.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
-from calm.data.carve import carve, keep_present_classes
 from calm.data.cub import CUB_FILES, CubSource
-from calm.data.folder import FolderSource, count_class_folders
-from calm.data.metadata import MetadataSource
-from calm.data.records import SPLITS, Record, Split
-from calm.data.released_roots import IMAGE_ROOTS
-from calm.data.report import Report
+from calm.data.metadata import IMAGE_ROOTS, MetadataSource
+from calm.data.records import SPLITS, Record, Report, Split, is_text
 from calm.errors import CalmError, unknown
 
-__all__ = ["LAYOUTS", "Layout", "SplitName", "detect_layout", "find_layout", "load_split", "load_splits"]
+__all__ = [
+    "LAYOUTS",
+    "SUFFIXES",
+    "FolderSource",
+    "Layout",
+    "SplitName",
+    "carve",
+    "count_class_folders",
+    "detect_layout",
+    "find_layout",
+    "fingerprint",
+    "keep_present_classes",
+    "load_split",
+    "load_splits",
+    "summary",
+]
+
+
+def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
+    """SHA-256 (64 hexadecimal digits) of what a split says: class names, ids, labels, boxes, masks.
+
+    The same wherever the data lies, and in whatever order it is listed.
+
+    Args:
+        split: the images.
+        file_sizes: include the number of bytes of each image file, which finds most changed files without
+            reading them, and the sizes that the annotation says the images have.
+
+    Raises:
+        CalmError: with ``file_sizes``, a missing file.
+    """
+    digest = sha256(json.dumps([split.name, split.class_names]).encode())
+    for record in sorted(split.records, key=lambda record: record.id):
+        masks = [_relative(mask, split.root) for mask in record.all_masks]
+        line: list[Any] = [record.id, record.label, record.boxes, masks]
+        if file_sizes:
+            line += [_bytes(record.path), record.size]
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def _relative(path: Path, root: Path) -> str:
+    """``path`` below the data folder, wherever that is."""
+    for base in (root, root.parent):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return path.name
+
+
+def _bytes(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError as error:
+        raise CalmError(f"cannot look at image {path}: {error.strerror}") from error
+
+
+def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
+    """Facts about a split, ready for JSON.
+
+    Returns:
+        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images),
+        ``with_boxes`` and ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and
+        ``fingerprint``.
+    """
+    counts = dict(zip(split.class_names, split.class_counts(), strict=True))
+    return {
+        "split": split.name,
+        "images": len(split.records),
+        "classes": split.num_classes,
+        "class_counts": {name: count for name, count in counts.items() if count},
+        "with_boxes": sum(bool(record.boxes) for record in split.records),
+        "with_masks": sum(bool(record.masks) for record in split.records),
+        "origin": split.origin,
+        "fingerprint": fingerprint(split, file_sizes=file_sizes),
+    }
+
+
+def carve(
+    records: Sequence[Record], fraction: float, seed: int, salt: str
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Part ``records`` in two, class by class, by nothing but ids and seed.
+
+    Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but
+    at least one where the class has two images or more, and never the last. The same on every machine, in
+    whatever order the records come.
+
+    Args:
+        records: images of all classes.
+        fraction: share to carve, in (0, 1).
+        seed: another seed, another choice.
+        salt: makes carvings for different ends independent.
+
+    Returns:
+        (the rest, the carved part), each in the order of ``records``.
+
+    Raises:
+        CalmError: ``fraction`` out of range.
+    """
+    if not 0 < fraction < 1:
+        raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
+    by_class: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
+    for record in records:
+        digest = sha256(f"{seed}:{salt}:{record.id}".encode()).digest()
+        by_class[record.label].append((digest, record.id))
+    carved: set[str] = set()
+    for members in by_class.values():
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        carved.update(name for _, name in sorted(members)[:count])
+    rest = tuple(record for record in records if record.id not in carved)
+    return rest, tuple(record for record in records if record.id in carved)
+
+
+def keep_present_classes(splits: Mapping[str, Split]) -> dict[str, Split]:
+    """The same images with only the classes that occur in any of the splits, numbered anew in their order."""
+    present = sorted({record.label for split in splits.values() for record in split.records})
+    new = {old: index for index, old in enumerate(present)}
+    return {
+        name: replace(
+            split,
+            records=tuple(replace(record, label=new[record.label]) for record in split.records),
+            class_names=tuple(split.class_names[old] for old in present),
+        )
+        for name, split in splits.items()
+    }
+
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """An ImageFolder-style tree."""
+
+    root: Path
+
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a folder; just "train" if the class folders are directly below the root."""
+        own = tuple(split for split in SPLITS if (self.root / split).is_dir())
+        return own if "train" in own else ("train",)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Sorted names of the class folders of train.
+
+        Raises:
+            CalmError: fewer than two class folders, a name that is not UTF-8 text.
+        """
+        names = tuple(folder.name for folder in _folders(self._base("train")))
+        if len(names) < 2:
+            found = f"only {names[0]!r}" if names else "none"
+            raise CalmError(
+                f"{self._base('train')}: a classifier needs two class folders or more, found {found}"
+            )
+        return names
+
+    def _base(self, split: str) -> Path:
+        return self.root / split if (self.root / "train").is_dir() else self.root
+
+    def listing(self, split: str) -> str:
+        """The files or folder that say which images a split has, for messages."""
+        return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
+
+    def read(self, split: str) -> Split:
+        """Read one of :attr:`splits`.
+
+        Raises:
+            CalmError: a class folder that train does not have, a name that is not UTF-8 text.
+        """
+        index = {name: label for label, name in enumerate(self.class_names)}
+        base = self._base(split)
+        records: list[Record] = []
+        for folder in _folders(base):
+            if folder.name not in index:
+                raise unknown(
+                    "class folder", folder.name, self.class_names, where=f"{base}; train has no such class"
+                )
+            files = _named(path for path in folder.rglob("*") if _is_image(path, folder))
+            label = index[folder.name]
+            records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
+        return Split(split, tuple(records), self.class_names, base, exif=True)
+
+
+def _folders(base: Path) -> list[Path]:
+    return _named(path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
+
+
+def _named(paths: Iterable[Path]) -> list[Path]:
+    """``paths``, sorted: their names are in every result, and must be text."""
+    found = sorted(paths)
+    for path in found:
+        if not is_text(str(path)):
+            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
+    return found
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+def count_class_folders(base: Path) -> int:
+    """How many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
+    if not base.is_dir():
+        return 0
+    return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))
+
 
 Layout = Literal["auto", "cub", "metadata", "folder"]
 SplitName = Literal["train", "val", "test"]

@@ -1,4 +1,4 @@
-"""From a decoded image to the model's input, for training and for testing."""
+"""From a decoded image to the model's input, for training and for testing; mixup and cutmix of whole batches."""
 
 from __future__ import annotations
 
@@ -8,19 +8,22 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
-from calm.data.augmentation import AUGMENTATIONS, Augmentation, Crop
-from calm.preprocess import Preprocessing
+from calm.data.augmentation import Augmentation, Crop
+from calm.data.seeds import seeded
+from calm.errors import CalmError
+from calm.images import Preprocessing
 
 __all__ = [
-    "AUGMENTATIONS",
-    "Augmentation",
+    "BatchMix",
     "ImageTransform",
     "eval_transform",
     "fixed_size",
     "resize_picture",
     "train_transform",
 ]
+
 
 ImageTransform = Callable[[Image.Image], Tensor]
 """An RGB picture to a normalised float32 image (3, H, W); random only by torch's CPU generator."""
@@ -58,7 +61,7 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
     """Augmentation of one picture, then the normalisation of ``preprocessing``.
 
     Resizing uses Pillow's antialiased bilinear filter, as ``preprocessing`` does. Batch-level mixing is
-    apart: ``calm.data.mixing.BatchMix``.
+    apart: ``calm.data.transforms.BatchMix``.
 
     Args:
         augmentation: what to do; ``AUGMENTATIONS`` has named ones.
@@ -93,6 +96,7 @@ def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, 
         augmentation: what is done.
         size: (height, width) of the model's input.
 
+    >>> from calm.data.augmentation import AUGMENTATIONS
     >>> fixed_size(AUGMENTATIONS["published"], (224, 224)), fixed_size(AUGMENTATIONS["modern"], (224, 224))
     ((256, 256), None)
     """
@@ -158,3 +162,51 @@ def _automatic(augmentation: Augmentation) -> nn.Module:
     else:
         automatic = v2.RandAugment(augmentation.rand_ops, augmentation.rand_magnitude, **how)
     return automatic
+
+
+class BatchMix:
+    """Mixup or cutmix of a batch, by the numbers that name the batch.
+
+    Each image is mixed with its neighbour in the batch, so batches must be shuffled. Several processes mix
+    within their local batches, and differ from one process with the whole batch.
+
+    Args:
+        augmentation: ``mixup``, ``cutmix`` and ``mix_probability`` are used.
+        num_classes: C.
+    """
+
+    def __init__(self, augmentation: Augmentation, num_classes: int) -> None:
+        from torchvision.transforms import v2
+
+        if num_classes < 2:
+            raise CalmError(f"num_classes is {num_classes}: mixing needs two classes or more")
+        self.num_classes = num_classes
+        self.probability = augmentation.mix_probability
+        self.mixers: list[nn.Module] = []
+        if augmentation.mixup:
+            self.mixers.append(v2.MixUp(alpha=augmentation.mixup, num_classes=num_classes))
+        if augmentation.cutmix:
+            self.mixers.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=num_classes))
+
+    def __call__(
+        self, images: Tensor, labels: Tensor, *, seed: int, epoch: int, step: int, rank: int = 0
+    ) -> tuple[Tensor, Tensor]:
+        """Mix one batch.
+
+        Args:
+            images: (B, 3, H, W) float, on any device; not changed.
+            labels: (B,) class indices.
+            seed: of the run.
+            epoch: from 0.
+            step: batch within the epoch, from 0.
+            rank: of the process.
+
+        Returns:
+            Images, and targets (B, C) whose rows sum to 1: one-hot rows for a batch that is not mixed.
+        """
+        with seeded(seed, epoch, step, rank):
+            if self.mixers and float(torch.rand(())) < self.probability:
+                mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
+                mixed: tuple[Tensor, Tensor] = mixer(images, labels)
+                return mixed
+        return images, one_hot(labels, self.num_classes).to(images.dtype)

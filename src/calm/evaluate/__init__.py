@@ -29,9 +29,21 @@ __all__ = [
 
 _HOMES = {
     "registry": ("BENCHMARKS",),
-    "result": ("FIGURES", "Curve", "FigureSpec", "Result"),
-    "runner": ("Data", "run"),
-    "subject": ("Looked", "Subject", "model_subject"),
+    "result": (
+        "Curve",
+        "FIGURES",
+        "FigureSpec",
+        "Result",
+    ),
+    "runner": (
+        "Data",
+        "run",
+    ),
+    "subject": (
+        "Looked",
+        "Subject",
+        "model_subject",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

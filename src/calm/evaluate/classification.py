@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from calm.data.records import Split
-from calm.evaluate.processes import gathered
-from calm.evaluate.reading import Progress, by_id, looks
+from calm.evaluate.reading import Progress, by_id, gathered, looks
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Looked, Subject
 from calm.metrics.bootstrap import REPLICATES

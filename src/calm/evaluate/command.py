@@ -1,4 +1,4 @@
-"""``calm evaluate``: benchmarks of trained models, as tables with intervals."""
+"""``calm evaluate``: from its flags to tables with intervals."""
 
 from __future__ import annotations
 
@@ -13,36 +13,33 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from calm.atomic import working_folder
 from calm.baselines import BASELINES, canonical_method
-from calm.checkpoint import load
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
-from calm.evaluate.cue_data import read_cue_data
-from calm.evaluate.flags import flags
-from calm.evaluate.map_folder import MapFolder, open_map_folder
-from calm.evaluate.processes import first, own_gpu, size, together
+from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.reading import first, own_gpu, size, together
 from calm.evaluate.registry import BENCHMARKS, benchmark
 from calm.evaluate.result import Result
-from calm.evaluate.run_split import run_split
-from calm.evaluate.runner import Data, place, run
-from calm.evaluate.subject import Subject, model_subject
+from calm.evaluate.runner import Data, place, run, run_split
+from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_folder
 from calm.evaluate.tables import print_tables, write_tables
-from calm.maps import MAP_KINDS
-from calm.metrics.remove_and_classify import check_fractions
-from calm.metrics.thresholds import Thresholds
-from calm.model import CalmModel
+from calm.files import working_folder
+from calm.metrics.erasing import check_fractions
+from calm.metrics.pixels import Thresholds
+from calm.model import CalmModel, load
+from calm.output import MAP_KINDS
 
 __all__ = ["evaluate"]
+
 
 _COMMON = ("replicates", "seed")
 """Options that every benchmark reads."""
 
 
-def evaluate(words: Sequence[str]) -> list[Result]:
-    """Run ``calm evaluate`` with the words of its command line.
+def evaluate(asked: argparse.Namespace) -> list[Result]:
+    """Run ``calm evaluate`` as its flags ask (`calm.cli.evaluate`).
 
-    In several processes (`calm.evaluate.processes`) each does its share, and the first writes and prints.
+    In several processes (`calm.evaluate.reading`) each does its share, and the first writes and prints.
 
     Returns:
         The results, in the order of the table.
@@ -51,7 +48,7 @@ def evaluate(words: Sequence[str]) -> list[Result]:
         CalmError: anything wrong with a flag, a model or the data: before work starts, where it can be known.
     """
     with together():
-        return _evaluate(flags().parse_args(list(words)))
+        return _evaluate(asked)
 
 
 def _evaluate(asked: argparse.Namespace) -> list[Result]:

@@ -5,11 +5,15 @@ are drawn once, the maps of all classes that its pairs need come from that look,
 resizing and its histogram are done pair by pair.
 
 Source: paper, section 5.2.
+
+What the annotation of a data set says about cues: pairs of classes, and where the parts are that tell them apart.
+
+Source: paper, section 5.2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,22 +22,121 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calm.data.cues import PROTOCOL_SIZE
-from calm.data.records import Split
+from calm.data.cues import (
+    PROTOCOL_SIZE,
+    CuePair,
+    PartGroup,
+    PartPoints,
+    class_pairs,
+    group_votes,
+    part_regions,
+    read_class_attributes,
+    read_part_groups,
+    read_part_points,
+    read_segmentation,
+)
+from calm.data.records import Record, Split
+from calm.data.seeds import in_threads
 from calm.errors import CalmError
-from calm.evaluate.cue_data import CueData, read_cue_data
-from calm.evaluate.processes import gathered
-from calm.evaluate.reading import Progress, batches, paced
+from calm.evaluate.reading import Progress, batches, gathered, paced
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
-from calm.maps import difference
+from calm.heatmaps import resize_and_normalize
+from calm.images import image_size
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
-from calm.metrics.pixel_ap import Counting
+from calm.metrics.pixels import Counting
 from calm.metrics.pointing import energy_inside, peak_hits, pixels
-from calm.normalization import resize_and_normalize
+from calm.output import difference
 
-__all__ = ["cue_localization"]
+__all__ = ["CueData", "cue_localization", "read_cue_data"]
+
+
+@dataclass(frozen=True)
+class CueData:
+    """What the annotation says.
+
+    Attributes:
+        pairs: of classes, and the part groups in which they differ.
+        groups: the part groups.
+        points: part points of the split's images, in its order.
+        sizes: (width, height) of the images, (n, 2).
+        samples: image of the split to its pairs: one of the classes is the image's, and a part that differs is
+            visible. Images without a pair are left out.
+    """
+
+    pairs: tuple[CuePair, ...]
+    groups: tuple[PartGroup, ...]
+    points: PartPoints
+    sizes: Int[Tensor, "n 2"]
+    samples: dict[int, tuple[int, ...]]
+
+    def regions(self, records: Sequence[Record], images: Int[Tensor, " b"]) -> Int[Tensor, "b H W"]:
+        """Part group of each pixel of some images, -1 outside the object's segmentation (if there is one)."""
+        ids = tuple(self.points.ids[image] for image in images.tolist())
+        points = PartPoints(ids, self.points.xy[images], self.points.visible[images])
+        masks = list(in_threads(_object, [records[image] for image in images.tolist()]))
+        return part_regions(points, self.sizes[images], inside=torch.stack(masks), groups=self.groups)
+
+    def bits(self, regions: Int[Tensor, "b H W"]) -> Int[Tensor, "b H W"]:
+        """A bit for each part group in place of its number, 0 in place of -1."""
+        kind = torch.uint8 if len(self.groups) <= 8 else torch.int64
+        table = torch.tensor([0, *(1 << group for group in range(len(self.groups)))], dtype=kind)
+        return table.index_select(0, (regions + 1).int().flatten()).view(regions.shape)
+
+
+def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -> CueData:
+    """Read the pairs and part points of a data set.
+
+    Args:
+        split: the images.
+        root: of the data set: ``attributes/`` and ``parts/`` are below it (`calm.data.cues`), and perhaps
+            ``parts/groups.yaml`` (`calm.data.cues`).
+        counts: numbers of differing part groups that make a pair.
+
+    Raises:
+        CalmError: a file is missing or malformed, no pair differs in so many groups, or no image shows a part.
+    """
+    groups = read_part_groups(root)
+    names, present = read_class_attributes(root)
+    if len(present) != split.num_classes:
+        raise CalmError(
+            f"{root / 'attributes'} describes {len(present)} classes, the data set has {split.num_classes}"
+        )
+    wanted = tuple(counts)
+    pairs = tuple(class_pairs(present, group_votes(names, groups), wanted))
+    if not pairs:
+        raise CalmError(f"no two classes of {root} differ in {' or '.join(map(str, wanted))} part groups")
+    points = read_part_points(root).select(record.id for record in split.records)
+    visible = points.visible_groups(groups)
+    of_class: dict[int, list[int]] = {}
+    for number, pair in enumerate(pairs):
+        for label in (pair.first, pair.second):
+            of_class.setdefault(label, []).append(number)
+    samples = {}
+    for image, (record, seen) in enumerate(zip(split.records, visible.tolist(), strict=True)):
+        shown = tuple(
+            number
+            for number in of_class.get(record.label, ())
+            if any(seen[group] for group in pairs[number].groups)
+        )
+        if shown:
+            samples[image] = shown
+    if not samples:
+        raise CalmError(
+            f"no {split.name} image of {root} shows a part that tells two classes apart: is any part of these images"
+            f" visible (last column 1) in {root / 'parts' / 'part_locs.txt'}?"
+        )
+    sizes = [record.size or image_size(record.path) or (0, 0) for record in split.records]
+    return CueData(pairs, groups, points, torch.tensor(sizes), samples)
+
+
+def _object(record: Record) -> Bool[Tensor, "H W"]:
+    """Where the object is: everywhere if nothing says so."""
+    if not record.masks:
+        return torch.ones(PROTOCOL_SIZE, dtype=torch.bool)
+    return read_segmentation(record.masks[0])
+
 
 SAMPLES = 64
 """Difference maps at the protocol's size that are held at once."""

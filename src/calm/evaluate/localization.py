@@ -1,30 +1,114 @@
-"""Localization: does the map of an image's class cover the object? Boxes, masks, or both, as the data set has them."""
+"""Localization: does the map of an image's class cover the object? Boxes, masks, or both, as the data set has them.
+
+Where the objects are: boxes and masks, scaled to the protocol's size as the published evaluator does.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import cv2
+import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
 
-from calm.data.records import Split
+from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.map_folder import MapFolder
-from calm.evaluate.object_truth import Truth, box_region, masks, scaled_boxes, truth_kinds
 from calm.evaluate.reading import Progress, by_id, looks, turns
 from calm.evaluate.result import Curve, Result
-from calm.evaluate.subject import Subject
+from calm.evaluate.subject import MapFolder, Subject
+from calm.heatmaps import resize_and_normalize
+from calm.images import image_size, probe, read_pixels
 from calm.metrics.bootstrap import REPLICATES, Estimate
-from calm.metrics.cuts import Cuts
-from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc
-from calm.metrics.pixel_ap import PixelAP, histograms, precision_recall
+from calm.metrics.boxes import BoxCurve, MaxBoxAcc
+from calm.metrics.pixels import Cuts, PixelAP, Thresholds, histograms, precision_recall, thresholds
 from calm.metrics.pointing import EnergyInside, PointingGame
-from calm.metrics.thresholds import Thresholds, thresholds
-from calm.normalization import resize_and_normalize
 
-__all__ = ["PROTOCOL_SIZE", "localization"]
+__all__ = ["PROTOCOL_SIZE", "Truth", "box_region", "localization", "masks", "scaled_boxes", "truth_kinds"]
+
+Truth = Literal["boxes", "masks"]
+
+
+def truth_kinds(split: Split) -> tuple[tuple[Truth, ...], str]:
+    """What every image of a split is annotated with, masks, boxes, or both; and what only some images have, in words.
+
+    Raises:
+        CalmError: no image, no annotation, or images without the one that others have.
+    """
+    if not split.records:
+        raise CalmError(f"split {split.name!r} of {split.root} has no image")
+    kinds: tuple[Truth, ...] = ("masks", "boxes")
+    without = {kind: [record.id for record in split.records if not getattr(record, kind)] for kind in kinds}
+    whole = tuple(kind for kind in kinds if not without[kind])
+    if whole:
+        partly = [kind for kind in kinds if 0 < len(without[kind]) < len(split.records)]
+        return whole, " and ".join(
+            f"no figures by {kind}: {len(without[kind])} of {len(split.records)} images of split {split.name!r} have"
+            f" none, first {without[kind][0]}"
+            for kind in partly
+        )
+    nearest = min(kinds, key=lambda kind: len(without[kind]))
+    if len(without[nearest]) == len(split.records):
+        raise CalmError(
+            f"split {split.name!r} of {split.root} has neither boxes nor masks: localization needs bounding_boxes.txt "
+            "(CUB's layout) or localization.txt (the metadata format)"
+        )
+    raise CalmError(
+        f"{len(without[nearest])} of {len(split.records)} images of split {split.name!r} have no {nearest}, "
+        f"first {without[nearest][0]}: annotate them, or take them out of the lists of images"
+    )
+
+
+def scaled_boxes(record: Record, size: tuple[int, int]) -> Int[Tensor, "n 4"]:
+    """The boxes of an image in pixels of a map of ``size`` = (height, width): scaled, then truncated.
+
+    Raises:
+        CalmError: the image cannot be read (only where its size is not in the lists).
+    """
+    width, height = record.size or _file_size(record.path)
+    corners = torch.tensor(record.boxes, dtype=torch.float64)
+    target = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
+    return (corners * target / torch.tensor([width, height] * 2, dtype=torch.float64)).long()
+
+
+def box_region(boxes: Int[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
+    """The pixels inside any box, corners included."""
+    inside = torch.zeros(size, dtype=torch.bool)
+    for x0, y0, x1, y1 in boxes.tolist():
+        inside[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
+    return inside
+
+
+def masks(record: Record, size: tuple[int, int]) -> tuple[Bool[Tensor, "h w"], Bool[Tensor, "h w"]]:
+    """The pixels of any instance, and those to ignore: of the ignore mask and of no instance. Nearest neighbour.
+
+    Raises:
+        CalmError: a mask that is missing or no picture.
+    """
+    positive = _union(record.masks, size)
+    ignore = _union([record.ignore] if record.ignore else [], size) & ~positive
+    return torch.from_numpy(positive), torch.from_numpy(ignore)
+
+
+def _union(paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
+    union = np.zeros(size, dtype=np.bool_)
+    for path in paths:
+        grey = read_pixels(path, lambda image: image.convert("L"), "mask")
+        union |= cv2.resize(grey, (size[1], size[0]), interpolation=cv2.INTER_NEAREST) > 0
+    return union
+
+
+def _file_size(path: Path) -> tuple[int, int]:
+    """(width, height) as stored."""
+    size = image_size(path)
+    if size is None:
+        raise CalmError(f"cannot read image {path}: {probe(path).message}")
+    return size
+
 
 PROTOCOL_SIZE = (224, 224)
 """(height, width) at which maps meet boxes and masks."""
@@ -45,7 +129,7 @@ def localization(
 
     Boxes, fitted to maps in ``subject.box_normalization``, give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2``
     and its parts ``maxboxacc_30`` ..., and, of a model, ``top1_localization`` and ``top5_localization``. Masks give
-    ``pxap`` and ``pxap_released``, the two countings of `calm.metrics.pixel_ap`. ``pointing`` and ``energy_inside`` are
+    ``pxap`` and ``pxap_released``, the two countings of `calm.metrics.pixels`. ``pointing`` and ``energy_inside`` are
     about the union of the objects: their masks, or else their boxes.
 
     Args:

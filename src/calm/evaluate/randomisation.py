@@ -11,15 +11,14 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from calm.choices import Order
+from calm.config import Order
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
-from calm.evaluate.processes import gathered, in_order
-from calm.evaluate.reading import Progress, looks, paced
+from calm.evaluate.reading import Progress, gathered, in_order, looks, paced
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
-from calm.metrics.rank_correlation import rank_correlation
+from calm.metrics.classification import rank_correlation
 from calm.model import CalmModel
 
 __all__ = ["Order", "randomisation", "reinitialise", "stages"]

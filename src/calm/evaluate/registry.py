@@ -68,7 +68,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         masks=True,
     ),
     "remove-and-classify": Benchmark(
-        "calm.evaluate.remove_and_classify:remove_and_classify",
+        "calm.evaluate.erasing:remove_and_classify",
         "is the class lost when the highest-scored pixels are erased",
         reads=("norm",),
         options=("fill", "fractions", "explain"),
@@ -85,7 +85,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         per_model=True,
     ),
     "insertion-deletion": Benchmark(
-        "calm.evaluate.insertion_deletion:insertion_deletion",
+        "calm.evaluate.erasing:insertion_deletion",
         "how fast the class comes and goes with the highest-scored pixels",
         in_all=False,
         reads=("norm",),

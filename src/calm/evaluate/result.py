@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from calm.atomic import write_json
-from calm.documents import read_json
 from calm.errors import CalmError
+from calm.files import read_json, write_json
 from calm.metrics.bootstrap import Estimate
 
 __all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_order", "figure_spec"]

@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from calm.atomic import write_json, write_text
 from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
+from calm.files import write_json, write_text
 from calm.metrics.bootstrap import Estimate
 
 __all__ = ["markdown", "print_tables", "records", "write_tables", "written"]

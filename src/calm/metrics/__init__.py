@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean, estimate, weights
-    from calm.metrics.boxes import box_ious
+    from calm.metrics.boxes import BoxCurve, MaxBoxAcc, MaxBoxAccResult, box_ious
     from calm.metrics.classification import BINS, Classification, ClassificationResult
     from calm.metrics.cue_localization import (
         ACCUMULATIONS,
@@ -18,17 +18,23 @@ if TYPE_CHECKING:
         CueLocalization,
         CueLocalizationResult,
     )
-    from calm.metrics.erasing import FILLS, Fill, erase, erasing_order, filling, first_pixels, random_order
-    from calm.metrics.insertion_deletion import (
+    from calm.metrics.erasing import (
+        FILLS,
+        FRACTIONS,
+        Fill,
         InsertionDeletion,
         InsertionDeletionResult,
+        RemoveAndClassify,
+        RemoveAndClassifyResult,
+        erase,
+        erasing_order,
+        filling,
+        first_pixels,
         insertion_deletion_curves,
+        random_order,
     )
-    from calm.metrics.max_box_acc import BoxCurve, MaxBoxAcc, MaxBoxAccResult
-    from calm.metrics.pixel_ap import COUNTINGS, Counting, PixelAP, PixelAPResult
+    from calm.metrics.pixels import COUNTINGS, Counting, PixelAP, PixelAPResult, Thresholds
     from calm.metrics.pointing import EnergyInside, PointingGame, PointingResult, energy_inside, peak_hits
-    from calm.metrics.remove_and_classify import FRACTIONS, RemoveAndClassify, RemoveAndClassifyResult
-    from calm.metrics.thresholds import Thresholds
 
 __all__ = [
     "ACCUMULATIONS",
@@ -73,17 +79,59 @@ __all__ = [
 ]
 
 _HOMES = {
-    "bootstrap": ("REPLICATES", "Estimate", "bootstrap_mean", "estimate", "weights"),
-    "boxes": ("box_ious",),
-    "classification": ("BINS", "Classification", "ClassificationResult"),
-    "cue_localization": ("ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationResult"),
-    "erasing": ("FILLS", "Fill", "erase", "erasing_order", "filling", "first_pixels", "random_order"),
-    "insertion_deletion": ("InsertionDeletion", "InsertionDeletionResult", "insertion_deletion_curves"),
-    "max_box_acc": ("BoxCurve", "MaxBoxAcc", "MaxBoxAccResult"),
-    "pixel_ap": ("COUNTINGS", "Counting", "PixelAP", "PixelAPResult"),
-    "pointing": ("EnergyInside", "PointingGame", "PointingResult", "energy_inside", "peak_hits"),
-    "remove_and_classify": ("FRACTIONS", "RemoveAndClassify", "RemoveAndClassifyResult"),
-    "thresholds": ("Thresholds",),
+    "bootstrap": (
+        "Estimate",
+        "REPLICATES",
+        "bootstrap_mean",
+        "estimate",
+        "weights",
+    ),
+    "boxes": (
+        "BoxCurve",
+        "MaxBoxAcc",
+        "MaxBoxAccResult",
+        "box_ious",
+    ),
+    "classification": (
+        "BINS",
+        "Classification",
+        "ClassificationResult",
+    ),
+    "cue_localization": (
+        "ACCUMULATIONS",
+        "Accumulation",
+        "CueLocalization",
+        "CueLocalizationResult",
+    ),
+    "erasing": (
+        "FILLS",
+        "FRACTIONS",
+        "Fill",
+        "InsertionDeletion",
+        "InsertionDeletionResult",
+        "RemoveAndClassify",
+        "RemoveAndClassifyResult",
+        "erase",
+        "erasing_order",
+        "filling",
+        "first_pixels",
+        "insertion_deletion_curves",
+        "random_order",
+    ),
+    "pixels": (
+        "COUNTINGS",
+        "Counting",
+        "PixelAP",
+        "PixelAPResult",
+        "Thresholds",
+    ),
+    "pointing": (
+        "EnergyInside",
+        "PointingGame",
+        "PointingResult",
+        "energy_inside",
+        "peak_hits",
+    ),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calm.choices import REPLICATES
+from calm.config import REPLICATES
 from calm.errors import CalmError
 
 __all__ = ["REPLICATES", "Estimate", "band", "bootstrap_mean", "estimate", "weights"]

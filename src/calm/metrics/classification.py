@@ -1,4 +1,7 @@
-"""Classification: is the prediction right, and is its probability worth its name?"""
+"""Do two maps rank the places alike?
+
+Classification: is the prediction right, and is its probability worth its name?
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torchmetrics import Metric
 from calm.errors import CalmError
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 
-__all__ = ["BINS", "Classification", "ClassificationResult"]
+__all__ = ["BINS", "Classification", "ClassificationResult", "rank_correlation"]
 
 BINS = 15
 
@@ -115,3 +118,24 @@ class Classification(Metric):
         bins = bins[:BINS]
         shares = torch.cat([bins[:, :1] / images[0], bins[:, 1:] / bins[:, :1]], dim=1)
         return ClassificationResult(estimate(top1), estimate(top5), estimate(nll), estimate(gap), shares)
+
+
+def rank_correlation(first: Float[Tensor, "*n p"], second: Float[Tensor, "*n p"]) -> Float[Tensor, "*n"]:
+    """Spearman's rank correlation over the last axis, float64, in [-1, 1].
+
+    Equal values share the mean of their ranks. NaN where one of the two is constant or has NaN.
+    """
+    one, two = (_centred_ranks(values) for values in (first, second))
+    scale = (one.square().sum(-1) * two.square().sum(-1)).sqrt()
+    correlation = (one * two).sum(-1) / scale
+    return torch.where(scale > 0, correlation.clamp(-1, 1), torch.nan)
+
+
+def _centred_ranks(values: Tensor) -> Tensor:
+    values = values.double().contiguous()
+    ordered = values.sort(dim=-1).values
+    below = torch.searchsorted(ordered, values, right=False)
+    reached = torch.searchsorted(ordered, values, right=True)
+    ranks = (below + reached - 1).double() / 2
+    unusable = values.isnan().any(dim=-1, keepdim=True)
+    return (ranks - (values.shape[-1] - 1) / 2).masked_fill(unusable, 0.0)

@@ -12,9 +12,16 @@ from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
-from calm.metrics.cuts import Cuts
-from calm.metrics.pixel_ap import COUNTINGS, Counting, check_maps, histograms, pixel_edges, precision_recall
-from calm.metrics.thresholds import Thresholds
+from calm.metrics.pixels import (
+    COUNTINGS,
+    Counting,
+    Cuts,
+    Thresholds,
+    check_maps,
+    histograms,
+    pixel_edges,
+    precision_recall,
+)
 
 __all__ = ["ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationResult"]
 
@@ -50,8 +57,8 @@ class CueLocalization(Metric):
 
     Args:
         groups: the number of part groups in which each pair differs, (p,).
-        which: thresholds, see `calm.metrics.thresholds`; 1 is added to them, as for `calm.metrics.PixelAP`.
-        counting: see `calm.metrics.pixel_ap.COUNTINGS`.
+        which: thresholds, see `calm.metrics.pixels`; 1 is added to them, as for `calm.metrics.PixelAP`.
+        counting: see `calm.metrics.pixels.COUNTINGS`.
         accumulation: see ``ACCUMULATIONS``.
         replicates: bootstrap samples of pairs.
         seed: of the bootstrap.

@@ -1,27 +1,49 @@
-"""Which pixels to erase, and what to put in their place.
+"""Insertion and deletion: how fast the target's probability comes and goes with the pixels a map calls evidence.
+
+Which pixels to erase, and what to put in their place.
 
 A pixel's place in the order of erasure is one 64-bit number: the map's value in the upper half, a random number in
 the lower half. The random numbers of an image are all different, so there are no ties left to the whims of a sorting
 algorithm: pixels of equal value go in the image's own random order. That is also the order of the random erasure it
 is compared with, so a map that says nothing (constant) erases exactly the random pixels.
+
+Remove-and-classify: does the classifier lose what the map calls evidence?
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
-from typing import get_args
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torchmetrics import Metric
 
-from calm.choices import Fill
+from calm.config import Fill
 from calm.errors import CalmError, unknown
+from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 
-__all__ = ["FILLS", "Fill", "erase", "erasing_order", "filling", "first_pixels", "random_order"]
+__all__ = [
+    "FILLS",
+    "FRACTIONS",
+    "Fill",
+    "InsertionDeletion",
+    "InsertionDeletionResult",
+    "RemoveAndClassify",
+    "RemoveAndClassifyResult",
+    "check_fractions",
+    "erase",
+    "erasing_order",
+    "filling",
+    "first_pixels",
+    "insertion_deletion_curves",
+    "random_order",
+]
 
 FILLS: dict[Fill, str] = {
     "zero": "0 in normalised input, the data set's mean colour (the paper's)",
@@ -68,7 +90,7 @@ def erasing_order(maps: Float[Tensor, "b h w"], random: Int[Tensor, "b n"]) -> I
     if values.shape != random.shape:
         raise CalmError(
             f"maps of {tuple(maps.shape)} have {values.shape[1]} pixels, the order {random.shape[1]}: resize the"
-            " maps to the images (calm.resample)"
+            " maps to the images (calm.heatmaps)"
         )
     if bool(values.isnan().any()):
         raise CalmError("a map has NaN: it can not be put in order (calm.normalize makes such maps zero)")
@@ -156,3 +178,272 @@ def _mix(bits: Tensor) -> Tensor:
     bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _LOW
     bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _LOW
     return bits ^ (bits >> 16)
+
+
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The paper's shares of erased pixels."""
+
+
+class RemoveAndClassifyResult(NamedTuple):
+    """Figures by share of erased pixels, in the order of ``fractions``.
+
+    Attributes:
+        fractions: shares of the pixels, in (0, 1].
+        ratio: R_k, images that are still right without their highest-scored pixels over images that are still
+            right without as many random ones. NaN where no image is right without random ones.
+        topk: accuracy without the highest-scored pixels, in [0, 1].
+        random: accuracy without random pixels, in [0, 1].
+        accuracy: with all pixels.
+        ratio_area: mean height of the curve of R_k from 0 (where it is 1) to the largest fraction.
+        topk_area: mean height of the curve ``topk`` from 0 (``accuracy``) to the largest fraction.
+        random_area: the same for ``random``.
+    """
+
+    fractions: tuple[float, ...]
+    ratio: tuple[Estimate, ...]
+    topk: tuple[Estimate, ...]
+    random: tuple[Estimate, ...]
+    accuracy: Estimate
+    ratio_area: Estimate
+    topk_area: Estimate
+    random_area: Estimate
+
+
+class RemoveAndClassify(Metric):
+    """R_k of the paper: accuracy without the k percent highest-scored pixels, over that without k percent random ones.
+
+    Lower is better: 1 says that the map picks pixels no better than chance. Compare methods for one classifier, or
+    classifiers of similar accuracy. Erased images are unlike any image the classifier learnt from, and the
+    highest-scored pixels form blobs where random ones are salt and pepper: the ratio mixes relevance with that.
+
+    Args:
+        fractions: shares of pixels erased, ascending.
+        replicates: bootstrap samples of images, for the intervals.
+        seed: of the bootstrap.
+
+    Source: paper, section 5.3 (remove-and-classify).
+    """
+
+    higher_is_better = False
+    full_state_update = False
+    right_topk: Tensor
+    right_random: Tensor
+    right: Tensor
+    images: Tensor
+
+    def __init__(
+        self, fractions: Sequence[float] = FRACTIONS, *, replicates: int = REPLICATES, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.fractions = check_fractions(fractions)
+        self.replicates, self.seed = replicates, seed
+        for name, shape in (
+            ("right_topk", (replicates + 1, len(self.fractions))),
+            ("right_random", (replicates + 1, len(self.fractions))),
+            ("right", (replicates + 1,)),
+            ("images", (replicates + 1,)),
+        ):
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self,
+        correct_topk: Bool[Tensor, "b k"],
+        correct_random: Bool[Tensor, "b k"],
+        correct: Bool[Tensor, " b"],
+        keys: Int[Tensor, " b"],
+    ) -> None:
+        """Add a batch.
+
+        Args:
+            correct_topk: whether each image is classified right without its highest-scored pixels, by fraction.
+            correct_random: the same without random pixels.
+            correct: the same with all pixels.
+            keys: the index of each image in its data set.
+
+        Raises:
+            CalmError: not one column per fraction.
+        """
+        wanted = (len(keys), len(self.fractions))
+        for name, values in (("correct_topk", correct_topk), ("correct_random", correct_random)):
+            if values.shape != wanted:
+                raise CalmError(
+                    f"{name} has shape {tuple(values.shape)}, needed is {wanted}: (images, fractions)"
+                )
+        drawn = weights(keys.to(correct.device), self.replicates, self.seed)
+        self.right_topk += drawn @ correct_topk.double()
+        self.right_random += drawn @ correct_random.double()
+        self.right += drawn @ correct.double()
+        self.images += drawn.sum(dim=1)
+
+    def compute(self) -> RemoveAndClassifyResult:
+        """The figures with their intervals.
+
+        Raises:
+            CalmError: no image.
+        """
+        if not self.images[0]:
+            raise CalmError("no image was classified: the split is empty")
+        undefined = torch.full_like(self.right_random, torch.nan)
+        ratio = torch.where(self.right_random > 0, self.right_topk / self.right_random, undefined)
+        whole = self.right / self.images
+        topk, random = self.right_topk / self.images[:, None], self.right_random / self.images[:, None]
+        ones = torch.ones_like(whole)
+
+        def columns(values: Tensor) -> tuple[Estimate, ...]:
+            return tuple(estimate(column) for column in values.unbind(1))
+
+        return RemoveAndClassifyResult(
+            fractions=self.fractions,
+            ratio=columns(ratio),
+            topk=columns(topk),
+            random=columns(random),
+            accuracy=estimate(whole),
+            ratio_area=estimate(self._height(ones, ratio)),
+            topk_area=estimate(self._height(whole, topk)),
+            random_area=estimate(self._height(whole, random)),
+        )
+
+    def _height(self, start: Float[Tensor, " r"], curve: Float[Tensor, "r k"]) -> Float[Tensor, " r"]:
+        """Mean height of a curve that starts at fraction 0 (trapezoids)."""
+        at = torch.tensor((0.0, *self.fractions), dtype=torch.float64, device=curve.device)
+        return torch.trapezoid(torch.cat([start[:, None], curve], dim=1), at, dim=1) / at[-1]
+
+
+def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
+    """The fractions as a tuple.
+
+    Raises:
+        CalmError: none, one outside (0, 1], or not ascending.
+    """
+    given = tuple(float(fraction) for fraction in fractions)
+    ascending = all(a < b for a, b in itertools.pairwise(given))
+    if not given or not ascending or not (given[0] > 0 and given[-1] <= 1):
+        raise CalmError(f"fractions are {given}: give ascending shares of the pixels, above 0 and at most 1")
+    return given
+
+
+def insertion_deletion_curves(
+    classify: Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b c"]],
+    images: Float[Tensor, "b 3 H W"],
+    order: Int[Tensor, "b n"],
+    targets: Int[Tensor, " b"],
+    *,
+    inserted_into: Float[Tensor, "b 3 H W"],
+    deleted_to: Float[Tensor, "b 3 H W"],
+    whole: Float[Tensor, "b c"],
+    steps: int = 20,
+) -> tuple[Float[Tensor, "b s1"], Float[Tensor, "b s1"]]:
+    """The target's probability after 0, 1/S, ..., 1 of the pixels, highest score first.
+
+    Args:
+        classify: p(y | x) of a batch.
+        images: normalised input of the model.
+        order: `calm.metrics.erasing.erasing_order` of the maps.
+        targets: the class that each map explains.
+        inserted_into: where insertion starts (`calm.metrics.erasing.filling`, by custom the blurred image).
+        deleted_to: where deletion ends (by custom zeros).
+        whole: p(y | x) of ``images``, the last point of insertion and the first of deletion.
+        steps: S; 2 S forward passes of the batch.
+
+    Returns:
+        Insertion and deletion, (B, S + 1) each.
+
+    Raises:
+        CalmError: fewer than one step.
+    """
+    if steps < 1:
+        raise CalmError(f"steps is {steps}: give 1 or more")
+    pixels = order.shape[1]
+    masks = first_pixels(order, [round(pixels * step / steps) for step in range(steps + 1)])
+
+    def probability(probs: Tensor) -> Tensor:
+        return probs.gather(1, targets[:, None]).squeeze(1)
+
+    full = probability(whole)
+    inserted = [probability(classify(erase(inserted_into, mask, images))) for mask in masks[:-1]]
+    deleted = [probability(classify(erase(images, mask, deleted_to))) for mask in masks[1:]]
+    return torch.stack([*inserted, full], dim=1), torch.stack([full, *deleted], dim=1)
+
+
+class InsertionDeletionResult(NamedTuple):
+    """Mean curves, and the mean height (area) of each; probabilities in [0, 1].
+
+    Attributes:
+        fractions: shares of the pixels inserted or deleted, 0 to 1, (S + 1,).
+        insertion: mean probability by fraction.
+        deletion: mean probability by fraction.
+        insertion_area: higher is better.
+        deletion_area: lower is better.
+    """
+
+    fractions: tuple[float, ...]
+    insertion: tuple[Estimate, ...]
+    deletion: tuple[Estimate, ...]
+    insertion_area: Estimate
+    deletion_area: Estimate
+
+
+class InsertionDeletion(Metric):
+    """Area under the insertion and the deletion curve, averaged over images.
+
+    Both depend on the classifier's confidence as well as on the map: compare maps of one classifier. As in
+    remove-and-classify, the images on the way are unlike any that the classifier learnt from.
+
+    Args:
+        steps: S of the curves.
+        replicates: bootstrap samples of images, for the intervals.
+        seed: of the bootstrap.
+
+    Source: Petsiuk, Das, Saenko, RISE, 2018, section 4.2.
+    """
+
+    full_state_update = False
+    curves: Tensor
+    images: Tensor
+
+    def __init__(self, steps: int = 20, *, replicates: int = REPLICATES, seed: int = 0) -> None:
+        super().__init__()
+        if steps < 1:
+            raise CalmError(f"steps is {steps}: give 1 or more")
+        self.steps, self.replicates, self.seed = steps, replicates, seed
+        curves = torch.zeros(replicates + 1, 2, steps + 1, dtype=torch.float64)
+        self.add_state("curves", curves, dist_reduce_fx="sum")
+        self.add_state("images", torch.zeros(replicates + 1, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(
+        self, inserted: Float[Tensor, "b s1"], deleted: Float[Tensor, "b s1"], keys: Int[Tensor, " b"]
+    ) -> None:
+        """Add the curves of a batch (`insertion_deletion_curves`).
+
+        Raises:
+            CalmError: another number of steps; NaN or values outside [0, 1].
+        """
+        both = torch.stack([inserted, deleted], dim=1).double()
+        if both.shape[2] != self.steps + 1:
+            raise CalmError(f"curves have {both.shape[2]} points, {self.steps} steps have {self.steps + 1}")
+        if not bool(((both >= 0) & (both <= 1 + 1e-4)).all()):
+            raise CalmError("curves must be probabilities, in [0, 1]")
+        drawn = weights(keys.to(both.device), self.replicates, self.seed)
+        self.curves += (drawn @ both.flatten(1)).view_as(self.curves)
+        self.images += drawn.sum(dim=1)
+
+    def compute(self) -> InsertionDeletionResult:
+        """The mean curves and their areas.
+
+        Raises:
+            CalmError: no image.
+        """
+        if not self.images[0]:
+            raise CalmError("no image was classified: the split is empty")
+        mean = self.curves / self.images[:, None, None]
+        areas = torch.trapezoid(mean, dx=1 / self.steps, dim=2)
+        insertion, deletion = (
+            tuple(estimate(point) for point in curve.unbind(1)) for curve in mean.unbind(1)
+        )
+        return InsertionDeletionResult(
+            fractions=tuple(step / self.steps for step in range(self.steps + 1)),
+            insertion=insertion,
+            deletion=deletion,
+            insertion_area=estimate(areas[:, 0]),
+            deletion_area=estimate(areas[:, 1]),
+        )

@@ -13,7 +13,7 @@ from torchmetrics import Metric
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
-from calm.metrics.pixel_ap import check_maps
+from calm.metrics.pixels import check_maps
 
 __all__ = ["EnergyInside", "PointingGame", "PointingResult", "energy_inside", "peak_hits", "pixels"]
 

@@ -5,20 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from calm import checkpoint
 from calm.data.loading import load_split
 from calm.errors import CalmError
-from calm.released import save_released
-from calm.released_commands.data import proxy_lists, test_split
-from calm.released_commands.experiment import check_place, clear, finished
-from calm.released_commands.flags import Flags, method
-from calm.released_commands.performance import Performance
-from calm.released_commands.terminal import RULE, Log
-from calm.released_commands.weights import check_pretrained, load_model, transplant
-from calm.released_file import FILE_NAME
-from calm.torch_file import read_torch
+from calm.files import read_torch
+from calm.model import load
+from calm.released import FILE_NAME, save_released
+from calm.released_commands.experiment import Performance, check_place, clear, finished
+from calm.released_commands.flags import RULE, Flags, Log, method
+from calm.released_commands.weights import check_pretrained, load_model, proxy_lists, test_split, transplant
 from calm.train import TrainConfig, preset, train
-from calm.train.optim import build_optimizer
+from calm.train.module import build_optimizer
 
 __all__ = ["main", "train_config"]
 
@@ -136,7 +132,7 @@ def _only_test(flags: Flags, log: Log) -> None:
 
 def _export(config: TrainConfig, run_dir: Path, path: Path) -> None:
     """Write the last epoch's weights, and the optimiser's state, as the released code does."""
-    model = checkpoint.load(run_dir / "last")
+    model = load(run_dir / "last")
     state = read_torch(run_dir / "checkpoints" / "last.ckpt", "checkpoint")
     optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
     optimizer.load_state_dict(state["optimizer_states"][0])

@@ -1,24 +1,94 @@
-"""Which weights a released command starts from: ImageNet's, or a checkpoint's."""
+"""The map that ``--score_map_process`` and ``--score_map_method`` ask for, as a subject of the benchmarks.
+
+Two released names are not what they say, and keep here what they are there: ``input_grad`` is the gradient alone, and
+``integrated_grad`` adds up absolute gradients on the line from 0 to the image, without the product with the image.
+
+The data of a released command: images below ``--data_root``, lists below ``--metadata_root``.
+
+Which weights a released command starts from: ImageNet's, or a checkpoint's.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
 from calm import checkpoint
 from calm.backbones import build_backbone
-from calm.card import Card
+from calm.baselines import attribute
+from calm.checkpoint import Card
+from calm.config import ModelConfig
+from calm.data.check import load_checked
+from calm.data.records import Split
 from calm.errors import CalmError
-from calm.model import CalmModel, ModelConfig, create_model
-from calm.preprocess import Preprocessing
-from calm.released import load_released
+from calm.evaluate.subject import Looked, Subject, model_subject
+from calm.files import write_text
+from calm.images import Preprocessing
+from calm.model import CalmModel, create_model, load
+from calm.released import FILE_NAME, load_released
 from calm.released_commands.experiment import finished
-from calm.released_commands.flags import Flags, method
-from calm.released_file import FILE_NAME
+from calm.released_commands.flags import GRADIENT_PROCESSES, Flags, method
 
-__all__ = ["check_pretrained", "load_model", "transplant"]
+__all__ = [
+    "FILES",
+    "check_pretrained",
+    "load_model",
+    "proxy_lists",
+    "released_subject",
+    "test_split",
+    "transplant",
+]
+
+FILES = ("image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt")
+
+
+def test_split(flags: Flags, model: CalmModel) -> Split:
+    """The test images, checked.
+
+    Raises:
+        CalmError: wrong data, all of it in one report; or the model has other classes.
+    """
+    splits, _ = load_checked(flags.images, ("test",), layout="metadata", metadata_root=flags.lists)
+    split = splits["test"]
+    if split.num_classes != model.config.num_classes:
+        raise CalmError(
+            f"the checkpoint has {model.config.num_classes} classes, but {flags.lists} has {split.num_classes}"
+        )
+    return split
+
+
+def proxy_lists(flags: Flags) -> Path:
+    """Lists as in ``--metadata_root``, whose training images are those of ``image_ids_proxy.txt``.
+
+    They are written into the experiment's folder.
+
+    Raises:
+        CalmError: there is no such file.
+    """
+    proxy = flags.lists / "train" / "image_ids_proxy.txt"
+    if not proxy.is_file():
+        raise CalmError(
+            f"--proxy_training_set=True needs {proxy}, which the released code has for ILSVRC only: leave it out"
+        )
+    chosen = set(proxy.read_text(encoding="utf-8").split("\n"))
+    out = flags.folder / "proxy" / flags.dataset_name
+    if (flags.lists / "classes.txt").is_file():
+        write_text(out / "classes.txt", (flags.lists / "classes.txt").read_text(encoding="utf-8"))
+    for split in ("train", "val", "test"):
+        for name in FILES:
+            path = flags.lists / split / name
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                if split == "train":
+                    lines = [line for line in lines if line.split(",")[0] in chosen]
+                write_text(out / split / name, "".join(f"{line}\n" for line in lines))
+    return out
 
 
 def check_pretrained(flags: Flags) -> None:
@@ -63,7 +133,7 @@ def load_model(flags: Flags) -> CalmModel:
         )
         model.preprocessing = Preprocessing(size)
     else:
-        model = checkpoint.load(source)
+        model = load(source)
         model.preprocessing = replace(model.preprocessing, size=size)
     _check(flags, model.config, source)
     return model.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,3 +190,57 @@ def _check(flags: Flags, found: ModelConfig, source: Path) -> None:
     for flag, (given, actual) in asked.items():
         if given != actual:
             raise CalmError(f"{flag} says {given}, but the checkpoint in {source} is of {actual}")
+
+
+def released_subject(flags: Flags, model: CalmModel) -> Subject:
+    """The subject that the flags describe.
+
+    Raises:
+        CalmError: a map that the model does not have, or one that needs superclasses, which no released command has.
+    """
+    process = flags.score_map_process
+    if flags.score_map_method == "backprop" and process not in GRADIENT_PROCESSES:
+        process = "input_grad"  # as in the released code: the method decides, whatever the process is called
+    noisy = {"samples": flags.smooth_grad_nr_iter, "noise": 1 / flags.smooth_grad_sigma}
+    methods: dict[str, tuple[str, Mapping[str, Any]]] = {
+        "input_grad": ("gradient", {}),
+        "integrated_grad": ("gradient", {}),
+        "smooth_grad": ("smoothgrad", {**noisy, "seed": flags.seed or 0}),
+        "var_grad": ("vargrad", {**noisy, "seed": flags.seed or 0}),
+    }
+    method, options = methods.get(process, (process, {}))
+    subject = model_subject(
+        model,
+        method=method,
+        label=f"{flags.attribution_method} {flags.score_map_process}",
+        normalization=flags.norm_type,
+        thresholds=flags.threshold_type,
+        **options,
+    )
+    if process == "integrated_grad":
+        subject = replace(subject, look=_gradient_sums(model, subject, flags.integrated_grad_nr_iter))
+    return subject
+
+
+@dataclass(frozen=True)
+class _GradientSums:
+    """Sum of the absolute gradients at i / steps of the image, i = 0 .. steps, over ``steps``."""
+
+    model: CalmModel
+    images: Float[Tensor, "b 3 H W"]
+    probs: Float[Tensor, "b c"]
+    steps: int
+
+    def maps(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k H W"]:
+        columns = []
+        for column in classes.unbind(dim=1):
+            maps = (
+                attribute(self.model, self.images * (i / self.steps), column, "gradient")
+                for i in range(self.steps + 1)
+            )
+            columns.append(sum(maps, torch.zeros_like(self.images[:, 0])) / self.steps)
+        return torch.stack(columns, dim=1)
+
+
+def _gradient_sums(model: CalmModel, subject: Subject, steps: int) -> Callable[[Tensor], Looked]:
+    return lambda images: _GradientSums(model, images, subject.look(images).probs, steps)

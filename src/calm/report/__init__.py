@@ -4,7 +4,6 @@ A `Page` is a list of `Section`s; each section is made by a function of what was
 function and put its result into the list.
 """
 
-from calm.report.html import Html, join, tag
-from calm.report.page import Figure, Page, Section, render, write
+from calm.report.page import Figure, Html, Page, Section, join, render, tag, write
 
 __all__ = ["Figure", "Html", "Page", "Section", "join", "render", "tag", "write"]

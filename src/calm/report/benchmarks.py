@@ -1,20 +1,172 @@
-"""A section for each benchmark: its table, its curves, and the paper's figures where the data set is the same."""
+"""A section for each benchmark: its table, its curves, and the paper's figures where the data set is the same.
+
+The page of the results of benchmarks.
+
+Cue localization in pictures: by the number of differing parts, and pair by pair.
+"""
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 from collections.abc import Mapping, Sequence
 
 from calm.evaluate.result import Curve, Result, figure_order, figure_spec
-from calm.report.charts import Line, chart, legend
-from calm.report.cues import cue_charts
-from calm.report.found import Group, Style
-from calm.report.html import Html, join, tag
-from calm.report.page import Section
-from calm.report.published import Published, published
-from calm.report.tables import Column, Row, figures_table, percent
+from calm.metrics.bootstrap import Estimate
+from calm.report.charts import Dots, Line, chart, dot_chart, legend
+from calm.report.found import Group, Published, Style, published, styles
+from calm.report.gallery import gallery_section
+from calm.report.page import (
+    Column,
+    Figure,
+    Html,
+    Page,
+    Row,
+    Section,
+    facts,
+    figures_table,
+    join,
+    percent,
+    species_name,
+    tag,
+)
 
-__all__ = ["benchmark_section", "best", "main_figure", "written"]
+__all__ = ["benchmark_section", "best", "cue_charts", "main_figure", "report_page", "written"]
+
+
+def report_page(groups: Sequence[Group], *, gallery: bool = True, seed: int = 0) -> Page:
+    """The page of some results."""
+    style = styles(groups)
+    sections = [benchmark_section(group, style) for group in groups]
+    if gallery:
+        sections += [
+            gallery_section(group, seed=seed) for group in groups if any(r.scores for r in group.results)
+        ]
+    sections.append(_making(groups))
+    labels = list(style)
+    return Page(
+        "Attribution maps, measured",
+        "CALM benchmarks",
+        join(
+            f"{_counted(len(labels), 'method')} on {_counted(len(groups), 'benchmark')}. Every figure is given with its"
+            " 95 percent bootstrap interval; the best of each column is bold, whether or not the intervals overlap."
+        ),
+        sections,
+        [figure for group in groups if (figure := _figure(group)) is not None],
+        join(
+            "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Attribution”, ICCV 2021. Made"
+            f" {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
+        ),
+    )
+
+
+def _figure(group: Group) -> Figure | None:
+    """The benchmark's main figure: the best method's, or of those that share it, and who comes next."""
+    name = main_figure(group)
+    order = best(group, name) if name else []
+    if name is None or not order:
+        return None
+    spec = figure_spec(name)
+    values = [written(name, result.figures[name].value) for result in order]
+    first = values.count(values[0])
+    note = ", ".join(result.label for result in order[:first][:3]) + (
+        f" and {first - 3} more" if first > 3 else ""
+    )
+    if first < len(order):
+        note += f"; next {order[first].label}, {values[first]}"
+    return Figure(values[0], f"{group.heading}: {spec.title}", note)
+
+
+def _making(groups: Sequence[Group]) -> Section:
+    """Data, versions and options of every result."""
+    blocks: list[Html] = []
+    for group in groups:
+        data = {name: str(value) for name, value in group.data.items() if isinstance(value, (str, int))}
+        blocks.append(tag("h3", group.heading))
+        blocks.append(facts(data) if data else tag("p", "Nothing is recorded about the data."))
+        blocks += [
+            tag(
+                "details",
+                tag("summary", f"Provenance of {result.label}"),
+                tag("pre", json.dumps(result.provenance, indent=2, ensure_ascii=False, default=str)),
+            )
+            for result in group.results
+        ]
+    return Section("How it was made", join(*blocks), "Making")
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+MOST_PAIRS = 60
+"""Pairs in one drawing; more of them go into further ones."""
+
+
+def cue_charts(group: Group, style: Mapping[str, Style]) -> Html | None:
+    """Dots with intervals for each number of differing part groups, and one dot for each pair; None for other
+    benchmarks."""
+    if group.benchmark != "cue-localization":
+        return None
+    keys = legend([Line([], [], r.label, *style[r.label]) for r in group.results])
+    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")]
+    return join(tag("div", *charts, class_="charts"), keys, _by_pair(group, style))
+
+
+def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Html | None:
+    """mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
+    found = {name.removeprefix(f"{stem}_") for r in group.results for name in r.figures}
+    numbers = sorted((name for name in found if name.isdecimal()), key=int)
+    if not numbers:
+        return None
+    names = [*(f"{stem}_{number}" for number in numbers), stem]
+    dots = [_dots(r.label, [r.figures.get(name) for name in names], style[r.label]) for r in group.results]
+    title = f"{figure_spec(stem).title} by differing parts"
+    return dot_chart(dots, [*numbers, "all"], title=title, x_label="part groups that differ", percent=True)
+
+
+def _dots(label: str, estimates: Sequence[Estimate | None], style: Style) -> Dots:
+    values = [math.nan if e is None else e.value for e in estimates]
+    intervals = [(e.low, e.high) if e and math.isfinite(e.low + e.high) else None for e in estimates]
+    return Dots(values, label, *style, intervals)
+
+
+def _by_pair(group: Group, style: Mapping[str, Style]) -> Html | None:
+    """PxAP of each pair, the pairs by the number of parts that differ and then by the first method's figure."""
+    figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
+    if not figures:
+        return None
+    first = next(iter(figures.values()))
+    names = sorted(
+        dict.fromkeys(name for pairs in figures.values() for name in pairs),
+        key=lambda name: (name[0], -first.get(name, -1.0), name),
+    )
+    drawings = []
+    for start in range(0, len(names), MOST_PAIRS):
+        some = names[start : start + MOST_PAIRS]
+        dots = [
+            Dots([pairs.get(name, math.nan) for name in some], label, *style[label])
+            for label, pairs in figures.items()
+        ]
+        last = start + len(some)
+        title = f"PxAP of single pairs, {start + 1} to {last} of {len(names)}"
+        places = [f"{name[1]} ({name[0]})" for name in some]
+        drawings.append(
+            dot_chart(dots, places, title=title, x_label="pair (parts that differ)", percent=True, wide=True)
+        )
+    return tag("details", tag("summary", "Pair by pair"), *drawings)
+
+
+def _pairs(result: Result) -> dict[tuple[int, str], float]:
+    """PxAP by number of differing parts and names of the classes, without pairs that have no image."""
+    found = {}
+    for pair in result.details["pairs"]:
+        name = f"{species_name(str(pair['first']))} / {species_name(str(pair['second']))}"
+        if pair["pxap"] is not None and math.isfinite(pair["pxap"]):
+            found[len(pair["groups"]), name] = float(pair["pxap"])
+    return found
+
 
 STEP = 0.004
 """A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""

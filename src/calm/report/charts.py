@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from calm.report.html import Html, tag
+from calm.report.page import Html, tag
 
 __all__ = ["PALETTE", "Dots", "Line", "chart", "dot_chart", "legend"]
 

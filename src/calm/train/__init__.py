@@ -5,13 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calm.train.command import load_config, preset
+    from calm.cli.train import load_config, preset
     from calm.train.config import TrainConfig
     from calm.train.run import train
 
 __all__ = ["TrainConfig", "load_config", "preset", "train"]
 
-_HOME = {"TrainConfig": "config", "load_config": "command", "preset": "command", "train": "run"}
+_HOME = {
+    "TrainConfig": "calm.train.config",
+    "load_config": "calm.cli.train",
+    "preset": "calm.cli.train",
+    "train": "calm.train.run",
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -19,4 +24,4 @@ def __getattr__(name: str) -> Any:
 
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    return getattr(import_module(_HOME[name]), name)

@@ -19,9 +19,8 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from calm.atomic import atomic_path
 from calm.errors import CalmError
-from calm.torch_file import read_torch
+from calm.files import atomic_path, read_torch
 from calm.train.module import TrainingModule
 
 __all__ = ["AtomicCheckpointIO", "Checkpoints"]

@@ -1,20 +1,24 @@
-"""Everything that decides a training run, as frozen dataclasses: the flags, the YAML files and the docs come from here.
+"""Learning rate and temperature as pure functions of the step: there is nothing to save or to restore.
+
+Everything that decides a training run, as frozen dataclasses: the flags, the YAML files and the docs come from here.
 
 The defaults are the recipe of the released code (paper, section 5; SGD with Nesterov momentum, batch 64, 40 epochs,
 ten times the rate for the new layers). The presets are YAML files with the fields that they change.
+
+Which layers are new: what a pretrained backbone lacks, and what the released code counts among them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from calm.choices import Method, PriorActivation, PriorDenominator
+from calm.config import Method, PriorActivation, PriorDenominator
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
-from calm.train.grouping import is_new
-from calm.train.schedule import temperature_schedule
 
 __all__ = [
     "DataOptions",
@@ -24,9 +28,14 @@ __all__ = [
     "Method",
     "ModelOptions",
     "OptimOptions",
+    "Run",
     "Schedule",
     "TrainConfig",
+    "is_new",
+    "learning_rate_factor",
+    "temperature_schedule",
 ]
+
 
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
 Grouping: TypeAlias = Literal["head", "released"]
@@ -296,3 +305,125 @@ class TrainConfig:
                 f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs"
             )
         is_new("head.", self.backbone, self.optim.grouping)
+
+
+# Substrings of the parameter names that the released code trains at the low rate (main.py of the released code).
+RELEASED_BACKBONE_NAMES = {
+    "vgg16": ("features.",),
+    "resnet50": ("conv1", "layer1", "layer2", "layer3"),
+    "inception_v3": ("Mixed", "Conv2d_1", "Conv2d_2", "Conv2d_3", "Conv2d_4"),
+}
+
+
+def is_new(name: str, backbone: str, grouping: Grouping) -> bool:
+    """Whether the parameter ``name`` of a `CalmModel` belongs to the new layers, with the higher rate.
+
+    Raises:
+        CalmError: ``released`` grouping asked for a backbone that the released code does not have.
+
+    >>> is_new("head.conv_last.weight", "resnet50", "head")
+    True
+    >>> [is_new(f"backbone.layer4.0.{layer}.weight", "resnet50", "released") for layer in ("conv1", "conv2")]
+    [False, True]
+    """
+    if grouping == "head":
+        return name.startswith("head.")
+    if backbone not in RELEASED_BACKBONE_NAMES:
+        known = ", ".join(RELEASED_BACKBONE_NAMES)
+        raise CalmError(f"optim.grouping 'released' is defined for {known}, not for {backbone!r}: use 'head'")
+    return not any(part in name for part in RELEASED_BACKBONE_NAMES[backbone])
+
+
+Temperature: TypeAlias = Callable[[int], float]
+
+ONE_CYCLE_RISE = 0.3
+ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long a run is: ``epochs`` of ``steps_per_epoch`` optimiser steps."""
+
+    epochs: int
+    steps_per_epoch: int
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+
+def learning_rate_factor(optim: OptimOptions, run: Run, step: int) -> float:
+    """What the peak learning rate is multiplied by at a step.
+
+    Args:
+        optim: schedule, warm-up and their settings.
+        run: the length of the run.
+        step: optimiser steps already taken, from 0.
+
+    Returns:
+        A factor in (0, 1]. During warm-up it rises linearly, reaching 1 with the last warm-up step.
+
+    >>> from calm.train.config import OptimOptions
+    >>> [learning_rate_factor(OptimOptions(step_epochs=2), Run(epochs=5, steps_per_epoch=1), step)
+    ...  for step in range(5)]
+    [1.0, 1.0, 0.1, 0.1, 0.010000000000000002]
+    """
+    warmup = round(optim.warmup_epochs * run.steps_per_epoch)
+    if optim.schedule == "one-cycle":
+        return _one_cycle(step, run.steps, warmup or round(ONE_CYCLE_RISE * run.steps))
+    if step < warmup:
+        return (step + 1) / warmup
+    epoch = step // run.steps_per_epoch
+    if optim.schedule == "step":
+        return optim.step_factor ** (epoch // optim.step_epochs)
+    if optim.schedule == "released-step":
+        return optim.step_factor ** ((epoch + 1) // optim.step_epochs)
+    if optim.schedule == "cosine":
+        return _half_cosine((step - warmup) / max(1, run.steps - warmup), 1.0, 0.0)
+    return 1.0
+
+
+def _one_cycle(step: int, steps: int, rise: int) -> float:
+    """Half a cosine up to 1 at the last of ``rise`` steps, half a cosine down to almost 0 at the last step."""
+    peak = max(rise, 1) - 1
+    if step < peak:
+        return _half_cosine(step / peak, ONE_CYCLE_START, 1.0)
+    return _half_cosine((step - peak) / max(1, steps - 1 - peak), 1.0, ONE_CYCLE_START * ONE_CYCLE_END)
+
+
+def _half_cosine(progress: float, start: float, end: float) -> float:
+    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
+
+
+def temperature_schedule(temperature: float | str, steps: int) -> Temperature:
+    """The temperature of the E-step as a function of the step.
+
+    Args:
+        temperature: a number, or ``START:END``, or ``START:END:linear`` or ``START:END:cosine``.
+        steps: optimiser steps of the run; the end value is reached with the last one.
+
+    Raises:
+        CalmError: the text cannot be read, a value is negative or not finite, or the shape is unknown.
+
+    >>> at = temperature_schedule("0.5:1.0", steps=11)
+    >>> [at(0), at(5), at(10)]
+    [0.5, 0.75, 1.0]
+    """
+    start_text, _, rest = str(temperature).partition(":")
+    end_text, _, shape = rest.partition(":")
+    try:
+        start = float(start_text)
+        end = float(end_text) if end_text else start
+    except ValueError:
+        raise CalmError(
+            f"temperature {temperature!r} is neither a number nor START:END nor START:END:cosine"
+        ) from None
+    if not all(math.isfinite(value) and value >= 0 for value in (start, end)):
+        raise CalmError(f"temperature {temperature!r}: values must be finite and 0 or more")
+    if shape not in ("", "linear", "cosine"):
+        raise unknown("shape of the temperature", shape, ["linear", "cosine"], where=f"{temperature!r}")
+    last = max(1, steps - 1)
+    if shape == "cosine":
+        return lambda step: _half_cosine(step / last, start, end)
+    return lambda step: start + (end - start) * min(step / last, 1.0)

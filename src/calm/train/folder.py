@@ -20,9 +20,8 @@ from typing import Any, Literal
 import torch
 import yaml
 
-from calm.atomic import remove_abandoned, write_text
-from calm.documents import read_yaml
 from calm.errors import CalmError
+from calm.files import read_yaml, remove_abandoned, write_text
 from calm.train.config import TrainConfig
 
 __all__ = ["RunState", "config_dict", "default_run_dir", "differences", "inspect", "versions", "write_config"]

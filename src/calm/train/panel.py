@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from calm.atomic import atomic_path
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
+from calm.files import atomic_path
+from calm.heatmaps import Normalization
 from calm.model import CalmModel
-from calm.normalization import Normalization
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 from calm.train.journal import TensorBoard

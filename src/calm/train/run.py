@@ -1,39 +1,128 @@
-"""`train`: from a configuration to a run folder."""
+"""`train`: from a configuration to a run folder.
+
+Lightning inside a library: no tips, no advice, and the process left as it was found.
+
+The end of a run: the saved weights on the test images, and what result.json says.
+
+::
+
+    {"last": {"epoch": 30, "val": {"accuracy": 0.731, "nll": 1.02, "ece": 0.05}, "test": {...}}, "best": {...},
+     "train": {"loss": ..., "accuracy": ...}, "images_per_second": 181.5, "seconds": 1490.2}
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Mapping
+import signal
+import statistics
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import safetensors.torch
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 
-from calm.atomic import write_json
-from calm.data.digest import summary
-from calm.data.randomness import mix_seed
-from calm.data.records import Split
-from calm.data.report import Report
-from calm.documents import read_json
+from calm.checkpoint import WEIGHTS
+from calm.data.loading import summary
+from calm.data.records import Report, Split
+from calm.data.seeds import mix_seed
 from calm.errors import CalmError
+from calm.files import read_json, write_json
 from calm.model import CalmModel
 from calm.train import folder
-from calm.train.build import build_datasets, build_model, read_splits
 from calm.train.checkpoints import AtomicCheckpointIO, Checkpoints
-from calm.train.config import TrainConfig
-from calm.train.data import RunData, steps_per_epoch
-from calm.train.history import History
-from calm.train.journal import ProgressBar, RunLog, TensorBoard
-from calm.train.manners import well_behaved_lightning
+from calm.train.config import Run, TrainConfig
+from calm.train.data import RunData, build_datasets, build_model, read_splits, steps_per_epoch
+from calm.train.journal import History, ProgressBar, RunLog, TensorBoard
 from calm.train.module import TrainingModule
-from calm.train.outcome import closing_line, measure_outcome
 from calm.train.panel import Panel
-from calm.train.schedule import Run
 
-__all__ = ["train"]
+__all__ = ["closing_line", "measure_outcome", "train", "well_behaved_lightning"]
+
+_LOGGERS = ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero")
+_NOT_APPLICABLE = (
+    ".*LeafSpec.* is deprecated.*",  # Lightning's own use of PyTorch
+    ".*does not have many workers.*",  # a choice of the user's
+    ".*GPU available but not used.*",  # the same
+    ".*it is recommended to use .*single device.*",  # each test image is in exactly one process
+    ".*number of training batches .* is smaller than the logging interval.*",  # nothing is logged through Lightning
+)
+
+
+@contextmanager
+def well_behaved_lightning() -> Iterator[None]:
+    """Silence messages that do not apply; afterwards restore the levels of Lightning's loggers, PyTorch's choice of
+    deterministic algorithms, and Ctrl-C.
+
+    Raises:
+        KeyboardInterrupt: as it happened. (Lightning would end the process with code 1.)
+        SystemExit: with 143 after SIGTERM, as a process that is ended by it. (Lightning would end with 0.)
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    interrupt = signal.getsignal(signal.SIGINT)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            for pattern in _NOT_APPLICABLE:
+                warnings.filterwarnings("ignore", message=pattern)
+            yield
+    except SIGTERMException as stop:
+        raise SystemExit(128 + signal.SIGTERM) from stop
+    except SystemExit as stop:
+        if not isinstance(stop.__context__, KeyboardInterrupt):
+            raise
+        signal.signal(signal.SIGINT, interrupt)
+        raise KeyboardInterrupt from stop
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def measure_outcome(
+    trainer: pl.Trainer, module: TrainingModule, data: RunData, history: History, checkpoints: Checkpoints
+) -> dict[str, Any]:
+    """Test the last and the best weights, as they were saved; every process takes part."""
+    trainer.strategy.barrier()  # the first process may still be writing what the others are about to read
+    best, last = checkpoints.best, checkpoints.last
+    result: dict[str, Any] = {}
+    for name, measures in {"last": last, "best": best}.items():
+        validation = {key: value for key, value in measures.items() if key != "epoch"}
+        result[name] = {"epoch": int(measures["epoch"]), "val": validation}
+        if name == "best" and best["epoch"] == last["epoch"]:
+            result[name]["test"] = result["last"]["test"]
+            continue
+        weights = safetensors.torch.load_file(checkpoints.run_dir / name / WEIGHTS)
+        module.evaluated.load_state_dict(weights)
+        trainer.test(module, datamodule=data, verbose=False)
+        result[name]["test"] = module.test
+    final = history.rows[-1]
+    result["train"] = {"loss": final["train_loss"], "accuracy": final["train_accuracy"]}
+    result["images_per_second"] = statistics.median(row["images_per_second"] for row in history.rows)
+    result["seconds"] = round(sum(row["seconds"] for row in history.rows), 1)
+    return result
+
+
+def closing_line(result: dict[str, Any], run_dir: Path) -> str:
+    """The result in words."""
+    lines = []
+    for name in ("best", "last"):
+        val, test = result[name]["val"], result[name]["test"]
+        lines.append(
+            f"{name} (epoch {result[name]['epoch']}): validation accuracy {100 * val['accuracy']:.1f} %, test accuracy"
+            f" {100 * test['accuracy']:.1f} %, nll {test['nll']:.3f}, calibration error {test['ece']:.3f}"
+        )
+    return "\n".join([*lines, f"done in {result['seconds']:.0f} s of training: {run_dir}"])
 
 
 def train(config: TrainConfig, *, backbone: nn.Module | None = None, quiet: bool = False) -> Path:

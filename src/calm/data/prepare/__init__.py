@@ -1,6 +1,79 @@
 """From the archives that data sets are published as to folders that this package reads."""
 
-from calm.data.prepare.command import prepare
-from calm.data.prepare.staging import Prepared
+from __future__ import annotations
 
-__all__ = ["Prepared", "prepare"]
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from calm.data.prepare.archives import Prepared, list_archives, place_metadata
+from calm.data.prepare.sets import (
+    name_as_listed,
+    prepare_cub,
+    prepare_ilsvrc,
+    prepare_openimages,
+    prepare_tiny_imagenet,
+)
+from calm.errors import CalmError, unknown
+from calm.files import remove_abandoned
+
+__all__ = ["DATA_SETS", "Prepared", "prepare"]
+
+DATA_SETS = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "tiny-imagenet": ""}
+"""Names of the command, and of the released layout's folders."""
+
+
+def prepare(
+    name: str,
+    archives: Sequence[str | Path],
+    out: str | Path,
+    *,
+    classes: str = "",
+    metadata_url: str = "",
+    metadata_sha256: str = "",
+    partial: bool = False,
+) -> Prepared:
+    """Check and unpack archives; a run that was stopped is finished by the same call.
+
+    Args:
+        name: key of :data:`DATA_SETS`.
+        archives: archives, or folders of them.
+        out: gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
+            ``images/``, ``metadata/`` and ``classes.txt``.
+        classes: of Tiny ImageNet: WordNet ids separated by commas, or a file of them; empty: all 200.
+        metadata_url: https address of an archive of the released metadata, or ``published`` for that of the
+            published evaluator. Nothing is fetched without it.
+        metadata_sha256: its checksum.
+        partial: wrong sizes, checksums and counts are notes and no errors.
+
+    Raises:
+        CalmError: see the parts; the message says what to get where.
+    """
+    if name not in DATA_SETS:
+        raise unknown("data set", name, DATA_SETS)
+    if classes and name != "tiny-imagenet":
+        raise CalmError(f"--classes is for tiny-imagenet, not {name}")
+    if name == "tiny-imagenet" and metadata_url:
+        raise CalmError("--metadata_url: tiny-imagenet has its lists in the archive")
+    if metadata_sha256 and not metadata_url:
+        raise CalmError("--metadata_sha256 needs --metadata_url")
+    found, out = list_archives([Path(path) for path in archives]), Path(out)
+    for folder in (out.parent, out / "metadata", *_data_folders(out)):
+        remove_abandoned(folder)
+    if name == "tiny-imagenet":
+        prepared = Prepared(name, out, partial=partial)
+        prepare_tiny_imagenet(found, out, prepared, classes)
+        return prepared
+    released = DATA_SETS[name]
+    prepared = Prepared(name, out / "dataset" / released, partial=partial)
+    work = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
+    work(found, out, prepared)
+    place_metadata(released, out, found, prepared, metadata_url, metadata_sha256)
+    if name == "ilsvrc":
+        name_as_listed(out, prepared)
+    return prepared
+
+
+def _data_folders(out: Path) -> Iterator[Path]:
+    """``out/dataset`` and the folders in it: where working folders were, had a run been killed."""
+    yield out / "dataset"
+    yield from (out / "dataset").glob("*/")

@@ -1,22 +1,127 @@
-"""Unpack a tar or zip archive that nobody vouches for: whole, below one folder, within limits."""
+"""Unpack a tar or zip archive that nobody vouches for: whole, below one folder, within limits.
+
+Folders that appear whole or not at all, and what a preparation found.
+
+The released metadata lists: from an archive at hand, or from an address.
+
+The published archives: how they are called, their checksums, and where they are to be had.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import http.client
 import shutil
 import stat
 import tarfile
+import urllib.error
+import urllib.request
 import zipfile
 import zlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
 
 from calm.errors import CalmError
+from calm.files import atomic_path, working_folder
 
-__all__ = ["Limits", "check_digest", "is_archive", "unpack"]
+__all__ = [
+    "PUBLISHED",
+    "Limits",
+    "Prepared",
+    "Published",
+    "check_digest",
+    "download",
+    "find",
+    "is_archive",
+    "list_archives",
+    "merge",
+    "place_metadata",
+    "staged",
+    "unpack",
+]
 
-SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+
+@contextmanager
+def staged(final: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
+
+    The working folder is removed at the end, on error too.
+
+    Raises:
+        CalmError: nothing was put into ``result``.
+    """
+    with working_folder(final) as work:
+        result = work / "result"
+        yield work, result
+        if not result.is_dir():
+            raise CalmError(f"nothing was found for {final}")
+        result.replace(final)
+
+
+def merge(source: Path, target: Path) -> None:
+    """Move all files below ``source`` to the same places below ``target``.
+
+    Raises:
+        CalmError: a file is at its place already.
+    """
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / path.relative_to(source)
+        if place.exists():
+            raise CalmError(f"{path.relative_to(source)} is in two archives")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+
+@dataclass
+class Prepared:
+    """What is there after a preparation.
+
+    Attributes:
+        name: the data set.
+        root: folder to hand to ``calm data check`` and to training.
+        metadata_root: its ``--metadata_root``; None where none is needed.
+        partial: whether wrong counts are notes and no errors.
+        counts: what was counted.
+        notes: what is missing, and where to get it.
+    """
+
+    name: str
+    root: Path
+    metadata_root: Path | None = None
+    partial: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def expect(self, what: str, found: int, expected: int, where: str = "") -> None:
+        """Count something.
+
+        Raises:
+            CalmError: the number is not the expected one, and the preparation is not partial.
+        """
+        self.counts[what] = found
+        if found != expected:
+            self.complain(f"{found:,} {what}, expected {expected:,}{where and f'; {where}'}")
+
+    def complain(self, message: str) -> None:
+        """Note what is wrong; of a whole preparation, raise it.
+
+        Raises:
+            CalmError: the preparation is not partial.
+        """
+        if not self.partial:
+            raise CalmError(f"{self.name}: {message} (--partial prepares what is there)")
+        self.notes.append(message)
+
+    def __str__(self) -> str:
+        lists = f" --metadata_root {self.metadata_root}" if self.metadata_root else ""
+        lines = [f"{self.name}: {self.root}"]
+        lines += [f"  {count:,} {what}" for what, count in self.counts.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"next: calm data check {self.root}{lists}"])
 
 
 @dataclass(frozen=True)
@@ -30,6 +135,198 @@ class Limits:
 
     bytes: int = 400 * 1024**3
     files: int = 3_000_000
+
+
+LIMITS = Limits(bytes=8 * 1024**3, files=200_000)
+LARGEST = 2 * 1024**3
+"""Bytes a download may have."""
+
+
+def place_metadata(
+    name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str
+) -> None:
+    """Put the lists of data set ``name`` (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
+
+    Without an archive or address this is only a note. The address ``published`` stands for that of `PUBLISHED`.
+
+    Raises:
+        CalmError: the archive has no such lists; the download fails.
+    """
+    final = out / "metadata" / name
+    if final.exists():
+        if url:
+            prepared.notes.append(
+                f"nothing fetched from {url}: the lists are in {final} (delete it to fetch them)"
+            )
+    else:
+        found = find("metadata", archives, prepared)
+        if found:
+            if url:
+                prepared.notes.append(f"nothing fetched from {url}: {found[0]} was taken")
+            _unpack_lists(found[0], final, name)
+        elif url:
+            with working_folder(final) as folder:
+                address = PUBLISHED["metadata"].url if url == "published" else url
+                download(address, folder / "download", sha256)
+                _unpack_lists(folder / "download", final, name)
+        else:
+            prepared.notes.append(
+                f"no metadata lists: put metadata.zip from {PUBLISHED['metadata'].where} into --from, "
+                "or give --metadata_url published to fetch it"
+            )
+            return
+    if final.exists():
+        prepared.metadata_root = final
+
+
+def _unpack_lists(archive: Path, final: Path, name: str) -> None:
+    with staged(final) as (work, result):
+        unpack(
+            archive, work / "all", limits=LIMITS, wanted=lambda member: name in PurePosixPath(member).parts
+        )
+        lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
+        if lists is None or lists.name != name:
+            raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
+        lists.replace(result)
+
+
+def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0) -> None:
+    """Fetch a file, atomically.
+
+    Args:
+        url: https, or a local file as file://.
+        target: where it goes.
+        sha256: what the file must have; empty: not compared.
+        timeout: seconds without an answer.
+
+    Raises:
+        CalmError: another kind of address, no network, an error of the server, more than 2 GiB, another checksum.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in ("https", "file"):
+        raise CalmError(f"--metadata_url {url}: only https:// (or file://) addresses are fetched")
+    try:
+        with atomic_path(target) as temporary:
+            with urllib.request.urlopen(url, timeout=timeout) as answer, temporary.open("wb") as file:
+                if urlsplit(answer.url).scheme != scheme:
+                    raise CalmError(f"{url} leads to {answer.url}, which is not {scheme}")
+                length = int(answer.headers.get("Content-Length") or 0)
+                if length > LARGEST:
+                    raise CalmError(f"{url} has {length:,} bytes: more than metadata has")
+                while part := answer.read(1 << 20):
+                    file.write(part)
+                    if file.tell() > LARGEST:
+                        raise CalmError(f"{url} has more than {LARGEST:,} bytes: more than metadata has")
+            if length and temporary.stat().st_size != length:
+                raise CalmError(f"{url}: the download was cut short: try again")
+            if sha256 and (wrong := check_digest(temporary, "sha256", sha256)):
+                raise CalmError(f"{url}: {wrong}")
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise CalmError(
+            f"cannot fetch {url} ({error}): without a network, download it elsewhere and put it into --from"
+        ) from error
+
+
+@dataclass(frozen=True)
+class Published:
+    """An archive.
+
+    Attributes:
+        patterns: its file names, in lower case, with ``*``.
+        where: where to get it.
+        md5: published checksum; empty if none is.
+        size: published size in bytes; 0 if none is.
+        url: of the archive itself, for what `calm data prepare` fetches when it is asked to.
+    """
+
+    patterns: tuple[str, ...]
+    where: str
+    md5: str = ""
+    size: int = 0
+    url: str = ""
+
+
+PUBLISHED: dict[str, Published] = {
+    "cub": Published(
+        ("cub_200_2011.*",),
+        "https://data.caltech.edu/records/65de6-vp158 (CUB_200_2011.tgz)",
+        "97eceeb196236b17998738112f37df78",
+    ),
+    "cub-segmentations": Published(
+        ("segmentations.*",),
+        "https://data.caltech.edu/records/w9d68-gec53 (segmentations.tgz)",
+        "4d47ba1228eae64f2fa547c47bc65255",
+        39272883,
+    ),
+    "cubv2": Published(("cubv2.*",), "https://github.com/clovaai/wsolevaluation (CUBV2)"),
+    "ilsvrc-train": Published(
+        ("ilsvrc2012_img_train.tar",), "https://image-net.org (account)", "1d675b47d978889d74fa0da5fadfb00e"
+    ),
+    "ilsvrc-val": Published(
+        ("ilsvrc2012_img_val.tar",), "https://image-net.org (account)", "29b22e2961454d5413ddabcf34fc5622"
+    ),
+    "imagenetv2": Published(
+        ("imagenetv2*", "imagenet-v2*", "val2.*"),
+        "https://github.com/modestyachts/ImageNetV2 (imagenetv2-threshold0.7.tar.gz)",
+    ),
+    "openimages": Published(
+        ("*openimages*", "train.*", "val.*", "test.*"),
+        "https://github.com/clovaai/wsolevaluation (OpenImages30k)",
+    ),
+    "tiny-imagenet": Published(
+        ("tiny-imagenet-200.*",),
+        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
+        "90528d7ca1a48142e341f4ef8d21d0de",
+        248100043,
+    ),
+    "metadata": Published(
+        ("*metadata*", "wsolevaluation*"),
+        "https://github.com/clovaai/wsolevaluation (folder metadata)",
+        url="https://github.com/clovaai/wsolevaluation/archive/e9972606b18064ea886f098f2b5b29b9ade75f09.zip",
+    ),
+}
+
+
+def list_archives(sources: Sequence[Path]) -> list[Path]:
+    """The archives among files and directly in folders.
+
+    Raises:
+        CalmError: a path that does not exist; no archive at all.
+    """
+    found: list[Path] = []
+    for source in sources:
+        if not source.exists():
+            raise CalmError(f"--from {source} does not exist")
+        found += sorted(filter(is_archive, source.iterdir())) if source.is_dir() else [source]
+    if not found:
+        raise CalmError(f"no archive (.tar, .tgz, .tar.gz, .zip) in --from {' '.join(map(str, sources))}")
+    return found
+
+
+def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
+    """The archives that are ``PUBLISHED[key]``, their size and checksum compared.
+
+    Raises:
+        CalmError: size or checksum is wrong, and the preparation is not partial.
+    """
+    published = PUBLISHED[key]
+    found = [
+        path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)
+    ]
+    if key == "openimages":
+        found = [path for path in found if "metadata" not in path.name.lower()]
+    for path in found:
+        size = path.stat().st_size
+        if published.size and size != published.size:
+            prepared.complain(
+                f"{path} has {size:,} bytes, the published one {published.size:,}: get it from {published.where}"
+            )
+        elif published.md5 and (wrong := check_digest(path, "md5", published.md5)):
+            prepared.complain(f"{wrong}: get it from {published.where}")
+    return found
+
+
+SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def is_archive(path: Path) -> bool:

@@ -1,0 +1,72 @@
+"""What a model is made of, and the literal types of string options. Nothing here imports PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+from calm.errors import CalmError, unknown
+
+__all__ = [
+    "REPLICATES",
+    "Explain",
+    "Fill",
+    "Method",
+    "ModelConfig",
+    "Order",
+    "PriorActivation",
+    "PriorDenominator",
+]
+
+Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
+PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
+PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
+
+Fill: TypeAlias = Literal["zero", "mean", "noise", "blur"]
+"""What erased pixels become: see `calm.metrics.erasing`."""
+
+Explain: TypeAlias = Literal["label", "prediction"]
+"""Whose map ranks the pixels: see `calm.evaluate.erasing`."""
+
+Order: TypeAlias = Literal["cascading", "all"]
+"""How weights are drawn anew: see `calm.evaluate.randomisation`."""
+
+REPLICATES = 1000
+"""Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """What a model is made of; with the weights, all that loading needs.
+
+    Attributes:
+        backbone: a released architecture (``resnet50``, ``vgg16``, ``inception_v3``), ``small_resnet``, a timm
+            model's name, or ``custom`` for the user's own module.
+        num_classes: C.
+        method: ``calm-em`` and ``calm-ml`` are one model with two training losses; ``cam`` is the baseline.
+        large_feature_map: released architectures: a 28x28 grid for 224x224 input instead of 14x14.
+        use_bn: vgg16 and inception_v3: BatchNorm where the released code makes it optional.
+        output_stride: timm models that support it: image size over grid size.
+        prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
+        prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
+    """
+
+    backbone: str
+    num_classes: int
+    method: Method = "calm-em"
+    large_feature_map: bool = True
+    use_bn: bool = True
+    output_stride: int | None = None
+    prior_activation: PriorActivation = "softplus"
+    prior_denominator: PriorDenominator = "differentiated"
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("method", Method),
+            ("prior_activation", PriorActivation),
+            ("prior_denominator", PriorDenominator),
+        ):
+            if getattr(self, name) not in get_args(kind):
+                raise unknown(name, getattr(self, name), get_args(kind))
+        if self.num_classes < 1:
+            raise CalmError(f"num_classes is {self.num_classes}: a classifier needs at least 1")

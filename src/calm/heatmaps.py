@@ -1,0 +1,146 @@
+"""Where a map points, in pixels and in words.
+
+Normalisations of a score map before it is thresholded, shown or compared.
+
+Each takes maps of any leading shape, looks at one map (the last two axes) at a time, and returns new tensors.
+A constant map says nothing about where, and a NaN or infinite one (or one whose range is) says nothing at all: all
+become zeros.
+
+From the grid to pixels: the only interpolation in the package.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypeAlias, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+
+from calm.errors import unknown
+from calm.latent import widen
+
+__all__ = ["Normalization", "Place", "locate", "normalize", "resize_and_normalize", "resize_maps"]
+
+
+Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
+
+
+def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor, "*n h w"]:
+    """Bring maps to [0, 1].
+
+    Args:
+        maps: score maps, each over its last two axes.
+        how: ``minmax`` maps the range of each map to [0, 1]. ``max`` divides by the maximum and clips at 0, so
+            an all-negative map is all zeros (the released code divides by the negative maximum and gets all ones).
+            ``clipping`` only cuts at 0 and 1: for values that are probabilities already.
+
+    Returns:
+        Maps in [0, 1], of the same shape; constant and non-finite maps are zeros.
+
+    Raises:
+        CalmError: an unknown normalisation.
+    """
+    if how not in get_args(Normalization):
+        raise unknown("normalisation", how, get_args(Normalization))
+    values = widen(maps)
+    low = values.amin(dim=(-2, -1), keepdim=True)
+    high = values.amax(dim=(-2, -1), keepdim=True)
+    usable = (high - low).isfinite() & (high > low)
+    # In place, from the first new tensor on: to allocate one of this size takes longer than to fill it.
+    if how == "clipping":
+        scaled = values.clamp(0, 1)
+    elif how == "max":
+        scaled = values.clamp(min=0).div_(torch.where(high > 0, high, 1.0))
+    else:
+        scaled = (values - low).div_(torch.where(usable, high - low, 1.0))
+    # Faster on a CPU than to fill the maps that are not usable: 0 times NaN and infinity is NaN.
+    return scaled.mul_(usable.to(scaled)).nan_to_num_(nan=0.0)
+
+
+def resize_and_normalize(
+    maps: Float[Tensor, "*n h w"], size: tuple[int, int], how: Normalization
+) -> Float[Tensor, "*n H W"]:
+    """Maps as protocols compare them: resized to ``size`` = (height, width) in pixels, then normalised.
+
+    A map that is constant on its own grid becomes zeros, as in `normalize`: interpolation would give it differences in
+    the last bit, which ``minmax`` would stretch to [0, 1].
+    """
+    constant = (maps == maps[..., :1, :1]).flatten(-2).all(dim=-1)
+    return normalize(resize_maps(maps.masked_fill(constant[..., None, None], 0), size), how)
+
+
+def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[Tensor, "*n H W"]:
+    """Resize maps to ``size`` = (height, width) in pixels: bilinear, half-pixel centres, no antialiasing.
+
+    The values keep the unit they have on the grid (the probability of a grid cell, for CALM's maps); a resized map
+    therefore does not sum to p(y | x) any more, the grid's does. Computed in float32 or wider.
+
+    Source: the protocol of the paper's evaluation (OpenCV's and PyTorch's ``bilinear``, ``align_corners=False``).
+    """
+    if maps.shape[-2:] == size:
+        return maps
+    flat = widen(maps).reshape(-1, 1, *maps.shape[-2:])
+    resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    return resized.reshape(*maps.shape[:-2], *size)
+
+
+_WORDS = (
+    ("upper left", "top", "upper right"),
+    ("left", "centre", "right"),
+    ("lower left", "bottom", "lower right"),
+)
+
+
+@dataclass(frozen=True)
+class Place:
+    """The highest point of a map, and the ninth of the picture (three by three) that it lies in.
+
+    Attributes:
+        x: column of the pixel, from the left, 0 first.
+        y: row of the pixel, from the top, 0 first.
+        value: of the map there, in the map's unit.
+        words: the ninth: "upper left", "centre", "bottom", ...
+        share: of the map's positive mass, how much lies in that ninth, 0 to 1; 0 for a map without any.
+    """
+
+    x: int
+    y: int
+    value: float
+    words: str
+    share: float
+
+    def __str__(self) -> str:
+        return f"{self.words} ({self.x}, {self.y})"
+
+
+def locate(values: Float[Tensor, "h w"]) -> Place:
+    """The place of a map's highest value, the first in reading order if there are several.
+
+    >>> import torch
+    >>> values = torch.zeros(90, 90)
+    >>> values[80, 10], values[45, 45] = 3, 1
+    >>> str(locate(values)), locate(values).share
+    ('lower left (10, 80)', 0.75)
+    """
+    height, width = values.shape
+    y, x = divmod(int(values.argmax()), width)
+    row, column = 3 * y // height, 3 * x // width
+    rows, columns = _third(row, height), _third(column, width)
+    total = _mass(values)
+    share = _mass(values[rows, columns]) / total if total > 0 else 0.0
+    return Place(x, y, float(values[y, x]), _WORDS[row][column], share)
+
+
+def _third(index: int, length: int) -> slice:
+    """The i with 3 i // length == index: the same floor as above decides, so that the ninths tile the picture."""
+    return slice(-(-index * length // 3), -(-(index + 1) * length // 3))
+
+
+def _mass(values: Tensor) -> float:
+    """The sum of the positive values, in float64; a part at a time, since a map may have as many as an image pixels."""
+    return sum(
+        (float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0
+    )

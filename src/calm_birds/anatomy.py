@@ -1,0 +1,412 @@
+"""The shape of a bird at rest, as points on surfaces in space.
+
+The bird's own frame: x forward, y to the bird's left, z up, 1 unit about the length of body and head. Every part
+is a rigid :class:`Surface`, a dense grid of points with normals and two texture coordinates, so that a pose is a
+handful of rotations and feathers stick to the body however it turns. Surfaces depend only on the grid density
+and on the outline a species gives to bill, crest and tail, and are cached.
+
+How a bird holds itself, and where it stands in the picture.
+
+The view frame is X right, Y up, Z towards the viewer, without perspective. Which way the bird faces is a turn of
+the bird, never a mirrored picture, so left and right stay the bird's own: a bird that faces right shows its
+right eye and its right wing. A pose does not depend on the species.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calm_birds.attributes import PARTS
+
+__all__ = [
+    "CHEEK",
+    "EYE",
+    "HEAD_PIVOT",
+    "HIP",
+    "PART_ID",
+    "SHOULDER",
+    "TAIL_PIVOT",
+    "Array",
+    "Leg",
+    "Pose",
+    "Surface",
+    "bill",
+    "body",
+    "crest",
+    "eye",
+    "head",
+    "sample_pose",
+    "tail",
+    "wing",
+    "wing_points",
+]
+
+
+_BIRD_TO_VIEW = np.array([[1, 0, 0], [0, 0, 1], [0, -1, 0]], np.float32)
+
+
+@dataclass(frozen=True)
+class Leg:
+    """Hip, ankle and foot in view pixels, and the depth (pixels towards the viewer)."""
+
+    hip: Array
+    ankle: Array
+    foot: Array
+    depth: float
+
+
+@dataclass(frozen=True)
+class Pose:
+    """Rotations of the rigid parts and the placing of the whole.
+
+    ``view`` (3, 3) takes the bird's frame, already scaled to pixels, to the view; ``centre`` is the pixel of the
+    bird's origin. ``head``, ``tail`` and ``wings`` (left, right) turn about their pivots in the bird's frame.
+    """
+
+    view: Array
+    centre: Array
+    head: Array
+    head_at: Array
+    tail: Array
+    wings: tuple[Array, Array]
+    legs: tuple[Leg, Leg]
+    unit: float
+    perch: tuple[Array, Array]
+
+    def place(self, points: Array) -> Array:
+        """Bird-frame points (N, 3) -> pixel x, pixel y (downwards), depth (N, 3)."""
+        seen = points @ self.view.T
+        return np.stack([self.centre[0] + seen[:, 0], self.centre[1] - seen[:, 1], seen[:, 2]], 1)
+
+    def scaled(self, factor: float) -> Pose:
+        """The same pose in a picture ``factor`` times as large."""
+        k = np.float32(factor)
+        legs = [Leg(leg.hip * k, leg.ankle * k, leg.foot * k, leg.depth * factor) for leg in self.legs]
+        return replace(
+            self,
+            view=self.view * k,
+            centre=self.centre * k,
+            legs=(legs[0], legs[1]),
+            unit=self.unit * factor,
+            perch=(self.perch[0] * k, self.perch[1] * k),
+        )
+
+
+def _rotation(axis: str, degrees: float) -> Array:
+    c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    a, b = {"x": (1, 2), "y": (2, 0), "z": (0, 1)}[axis]
+    matrix = np.eye(3, dtype=np.float32)
+    matrix[a, a], matrix[a, b], matrix[b, a], matrix[b, b] = c, -s, s, c
+    return matrix
+
+
+def _outline(head_turn: Array, head_at: Array, tail_turn: Array) -> Array:
+    """Points that bound any species in this pose: body, wings, head with a bill, tail."""
+    bill = np.array([[0.36, 0, -0.04]], np.float32)
+    tips = np.array([[-0.48, 0.13, 0], [-0.48, -0.13, 0]], np.float32)
+    flank = wing(12.0).points
+    return np.concatenate([
+        body(12.0).points, flank, flank * np.array([1, -1, 1], np.float32),
+        np.concatenate([head(12.0).points, bill]) @ head_turn.T + head_at, tips @ tail_turn.T + TAIL_PIVOT,
+    ])  # fmt: skip
+
+
+def sample_pose(rng: np.random.Generator, side: int) -> Pose:
+    """A random pose for a square picture of ``side`` pixels.
+
+    The bird is seen from its side to three-quarters (at most 38 degrees off), level to 32 degrees upright, from
+    level to 20 degrees above; the head looks up to 50 degrees aside; the longer extent of bird and legs fills 62 to
+    92 percent of the picture; a bird may touch the border but hardly cross it.
+    """
+    facing_left = rng.random() < 0.5
+    yaw = float(np.clip(rng.normal(0, 18), -38, 38))
+    upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(0, 20)
+    near = 1.0 if facing_left else -1.0  # the side that faces the viewer: +1 left, -1 right
+    look = float(np.clip(rng.normal(-8, 22), -50, 45)) * -near  # negative values look at the viewer
+    head_turn = (
+        _rotation("z", look)
+        @ _rotation("y", upright * 0.8 + rng.normal(0, 8))
+        @ _rotation("x", rng.normal(0, 7))
+    )
+    head_at = HEAD_PIVOT + rng.uniform(-0.025, 0.025, 3).astype(np.float32) * np.array(
+        [1, 0.3, 1.0], np.float32
+    )
+    # A tail seen edge-on would show nothing: birds here hold it tilted, its upper side to the viewer.
+    tail_turn = (
+        _rotation("x", -near * rng.uniform(32, 62))
+        @ _rotation("z", rng.normal(0, 6))
+        @ _rotation("y", rng.uniform(-22, 16))
+    )
+    wings = []
+    for hand in (1.0, -1.0):
+        droop, lift = rng.uniform(-9, 12), abs(rng.normal(0, 4))
+        wings.append(
+            _rotation("x", hand * lift * 0.6) @ _rotation("y", -droop) @ _rotation("z", hand * lift * -0.3)
+        )
+    turn = _rotation("z", yaw + 180 * facing_left) @ _rotation("y", -upright) @ _rotation("x", roll)
+    plump = np.diag(np.array([rng.uniform(0.95, 1.04), 1, rng.uniform(0.94, 1.06)], np.float32))
+    view = _rotation("x", elevation) @ _BIRD_TO_VIEW @ turn @ plump
+
+    seen = _outline(head_turn, head_at, tail_turn) @ view.T
+    forward = -near  # in view X
+    legs, length = [], rng.uniform(0.33, 0.42)
+    for hand in (1.0, -1.0):
+        hip = view @ (HIP * np.array([1, hand, 1], np.float32))
+        ankle = hip + np.array([-forward * rng.uniform(0.02, 0.07), -0.55 * length, 0], np.float32)
+        step = rng.uniform(-0.03, 0.09) + 0.05 * hand
+        legs.append([hip, ankle, hip + np.array([forward * step, -length, 0], np.float32)])
+    slope = np.tan(np.radians(rng.normal(0, 7)))
+    low = min(leg[2][1] for leg in legs)
+    middle = (legs[0][2][0] + legs[1][2][0]) / 2
+    for leg in legs:
+        leg[2][1] = low + slope * (leg[2][0] - middle)
+
+    joints = np.array([leg[2][:2] for leg in legs])
+    points = np.concatenate([seen[:, :2], joints - [0, 0.03]])
+    lowest, highest = points.min(0), points.max(0)
+    extent = highest - lowest
+    unit = side * rng.uniform(0.62, 0.92) / extent.max()
+    room = np.maximum(side - unit * extent, 0)
+    corner = room * (rng.uniform(0.03, 0.97, 2) if rng.random() < 0.9 else rng.uniform(-0.12, 1.12, 2))
+    corner = np.minimum(corner, room + 0.06 * side)
+    centre = np.array([corner[0] - unit * lowest[0], corner[1] + unit * highest[1]], np.float32)
+
+    def pixel(point: Array) -> Array:
+        return np.array([centre[0] + unit * point[0], centre[1] - unit * point[1]], np.float32)
+
+    placed = [Leg(pixel(leg[0]), pixel(leg[1]), pixel(leg[2]), float(unit * leg[0][2])) for leg in legs]
+    along = np.array([1, slope, 0], np.float32)
+    anchor = np.array([middle, low - 0.02, 0], np.float32)
+    return Pose(
+        view * np.float32(unit),
+        centre,
+        head_turn,
+        head_at,
+        tail_turn,
+        (wings[0], wings[1]),
+        (placed[0], placed[1]),
+        float(unit),
+        (pixel(anchor - along), pixel(anchor + along)),
+    )
+
+
+def wing_points(points: Array, turn: Array, hand: float) -> Array:
+    """Turn left-wing points about the shoulder and mirror them to the right side if ``hand`` is -1."""
+    mirror = np.array([1, hand, 1], np.float32)
+    return (points * mirror - SHOULDER * mirror) @ turn.T + SHOULDER * mirror
+
+
+Array = NDArray[np.floating[Any]]
+
+PART_ID = {part: index + 1 for index, part in enumerate(PARTS)}
+"""Part name to its official number; 0 is "not bird"."""
+CHEEK = 16
+"""A 16th label: the rest of the head, which has no point of its own."""
+
+HEAD_PIVOT = np.array([0.40, 0.0, 0.285], np.float32)
+SHOULDER = np.array([0.25, 0.20, 0.06], np.float32)  # of the left wing; mirror y for the right one
+TAIL_PIVOT = np.array([-0.46, 0.0, 0.03], np.float32)
+HIP = np.array([-0.03, 0.09, -0.15], np.float32)
+EYE = np.array([0.075, 0.1175, 0.035], np.float32)  # from HEAD_PIVOT, left side
+
+_HEAD_RADII = np.array([0.165, 0.135, 0.150], np.float32)
+# The trunk, from tail root to neck: centre x and z, half-width, half-height.
+_TRUNK = np.array([
+    [-0.52, 0.040, 0.020, 0.018], [-0.46, 0.035, 0.070, 0.060], [-0.36, 0.020, 0.130, 0.120],
+    [-0.22, -0.005, 0.185, 0.185], [-0.04, -0.020, 0.225, 0.235], [0.13, 0.000, 0.225, 0.240],
+    [0.26, 0.065, 0.190, 0.205], [0.35, 0.165, 0.145, 0.155], [0.40, 0.260, 0.115, 0.125],
+], np.float32)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Surface:
+    """A part's points: position and outward unit normal (N, 3), texture coordinates u, v (N,), part label (N,)."""
+
+    points: Array
+    normals: Array
+    u: Array
+    v: Array
+    part: NDArray[np.uint8]
+
+
+def _smooth(knots: Array, count: int) -> Array:
+    """A Catmull-Rom curve through ``knots`` (K, M) sampled at ``count`` places -> (count, M)."""
+    padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
+    t = np.linspace(0, len(knots) - 1, count)
+    i = np.minimum(t.astype(int), len(knots) - 2)
+    f = (t - i)[:, None]
+    a, b, c, d = (padded[i + k] for k in range(4))
+    curve = b + 0.5 * f * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * (b - c) + d - a)))
+    return np.asarray(curve, np.float32)
+
+
+def _surface(grid: Array, u: Array, v: Array, part: NDArray[np.uint8] | int, *, inside: Array) -> Surface:
+    """Flatten a (m, n, 3) grid; normals point away from ``inside`` (broadcast to the grid)."""
+    normal = np.cross(np.gradient(grid, axis=0), np.gradient(grid, axis=1))
+    normal *= np.where((normal * (grid - inside)).sum(-1, keepdims=True) < 0, -1.0, 1.0)
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-9
+    shape = grid.shape[:2]
+    parts = np.broadcast_to(np.asarray(part, np.uint8), shape)
+    return Surface(
+        grid.reshape(-1, 3).astype(np.float32),
+        normal.reshape(-1, 3).astype(np.float32),
+        np.ascontiguousarray(np.broadcast_to(u, shape), np.float32).ravel(),
+        np.ascontiguousarray(np.broadcast_to(v, shape), np.float32).ravel(),
+        np.ascontiguousarray(parts).ravel(),
+    )
+
+
+def _steps(length: float, density: float) -> int:
+    return max(6, int(np.ceil(length * density)))
+
+
+@lru_cache(maxsize=64)
+def body(density: float) -> Surface:
+    """Trunk and neck; ``density`` is points per unit. u = x along the body, v = height angle (0 back, pi belly)."""
+    spine = _smooth(_TRUNK, _steps(1.25, density))
+    tangent = np.gradient(spine[:, :2], axis=0)
+    tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
+    angle = np.linspace(-np.pi, np.pi, _steps(1.55, density), dtype=np.float32)[None]
+    side, rise = spine[:, 2:3] * np.sin(angle), spine[:, 3:4] * np.cos(angle)
+    grid = np.stack([spine[:, :1] - tangent[:, 1:] * rise, side, spine[:, 1:2] + tangent[:, :1] * rise], -1)
+    centre = np.stack([spine[:, 0], 0 * spine[:, 0], spine[:, 1]], -1)[:, None]
+    height, x = np.cos(angle), np.broadcast_to(spine[:, :1], grid.shape[:2])
+    below = np.where(x + 0.10 * height > 0.01, PART_ID["breast"], PART_ID["belly"])
+    part = np.where(height > 0.22, PART_ID["back"], below)
+    neck = (grid[..., 2] > 0.125 + 0.06 * height) & (x > 0.22)
+    part = np.where(neck, np.where(height > -0.35, PART_ID["nape"], PART_ID["throat"]), part)
+    return _surface(grid, x, np.abs(angle), part.astype(np.uint8), inside=centre)
+
+
+@lru_cache(maxsize=64)
+def head(density: float) -> Surface:
+    """The skull, centred on 0 (place it at HEAD_PIVOT). u, v: longitude seen from above, and height -1..1."""
+    polar = np.linspace(0, np.pi, _steps(0.55, density), dtype=np.float32)[:, None]
+    angle = np.linspace(-np.pi, np.pi, _steps(1.1, density), dtype=np.float32)[None]
+    ones = np.ones_like(angle)
+    unit = np.stack([np.cos(polar) * ones, np.sin(polar) * np.sin(angle), np.sin(polar) * np.cos(angle)], -1)
+    x, z = unit[..., 0], unit[..., 2]
+    part = np.full(x.shape, CHEEK)
+    part[(x < -0.30) & (z > -0.60)] = PART_ID["nape"]
+    part[(z < -0.38) & (x > -0.45)] = PART_ID["throat"]
+    part[z + 0.25 * x > 0.52] = PART_ID["crown"]
+    part[(x > 0.52) & (z > 0.12)] = PART_ID["forehead"]
+    return _surface(unit * _HEAD_RADII, x, z, part.astype(np.uint8), inside=np.zeros(3, np.float32))
+
+
+def _cone(
+    root: Array,
+    axis: Array,
+    bend: Array,
+    length: float,
+    radius: tuple[float, float],
+    power: float,
+    part: str,
+    density: float,
+) -> Surface:
+    """A tapering, bent tube: bill and crest. u runs from root (0) to tip (1), v is the angle (0 top, pi bottom)."""
+    t = np.linspace(0, 1, _steps(length * 1.3, density), dtype=np.float32)[:, None]
+    angle = np.linspace(-np.pi, np.pi, _steps(6.3 * max(radius), density), dtype=np.float32)[None]
+    centre = root + axis * (length * t) + bend * t**2
+    up = np.array([-axis[2], 0, axis[0]], np.float32)
+    taper = ((1 - t) ** power)[..., None]
+    grid = centre[:, None] + taper * (
+        up * (radius[0] * np.cos(angle))[..., None]
+        + np.array([0, 1, 0], np.float32) * (radius[1] * np.sin(angle))[..., None]
+    )
+    return _surface(grid, t, np.abs(angle), PART_ID[part], inside=centre[:, None])
+
+
+_BILLS = {  # length, bend downward, half-height, half-width, taper
+    "cone": (0.155, 0.015, 0.068, 0.055, 0.9),
+    "all-purpose": (0.175, 0.010, 0.042, 0.036, 0.8),
+    "hooked": (0.200, 0.085, 0.058, 0.045, 0.55),
+    "dagger": (0.270, 0.000, 0.046, 0.036, 0.9),
+    "needle": (0.300, 0.010, 0.024, 0.024, 0.5),
+    "curved_(up_or_down)": (0.270, 0.110, 0.034, 0.030, 0.5),
+}
+
+
+@lru_cache(maxsize=64)
+def bill(shape: str, density: float) -> Surface:
+    """A bill of one of CUB's shapes, in the head's frame."""
+    length, bend, high, wide, power = _BILLS[shape]
+    root, axis = np.array([0.130, 0, -0.012], np.float32), np.array([1, 0, 0], np.float32)
+    return _cone(
+        root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density
+    )
+
+
+@lru_cache(maxsize=64)
+def crest(density: float) -> Surface:
+    """Raised crown feathers of a crested head, in the head's frame."""
+    axis = np.array([-0.70, 0, 0.714], np.float32)
+    bend = np.array([-0.05, 0, 0.035], np.float32)
+    root = np.array([0.035, 0, 0.075], np.float32)
+    return _cone(root, axis, bend, 0.23, (0.085, 0.05), 0.8, "crown", density)
+
+
+@lru_cache(maxsize=64)
+def eye(density: float) -> Surface:
+    """The left eye's disc around EYE, facing outward: u = distance from its centre (0..1), v = direction."""
+    outward = EYE / _HEAD_RADII**2
+    outward /= np.linalg.norm(outward)
+    across = np.cross(np.array([0, 0, 1], np.float32), outward)
+    across /= np.linalg.norm(across)
+    up = np.cross(outward, across)
+    r = np.linspace(0.01, 1, _steps(0.06, density), dtype=np.float32)[:, None]
+    angle = np.linspace(0, 2 * np.pi, _steps(0.25, density), dtype=np.float32)[None]
+    flat = 0.036 * r[..., None] * (across * np.cos(angle)[..., None] + up * np.sin(angle)[..., None])
+    grid = EYE + flat + outward * (0.008 + 0.010 * np.sqrt(np.maximum(0, 1 - r**2)))[..., None]
+    return _surface(grid, r, angle, PART_ID["left eye"], inside=EYE - 0.1 * outward)
+
+
+_WING = np.array([  # upper and lower edge (z) from shoulder to tip
+    [0.080, 0.050], [0.140, -0.030], [0.150, -0.085], [0.138, -0.110], [0.112, -0.095], [0.086, -0.045],
+    [0.055, 0.010], [0.025, 0.025],
+], np.float32)  # fmt: skip
+
+
+@lru_cache(maxsize=64)
+def wing(density: float) -> Surface:
+    """The folded left wing, lying on the flank. u runs from shoulder (0) to tip (1), v from upper (-1) to lower (1)."""
+    u = np.linspace(0, 1, _steps(0.95, density), dtype=np.float32)[:, None]
+    v = np.linspace(-1, 1, _steps(0.36, density), dtype=np.float32)[None]
+    edge = _smooth(_WING, len(u))
+    x = 0.25 - 0.77 * u + 0 * v
+    z = edge[:, :1] * (1 - v) / 2 + edge[:, 1:] * (1 + v) / 2
+    trunk = [np.interp(x, _TRUNK[:, 0], _TRUNK[:, k]) for k in (1, 2, 3)]
+    inside = np.clip(1 - ((z - trunk[0]) / np.maximum(trunk[2], 0.02)) ** 2, 0, None)
+    flank = np.maximum(trunk[1] * np.sqrt(inside), 0.03 + 0.10 * np.clip((0.45 + x) / 0.2, 0, 1))
+    puff = 0.045 * np.sqrt(np.clip(1 - v**2, 0, None)) * np.clip(4 * u, 0, 1) * np.clip(6 * (1 - u), 0.15, 1)
+    grid = np.stack([x, flank + 0.014 + puff, z], -1).astype(np.float32)
+    return _surface(grid, u, v, PART_ID["left wing"], inside=grid * np.array([1, 0, 1], np.float32))
+
+
+def _tail_outline(shape: str, v: Array) -> Array:
+    """How long the tail is at each place across it, relative to its longest feather."""
+    a = np.abs(v)
+    curves = {
+        "rounded_tail": 1 - 0.22 * v**2, "squared_tail": 1 - 0.10 * a**8, "notched_tail": 0.86 + 0.14 * a,
+        "forked_tail": 0.50 + 0.50 * a**0.9, "fan-shaped_tail": np.sqrt(np.clip(1 - 0.30 * v**2, 0, 1)),
+        "pointed_tail": 1 - 0.55 * a,
+    }  # fmt: skip
+    return np.asarray(curves[shape], np.float32)
+
+
+@lru_cache(maxsize=64)
+def tail(shape: str, density: float) -> Surface:
+    """The tail around TAIL_PIVOT. u runs from root (0) to the longest tip (1), v across (-1 right, 1 left)."""
+    fan = shape == "fan-shaped_tail"
+    u = np.linspace(0, 1, _steps(0.5, density), dtype=np.float32)[:, None]
+    v = np.linspace(-1, 1, _steps(0.5 if fan else 0.32, density), dtype=np.float32)[None]
+    along = u * _tail_outline(shape, v)
+    half = 0.055 + (0.20 if fan else 0.075) * along ** (0.8 if fan else 1.2)
+    y = half * v * (1.25 if shape == "forked_tail" else 1)
+    grid = np.stack([-0.46 * along, y, 0.05 * (1 - v**2) - 0.8 * y**2], -1)
+    return _surface(grid, along, v, PART_ID["tail"], inside=grid - np.array([0, 0, 1], np.float32))
