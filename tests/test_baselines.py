@@ -342,7 +342,7 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize("failing", [False, True])
-@pytest.mark.parametrize("name", [*BASELINES, "jointll"])
+@pytest.mark.parametrize("name", [*BASELINES, "joint"])
 def test_everything_is_left_as_found(name: str, failing: bool, images: Tensor) -> None:
     model = make("calm-em")
     breaks = Breaks()
@@ -409,7 +409,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", [*BASELINES, "jointll"])
+@pytest.mark.parametrize("name", [*BASELINES, "joint"])
 @pytest.mark.parametrize("option", OPTIONS)
 def test_an_option_that_a_method_does_not_read_is_refused(name: str, option: str, images: Tensor) -> None:
     read = BASELINES[name].options if name in BASELINES else {"superclass"}

@@ -291,7 +291,7 @@ def test_a_saved_model_explains_an_image(tmp_path: Path, capsys: pytest.CaptureF
     words = ["--model", str(tmp_path / "model"), str(tmp_path / "a.png"), "--out", str(tmp_path / "out")]
     assert main(["attribute", *words, "--target", "auk", "--grid"]) == 0
     assert "auk" in capsys.readouterr().out
-    grid = np.load(tmp_path / "out" / "a.jointll.grid.npy")
+    grid = np.load(tmp_path / "out" / "a.joint.grid.npy")
     with torch.no_grad():
         probs = model.eval()(model.preprocess(tmp_path / "a.png")).probs
     assert grid.sum() == pytest.approx(float(probs[0, 1]), rel=1e-4)

@@ -165,7 +165,7 @@ def test_its_benchmarks_are_those_that_calm_evaluate_stores(page, folder):
     models = ["--model", str(folder / "runs" / "calm-em"), str(folder / "runs" / "cam")]
     for benchmark in BENCHMARKS:
         stored = figures(folder, benchmark)
-        assert set(stored) >= {"CALM-EM jointll", "CAM cam"}
+        assert set(stored) >= {"CALM-EM joint", "CAM cam"}
         before = sorted((folder / "evaluation" / benchmark).iterdir())
         evaluate([benchmark, *models, "--data", str(folder / "birds"), "--out", str(folder / "evaluation")])
         assert sorted((folder / "evaluation" / benchmark).iterdir()) == before
@@ -180,7 +180,7 @@ def test_its_benchmarks_are_those_that_calm_evaluate_stores(page, folder):
         told = {row["method"]: row[head] for row in shown if head in row}
         assert {"CALM-EM", "CAM"} <= set(told)
         for label, stored in figures(folder, benchmark).items():
-            method = {"CALM-EM jointll": "CALM-EM", "CAM cam": "CAM"}.get(label, "Plain gradient of CAM")
+            method = {"CALM-EM joint": "CALM-EM", "CAM cam": "CAM"}.get(label, "Plain gradient of CAM")
             value = stored[name].value
             percent = f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
             assert told[method] == (f"{value:.3f}" if head in ("NLL", "R_30") else percent)
@@ -189,7 +189,7 @@ def test_its_benchmarks_are_those_that_calm_evaluate_stores(page, folder):
 def test_peak_and_mass_are_those_of_cue_localization_beside_chance(page, folder):
     (rows,) = (rows for rows in page.tables if rows[0] == ["method", "peak in the part", "map in the part"])
     stored = figures(folder, "cue-localization")
-    names = {"CALM-EM": "CALM-EM jointll", "CAM": "CAM cam", "Plain gradient of CAM": "CAM gradient"}
+    names = {"CALM-EM": "CALM-EM joint", "CAM": "CAM cam", "Plain gradient of CAM": "CAM gradient"}
     chance = stored["CAM cam"]
     expected = {
         **{
@@ -217,7 +217,7 @@ def test_a_second_call_trains_nothing_and_gives_the_same_figures(page, folder, c
     assert "already complete" in said
     assert "runs/cam is finished already" in said
     assert f"{folder / 'evaluation' / 'table.md'}" in said
-    assert (folder / "evaluation" / "table.md").read_text().count("| CALM-EM jointll |") == len(BENCHMARKS)
+    assert (folder / "evaluation" / "table.md").read_text().count("| CALM-EM joint |") == len(BENCHMARKS)
     assert "run_dir" not in said
     assert "report.html" in said
 

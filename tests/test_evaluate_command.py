@@ -47,10 +47,10 @@ def words(place, *more, models=("calm-em", "cam")):
 
 
 def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
-    flags = words(place, "--method", "jointll", "cam", "--method", "gradcam", "--out", str(tmp_path))
+    flags = words(place, "--method", "joint", "cam", "--method", "gradcam", "--out", str(tmp_path))
     assert main(["evaluate", "cue-localization", *flags]) == 0
     shown = capsys.readouterr().out
-    labels = ["CALM-EM jointll", "CALM-EM gradcam", "CAM cam", "CAM gradcam"]
+    labels = ["CALM-EM joint", "CALM-EM gradcam", "CAM cam", "CAM gradcam"]
     assert all(label in shown for label in labels)
     assert "cue-localization on birds, test" in shown
     rows = list(csv.DictReader((tmp_path / "table.csv").read_text().splitlines()))
@@ -67,7 +67,7 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
     text = (tmp_path / "table.md").read_text()
     assert "## cue-localization on birds, test (8 images)\n" in text
     assert (
-        "Cue-localization: normalization clipping, thresholds log for CALM-EM jointll; normalization minmax,"
+        "Cue-localization: normalization clipping, thresholds log for CALM-EM joint; normalization minmax,"
         " thresholds even for CALM-EM gradcam, CAM cam, CAM gradcam.\n" in text
     )
     assert "- mPxAP released: " in text
@@ -139,7 +139,7 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
 
 
 def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
-    flags = words(place, "--out", str(tmp_path), "--method", "gtcond", models=("calm-em",))
+    flags = words(place, "--out", str(tmp_path), "--method", "posterior", models=("calm-em",))
     (curves,) = evaluate(["insertion-deletion", *flags, "--points", "3"])
     assert curves.figures["insertion"].low <= curves.figures["insertion"].value
     assert len(curves.curves["deletion"].x) == 4
@@ -148,7 +148,7 @@ def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
     (row,) = csv.DictReader((tmp_path / "table.csv").read_text().splitlines())
     assert [row[name] for name in ("benchmark", "figure")] == ["randomisation", "randomisation"]
     assert float(row["low"]) <= float(row["value"]) <= float(row["high"])
-    assert "| CALM-EM gtcond, images 4, order all | " in (tmp_path / "table.md").read_text()
+    assert "| CALM-EM posterior, images 4, order all | " in (tmp_path / "table.md").read_text()
     assert "lower is better" in (tmp_path / "table.md").read_text()
 
 
@@ -324,8 +324,8 @@ def test_boxes_are_fitted_to_stretched_maps_unless_told_otherwise(place, tmp_pat
 
 
 def test_a_map_kind_that_no_model_has_is_refused(place):
-    with pytest.raises(CalmError, match="gtcond needs a CALM model"):
-        evaluate(["cue-localization", *words(place, "--method", "gtcond", models=("cam",))])
+    with pytest.raises(CalmError, match="posterior needs a CALM model"):
+        evaluate(["cue-localization", *words(place, "--method", "posterior", models=("cam",))])
 
 
 def test_a_model_of_other_classes_is_refused(place, tmp_path):

@@ -254,7 +254,7 @@ def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told = []
     found = randomisation(
-        model_subject(model, method="gtcond"),
+        model_subject(model, method="posterior"),
         split,
         images=4,
         batch_size=3,
@@ -267,7 +267,7 @@ def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
     assert found.details["stages"] == ["head", "backbone.last", "backbone.stem"]
     assert found.curves["randomisation"].x == [0, 1, 2, 3]
     assert found.curves["randomisation"].y[0] == 1
-    again = randomisation(model_subject(model, method="gtcond"), split, images=4, replicates=10)
+    again = randomisation(model_subject(model, method="posterior"), split, images=4, replicates=10)
     assert again.figures == found.figures
 
 
@@ -283,7 +283,7 @@ def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split)
 
     edges = replace(model_subject(model_of()), look_with=Brightness)
     assert randomisation(edges, split, order="all", replicates=5).figures["randomisation"].value == 1
-    own = randomisation(model_subject(model_of(), method="gtcond"), split, order="all", replicates=5)
+    own = randomisation(model_subject(model_of(), method="posterior"), split, order="all", replicates=5)
     assert own.figures["randomisation"].value < 0.9
 
 
@@ -334,7 +334,7 @@ def test_randomisation_of_what_cannot_be_compared_is_refused(split):
 
 
 def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_split(split):
-    subject, read = model_subject(model_of(), method="gtcond"), []
+    subject, read = model_subject(model_of(), method="posterior"), []
 
     class Noting:
         def __init__(self, model, images) -> None:
@@ -351,6 +351,6 @@ def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_spl
         record = split.records[place]
         image, label = subject.model.preprocess(record.path), torch.tensor([record.label])
         with torch.no_grad():
-            maps = [model(image).attribute(label, "gtcond").flatten() for model in (subject.model, anew)]
+            maps = [model(image).attribute(label, "posterior").flatten() for model in (subject.model, anew)]
         rows.append(spearmanr(*(values.double().numpy() for values in maps)).statistic)
     assert found.figures["randomisation"].value == pytest.approx(sum(rows) / 3, abs=1e-6)

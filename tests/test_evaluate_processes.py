@@ -145,7 +145,7 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
     assert len(json.loads((tmp_path / "idle/table.json").read_text())) == 4
     capsys.readouterr()
     (first, first_errors), (second, second_errors) = said
-    assert first.count("CALM-EM jointll") >= 4
+    assert first.count("CALM-EM joint") >= 4
     assert second.splitlines() == ["codes [0, 0, 0, 0, 2, 2, 2]"]
     assert str(bad.path) in first_errors.splitlines()[0]
     assert "localization does not read --fill" in first_errors.splitlines()[1]

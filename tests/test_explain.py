@@ -71,8 +71,8 @@ def test_the_files_hold_what_the_model_says(
         output = calm_model(calm_model.preprocess(file))
     best = int(output.probs.argmax())
     grid = output.joint[0, best]
-    np.testing.assert_allclose(np.load(out / "a.jointll.grid.npy"), grid, rtol=1e-6)
-    values = np.load(out / "a.jointll.npy")
+    np.testing.assert_allclose(np.load(out / "a.joint.grid.npy"), grid, rtol=1e-6)
+    values = np.load(out / "a.joint.npy")
     assert values.dtype == np.float32
     assert values.shape == (24, 40)
     np.testing.assert_allclose(values, resize_maps(grid, (24, 40)), rtol=1e-6)
@@ -127,7 +127,7 @@ def test_without_a_target_versus_is_asked_against_the_best_other_class(calm_mode
     with torch.no_grad():
         best = calm_model(calm_model.preprocess(pictures)).probs.topk(2).indices.tolist()
     for first, second in best:
-        answers = explain(calm_model, pictures, Question("jointll", versus=first))
+        answers = explain(calm_model, pictures, Question("joint", versus=first))
         expected = [b if a == first else a for a, b in best]
         assert [answer.target for answer in answers] == expected
         assert second in expected
@@ -138,7 +138,7 @@ def test_superclass_sums_its_classes(calm_model: CalmModel, tmp_path: Path) -> N
     file, out = picture(tmp_path / "a.png"), tmp_path / "out"
     attribute_files([str(file)], model="m", superclass="red finch,green finch", out=out, grid=True)
     joint = calm_model(calm_model.preprocess(file)).joint[0].detach()
-    np.testing.assert_allclose(np.load(out / "a.jointll-superclass.grid.npy"), joint[0] + joint[2], rtol=1e-5)
+    np.testing.assert_allclose(np.load(out / "a.joint-superclass.grid.npy"), joint[0] + joint[2], rtol=1e-5)
     (record,) = json.loads((out / "results.json").read_text())["images"]
     assert [member["index"] for member in record["superclass"]] == [0, 2]
 
@@ -150,7 +150,7 @@ def test_pictures_of_any_size_share_a_batch(calm_model: CalmModel, tmp_path: Pat
     attribute_files([str(tmp_path / "in")], model="m", out=together)
     attribute_files([str(tmp_path / "in")], model="m", out=apart, batch_size=1)
     for i, shape in enumerate([(24, 40), (300, 17), (16, 16)]):
-        one, other = (np.load(folder / f"{i}.jointll.npy") for folder in (together, apart))
+        one, other = (np.load(folder / f"{i}.joint.npy") for folder in (together, apart))
         assert one.shape == shape
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
@@ -166,17 +166,17 @@ def test_bad_images_are_named_and_the_others_done(calm_model: CalmModel, tmp_pat
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [Path(entry["file"]) for entry in results["images"]] == good
     assert len(results["failed"]) == 2
-    assert all((tmp_path / "out" / f"{name}.jointll.npy").is_file() for name in "ac")
+    assert all((tmp_path / "out" / f"{name}.joint.npy").is_file() for name in "ac")
 
 
 def test_an_input_is_never_overwritten(calm_model: CalmModel, tmp_path: Path) -> None:
     first = picture(tmp_path / "a.png")
-    second = picture(tmp_path / "a.jointll.png", seed=1)
+    second = picture(tmp_path / "a.joint.png", seed=1)
     before = second.read_bytes()
     with pytest.raises(CalmError, match="would overwrite the input"):
         attribute_files([str(first), str(second)], model="m", out=tmp_path)
     assert second.read_bytes() == before
-    assert not (tmp_path / "a.jointll.npy").exists()
+    assert not (tmp_path / "a.joint.npy").exists()
 
 
 def test_results_are_not_read_as_inputs(calm_model: CalmModel, tmp_path: Path) -> None:
@@ -216,13 +216,13 @@ def test_classes_are_found_by_name_and_index() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"kind": "jointl"}, "did you mean 'jointll'"),
+        ({"kind": "jont"}, "did you mean 'joint'"),
         ({"kind": "cam"}, "cannot be read from a CALM model"),
         ({"method": "cam"}, "cannot be read from a CALM model"),
         ({"method": "smothgrad"}, "did you mean 'smoothgrad'"),
-        ({"kind": "gtcond", "method": "gradient"}, "choose one"),
-        ({"kind": "jointll-superclass"}, "needs superclass"),
-        ({"kind": "jointll", "superclass": "0,1"}, "takes no superclass"),
+        ({"kind": "posterior", "method": "gradient"}, "choose one"),
+        ({"kind": "joint-superclass"}, "needs superclass"),
+        ({"kind": "joint", "superclass": "0,1"}, "takes no superclass"),
         ({"superclass": "0,1", "versus": "2"}, "leave out superclass"),
         ({"superclass": "0,1", "target": "2"}, "leave out target"),
         ({"target": "Owl", "versus": "3"}, "the same class"),
@@ -256,7 +256,7 @@ def test_an_unusable_device_is_named(tmp_path: Path) -> None:
 def test_the_model_is_left_as_found(calm_model: CalmModel) -> None:
     calm_model.train()
     calm_model.backbone.eval()
-    explain(calm_model, [np.zeros((16, 16, 3), np.uint8)], Question("jointll"))
+    explain(calm_model, [np.zeros((16, 16, 3), np.uint8)], Question("joint"))
     assert calm_model.training
     assert not calm_model.backbone.training
     assert all(parameter.requires_grad for parameter in calm_model.parameters())
@@ -287,13 +287,13 @@ def test_the_ring_of_a_shrunk_overlay_lies_at_the_place() -> None:
         make("calm-em"),
         np.random.default_rng(3).integers(0, 256, (2600, 3900, 3), dtype=np.uint8),
     )
-    (answer,) = explain(model, [picture], Question("jointll"))
+    (answer,) = explain(model, [picture], Question("joint"))
     grid = torch.zeros(4, 4)
     grid[1, 2] = 1
     answer = replace(
         answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))}
     )
-    drawn = draw(picture, answer, Question("jointll"))
+    drawn = draw(picture, answer, Question("joint"))
     assert drawn.shape[:2] == (1633, 2449)
     ringed = (drawn != overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)
     y, x = (np.flatnonzero(ringed.any(axis=axis)) for axis in (1, 0))

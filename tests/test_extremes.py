@@ -256,10 +256,10 @@ def test_every_map_and_quantity_is_finite_and_sums_to_what_it_says(
             for size in (None, (8, 8)):
                 maps = output.attribute(targets, kind, superclass=superclass, size=size)
                 assert torch.isfinite(maps).all(), kind
-            if kind in ("gtcond", "saliency"):
+            if kind in ("posterior", "prior"):
                 sums = output.attribute(targets, kind).sum((2, 3))
                 torch.testing.assert_close(sums, torch.ones_like(sums), rtol=0, atol=rounding)
-            if kind == "jointll":
+            if kind == "joint":
                 sums = output.attribute(targets, kind).sum((2, 3))
                 torch.testing.assert_close(sums, output.probs, rtol=0, atol=rounding)
 

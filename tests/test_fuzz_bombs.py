@@ -173,9 +173,9 @@ def explained(folder: Path, sizes: dict[str, tuple[int, int]], megabytes: int) -
     found = {}
     for name, result in zip(sizes, in_child(tasks, megabytes=megabytes), strict=True):
         assert result["kind"] == "ok", (name, result)
-        written = np.load(folder / "out" / f"{name}.jointll.npy", mmap_mode="r")
+        written = np.load(folder / "out" / f"{name}.joint.npy", mmap_mode="r")
         assert (written.shape, written.dtype) == (sizes[name][::-1], np.float32)
-        with Image.open(folder / "out" / f"{name}.jointll.png") as overlay:
+        with Image.open(folder / "out" / f"{name}.joint.png") as overlay:
             found[name] = overlay.size
     return found
 

@@ -33,13 +33,13 @@ def expected(kind: str, b: int, target: int) -> Tensor:
     group = SUPERCLASS[target]
     scaled = [oracle.minmax(LOGITS[b, c]) for c in range(5)]
     return {
-        "jointll": lambda: joint[b, target],
-        "jointll-superclass": lambda: sum(joint[b, c] for c in group),
-        "jointll-superclass-mean": lambda: sum(joint[b, c] for c in group) / len(group),
-        "gtcond": lambda: posterior[b, target],
-        "gtcond-superclass": lambda: sum(posterior[b, c] for c in group),
-        "gtcond-superclass-mean": lambda: sum(posterior[b, c] for c in group) / len(group),
-        "saliency": lambda: oracle.prior(SCORES, "softplus")[b],
+        "joint": lambda: joint[b, target],
+        "joint-superclass": lambda: sum(joint[b, c] for c in group),
+        "joint-superclass-mean": lambda: sum(joint[b, c] for c in group) / len(group),
+        "posterior": lambda: posterior[b, target],
+        "posterior-superclass": lambda: sum(posterior[b, c] for c in group),
+        "posterior-superclass-mean": lambda: sum(posterior[b, c] for c in group) / len(group),
+        "prior": lambda: oracle.prior(SCORES, "softplus")[b],
         "cam": lambda: LOGITS[b, target],
         "cam-saliency": lambda: sum(scaled),
         "cam-superclass": lambda: sum(scaled[c] for c in group),
@@ -71,8 +71,8 @@ def test_several_targets_come_from_one_output(kind):
 
 def test_the_joint_map_sums_to_the_prediction():
     every = torch.arange(5).expand(3, -1)
-    assert_close(CALM.attribute(every, "jointll").sum((2, 3)), CALM.probs)
-    assert_close(CALM.attribute(every, "gtcond").sum((2, 3)), torch.ones(3, 5, dtype=torch.float64))
+    assert_close(CALM.attribute(every, "joint").sum((2, 3)), CALM.probs)
+    assert_close(CALM.attribute(every, "posterior").sum((2, 3)), torch.ones(3, 5, dtype=torch.float64))
 
 
 @settings(max_examples=30, deadline=None)
@@ -92,16 +92,16 @@ def test_difference_is_the_absolute_difference():
 @pytest.mark.parametrize(
     ("targets", "kind", "options", "message"),
     [
-        (TARGETS, "jointl", {}, "did you mean 'jointll'"),
-        (TARGETS, "vanilla", {}, "CALM model: choose one of jointll"),
-        (torch.tensor([0, 1]), "jointll", {}, "2 targets for 3 images"),
-        (torch.tensor([0, 1, 5]), "jointll", {}, "out of range: 5, allowed are 0 to 4"),
-        (torch.tensor([0, -1, 2]), "jointll", {}, "out of range: -1"),
-        (torch.rand(3), "jointll", {}, "class indices"),
-        (TARGETS, "jointll-superclass", {}, "needs superclass="),
-        (TARGETS, "jointll", {"superclass": SUPERCLASS}, "takes no superclass="),
-        (TARGETS, "jointll-superclass", {"superclass": {4: [4]}}, "no classes for target 0"),
-        (TARGETS, "jointll-superclass", {"superclass": {4: [7], 0: [0], 2: [2]}}, "names class 7"),
+        (TARGETS, "jont", {}, "did you mean 'joint'"),
+        (TARGETS, "vanilla", {}, "CALM model: choose one of joint"),
+        (torch.tensor([0, 1]), "joint", {}, "2 targets for 3 images"),
+        (torch.tensor([0, 1, 5]), "joint", {}, "out of range: 5, allowed are 0 to 4"),
+        (torch.tensor([0, -1, 2]), "joint", {}, "out of range: -1"),
+        (torch.rand(3), "joint", {}, "class indices"),
+        (TARGETS, "joint-superclass", {}, "needs superclass="),
+        (TARGETS, "joint", {"superclass": SUPERCLASS}, "takes no superclass="),
+        (TARGETS, "joint-superclass", {"superclass": {4: [4]}}, "no classes for target 0"),
+        (TARGETS, "joint-superclass", {"superclass": {4: [7], 0: [0], 2: [2]}}, "names class 7"),
     ],
 )
 def test_wrong_questions_are_refused_with_the_value_and_the_choices(targets, kind, options, message):
@@ -111,10 +111,10 @@ def test_wrong_questions_are_refused_with_the_value_and_the_choices(targets, kin
 
 def test_a_cam_model_has_no_joint():
     with pytest.raises(CalmError, match="CAM model: choose one of cam"):
-        canonical_kind("jointll", "cam")
+        canonical_kind("joint", "cam")
 
 
 def test_no_image_has_no_map():
     none = CalmOutput(torch.zeros(0, 5, 3, 2), torch.zeros(0, 1, 3, 2))
-    for kind, options in (("jointll", {}), ("jointll-superclass", {"superclass": SUPERCLASS})):
+    for kind, options in (("joint", {}), ("joint-superclass", {"superclass": SUPERCLASS})):
         assert none.attribute(torch.zeros(0, dtype=torch.int64), kind, **options).shape == (0, 3, 2)

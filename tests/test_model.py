@@ -153,7 +153,7 @@ def test_a_cam_model_has_no_attention_and_its_map_averages_to_the_class_score():
     assert_close(output.attribute(TARGETS).mean((1, 2)), output.class_scores[torch.arange(3), TARGETS])
     assert_close(output.probs, output.logits.mean((2, 3)).softmax(1))
     with pytest.raises(CalmError, match="CAM model"):
-        model.attribute(IMAGES, TARGETS, "jointll")
+        model.attribute(IMAGES, TARGETS, "joint")
     with pytest.raises(CalmError, match="E-step"):
         model.loss(IMAGES, TARGETS, temperature=0.5)
 

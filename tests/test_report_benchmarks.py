@@ -30,7 +30,7 @@ from calm_birds import write_birds
 HOSTILE = "<script>x</script> & co"
 
 
-def made(benchmark="localization", label="CALM-EM jointll", **changes):
+def made(benchmark="localization", label="CALM-EM joint", **changes):
     """A result as `calm evaluate` writes it."""
     x = np.linspace(0, 1, 400)
     fields = {
@@ -50,7 +50,7 @@ def made(benchmark="localization", label="CALM-EM jointll", **changes):
     return Result(benchmark, label, **{**fields, **changes})
 
 
-def cue_result(label="CALM-EM jointll", shift=0.0, **changes):
+def cue_result(label="CALM-EM joint", shift=0.0, **changes):
     figures = {
         f"mpxap{kind}{number}": Estimate(0.3 + shift, 0.25 + shift, 0.35 + shift)
         for kind in ("", "_published")
@@ -80,9 +80,9 @@ def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(t
     groups = find_groups([tmp_path / "a", tmp_path / "b", tmp_path])  # the last finds all of them again
     found = [(g.benchmark, [r.label for r in g.results], g.data["images"]) for g in groups]
     assert found == [
-        ("cue-localization", ["CALM-EM jointll"], 40),
-        ("localization", ["CALM-EM jointll", "CAM cam"], 40),
-        ("localization", ["CALM-EM jointll"], 9),
+        ("cue-localization", ["CALM-EM joint"], 40),
+        ("localization", ["CALM-EM joint", "CAM cam"], 40),
+        ("localization", ["CALM-EM joint"], 9),
     ]
     assert len({g.heading for g in groups}) == 3
 
@@ -130,17 +130,17 @@ def test_equal_labels_are_told_apart_by_their_runs(tmp_path):
         provenance = {"data": {"fingerprint": "f"}, "subject": {"model": f"runs/calm-{seed}"}}
         made(provenance=provenance).save(tmp_path / f"{seed}.json")
     (found,) = find_groups([tmp_path])
-    assert [r.label for r in found.results] == ["CALM-EM jointll (calm-0)", "CALM-EM jointll (calm-1)"]
+    assert [r.label for r in found.results] == ["CALM-EM joint (calm-0)", "CALM-EM joint (calm-1)"]
 
 
 def test_every_method_has_a_look_of_its_own_and_calm_and_cam_theirs():
-    methods = {"CAM gradient": "gradient", "CALM-ML jointll": "jointll", "CAM cam": "cam"}
+    methods = {"CAM gradient": "gradient", "CALM-ML joint": "joint", "CAM cam": "cam"}
     labels = [*methods, *map(str, range(12))]
     subjects = [{"subject": {"method": methods.get(label)}} for label in labels]
     results = [made(label=n, provenance={"data": {}, **s}) for n, s in zip(labels, subjects, strict=True)]
     looks = styles([group(*results)])
     assert len(set(looks.values())) == len(labels)
-    assert looks["CALM-ML jointll"] == ("calm", False)
+    assert looks["CALM-ML joint"] == ("calm", False)
     assert looks["CAM cam"] == ("cam", False)
 
 
@@ -282,7 +282,7 @@ def birds(tmp_path_factory):
     scores = {record.id: place / len(split.records) for place, record in enumerate(split.records)}
     subject = {
         "model": str(folder / "model"),
-        "method": "jointll",
+        "method": "joint",
         "options": {},
         "weights": weights_digest(model),
         "normalization": "clipping",

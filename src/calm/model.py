@@ -234,7 +234,7 @@ class CalmModel(nn.Module):
         Args:
             images: as for `forward`.
             targets: the classes to explain; one alone is asked of all images.
-            kind: a name of `calm.output.MAP_KINDS`; None is ``jointll`` for CALM, ``cam`` for CAM.
+            kind: a name of `calm.output.MAP_KINDS`; None is ``joint`` for CALM, ``cam`` for CAM.
             superclass: for the superclass kinds: target to its classes.
             size: (height, width) of the maps; None is the size of the images.
 
@@ -267,7 +267,7 @@ class CalmModel(nn.Module):
     def map_kind(self, kind: str | None = None) -> str:
         """The canonical name of a map kind of this model; of its default one for None."""
         family = "cam" if self.config.method == "cam" else "calm"
-        return output.canonical_kind(kind or {"cam": "cam", "calm": "jointll"}[family], family)
+        return output.canonical_kind(kind or {"cam": "cam", "calm": "joint"}[family], family)
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
         """Image files, PIL images or uint8 RGB arrays (H, W, 3), one or a list, as a batch on the model's device."""

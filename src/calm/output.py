@@ -5,22 +5,22 @@ computed (the sum over classes, the prior) the next one finds.
 
 Attribution maps as questions to a classifier's output, one function each.
 
-=======================  ============================  =====================================================
-kind (ours)              released code's name          what a value of the map is
-=======================  ============================  =====================================================
-jointll                  jointll                       p(y, z | x); sums to p(y | x)
-jointll-superclass       jointll-superclass            p(one of the classes, z | x): sum of their joints
-jointll-superclass-mean  jointll-superclass-mean       the same divided by the number of classes
-gtcond                   gtcond                        p(z | x, y); sums to 1
-gtcond-superclass        gtcond-superclass             sum of the classes' posteriors
-gtcond-superclass-mean   gtcond-superclass-mean        their mean; sums to 1
-saliency                 saliency                      p(z | x); sums to 1
-cam                      vanilla                       the class logit f[y] at z
-cam-saliency             vanilla-saliency              sum over classes of min-max normalised f
-cam-superclass           vanilla-superclass            that sum over the classes of a superclass
-=======================  ============================  =====================================================
+=========================  ==========================  =====================================================
+kind                       released code's name        what a value of the map is
+=========================  ==========================  =====================================================
+joint                      jointll                     p(y, z | x); sums to p(y | x)
+joint-superclass           jointll-superclass          p(one of the classes, z | x): sum of their joints
+joint-superclass-mean      jointll-superclass-mean     the same divided by the number of classes
+posterior                  gtcond                      p(z | x, y); sums to 1
+posterior-superclass       gtcond-superclass           sum of the classes' posteriors
+posterior-superclass-mean  gtcond-superclass-mean      their mean; sums to 1
+prior                      saliency                    p(z | x); sums to 1
+cam                        vanilla                     the class logit f[y] at z
+cam-saliency               vanilla-saliency            sum over classes of min-max normalised f
+cam-superclass             vanilla-superclass          that sum over the classes of a superclass
+=========================  ==========================  =====================================================
 
-``joint``, ``posterior`` and ``prior`` are accepted for jointll, gtcond and saliency. The first seven need a CALM
+The released names are accepted as aliases. The first seven need a CALM
 model, the last three a CAM model: asking the wrong one is an error, not a picture of untrained weights.
 
 Source: paper, section 4 (attribution maps) and the released code's score map processes.
@@ -64,17 +64,18 @@ Superclass: TypeAlias = Mapping[int, Sequence[int]]
 """For each target class, the classes of its superclass (which normally include itself)."""
 
 ALIASES = {
+    "jointll": "joint",
+    "jointll-superclass": "joint-superclass",
+    "jointll-superclass-mean": "joint-superclass-mean",
+    "gtcond": "posterior",
+    "gtcond-superclass": "posterior-superclass",
+    "gtcond-superclass-mean": "posterior-superclass-mean",
+    "saliency": "prior",
     "vanilla": "cam",
     "vanilla-saliency": "cam-saliency",
     "vanilla-superclass": "cam-superclass",
-    "joint": "jointll",
-    "joint-superclass": "jointll-superclass",
-    "joint-superclass-mean": "jointll-superclass-mean",
-    "posterior": "gtcond",
-    "posterior-superclass": "gtcond-superclass",
-    "posterior-superclass-mean": "gtcond-superclass-mean",
-    "prior": "saliency",
 }
+"""The released code's names of the map kinds."""
 
 
 def joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
@@ -114,13 +115,13 @@ class MapKind:
 
 
 MAP_KINDS: dict[str, MapKind] = {
-    "jointll": MapKind("calm", joint),
-    "jointll-superclass": MapKind("calm", joint, over="superclass"),
-    "jointll-superclass-mean": MapKind("calm", joint, over="superclass", mean=True),
-    "gtcond": MapKind("calm", posterior),
-    "gtcond-superclass": MapKind("calm", posterior, over="superclass"),
-    "gtcond-superclass-mean": MapKind("calm", posterior, over="superclass", mean=True),
-    "saliency": MapKind("calm", prior),
+    "joint": MapKind("calm", joint),
+    "joint-superclass": MapKind("calm", joint, over="superclass"),
+    "joint-superclass-mean": MapKind("calm", joint, over="superclass", mean=True),
+    "posterior": MapKind("calm", posterior),
+    "posterior-superclass": MapKind("calm", posterior, over="superclass"),
+    "posterior-superclass-mean": MapKind("calm", posterior, over="superclass", mean=True),
+    "prior": MapKind("calm", prior),
     "cam": MapKind("cam", cam),
     "cam-saliency": MapKind("cam", scaled_cam, over="all"),
     "cam-superclass": MapKind("cam", scaled_cam, over="superclass"),
@@ -504,7 +505,7 @@ class CalmOutput:
     def attribute(
         self,
         targets: Targets,
-        kind: str = "jointll",
+        kind: str = "joint",
         *,
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,

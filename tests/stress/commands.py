@@ -84,7 +84,7 @@ def _train(inputs: Inputs, out: Path) -> list[str]:
 
 def _evaluate(inputs: Inputs, out: Path) -> list[str]:
     return (
-        f"evaluate all --model {inputs.model} --data {inputs.birds} --out {out} --method jointll gtcond"
+        f"evaluate all --model {inputs.model} --data {inputs.birds} --out {out} --method joint posterior"
         " --replicates 20 --batch_size 8 --device cpu"
     ).split()
 

@@ -110,10 +110,10 @@ def _free(name: str, taken: set[str]) -> str:
 
 
 UNITS = {
-    "jointll": "p(y|x)",
-    "jointll-superclass": "p(superclass|x)",
-    "gtcond": "p(z|x,y)",
-    "saliency": "p(z|x)",
+    "joint": "p(y|x)",
+    "joint-superclass": "p(superclass|x)",
+    "posterior": "p(z|x,y)",
+    "prior": "p(z|x)",
 }
 """What the mass of a map's grid adds up to, where it is a probability; of other maps it has no name."""
 
@@ -202,7 +202,7 @@ def attribute_files(
     For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak; of the size of the
     picture, enlarged if that is small, shrunk to 4 megapixels if it is larger) and NAME.KIND.npy (the map:
     float32, at the size of the image, in its own unit and not normalised), and at the end results.json. A value
-    of a jointll map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
+    of a joint map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
     keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
 
     Pictures are turned upright as their EXIF data says.
@@ -211,8 +211,8 @@ def attribute_files(
         images: image files, folders (searched at all depths) and patterns such as 'photos/*.jpg'.
         model: a run folder of calm train, a saved model, or a hub id.
         target: the class to explain, by name or index. Default: the most probable one in each image.
-        kind: which of the model's own maps: jointll, gtcond, saliency, ... for CALM; cam, ... for CAM.
-            Default: jointll or cam.
+        kind: which of the model's own maps: joint, posterior, prior, ... for CALM; cam, ... for CAM.
+            Default: joint or cam.
         method: instead of a kind, any attribution method: integrated-gradients, smoothgrad, gradcam, ...
         superclass: names or indices of classes with commas between them, to ask for their sum.
         versus: a second class: the map becomes the absolute difference, why the target and not this class; in

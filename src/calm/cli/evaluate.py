@@ -22,7 +22,7 @@ __all__ = ["flags", "main"]
 
 _EXAMPLES = """examples:
   calm evaluate cue-localization --model runs/calm runs/cam --data birds
-  calm evaluate cue-localization --model runs/calm --data birds --method jointll gtcond gradcam
+  calm evaluate cue-localization --model runs/calm --data birds --method joint posterior gradcam
   calm evaluate all --model runs/calm --data CUB_200_2011 --out tables
   calm evaluate remove-and-classify --model runs/calm --data birds --fill blur --fractions 0.05 0.1 0.2
   calm evaluate localization --maps my-maps --data birds

@@ -29,7 +29,7 @@ def classification(
     """Is the prediction right, and is its probability worth its name?
 
     Args:
-        subject: the classifier. Its maps are read only if they are CALM's joint (``jointll``): then the largest
+        subject: the classifier. Its maps are read only if they are CALM's joint: then the largest
             distance of a map's sum from the probability it explains is measured too.
         split: the images.
         batch_size: images in a forward pass.
@@ -47,7 +47,7 @@ def classification(
         CalmError: a label that the classifier has no class for; unreadable images.
     """
     metric = Classification(replicates=replicates, seed=seed).to(subject.device)
-    has_joint = subject.about.get("method") == "jointll"
+    has_joint = subject.about.get("method") == "joint"
     worst = torch.zeros((), dtype=torch.float64, device=subject.device)
     scores: dict[int, float] = {}
     for _, labels, keys, looked in looks(

@@ -59,7 +59,7 @@ class Subject:
     """A row of a benchmark's table.
 
     Attributes:
-        label: its name in the table, "CALM-EM jointll".
+        label: its name in the table, "CALM-EM joint".
         look: normalised images (b, 3, H, W) on ``device`` to what was seen in them.
         preprocessing: how image files become its input.
         device: where images must be.

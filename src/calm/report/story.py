@@ -165,7 +165,7 @@ def _cards(study: Study, indices: Tensor) -> list[Html]:
     with torch.no_grad():
         output = study.calm(images)
         assert isinstance(output, CalmOutput)
-        joint, posterior = output.attribute(targets, "jointll"), output.attribute(targets, "gtcond")
+        joint, posterior = output.attribute(targets, "joint"), output.attribute(targets, "posterior")
         prior, cam = output.prior, study.cam.attribute(images, targets, size=joint.shape[-2:])  # type: ignore[arg-type]
     gradient = attribute(study.cam, images, targets, "smoothgrad")
     cards = []
@@ -197,7 +197,7 @@ def _comparison(study: Study, index: int, first: int, second: int) -> list[Shot]
     images, picture = study.images(torch.tensor([index])), study.picture(index)
     classes = torch.tensor([[first, second]])
     with torch.no_grad():
-        joint = study.calm(images).attribute(classes, "jointll")[0]
+        joint = study.calm(images).attribute(classes, "joint")[0]
         cam = study.cam(images).attribute(classes, "cam")[0]
     scale = float(joint.max())
     one, other = study.names[first], study.names[second]

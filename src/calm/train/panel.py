@@ -22,7 +22,7 @@ from calm.train.module import TrainingModule
 
 __all__ = ["Panel", "choose_images", "draw"]
 
-MAPS = {"calm": ("saliency", "jointll"), "cam": ("cam",)}
+MAPS = {"calm": ("prior", "joint"), "cam": ("cam",)}
 RIGHT, WRONG = (70, 160, 90), (200, 80, 70)
 
 
