@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import os
 import re
@@ -99,15 +98,7 @@ def test_each_command_has_help_with_examples(name: str, capsys: pytest.CaptureFi
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.own_parser])
 def test_each_flag_has_a_help_text(name: str) -> None:
-    command = COMMANDS[name]
-    module, _, function = command.function.partition(":")
-    parser = build_parser(
-        getattr(importlib.import_module(module), function),
-        prog="calm",
-        examples="",
-        fixed=command.fixed,
-        words=command.words,
-    )
+    parser = COMMANDS[name].parser(name)
     bare = [action.dest for action in parser._actions if not (action.help or "").strip()]
     assert not bare
 
@@ -115,10 +106,7 @@ def test_each_flag_has_a_help_text(name: str) -> None:
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.own_parser])
 def test_the_examples_are_accepted(name: str) -> None:
     command = COMMANDS[name]
-    module, _, function = command.function.partition(":")
-    parser = build_parser(
-        getattr(importlib.import_module(module), function), prog="calm", examples="", fixed=command.fixed
-    )
+    parser = command.parser(name)
     for line in command.examples.strip().splitlines():
         words = shlex.split(line)
         assert words[: 1 + len(name.split())] == ["calm", *name.split()]
@@ -278,8 +266,7 @@ def test_what_the_command_sets_is_no_flag() -> None:
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_commands_can_be_called_from_python_too(name: str) -> None:
-    module, _, function = COMMANDS[name].function.partition(":")
-    assert inspect.getdoc(getattr(importlib.import_module(module), function))
+    assert inspect.getdoc(COMMANDS[name].load())
 
 
 def test_a_saved_model_explains_an_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 from calm.cli import COMMANDS
 from calm.cli import train as train_command
 from calm.cli.evaluate import flags as evaluate_flags
-from calm.cli.parsing import build_parser, parse
+from calm.cli.parsing import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -54,7 +53,4 @@ def test_the_readmes_commands_parse():
             evaluate_flags().parse_args(words[1:])
             continue
         name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
-        module, _, function = COMMANDS[name].function.partition(":")
-        target = getattr(importlib.import_module(module), function)
-        parser = build_parser(target, prog="calm", examples="", fixed=COMMANDS[name].fixed)
-        parse(parser, words[len(name.split()) :])
+        parse(COMMANDS[name].parser(name), words[len(name.split()) :])

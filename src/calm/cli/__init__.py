@@ -10,10 +10,13 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from calm.errors import CalmError, unknown
 from calm.files import caches_among_temporary_files
+
+if TYPE_CHECKING:
+    from calm.cli.parsing import Parser
 
 __all__ = ["COMMANDS", "Command", "main"]
 
@@ -31,6 +34,7 @@ class Command:
         own_parser: the function takes the words of the command line itself.
         fixed: parameters that are no flags, and their values.
         words: help for parameters whose docstring says too little on its own.
+        flags: flags of parameters that are not to be positional, or whose flag has another name.
     """
 
     function: str
@@ -40,6 +44,20 @@ class Command:
     own_parser: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    def parser(self, name: str) -> Parser:
+        """The parser of the command's words, under its name in the table; not for one with its own parser."""
+        from calm.cli.parsing import build_parser
+
+        options = {"fixed": self.fixed, "words": self.words, "flags": self.flags}
+        return build_parser(self.load(), prog=f"calm {name}", examples=self.examples, **options)
+
+    def load(self) -> Callable[..., Any]:
+        """Import the function."""
+        module, _, name = self.function.partition(":")
+        function: Callable[..., Any] = getattr(import_module(module), name)
+        return function
 
 
 def _print(result: Any) -> int:
@@ -97,10 +115,14 @@ COMMANDS: dict[str, Command] = {
         finish=_print,
     ),
     "data prepare": Command(
-        "calm.cli.prepare:main",
+        "calm.data.prepare:prepare",
         "unpack published archives (CUB, ILSVRC, OpenImages30k, Tiny ImageNet)",
+        "  calm data prepare cub --from downloads --out .\n"
+        "  calm data prepare tiny-imagenet --from tiny-imagenet-200.zip --out tiny --classes n01443537,n01629819\n"
+        "  calm data prepare ilsvrc --from downloads metadata.zip --out .\n"
+        "  calm data prepare openimages30k --from downloads --out . --metadata_url published\n",
         finish=_print,
-        own_parser=True,
+        flags={"archives": "--from", "out": "--out"},
     ),
     "data check": Command(
         "calm.data.check:check",
@@ -171,16 +193,12 @@ def _run(words: list[str]) -> int:
     rest = [_underscored(word) for word in rest]
     command = COMMANDS[name]
     caches_among_temporary_files()
-    module, _, function_name = command.function.partition(":")
-    function = getattr(import_module(module), function_name)
     if command.own_parser:
-        return command.finish(function(rest))
-    from calm.cli.parsing import build_parser, parse
+        return command.finish(command.load()(rest))
+    from calm.cli.parsing import parse
 
-    parser = build_parser(
-        function, prog=f"calm {name}", examples=command.examples, fixed=command.fixed, words=command.words
-    )
-    return command.finish(function(**parse(parser, rest), **command.fixed))
+    values = parse(command.parser(name), rest)
+    return command.finish(command.load()(**values, **command.fixed))
 
 
 def _output_fails() -> str:

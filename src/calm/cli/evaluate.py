@@ -42,7 +42,6 @@ def flags() -> Parser:
         f"\n{'':<23}which take many passes of each image",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
     )
     add = parser.add_argument
     add("benchmark", help="one of the above")

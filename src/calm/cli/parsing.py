@@ -1,9 +1,22 @@
-"""What is wrong with the words of a command line, as people say it: the flag, the value, what is allowed.
+"""Command-line parsers made from type hints: jsonargparse, with help pages and error messages for people.
 
-From a function's signature and docstring to flags: what `calm.cli` runs its commands with.
+A command makes its parser in one of two ways, and reads its words with `parse`, which returns typed values::
 
-A required parameter is positional, a required ``list`` takes one or more values, the others are flags; a
-``bool`` flag may stand alone (``--grid``). Help texts come from the docstring.
+    parser = build_parser(function, prog="calm report", examples="  calm report runs/birds")
+    function(**parse(parser, words))
+
+    parser = Parser(prog="calm train", description="Train ...", epilog="examples:\n  calm train --data DIR")
+    parser.add_class_arguments(TrainConfig)  # one flag per field; the fields of a nested dataclass get a dot
+    config = TrainConfig(**parse(parser, words))
+
+The first serves commands that are one function: required parameters are positional, a required ``list`` takes one or
+more values, all others are flags, and help texts come from the docstring. A command of several tasks, such as
+``calm evaluate NAME``, makes a parser of each task and asks the one that the first word names, so that a task has only
+the flags that it reads. `Parser` is a jsonargparse parser: ``add_argument``, ``add_class_arguments`` and
+``add_function_arguments`` work as documented there.
+
+Errors are a `CalmError`. What is wrong is found by comparing the words with the parser's flags and their type
+hints, not by reading the messages of jsonargparse, which are passed on where this finds nothing.
 """
 
 from __future__ import annotations
@@ -15,29 +28,64 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from types import SimpleNamespace
-from typing import Any, NoReturn, get_origin, get_type_hints
+from itertools import takewhile
+from types import NoneType, SimpleNamespace, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 from calm.errors import CalmError, unknown
 
-__all__ = ["Formatter", "Parser", "build_parser", "complaint", "parse", "refuse_unknown_flags"]
+__all__ = ["Formatter", "Parser", "build_parser", "parse"]
 
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of description and examples; leaves out types and empty defaults, and reST's
-    marks."""
+    """Format help pages: keep line breaks of description and epilog, show defaults, hide types and reST markup."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
+        if isinstance(action, argparse._HelpAction):
+            return "show this help message and exit"
+        text = _plain_text(action.help or "")
         if action.help == argparse.SUPPRESS or not action.option_strings:
-            return _plain(action.help or "")
-        text = _plain(str(super()._get_help_string(action)))
-        text = re.sub(r"(\(|, )type: %\(type\)s", r"\1", text)
-        text = text.replace("(, ", "(").replace("()", "").replace("(required, )", "(required)").strip()
-        if action.default is None or action.default is False:
-            text = re.sub(r"\s*\((required)?(, )?default: %\(default\)s\)$", "", text)
-        return text
+            return text
+        if action.required:
+            return f"{text} (required)"
+        # An absent value needs no words, nor does the default of a switch: the text says what happens then.
+        silent = action.nargs == 0 or any(
+            action.default is value for value in (None, False, "", argparse.SUPPRESS)
+        )
+        return text if silent else f"{text} (default: %(default)s)"
+
+
+class Parser(ArgumentParser):
+    """A jsonargparse parser whose errors are a `CalmError` that names the flag, the value and what is allowed.
+
+    Args:
+        **options: as of `jsonargparse.ArgumentParser`; ``prog`` and ``description`` are needed, ``epilog`` is the
+            end of the help page, with examples.
+    """
+
+    def __init__(self, **options: Any) -> None:
+        defaults: dict[str, Any] = {
+            "formatter_class": Formatter,
+            "exit_on_error": False,
+            "allow_abbrev": False,
+        }
+        super().__init__(**defaults | options)
+
+    def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
+        """Return the values of ``args`` as a namespace.
+
+        Raises:
+            CalmError: an unknown flag, a missing or a wrong value.
+            SystemExit: after ``--help`` or ``--print_config``.
+        """
+        # First, since a mistyped flag is also missed under its right name.
+        _refuse_unknown_flags(self, args)
+        try:
+            return super().parse_args(args, *rest, **options)
+        except argparse.ArgumentError as error:
+            raise _explained(self, args, error) from error
 
 
 def build_parser(
@@ -47,160 +95,222 @@ def build_parser(
     examples: str,
     fixed: Mapping[str, Any] | None = None,
     words: Mapping[str, str] | None = None,
-) -> ArgumentParser:
-    """A parser for a function's parameters.
+    flags: Mapping[str, str] | None = None,
+) -> Parser:
+    """Make a parser for a function's parameters.
 
     Args:
-        function: with type hints and a docstring.
+        function: with type hints and a docstring in Google style.
         prog: how the command is called.
-        examples: the end of the help, as it is to be shown.
-        fixed: parameters that the command sets itself: no flags.
-        words: help texts of parameters, where those of the docstring say too little on their own.
+        examples: the end of the help page.
+        fixed: parameters that the command sets itself: they get no flag.
+        words: help texts of parameters whose docstring says too little on its own.
+        flags: for parameters that would be positional, or whose flag has another name: the flag, such as ``--from``.
     """
-    # jsonargparse would import all that the function's module imports for type checking alone, to find its hints.
-    function.__annotations__.update(_hints(function))
-    parser = ArgumentParser(
-        prog=prog,
-        description=_description(function),
-        epilog="examples:\n" + examples,
-        formatter_class=Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
-    )
-    skip: set[str | int] = set(fixed or {})
-    for name, kind in _required_lists(function).items():
-        parser.add_argument(
-            name, nargs="+", type=kind, help=_help_of(function, name), metavar=name[:-1].upper()
-        )
-        skip.add(name)
+    hints = _type_hints(function)
+    # Else jsonargparse imports all that the function's module imports for type checking alone, PyTorch included.
+    function.__annotations__.update(hints)
+    parser = Parser(prog=prog, description=_description(function), epilog="examples:\n" + examples)
     parameters = inspect.signature(function).parameters
-    keywords: set[str | int] = {
-        name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=skip | keywords)
-    parser.add_function_arguments(function, as_group=False, skip=skip | (parameters.keys() - keywords))
+    help_texts = _help_texts(function) | dict(words or {})
+    by_hand: set[str | int] = set(fixed or {})
+    for name, parameter in parameters.items():
+        several = parameter.default is inspect.Parameter.empty and get_origin(hints.get(name)) in (
+            list,
+            Sequence,
+        )
+        flag = (flags or {}).get(name)
+        if name in by_hand or not (several or flag):
+            continue
+        options: dict[str, Any] = {"type": hints[name], "help": help_texts.get(name, "")}
+        if several:
+            options |= {"type": get_args(hints[name])[0], "nargs": "+", "metavar": name[:-1].upper()}
+        if flag:
+            required = parameter.default is inspect.Parameter.empty
+            options |= {"dest": name, "required": required} | (
+                {} if required else {"default": parameter.default}
+            )
+        parser.add_argument(flag or name, **options)
+        by_hand.add(name)
+    keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=by_hand | keywords)
+    parser.add_function_arguments(function, as_group=False, skip=by_hand | (parameters.keys() - keywords))
     for action in parser._actions:
-        if action.dest in (words or {}):
-            action.help = (words or {})[action.dest]
-        if action.dest in parameters and parameters[action.dest].annotation in (bool, bool | None):
+        action.help = (words or {}).get(action.dest, action.help)
+        if hints.get(action.dest) in (bool, bool | None):  # --grid, --grid=true and --grid false
             action.nargs, action.const, action.metavar = "?", True, "true|false"
     return parser
 
 
-def parse(parser: ArgumentParser, arguments: Sequence[str]) -> dict[str, Any]:
-    """The values that arguments give the function's parameters.
+def parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
+    """Return the typed values that the words of a command line give the parser's parameters, dataclasses included.
 
     Raises:
         CalmError: an unknown flag, a missing or a wrong value.
-        SystemExit: after ``--help``.
+        SystemExit: after ``--help`` or ``--print_config``.
     """
-    refuse_unknown_flags(parser, arguments)
-    try:
-        values: dict[str, Any] = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
-    except argparse.ArgumentError as error:
-        raise complaint(parser, str(error)) from error
+    values: dict[str, Any] = parser.instantiate(parser.parse_args(list(words))).as_dict()
     return values
 
 
-def _required_lists(function: Callable[..., Any]) -> dict[str, Any]:
-    """Parameters of type list[X] without default, and X."""
-    hints = _hints(function)
-    return {
-        name: hints[name].__args__[0]
-        for name, parameter in inspect.signature(function).parameters.items()
-        if parameter.default is inspect.Parameter.empty and get_origin(hints.get(name)) is list
-    }
+# --- what is wrong with a command line ----------------------------------------------------------------------
 
 
-def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Type hints of the parameters; that of the result may have a name that is there for type checking alone."""
-    annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
-    return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
-
-
-def _description(function: Callable[..., Any]) -> str:
-    """The docstring's text, before its sections, wrapped to the terminal."""
-    text = inspect.getdoc(function) or ""
-    text = _plain(re.split(r"\n(?:Args|Returns|Raises|Source):", text)[0].strip())
-    width = min(100, shutil.get_terminal_size().columns - 2)
-    return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
-
-
-def _help_of(function: Callable[..., Any], name: str) -> str:
-    from docstring_parser import parse as read
-
-    described = {entry.arg_name: entry.description for entry in read(inspect.getdoc(function) or "").params}
-    return _plain(re.sub(r"\s+", " ", described.get(name) or ""))
-
-
-def _plain(text: str) -> str:
-    """Without reST's marks: ``x``, :func:`x` and `x` become x."""
-    return re.sub(r"(?::\w+:)?`{1,2}([^`]*)`{1,2}", r"\1", text)
-
-
-_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false"}
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser of argparse whose mistakes are a `CalmError`."""
-
-    def parse_args(self, args: Sequence[str], namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
-        """As argparse's, but unknown flags are complained about first.
-
-        Raises:
-            CalmError: an unknown flag, a missing or a wrong value.
-            SystemExit: after ``--help``.
-        """
-        refuse_unknown_flags(self, args)
-        return super().parse_args(args, namespace)
-
-    def error(self, message: str) -> NoReturn:
-        """Called by argparse."""
-        raise complaint(self, message)
-
-
-def refuse_unknown_flags(parser: argparse.ArgumentParser, words: Sequence[str]) -> None:
-    """Before anything else is looked at, as a mistyped flag is missed under its right name too.
-
-    Raises:
-        CalmError: a flag that the parser does not have, with the closest one.
-    """
+def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
     known = parser._option_string_actions
     for word in words:
-        flag = word.partition("=")[0].removesuffix("+")
+        flag = word.partition("=")[0].removesuffix("+")  # jsonargparse appends to a list with --flag+
+        if flag == "--":
+            return
         if flag.startswith("--") and flag not in known:
-            if flag == "--":
-                return
             close = get_close_matches(flag[:100], known, n=1)
             hint = f"; did you mean {close[0]}?" if close else f"; see {parser.prog} --help"
             raise CalmError(f"unknown flag {flag[:200]}{hint}")
 
 
-def complaint(parser: argparse.ArgumentParser, message: str) -> CalmError:
-    """The error for a message of argparse or jsonargparse.
+def _explained(parser: ArgumentParser, words: Sequence[str], error: argparse.ArgumentError) -> CalmError:
+    """The error to show for a command line that the parser refused."""
+    flags, loose = _split(parser, words)
+    positionals, surplus = _assign(parser, loose)
+    help_page = f"see {parser.prog} --help"
+    for action, values in (*flags, *positionals):
+        for value in values:
+            problem = _problem(action, value, help_page)
+            if problem is not None:
+                return problem
+    if surplus:
+        return CalmError(f"nothing is known to do with {' '.join(surplus)[:200]}; {help_page}")
+    given = {id(action) for action, values in (*flags, *positionals) if values}
+    missing = [_name(action) for action in parser._actions if action.required and id(action) not in given]
+    from_files = any(isinstance(action, ActionConfigFile) for action, _ in flags)
+    if missing and not from_files:
+        return CalmError(f"missing: {', '.join(missing)}; {help_page}")
+    return CalmError(f"{' '.join(str(error).split())}; {help_page}")
 
-    Args:
-        parser: whose message it is.
-        message: that of a wrong value, a missing argument or anything else, in which case it stays as it is.
-    """
-    text = re.sub(r"\s*\n\s*", " ", message)
-    text = re.sub(r"^unrecognized arguments: ", "nothing is known to do with ", text)
-    wrong = re.fullmatch(
-        r'Parser key "(?P<key>[^"]+)": Expected a (?P<kind>.+?)\. Got value: (?P<value>.*)', text
+
+Given = list[tuple[argparse.Action, list[str]]]
+
+
+def _split(parser: ArgumentParser, words: Sequence[str]) -> tuple[Given, list[str]]:
+    """The flags among the words with their values, and the words that belong to no flag."""
+    flags: Given = []
+    loose: list[str] = []
+    at = 0
+    while at < len(words):
+        word = words[at]
+        at += 1
+        if word == "--":
+            return flags, loose + list(words[at:])
+        if not _is_flag(word):
+            loose.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        action = parser._option_string_actions.get(flag)
+        if action is None:
+            continue
+        if equals:
+            values = [value]
+        else:
+            start, at = at, at + _count(action, words[at:])
+            values = list(words[start:at])
+        flags.append((action, values))
+    return flags, loose
+
+
+def _count(action: argparse.Action, following: Sequence[str]) -> int:
+    """How many of the words that follow a flag are its values."""
+    most = (
+        {None: 1, "?": 1}.get(action.nargs, len(following))
+        if not isinstance(action.nargs, int)
+        else action.nargs
     )
-    if wrong:
-        flag, kind = f"--{wrong['key']}", wrong["kind"]
-        literal = re.fullmatch(r"typing\.Literal\[(.+)\]", kind)
-        if literal:
-            return unknown("value", wrong["value"], re.findall(r"'([^']*)'", literal[1]), where=flag)
-        kind = _KINDS.get(kind.removeprefix("<class '").removesuffix("'>"), kind)
-        text = f"{flag} is {wrong['value'][:200]!r}: give {kind}"
-    choice = re.fullmatch(r"argument (\S+): invalid choice: '(.*)' \(choose from (.+)\)", text)
-    if choice:
-        return unknown("value", choice[2], choice[3].replace("'", "").split(", "), where=choice[1])
-    missing = re.fullmatch(r"the following arguments are required: (.+)", text)
-    if missing:
-        flags = {action.dest: action.option_strings[0] for action in parser._actions if action.option_strings}
-        names = [flags.get(name, name) for name in missing[1].split(", ")]
-        text = f"missing: {', '.join(names)}"
-    return CalmError(f"{text}; see {parser.prog} --help")
+    return sum(1 for _ in takewhile(lambda word: not _is_flag(word), following[:most]))
+
+
+def _assign(parser: ArgumentParser, loose: list[str]) -> tuple[Given, list[str]]:
+    """The positional arguments with their values, as argparse would hand them out, and the words left over."""
+    actions = [action for action in parser._actions if not action.option_strings]
+    taken: Given = []
+    for number, action in enumerate(actions, start=1):
+        count = len(loose) - (len(actions) - number) if action.nargs in ("+", "*") else 1
+        taken.append((action, loose[: max(count, 1)]))
+        loose = loose[max(count, 1) :]
+    return taken, loose
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-|-\.?\d.*", word)
+
+
+def _name(action: argparse.Action) -> str:
+    return action.option_strings[0] if action.option_strings else action.dest
+
+
+def _problem(action: argparse.Action, value: str, help_page: str) -> CalmError | None:
+    """Why a flag or a positional argument does not take a value; None if it does."""
+    choices = list(map(str, action.choices or ()))
+    hint = getattr(action, "_typehint", action.type)
+    if not choices and _fits(value, hint):
+        return None
+    members = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
+    choices += [
+        str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)
+    ]
+    if choices:
+        return None if value in choices else unknown("value", value, choices, where=_name(action))
+    kinds = " or ".join(_described(member) for member in members if member is not NoneType)
+    return CalmError(f"{_name(action)} is {value[:200]!r}: give {kinds}; {help_page}")
+
+
+def _fits(value: str, hint: Any) -> bool:
+    """Whether jsonargparse takes a value for a type hint."""
+    if hint is None:
+        return True
+    single = ArgumentParser(exit_on_error=False)
+    single.add_argument("--value", type=hint)
+    try:
+        single.parse_args([f"--value={value}"])
+    except argparse.ArgumentError:
+        return False
+    return True
+
+
+_KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+
+
+def _described(hint: Any) -> str:
+    """A type hint in words: ``tuple[float, float]`` is "[a number, a number]"."""
+    if get_origin(hint) in (list, tuple):
+        return (
+            f"[{', '.join('...' if member is Ellipsis else _described(member) for member in get_args(hint))}]"
+        )
+    return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+# --- help texts from docstrings -----------------------------------------------------------------------------
+
+
+def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
+    """Type hints of the parameters. That of the result is left out: it may be imported for type checking alone."""
+    annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
+    return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
+
+
+def _description(function: Callable[..., Any]) -> str:
+    """The docstring's text before its sections, wrapped to the terminal."""
+    text = inspect.getdoc(function) or ""
+    text = _plain_text(re.split(r"\n(?:Args|Returns|Raises|Source):", text)[0].strip())
+    width = min(100, shutil.get_terminal_size().columns - 2)
+    return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
+
+
+def _help_texts(function: Callable[..., Any]) -> dict[str, str]:
+    from docstring_parser import parse as parse_docstring
+
+    entries = parse_docstring(inspect.getdoc(function) or "").params
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+
+
+def _plain_text(text: str) -> str:
+    """Remove reST markup: ``x``, :func:`x` and `x` become x."""
+    return re.sub(r"(?::\w+:)?`{1,2}([^`]*)`{1,2}", r"\1", text)

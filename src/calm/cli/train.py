@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 
 from calm.cli import parsing
 from calm.errors import CalmError, unknown
@@ -42,17 +42,14 @@ def preset_names() -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 
 
-def build_parser() -> ArgumentParser:
+def build_parser() -> parsing.Parser:
     """The parser: one flag per field, fields of a group with a dot. ``--preset`` and ``--resume`` are only described
     here: `parse` takes them out before."""
-    parser = ArgumentParser(
+    parser = parsing.Parser(
         prog="calm train",
         usage="calm train [--preset NAME] --data DIR [--FLAG VALUE ...]",
         description="Train CALM or CAM on images in any layout that `calm data check` reads.",
         epilog=EXAMPLES,
-        formatter_class=parsing.Formatter,
-        exit_on_error=False,
-        allow_abbrev=False,
     )
     presets = ", ".join(preset_names())
     hidden = argparse.SUPPRESS  # not in the configuration

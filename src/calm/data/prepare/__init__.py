@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from calm.data.prepare.archives import Prepared, list_archives, place_metadata
 from calm.data.prepare.sets import (
@@ -18,12 +19,19 @@ from calm.files import remove_abandoned
 
 __all__ = ["DATA_SETS", "Prepared", "prepare"]
 
-DATA_SETS = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "tiny-imagenet": ""}
+DataSet: TypeAlias = Literal["cub", "ilsvrc", "openimages30k", "tiny-imagenet"]
+
+DATA_SETS: dict[DataSet, str] = {
+    "cub": "CUB",
+    "ilsvrc": "ILSVRC",
+    "openimages30k": "OpenImages",
+    "tiny-imagenet": "",
+}
 """Names of the command, and of the released layout's folders."""
 
 
 def prepare(
-    name: str,
+    name: DataSet,
     archives: Sequence[str | Path],
     out: str | Path,
     *,
@@ -35,14 +43,14 @@ def prepare(
     """Check and unpack archives; a run that was stopped is finished by the same call.
 
     Args:
-        name: key of :data:`DATA_SETS`.
+        name: the data set.
         archives: archives, or folders of them.
         out: gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
             ``images/``, ``metadata/`` and ``classes.txt``.
         classes: of Tiny ImageNet: WordNet ids separated by commas, or a file of them; empty: all 200.
         metadata_url: https address of an archive of the released metadata, or ``published`` for that of the
             published evaluator. Nothing is fetched without it.
-        metadata_sha256: its checksum.
+        metadata_sha256: SHA-256 of that archive.
         partial: wrong sizes, checksums and counts are notes and no errors.
 
     Raises:
@@ -65,8 +73,8 @@ def prepare(
         return prepared
     released = DATA_SETS[name]
     prepared = Prepared(name, out / "dataset" / released, partial=partial)
-    work = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
-    work(found, out, prepared)
+    unpack = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
+    unpack(found, out, prepared)
     place_metadata(released, out, found, prepared, metadata_url, metadata_sha256)
     if name == "ilsvrc":
         name_as_listed(out, prepared)
