@@ -454,5 +454,5 @@ def test_without_pytorch_grad_cam_the_error_says_how_to_get_it(
     monkeypatch: pytest.MonkeyPatch, images: Tensor
 ) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
-    with pytest.raises(CalmError, match=r"pip install 'calm\[gradcam\]'"):
+    with pytest.raises(CalmError, match=r"pip install 'calm\[baselines\]'"):
         attribute(make("cam"), images, TARGETS, "gradcam")

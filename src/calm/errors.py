@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from difflib import get_close_matches
 from reprlib import Repr
 
-__all__ = ["CalmError", "shown", "unknown"]
+__all__ = ["EXTRAS", "CalmError", "needs_extra", "shown", "unknown"]
 
 
 class CalmError(ValueError):
@@ -36,6 +37,46 @@ def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = ""
     close = get_close_matches(given[:100], names, n=1, cutoff=0.5) if isinstance(given, str) else []
     hint = f"; did you mean {close[0]!r}?" if close else ""
     return CalmError(f"unknown {what} {shown(given)}{place}: allowed are {', '.join(names)}{hint}")
+
+
+EXTRAS = {
+    "train": {"lightning", "tensorboard", "torchmetrics"},
+    "evaluate": {"cv2", "jinja2", "matplotlib", "torchmetrics"},
+    "baselines": {"captum", "pytorch_grad_cam"},
+}
+"""The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""
+
+_DISTRIBUTIONS = {"cv2": "opencv-python-headless", "pytorch_grad_cam": "grad-cam"}
+
+
+@contextmanager
+def needs_extra(what: str, *extras: str) -> Iterator[None]:
+    """Run the block; if it imports a module of an extra that is not installed, say what to install.
+
+    Args:
+        what: what needs the module, for the message, such as ``"calm train"``.
+        extras: the extras that ``what`` needs in all. Without the missing module among theirs, the message names
+            the extra that has it.
+
+    Raises:
+        CalmError: a module of `EXTRAS` is missing.
+
+    >>> with needs_extra("calm train", "train"):
+    ...     raise ModuleNotFoundError(name="lightning.pytorch")
+    Traceback (most recent call last):
+    calm.errors.CalmError: calm train needs lightning, which is not installed: pip install 'calm[train]'
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        homes = [extra for extra, modules in EXTRAS.items() if module in modules]
+        if not homes:
+            raise
+        install = ",".join(extras if set(extras) & set(homes) else homes[:1])
+        raise CalmError(
+            f"{what} needs {_DISTRIBUTIONS.get(module, module)}, which is not installed: pip install 'calm[{install}]'"
+        ) from error
 
 
 _SHORT = Repr()

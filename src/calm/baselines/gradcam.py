@@ -1,4 +1,4 @@
-"""Grad-CAM and its family, through pytorch-grad-cam (``pip install "calm[gradcam]"``).
+"""Grad-CAM and its family, through pytorch-grad-cam (``pip install "calm[baselines]"``).
 
 The weights of the channels are the library's; what is around them is ours, so that values keep their meaning.
 The library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of
@@ -21,7 +21,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from calm.baselines.score import Options, class_scores
-from calm.errors import CalmError
+from calm.errors import CalmError, needs_extra
 
 if TYPE_CHECKING:
     from calm.model import CalmModel
@@ -102,12 +102,8 @@ class _Scorer(nn.Module):
 
 
 def _library_class(name: str) -> Any:
-    try:
+    with needs_extra(f"method {name!r}", "baselines"):
         import pytorch_grad_cam
-    except ImportError as error:
-        raise CalmError(
-            f"method {name!r} needs pytorch-grad-cam, which is not installed: pip install 'calm[gradcam]'"
-        ) from error
     return getattr(pytorch_grad_cam, GRADCAMS[name])
 
 

@@ -12,7 +12,7 @@ from importlib import import_module
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, needs_extra, unknown
 from calm.files import caches_among_temporary_files
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Command:
         own_parser: the function takes the words of the command line itself.
         fixed: parameters that are no flags, and their values.
         words: help for parameters whose docstring says too little on its own.
+        extras: of the package, which it needs.
         flags: flags of parameters that are not to be positional, or whose flag has another name.
     """
 
@@ -45,6 +46,7 @@ class Command:
     fixed: Mapping[str, Any] = field(default_factory=dict)
     words: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
+    extras: tuple[str, ...] = ()
 
     def parser(self, name: str) -> Parser:
         """The parser of the command's words, under its name in the table; not for one with its own parser."""
@@ -75,11 +77,13 @@ COMMANDS: dict[str, Command] = {
         "calm.cli.demo:demo",
         "make birds, train CAM and CALM on them, and write a report to look at",
         "  calm demo\n  calm demo --out quick --species 6 --images_per_species 60 --epochs 6\n",
+        extras=("train", "evaluate"),
     ),
     "train": Command(
         "calm.cli.train:main",
         "train CALM or CAM on a folder of images",
         own_parser=True,
+        extras=("train",),
     ),
     "attribute": Command(
         "calm.cli.attribute:attribute_files",
@@ -95,11 +99,13 @@ COMMANDS: dict[str, Command] = {
         "  calm report runs/birds\n  calm report evaluation --out benchmarks.html\n"
         "  calm report runs/calm-em runs/calm-ml runs/cam --gallery=false\n",
         finish=_print,
+        extras=("evaluate",),
     ),
     "evaluate": Command(
         "calm.cli.evaluate:main",
         "benchmark models and their explanations: tables with intervals",
         own_parser=True,
+        extras=("evaluate",),
     ),
     "convert": Command(
         "calm.conversion:convert",
@@ -113,6 +119,7 @@ COMMANDS: dict[str, Command] = {
         "draw a data set of birds whose species differ by known parts",
         "  calm data birds birds\n  calm data birds birds-large --species 24 --images_per_species 100 --size 128\n",
         finish=_print,
+        extras=("evaluate",),
     ),
     "data prepare": Command(
         "calm.data.prepare:prepare",
@@ -193,12 +200,13 @@ def _run(words: list[str]) -> int:
     rest = [_underscored(word) for word in rest]
     command = COMMANDS[name]
     caches_among_temporary_files()
-    if command.own_parser:
-        return command.finish(command.load()(rest))
-    from calm.cli.parsing import parse
+    with needs_extra(f"calm {name}", *command.extras):
+        if command.own_parser:
+            return command.finish(command.load()(rest))
+        from calm.cli.parsing import parse
 
-    values = parse(command.parser(name), rest)
-    return command.finish(command.load()(**values, **command.fixed))
+        values = parse(command.parser(name), rest)
+        return command.finish(command.load()(**values, **command.fixed))
 
 
 def _output_fails() -> str:
