@@ -13,7 +13,7 @@ SOURCE = Path(__file__).parent.parent / "src"
 
 FLOORS = [
     {"errors"},
-    {"config", "files"},
+    {"config", "files", "inference"},
     {"latent", "images", "calm_birds"},
     {"fused", "heatmaps", "metrics"},
     {"output", "render", "backbones", "checkpoint", "data"},

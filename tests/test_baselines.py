@@ -11,12 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from calm.baselines import ALIASES, BASELINES, METHODS, attribute
-from calm.baselines.gradcam import GRADCAMS
 from calm.errors import CalmError
 from calm.model import CalmHead, CalmModel, CamHead, ModelConfig
 
 CLASSES, CHANNELS = 5, 6
-GRADIENTS = [name for name in BASELINES if name not in GRADCAMS]
+GRADIENTS = [name for name in BASELINES if "target_layer" not in BASELINES[name].options]
 
 
 class Net(nn.Module):

@@ -11,9 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from calm.baselines import BASELINES, attribute, canonical_method
-from calm.baselines.score import left_as_found
 from calm.errors import CalmError
 from calm.heatmaps import Place, locate, resize_maps
+from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import MAP_KINDS
 from calm.render import Picture, draw_point, overlay
@@ -158,7 +158,7 @@ def explain(
         CalmError: the method does not fit the model (`calm.output`).
     """
     images = model.preprocess(list(pictures))
-    with left_as_found(model), torch.no_grad():
+    with evaluation_mode(model), torch.no_grad():
         output = model(images)
         probs = output.probs
         best = probs.topk(min(top, probs.shape[1])).indices

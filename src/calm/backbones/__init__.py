@@ -13,11 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calm.backbones.probe import evaluating
 from calm.backbones.released import VGG16, InceptionV3, ResNet50
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name
 from calm.errors import CalmError
+from calm.inference import evaluation_mode
 
 __all__ = ["BACKBONES", "adapt_backbone", "build_backbone"]
 
@@ -145,8 +145,7 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
 
 def _try(module: nn.Module, size: tuple[int, int]) -> object:
     like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
-    devices = [like.device] if like.is_cuda else []
-    with evaluating(module), torch.no_grad(), torch.random.fork_rng(devices):
+    with evaluation_mode(module), torch.no_grad():
         return module(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
 
 

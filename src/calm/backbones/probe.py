@@ -2,26 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-__all__ = ["evaluating", "output_shape", "unused_parameters"]
+from calm.inference import evaluation_mode
 
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """``module`` in eval mode; afterwards every submodule has the mode it had."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
+__all__ = ["output_shape", "unused_parameters"]
 
 
 def output_shape(module: nn.Module, height: int, width: int) -> tuple[int, ...] | None:
@@ -50,5 +37,5 @@ def _on_meta(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _run(module: nn.Module, height: int, width: int, state: dict[str, Tensor]) -> object:
-    with evaluating(module):
+    with evaluation_mode(module):
         return functional_call(module, state, (torch.empty(1, 3, height, width, device="meta"),))

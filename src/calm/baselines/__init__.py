@@ -1,8 +1,8 @@
-"""Other people's explanations of the same models, behind the same call as CALM's own.
+"""Attribution methods of other papers for the same models, behind the same call as CALM's own maps.
 
-``attribute(model, images, targets, method)`` takes every name of ``METHODS``: the maps that the model itself
-offers (`calm.output`), the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM
-family (`calm.baselines.gradcam`). To add a baseline: write its function, and add a line to ``BASELINES``.
+``attribute(model, images, targets, method)`` takes every name of ``METHODS``: the maps that the model itself has
+(`calm.output`), the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM family
+(`calm.baselines.gradcam`). To add a baseline, write its function and add a line to ``BASELINES``.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm.baselines import gradient
-from calm.baselines.gradcam import GRADCAMS, gradcam
-from calm.baselines.score import Options, class_scores, left_as_found
-from calm.errors import CalmError, unknown
+from calm.baselines.gradcam import gradcam
+from calm.baselines.gradient import Options, class_scores
+from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
+from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import ALIASES as MAP_ALIASES
 from calm.output import MAP_KINDS, Superclass, Targets, as_targets
@@ -42,7 +43,12 @@ Explain: TypeAlias = Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method: ``explain(model, images, targets, options)`` -> maps (B, h, w), and the options it reads."""
+    """A method of the registry.
+
+    Attributes:
+        explain: from a model, images (B, 3, H, W), targets (B,) and `Options` to maps (B, h, w) of any resolution.
+        options: names of the options that it reads.
+    """
 
     explain: Explain
     options: frozenset[str] = frozenset()
@@ -58,7 +64,14 @@ BASELINES: dict[str, Baseline] = {
     "smoothgrad": Baseline(gradient.smoothgrad, _NOISE),
     "smoothgrad-squared": Baseline(gradient.smoothgrad_squared, _NOISE),
     "vargrad": Baseline(gradient.vargrad, _NOISE),
-    **{name: Baseline(gradcam(name), _LAYER) for name in GRADCAMS},
+    "gradcam": Baseline(gradcam("GradCAM"), _LAYER),
+    "gradcam++": Baseline(gradcam("GradCAMPlusPlus"), _LAYER),
+    "xgradcam": Baseline(gradcam("XGradCAM"), _LAYER),
+    "layercam": Baseline(gradcam("LayerCAM"), _LAYER),
+    "hirescam": Baseline(gradcam("HiResCAM"), _LAYER),
+    "scorecam": Baseline(gradcam("ScoreCAM"), _LAYER),
+    "eigencam": Baseline(gradcam("EigenCAM"), _LAYER),
+    "eigengradcam": Baseline(gradcam("EigenGradCAM"), _LAYER),
 }
 
 ALIASES = {
@@ -69,7 +82,7 @@ ALIASES = {
 }
 
 METHODS: tuple[str, ...] = (*MAP_KINDS, *BASELINES)
-"""Every method, the model's own maps first."""
+"""Every method: the kinds of the model's own maps, then the baselines."""
 
 
 def attribute(
@@ -87,11 +100,11 @@ def attribute(
     seed: int | None = None,
     target_layer: nn.Module | str | None = None,
 ) -> Float[Tensor, "b H W"]:
-    """One attribution map per image, by any method.
+    """Compute one attribution map per image, by any method.
 
-    Baselines explain the target's score: the logit for CAM, log p(y | x) for CALM. The model is left as it
-    was found (mode, gradients, hooks, random numbers), also after an error, and is asked in evaluation mode.
-    The maps carry no gradient; for a differentiable map use ``model(images).attribute``.
+    Baselines explain the target's score: the logit for CAM, log p(y | x) for CALM. The model runs in evaluation mode;
+    its mode, gradients, hooks and the random number generators are restored, also after an error. The maps carry no
+    gradient; for a differentiable map use ``model(images).attribute``.
 
     Args:
         model: a model of this package.
@@ -100,63 +113,73 @@ def attribute(
         method: one of ``METHODS``.
         superclass: for the model's ``-superclass`` maps, the classes of each target.
         size: (height, width) of the maps; None: that of the images.
-        batch_size: most images in one pass through the model; lower it when memory runs out. It does not
-            change the result.
+        batch_size: most images in one pass through the model; lower it when memory runs out. It does not change the
+            result.
         steps: points of the integral; integrated-gradients only. 50 if None.
         samples: noisy copies per image; smoothgrad, smoothgrad-squared and vargrad only. 50 if None.
         noise: their standard deviation as a share of (max - min) of each image. 0.25 if None.
         seed: of that noise; the same seed gives the same map. 0 if None.
-        target_layer: the layer that the Grad-CAM family reads, a module or its dotted name; it may return a
-            grid (B, D, h, w) or a transformer's tokens (B, T, D). The last feature map ("backbone") if None.
+        target_layer: the layer that the Grad-CAM family reads, a module or its dotted name; it may return a grid
+            (B, D, h, w) or a transformer's tokens (B, T, D). The last feature map ("backbone") if None.
 
     Returns:
         Maps in float32 or wider. Gradient and Grad-CAM families: at least 0, not normalised.
 
     Raises:
-        CalmError: an unknown method, an option that the method does not read, or images and targets that do
-            not fit.
+        CalmError: an unknown method, an option that the method does not read, images and targets that do not fit, or
+            a method whose library is not installed.
 
     Source: paper, tables of cue localization and of remove-and-classify.
     """
     name = canonical_method(method)
-    knobs = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
-    given: dict[str, Any] = {option: value for option, value in knobs.items() if value is not None}
-    asked = given.keys() | ({"superclass"} if superclass is not None else set())
-    _check_options(method, asked, BASELINES[name].options if name in BASELINES else frozenset({"superclass"}))
+    baseline = BASELINES.get(name)
+    optional = {
+        "steps": steps,
+        "samples": samples,
+        "noise": noise,
+        "seed": seed,
+        "target_layer": target_layer,
+    }
+    given: dict[str, Any] = {option: value for option, value in optional.items() if value is not None}
+    names = given.keys() | ({"superclass"} if superclass is not None else set())
+    _check_options(method, names, frozenset({"superclass"}) if baseline is None else baseline.options)
     options = Options(batch_size=batch_size, **given)
     _check_values(options)
-    classes = _checked(model, images, targets)
+    classes = _check_inputs(model, images, targets)
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
-    with left_as_found(model):
+    with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
         # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph.
         images, classes = images.detach().clone(), classes.clone().to(images.device, torch.int64)
-        for some_images, some_targets in zip(
-            torch.split(images, batch_size), torch.split(classes, batch_size), strict=True
-        ):
-            if name in BASELINES:
-                some_maps = BASELINES[name].explain(model, some_images.detach(), some_targets, options)
+        for start in range(0, len(images), batch_size):
+            part, part_classes = images[start : start + batch_size], classes[start : start + batch_size]
+            if baseline is not None:
+                part_maps = baseline.explain(model, part.detach(), part_classes, options)
             else:
-                some_maps = model.attribute(some_images, some_targets, name, superclass=superclass, size=size)
-            maps.append(resize_maps(some_maps, size))
+                part_maps = model.attribute(part, part_classes, name, superclass=superclass, size=size)
+            maps.append(resize_maps(part_maps, size))
     return torch.cat(maps)
 
 
-def canonical_method(method: str) -> str:
-    """The name in ``METHODS`` of a method or of an alias.
+def canonical_method(method: str, model: CalmModel | None = None) -> str:
+    """Return the name in ``METHODS`` of a method or of an alias.
+
+    Args:
+        method: the name.
+        model: if given, a map kind must be one that this model has.
 
     Raises:
-        CalmError: no such method; the message has the closest name.
+        CalmError: no such method, with the closest name; or a map kind of the other family of models.
     """
     name = ALIASES.get(method, MAP_ALIASES.get(method, method))
     if name not in METHODS:
         raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])
-    return name
+    return name if model is None or name in BASELINES else model.map_kind(name)
 
 
-def _check_options(method: str, asked: Set[str], read: frozenset[str]) -> None:
+def _check_options(method: str, given: Set[str], read: frozenset[str]) -> None:
     """Refuse an option that the method does not read."""
-    for option in sorted(asked - read):
+    for option in sorted(given - read):
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
         raise CalmError(f"method {method!r} does not read the option {option}: {reads}")
 
@@ -170,8 +193,8 @@ def _check_values(options: Options) -> None:
         raise CalmError(f"noise must be a number of at least 0, got {options.noise!r}")
 
 
-def _checked(model: CalmModel, images: Tensor, given: Targets) -> Tensor:
-    """The targets as a tensor, after a look at images and targets."""
+def _check_inputs(model: CalmModel, images: Tensor, given: Targets) -> Tensor:
+    """Check images and targets; return the targets as a tensor."""
     check_images(images)
     if images.device != model.device:
         raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")

@@ -1,12 +1,12 @@
 """Grad-CAM and its family, through pytorch-grad-cam (``pip install "calm[baselines]"``).
 
-The weights of the channels are the library's; what is around them is ours, so that values keep their meaning.
-The library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of
-two images or two classes cannot be compared. Here a map is ReLU(sum over channels of weight * activation), as
-in the papers, resized by `calm.heatmaps`. For display or a protocol use `calm.normalize`.
+The weights of the channels are the library's; what is around them is ours, so that values keep their meaning. The
+library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of two images or
+two classes cannot be compared. Here a map is ReLU(sum over channels of weight * activation), as in the papers, resized
+by `calm.heatmaps`. For display or a protocol use `calm.normalize`.
 
-Ablation-CAM is left out: it divides by the score, which turns its sign around where the score is negative, as
-log p(y | x) is.
+Ablation-CAM is left out: it divides by the score, which reverses its sign where the score is negative, as log p(y | x)
+is.
 """
 
 from __future__ import annotations
@@ -20,46 +20,40 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from calm.baselines.score import Options, class_scores
-from calm.errors import CalmError, needs_extra
+from calm.baselines.gradient import Options, class_scores
+from calm.errors import CalmError
 
 if TYPE_CHECKING:
     from calm.model import CalmModel
 
-__all__ = ["GRADCAMS", "gradcam"]
-
-GRADCAMS = {
-    "gradcam": "GradCAM",
-    "gradcam++": "GradCAMPlusPlus",
-    "xgradcam": "XGradCAM",
-    "layercam": "LayerCAM",
-    "hirescam": "HiResCAM",
-    "scorecam": "ScoreCAM",
-    "eigencam": "EigenCAM",
-    "eigengradcam": "EigenGradCAM",
-}
-"""Our names of the methods, and the library's classes."""
+__all__ = ["gradcam"]
 
 
-def gradcam(name: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]:
-    """The function of the registry for a method of ``GRADCAMS``."""
+def gradcam(library_class: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]:
+    """Return the function of a method for `calm.baselines.BASELINES`.
+
+    Args:
+        library_class: the method's class in pytorch-grad-cam, such as ``"GradCAM"``.
+    """
 
     def explain(
         model: CalmModel, images: Float[Tensor, "b 3 h w"], targets: Int[Tensor, " b"], options: Options
     ) -> Float[Tensor, "b gh gw"]:
-        """Maps on the grid of the target layer, at least 0."""
-        layer = _layer(model, options.target_layer)
+        """Return maps on the grid of the target layer, at least 0."""
+        import pytorch_grad_cam
+
+        layer = _target_layer(model, options.target_layer)
         scorer = _Scorer(model)
-        cut = layer.register_forward_hook(_cut)
+        hook = layer.register_forward_hook(_start_graph)
         try:
-            # The library runs its transform as soon as it sees a value: before a later layer works in place.
-            cam = _library_class(name)(scorer, [layer], torch.clone)
+            # The library applies its transform as soon as it sees a value: before a later layer works in place.
+            cam = getattr(pytorch_grad_cam, library_class)(scorer, [layer], torch.clone)
             try:
                 maps = _weighted_sum(cam, scorer, layer, images, targets, options)
             finally:
                 cam.activations_and_grads.release()
         finally:
-            cut.remove()
+            hook.remove()
         return torch.as_tensor(maps, device=images.device).clamp(min=0)
 
     return explain
@@ -68,8 +62,7 @@ def gradcam(name: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
 def _weighted_sum(
     cam: Any, scorer: _Scorer, layer: nn.Module, images: Tensor, targets: Tensor, options: Options
 ) -> Any:
-    """What the library calls the CAM image: sum over channels of weight * activation, as an array (B, h,
-    w)."""
+    """The library's CAM image: the sum over channels of weight * activation, an array (B, h, w)."""
     recorded = cam.activations_and_grads
     scores = recorded(images)
     if cam.uses_gradients:
@@ -82,13 +75,13 @@ def _weighted_sum(
     gradients = _as_grid(recorded.gradients[0], scorer.grid) if cam.uses_gradients else None
     recorded.release()  # or the features of every pass of Score-CAM would be kept
     cam.batch_size = options.batch_size
-    wanted = [_score_of(target) for target in targets.tolist()]
+    scores_of = [_score_of(target) for target in targets.tolist()]
     with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar for each image
-        return cam.get_cam_image(images, layer, wanted, activations, gradients, False)
+        return cam.get_cam_image(images, layer, scores_of, activations, gradients, False)
 
 
 class _Scorer(nn.Module):
-    """The model as the library wants it: images in, (B, C) scores out."""
+    """The model as the library calls it: images in, scores (B, C) out."""
 
     def __init__(self, model: CalmModel) -> None:
         super().__init__()
@@ -101,13 +94,7 @@ class _Scorer(nn.Module):
         return class_scores(self.model.head(features))
 
 
-def _library_class(name: str) -> Any:
-    with needs_extra(f"method {name!r}", "baselines"):
-        import pytorch_grad_cam
-    return getattr(pytorch_grad_cam, GRADCAMS[name])
-
-
-def _layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
+def _target_layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
     """The module of the model that ``layer`` names or is."""
     if isinstance(layer, str):
         modules: dict[str, nn.Module] = dict(model.named_modules())
@@ -121,9 +108,11 @@ def _layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
     return layer
 
 
-def _cut(module: nn.Module, args: Any, output: Any) -> Tensor:
-    """Start the graph at this layer: nothing before it needs a backward pass. A copy, which in-place layers
-    need."""
+def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:
+    """Forward hook: start the graph at this layer, as no layer before it needs a backward pass.
+
+    The output is copied, since the next layer may work in place.
+    """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CalmError(

@@ -1,30 +1,32 @@
-"""The gradient family of the paper's tables, through Captum.
+"""The score that baselines explain, and the gradient family of the paper's tables, through Captum.
 
-Each function explains ``class_scores(model(images))[targets]`` and returns what the published tables show:
-the absolute value of the attribution, then the maximum over colour channels. Values are in score units per
-input unit (gradient, SmoothGrad), its square (SmoothGrad-squared, VarGrad), or score units (the two that
-multiply by the input).
+Each function explains ``class_scores(model(images))[targets]`` and returns what the published tables show: the absolute
+value of the attribution, then the maximum over colour channels. Values are in score units per input unit (gradient,
+SmoothGrad), in its square (SmoothGrad-squared, VarGrad), or in score units (the two that multiply by the input).
 
-SmoothGrad and its kin take their gradients from Captum but draw the noise here: Captum's NoiseTunnel knows
-one standard deviation a batch and the global random numbers, while the paper's noise is a quarter of *each*
-image's range.
+SmoothGrad and its kin take their gradients from Captum, but the noise is drawn here: Captum's NoiseTunnel has one
+standard deviation per batch and uses the global random numbers, while the paper's noise is a quarter of the range of
+*each* image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
-from calm.baselines.score import Options, class_scores
+from calm.output import CalmOutput, CamOutput
 
 if TYPE_CHECKING:
     from calm.model import CalmModel
 
 __all__ = [
+    "Options",
+    "class_scores",
     "gradient",
     "input_x_gradient",
     "integrated_gradients",
@@ -38,13 +40,43 @@ Targets = Int[Tensor, " b"]
 Maps = Float[Tensor, "b h w"]
 
 
+@dataclass(frozen=True)
+class Options:
+    """The options of all baselines; `calm.baselines.BASELINES` says which method reads which.
+
+    Attributes:
+        steps: points of the integral of integrated gradients.
+        samples: noisy copies of an image (SmoothGrad, SmoothGrad-squared, VarGrad).
+        noise: standard deviation of the noise, as a share of the image's own range (max - min over its pixels and
+            channels, in normalised input units).
+        seed: of the noise.
+        batch_size: most images in one pass through the model.
+        target_layer: the layer that the Grad-CAM family reads: a module of the model or its dotted name.
+    """
+
+    steps: int = 50
+    samples: int = 50
+    noise: float = 0.25
+    seed: int = 0
+    batch_size: int = 16
+    target_layer: nn.Module | str = "backbone"
+
+
+def class_scores(output: CalmOutput | CamOutput) -> Float[Tensor, "b c"]:
+    """Return the score that is explained: the logit (mean over locations of f) for CAM, log p(y | x) for CALM.
+
+    Source: paper, section 4 (comparison with gradient-based methods).
+    """
+    return output.class_scores if isinstance(output, CamOutput) else output.log_probs
+
+
 def gradient(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """d score / d x (Simonyan et al., 2014)."""
+    """Return |d score / d x| (Simonyan et al., 2014)."""
     return _over_colours(_gradients(model, images, targets))
 
 
 def input_x_gradient(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """x * d score / d x (Shrikumar et al., 2017), in normalised input units."""
+    """Return |x * d score / d x| (Shrikumar et al., 2017), x in normalised input units."""
     from captum.attr import InputXGradient
 
     explainer = InputXGradient(_forward(model))
@@ -52,11 +84,11 @@ def input_x_gradient(model: CalmModel, images: Images, targets: Targets, options
 
 
 def integrated_gradients(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """x * mean of the gradients on the straight line from 0 to x (Sundararajan et al., 2017).
+    """Return |x * mean of the gradients on the straight line from 0 to x| (Sundararajan et al., 2017).
 
-    The baseline 0 is the data set's mean colour, since inputs are normalised. The integral is Gauss-Legendre
-    quadrature of ``options.steps`` points; before the absolute value the attributions sum to
-    score(x) - score(0), up to the quadrature's error.
+    The baseline 0 is the data set's mean colour, since inputs are normalised. The integral is a Gauss-Legendre
+    quadrature of ``options.steps`` points; before the absolute value the attributions sum to score(x) - score(0), up to
+    the error of the quadrature.
     """
     from captum.attr import IntegratedGradients
 
@@ -73,25 +105,20 @@ def integrated_gradients(model: CalmModel, images: Images, targets: Targets, opt
 
 
 def smoothgrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """Mean of the gradients at noisy copies of the image (Smilkov et al., 2017)."""
-    total = torch.zeros_like(images)
-    for gradients in _noisy_gradients(model, images, targets, options):
-        total += gradients.sum(dim=0)
-    return _over_colours(total / options.samples)
+    """Return the |mean| of the gradients at noisy copies of the image (Smilkov et al., 2017)."""
+    return _mean_over_noise(model, images, targets, options, lambda gradients: gradients)
 
 
 def smoothgrad_squared(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """Mean of the squared gradients at noisy copies of the image (Hooker et al., 2019)."""
-    total = torch.zeros_like(images)
-    for gradients in _noisy_gradients(model, images, targets, options):
-        total += gradients.square().sum(dim=0)
-    return _over_colours(total / options.samples)
+    """Return the mean of the squared gradients at noisy copies of the image (Hooker et al., 2019)."""
+    return _mean_over_noise(model, images, targets, options, torch.square)
 
 
 def vargrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """Variance (over the samples, not their n - 1) of the gradients at noisy copies (Adebayo et al., 2018).
+    """Return the variance (division by n, not n - 1) of the gradients at noisy copies (Adebayo et al., 2018).
 
-    Mean and squared deviations are merged pass by pass (Chan et al., 1979): no difference of two large sums.
+    Mean and squared deviations are merged pass by pass (Chan et al., 1979), as a difference of two large sums would
+    lose digits.
     """
     count = 0
     mean, deviations = torch.zeros_like(images), torch.zeros_like(images)
@@ -112,7 +139,7 @@ def _forward(model: CalmModel) -> Callable[[Tensor], Tensor]:
 
 
 def _gradients(model: CalmModel, images: Tensor, targets: Tensor) -> Tensor:
-    """d score / d x with its sign, in the shape of the images, from Captum."""
+    """d score / d x with its sign, (B, 3, H, W), from Captum."""
     from captum.attr import Saliency
 
     attributions: Tensor = Saliency(_forward(model)).attribute(
@@ -121,13 +148,23 @@ def _gradients(model: CalmModel, images: Tensor, targets: Tensor) -> Tensor:
     return attributions.detach()
 
 
+def _mean_over_noise(
+    model: CalmModel, images: Images, targets: Targets, options: Options, of: Callable[[Tensor], Tensor]
+) -> Maps:
+    """The mean, over the noisy copies, of a function of the gradients."""
+    total = torch.zeros_like(images)
+    for gradients in _noisy_gradients(model, images, targets, options):
+        total += of(gradients).sum(dim=0)
+    return _over_colours(total / options.samples)
+
+
 def _noisy_gradients(
     model: CalmModel, images: Images, targets: Targets, options: Options
 ) -> Iterator[Float[Tensor, "k b 3 h w"]]:
-    """Gradients at noisy copies of the images, k copies a time, ``options.samples`` in all.
+    """Yield gradients at noisy copies of the images, k copies at a time, ``options.samples`` in all.
 
-    Sample number i has the same unit noise for every image, drawn on the CPU from ``options.seed``: the map
-    of an image depends neither on its neighbours, nor on the batch size, nor (up to rounding) on the device.
+    Sample number i has the same unit noise for every image, drawn on the CPU from ``options.seed``: so the map of an
+    image depends neither on its neighbours, nor on the batch size, nor (up to rounding) on the device.
     """
     generator = torch.Generator().manual_seed(options.seed)
     extent = images.amax(dim=(1, 2, 3), keepdim=True) - images.amin(dim=(1, 2, 3), keepdim=True)

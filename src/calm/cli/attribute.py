@@ -293,18 +293,11 @@ def _batches(
 
 
 def _load(source: str, device: str) -> CalmModel:
-    import torch
-
+    from calm.inference import resolve_device
     from calm.model import load
 
-    name = device
-    if device == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise CalmError(f"device {device!r} cannot be used: {error}") from error
-    return load(source, map_location="cpu").to(name).eval()
+    place = resolve_device(device)  # before the model is read, which may take a while
+    return load(source, map_location="cpu").to(place).eval()
 
 
 def _suffixes(question: Question, grid: bool) -> dict[str, str]:

@@ -24,6 +24,7 @@ from calm.evaluate.runner import Data, place, run, run_split
 from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_folder
 from calm.evaluate.tables import print_tables, write_tables
 from calm.files import working_folder
+from calm.inference import resolve_device
 from calm.metrics.erasing import check_fractions
 from calm.metrics.pixels import Thresholds
 from calm.model import CalmModel, load
@@ -255,15 +256,8 @@ def _full(source: str) -> str:
 
 def _device(name: str) -> torch.device:
     if name == "auto" and size() > 1:
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if name == "cuda":
-        name = own_gpu()
-    try:
-        return torch.zeros(1, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise CalmError(f"device {name!r} cannot be used: {error}") from error
+        name = "cuda" if torch.cuda.is_available() else "cpu"  # no other device can gather results
+    return resolve_device(own_gpu() if name == "cuda" else name)
 
 
 def _bars(console: Console) -> Progress:

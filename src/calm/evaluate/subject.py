@@ -145,12 +145,10 @@ def model_subject(
     Raises:
         CalmError: an unknown method, one that the model does not have, or an option that it does not read.
     """
-    name = model.map_kind() if method is None else baselines.canonical_method(method)
+    name = model.map_kind() if method is None else baselines.canonical_method(method, model)
     own = name in MAP_KINDS
-    if own:
-        name = model.map_kind(name)
-        if MAP_KINDS[name].over == "superclass":
-            raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
+    if own and MAP_KINDS[name].over == "superclass":
+        raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
     allowed = frozenset() if own else baselines.BASELINES[name].options | {"batch_size"}
     for option in options:
         if option not in allowed:

@@ -30,6 +30,7 @@ from calm.errors import CalmError
 from calm.evaluate.subject import Looked, Subject, model_subject
 from calm.files import write_text
 from calm.images import Preprocessing
+from calm.inference import resolve_device
 from calm.model import CalmModel, create_model, load
 from calm.released import FILE_NAME, load_released
 from calm.released_commands.experiment import finished
@@ -136,7 +137,7 @@ def load_model(flags: Flags) -> CalmModel:
         model = load(source)
         model.preprocessing = replace(model.preprocessing, size=size)
     _check(flags, model.config, source)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.to(resolve_device())
 
 
 def transplant(model: CalmModel, num_classes: int, *, seed: int) -> CalmModel:

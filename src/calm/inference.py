@@ -1,0 +1,59 @@
+"""Run models for prediction and explanation: the device by its name, and evaluation mode for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from calm.errors import CalmError
+
+__all__ = ["evaluation_mode", "resolve_device"]
+
+
+def resolve_device(name: str = "auto") -> torch.device:
+    """Return the device of a name: cpu, cuda, cuda:1, mps, ...; ``auto`` is a GPU if there is one, else the CPU.
+
+    Raises:
+        CalmError: no tensor can be made there.
+    """
+    device = name
+    if name == "auto":
+        device = (
+            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        )
+    try:
+        return torch.zeros(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise CalmError(f"device {name!r} cannot be used: {error}") from error
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Run the block in eval mode with parameters frozen and gradients enabled.
+
+    On exit, also after an error, restore the mode of every submodule, ``requires_grad`` of every parameter and the
+    state of the random number generators, which a module may draw from. Frozen parameters get no ``.grad``. Gradients
+    are enabled even if the caller is in ``no_grad`` or inference mode; for predictions alone enter ``torch.no_grad()``
+    inside.
+    """
+    modes = [(part, part.training) for part in module.modules()]
+    frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
+    gpus = {parameter.device.index for parameter, _ in frozen if parameter.device.type == "cuda"}
+    try:
+        with (
+            torch.random.fork_rng(devices=sorted(gpus)),
+            torch.inference_mode(False),
+            torch.enable_grad(),
+        ):
+            module.eval()
+            for parameter, _ in frozen:
+                parameter.requires_grad_(False)
+            yield
+    finally:
+        for part, training in modes:
+            part.training = training
+        for parameter, required in frozen:
+            parameter.requires_grad_(required)
