@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import calm.cli.attribute
 from calm.cli.attribute import attribute_files, find_images
 from calm.errors import CalmError
-from calm.explain import Question, ask, class_index, draw, explain
+from calm.explain import Query, class_index, draw, explain, resolve_query
 from calm.heatmaps import locate, resize_maps
 from calm.images import Preprocessing
 from calm.model import CalmHead, CalmModel, CamHead, ModelConfig
@@ -127,7 +127,7 @@ def test_without_a_target_versus_is_asked_against_the_best_other_class(calm_mode
     with torch.no_grad():
         best = calm_model(calm_model.preprocess(pictures)).probs.topk(2).indices.tolist()
     for first, second in best:
-        answers = explain(calm_model, pictures, Question("joint", versus=first))
+        answers = explain(calm_model, pictures, Query("joint", versus=first))
         expected = [b if a == first else a for a, b in best]
         assert [answer.target for answer in answers] == expected
         assert second in expected
@@ -231,7 +231,7 @@ def test_classes_are_found_by_name_and_index() -> None:
 )
 def test_questions_that_make_no_sense_are_refused(options: dict[str, str], message: str) -> None:
     with pytest.raises(CalmError, match=message):
-        ask(make("calm-em"), **options)
+        resolve_query(make("calm-em"), **options)
 
 
 def test_mistakes_are_found_before_anything_is_written(calm_model: CalmModel, tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_an_unusable_device_is_named(tmp_path: Path) -> None:
 def test_the_model_is_left_as_found(calm_model: CalmModel) -> None:
     calm_model.train()
     calm_model.backbone.eval()
-    explain(calm_model, [np.zeros((16, 16, 3), np.uint8)], Question("joint"))
+    explain(calm_model, [np.zeros((16, 16, 3), np.uint8)], Query("joint"))
     assert calm_model.training
     assert not calm_model.backbone.training
     assert all(parameter.requires_grad for parameter in calm_model.parameters())
@@ -287,13 +287,13 @@ def test_the_ring_of_a_shrunk_overlay_lies_at_the_place() -> None:
         make("calm-em"),
         np.random.default_rng(3).integers(0, 256, (2600, 3900, 3), dtype=np.uint8),
     )
-    (answer,) = explain(model, [picture], Question("joint"))
+    (answer,) = explain(model, [picture], Query("joint"))
     grid = torch.zeros(4, 4)
     grid[1, 2] = 1
     answer = replace(
         answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))}
     )
-    drawn = draw(picture, answer, Question("joint"))
+    drawn = draw(picture, answer, Query("joint"))
     assert drawn.shape[:2] == (1633, 2449)
     ringed = (drawn != overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)
     y, x = (np.flatnonzero(ringed.any(axis=axis)) for axis in (1, 0))
@@ -317,7 +317,7 @@ def test_large_pictures_of_one_batch_are_explained_apart(
 
     object.__setattr__(calm_model, "preprocess", counted)
     for limit, expected in ((10_000, [4, 1]), (4_000, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(calm.cli.attribute, "HELD", limit)
+        monkeypatch.setattr(calm.cli.attribute, "BATCH_BYTES", limit)
         batches.clear()
         results = attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out")
         assert batches == expected
