@@ -19,7 +19,7 @@ FLOORS = [
     {"output", "render", "backbones", "checkpoint", "data"},
     {"model"},
     {"released", "baselines"},
-    {"conversion", "explain", "train", "evaluate"},
+    {"explain", "train", "evaluate"},
     {"report", "released_commands"},
     {"cli"},
 ]

@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import calm
-from calm.conversion import convert
+from calm.cli.convert import convert
 from calm.errors import CalmError
 from calm.model import create_model
 from calm.released import load_released, released_state_dict, save_released

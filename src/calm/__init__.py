@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from calm.baselines import attribute as attribute
+    from calm.cli.convert import convert as convert
     from calm.config import ModelConfig as ModelConfig
-    from calm.conversion import convert as convert
     from calm.errors import CalmError as CalmError
     from calm.heatmaps import normalize as normalize
     from calm.heatmaps import resize_maps as resize_maps
@@ -34,7 +34,7 @@ _HOMES = {
     "ModelConfig": "calm.config",
     "Preprocessing": "calm.images",
     "attribute": "calm.baselines",
-    "convert": "calm.conversion",
+    "convert": "calm.cli.convert",
     "create_model": "calm.model",
     "load": "calm.model",
     "load_released": "calm.released",

@@ -1,4 +1,4 @@
-"""``calm convert``: from a checkpoint of the released code to a folder of this package."""
+"""``calm convert``: turn a checkpoint of the released code into a model folder of this package."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def convert(
     use_bn: bool = True,
     class_names: Path | None = None,
 ) -> ConversionReport:
-    """Convert a checkpoint of the released code into a folder that loads with nothing but its name.
+    """Convert a checkpoint of the released code into a folder that `calm.load` reads without further options.
 
     Args:
         checkpoint: the file, or the folder that holds last_checkpoint.pth.tar.
@@ -40,7 +40,7 @@ def convert(
     Raises:
         CalmError: as `load_released`, or a file of class names that does not fit; ``out`` is a training run.
     """
-    from calm.released import load_with_report  # here, so that the help page need not wait for PyTorch
+    from calm.released import load_with_report  # here, so that the help page does not import PyTorch
 
     if not checkpoint.exists():
         raise CalmError(f"there is no checkpoint {checkpoint}")
