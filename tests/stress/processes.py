@@ -219,9 +219,9 @@ def _serve() -> None:
     sys.addaudithook(watch)
     from importlib import import_module
 
-    from calm.files import caches_among_temporary_files
+    from calm.files import use_temporary_caches
 
-    caches_among_temporary_files()  # as the command line does before it imports a command
+    use_temporary_caches()  # as the command line does before it imports a command
     import torch
 
     from calm.cli import COMMANDS as TABLE

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 from calm.errors import CalmError, needs_extra, unknown
-from calm.files import caches_among_temporary_files
+from calm.files import use_temporary_caches
 
 if TYPE_CHECKING:
     from calm.cli.parsing import Parser
@@ -199,7 +199,7 @@ def _run(words: list[str]) -> int:
         return 0
     rest = [_underscored(word) for word in rest]
     command = COMMANDS[name]
-    caches_among_temporary_files()
+    use_temporary_caches()
     with needs_extra(f"calm {name}", *command.extras):
         if command.own_parser:
             return command.finish(command.load()(rest))
