@@ -17,9 +17,29 @@ def write_image(path: Path, size: tuple[int, int] = (8, 6), seed: int = 0) -> Pa
     return path
 
 
-def write_lines(path: Path, lines: Sequence[object]) -> None:
+def write_broken(folder: Path) -> dict[str, Path]:
+    """A file for each kind of problem an image can have; "too-large" has 120 x 100 pixels, for a lowered limit."""
+    whole = write_image(folder / "whole.jpg", (64, 48)).read_bytes()
+    png = write_image(folder / "whole.png", (64, 48)).read_bytes()
+    files = {
+        "empty-file": b"",
+        "not-an-image": b"<!DOCTYPE html><html>Not found</html>",
+        "truncated": whole[: len(whole) // 2],
+        "truncated-png": png[: len(png) // 2],
+        "truncated-header": png[:20],
+    }
+    paths = {kind: folder / f"{kind}.jpg" for kind in files}
+    for kind, content in files.items():
+        paths[kind].write_bytes(content)
+    paths["too-large"] = write_image(folder / "too-large.png", (120, 100))
+    paths["missing-file"] = folder / "nowhere.jpg"
+    return paths
+
+
+def write_lines(path: Path, lines: Sequence[object]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(f"{line}\n" for line in lines))
+    return path
 
 
 def write_pack(

@@ -107,7 +107,7 @@ def test_a_missing_field_is_named(path, field):
         Card.read(path)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"null", b"[1]"])
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[[1", b"null", b"[1]"])
 def test_what_is_no_json_object_is_refused(path, content):
     path.write_bytes(content)
     with pytest.raises(CalmError, match=re.escape(str(path))):

@@ -196,9 +196,9 @@ def test_a_segmentation_is_resized_by_bicubic_and_counts_above_zero(tmp_path):
     ("file", "text", "message"),
     [
         ("attributes/attributes.txt", "2 has_eye\n", r"attributes\.txt:1: '2 has_eye' is not '1 NAME'"),
-        ("attributes/class_attribute_labels_continuous.txt", "50 60\n", r"needs 1 percentages .*found 2 values"),
+        ("attributes/class_attribute_labels_continuous.txt", "50 60\n", r"not 1 percentages .*found 2 values"),
         ("attributes/class_attribute_labels_continuous.txt", "101\n", r"from 0 to 100"),
-        ("attributes/class_attribute_labels_continuous.txt", "x\n", r"needs 1 percentages"),
+        ("attributes/class_attribute_labels_continuous.txt", "x\n", r"not 1 percentages"),
         ("parts/part_locs.txt", "1 1 3.0 4.0\n", r"part_locs\.txt:1: .* is not 'image-number"),
         ("parts/part_locs.txt", "1 1 3.0 4.0 2\n", r"is not 'image-number"),
         ("parts/part_locs.txt", "9 1 3.0 4.0 1\n", r"no image 9"),

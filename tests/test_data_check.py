@@ -8,9 +8,10 @@ import warnings
 from pathlib import Path
 
 import pytest
-from data_files import edit, write_cub, write_image, write_lines, write_pack
-from test_data_images import write_broken
+from data_files import edit, write_broken, write_cub, write_image, write_lines, write_pack
+from PIL import Image
 
+from calm import images
 from calm.cli import main
 from calm.data.check import check, check_splits, drop_bad, load_checked
 from calm.data.cues import read_pairs
@@ -42,7 +43,11 @@ def test_a_good_data_set_has_no_problem(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("decode", [False, True])
 @pytest.mark.parametrize("kind", ["missing-file", "empty-file", "not-an-image", "truncated", "too-large"])
-def test_a_bad_image_is_reported_with_its_path(tmp_path: Path, kind: str, decode: bool) -> None:
+def test_check_reports_a_bad_image_with_its_path(
+    tmp_path: Path, kind: str, decode: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # from which on Pillow warns
     write_pack(tmp_path)
     broken = write_broken(tmp_path / "broken")[kind]
     target = tmp_path / "images/train/2.png"

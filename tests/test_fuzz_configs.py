@@ -28,11 +28,11 @@ WHOLE = yaml.safe_dump(config_dict(TrainConfig(data=Path("/data/birds"))), sort_
 # fmt: off
 WORDS = (
     "", "null", "~", "true", "yes", "0", "-1", "1", "3", "0.5", "1e-3", "1e400", ".nan", ".inf", "-.inf", "9" * 30,
-    "9" * 400, "9" * 5000, "0x10", "0o7", "1:30:00", "2020-99-99", "2020-01-01", "1_0", "cam", "calm-em", "sgd",
+    "0x10", "0o7", "1:30:00", "2020-99-99", "2020-01-01", "1_0", "cam", "calm-em", "sgd",
     "[1, 2]", "[0.9, 2]", "[]", "{}", "{a: 1}", "[[[[]]]]", "'text", '"', "|", ">", "&a", "*a", "<<:", "!x", "!!int x",
-    "!!python/object/apply:os.system ['touch canary']", "!!python/none", "!!binary aGk=", "!!set {a}", "!!float x",
-    "data:", "epochs:", "lr:", "lr: 3", "optim:", "optim: 3", "optim: null", "config: /dev/zero", "run_dir: 3", "\0",
-    "? a", "- a", "...", "---", "%YAML 9.9", "%TAG ! x", "\t", "#", "class_path: os.system", "init_args: {}", "x" * 500,
+    "!!python/object/apply:io.open [marker, w]", "!!python/none", "!!binary aGk=", "!!set {a}", "!!float x",
+    "data:", "epochs:", "lr:", "lr: 3", "optim:", "optim: 3", "optim: null", "config: other.yaml", "run_dir: 3", "\0",
+    "? a", "- a", "...", "---", "%YAML 9.9", "%TAG ! x", "\t", "#", "class_path: io.open", "init_args: {}", "x" * 500,
 )
 # fmt: on
 
@@ -65,7 +65,7 @@ def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, data: 
     folder.mkdir(exist_ok=True)
     (folder / "mine.yaml").write_bytes(data.draw(damaged_text(WHOLE, WORDS)))
     read(folder / "mine.yaml")
-    assert not Path("canary").exists()
+    assert not Path("marker").exists()
 
 
 LEAVES = st.one_of(
@@ -116,11 +116,10 @@ def test_the_yaml_reader(tmp_path_factory: pytest.TempPathFactory, data: st.Data
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("data: !!python/object/apply:os.system ['touch {canary}']", "could not determine a constructor"),
-        ("data: !!python/name:os.system ''", "could not determine a constructor"),
+        ("data: !!python/object/apply:io.open ['{marker}', w]", "could not determine a constructor"),
+        ("data: !!python/name:io.open ''", "could not determine a constructor"),
         ("data: x\nlr: !!float ''\n", "as YAML"),
         ("data: x\nlr: 1\nlr: 2\n", "'lr' is twice"),
-        ("data: &a [*a]\n", "more than 5,000 values"),
         ("[1, 2]", "no list of 'setting: value'"),
         ("", "no list of 'setting: value'"),
         ("data: x\nlr: .inf", "lr is inf"),
@@ -129,18 +128,17 @@ def test_the_yaml_reader(tmp_path_factory: pytest.TempPathFactory, data: st.Data
         ("data: x\noptim:\n  betas: [2, 0.9]", r"optim\.betas"),
         ("data: x\ncolour: red", "colour"),
         ("data: 2020-99-99", "month must be in"),
-        pytest.param("data: " + "[" * 5000, "more than 50 deep", id="deep"),
     ],
 )
 def test_what_cannot_be_a_configuration_is_refused_with_the_reason(
     tmp_path: Path, text: str, words: str
 ) -> None:
     path = tmp_path / "mine.yaml"
-    path.write_text(text.replace("{canary}", str(tmp_path / "canary")))
+    path.write_text(text.replace("{marker}", str(tmp_path / "marker")))
     with pytest.raises(CalmError, match=words) as caught:
         parse(["--config", str(path)])
     assert "mine.yaml" in str(caught.value)
-    assert not (tmp_path / "canary").exists()
+    assert not (tmp_path / "marker").exists()
 
 
 def test_aliases_that_stay_small_are_read(tmp_path: Path) -> None:

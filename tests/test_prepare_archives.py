@@ -41,12 +41,14 @@ def test_files_come_out_as_they_went_in(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/evil", "C:/evil", "a\\..\\evil"])
+@pytest.mark.parametrize(
+    "name", ["../outside", "a/../../outside", "/outside", "C:/outside", "a\\..\\outside"]
+)
 def test_members_that_leave_the_folder_are_refused(tmp_path, kind, name):
     path = MAKERS[kind](tmp_path / f"x.{kind}", {name: b"x"})
     with pytest.raises(CalmError, match="leaves the folder"):
         unpack(path, tmp_path / "out" / "in")
-    assert not list(tmp_path.rglob("evil"))
+    assert not list(tmp_path.rglob("outside"))
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
@@ -69,11 +71,11 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_an_archive_that_swells_is_refused(tmp_path, kind):
-    path = MAKERS[kind](tmp_path / f"x.{kind}", {"zeros": bytes(2_000_000), "more": b"x"})
-    assert path.stat().st_size < 10_000
-    with pytest.raises(CalmError, match="more than 1,000,000 bytes"):
-        unpack(path, tmp_path / "out", limits=Limits(bytes=1_000_000))
+def test_unpack_refuses_more_bytes_or_files_than_the_limits(tmp_path, kind):
+    """The limits keep a small archive from filling the disk."""
+    path = MAKERS[kind](tmp_path / f"x.{kind}", {"a": bytes(1001), "more": b"x"})
+    with pytest.raises(CalmError, match="more than 1,000 bytes"):
+        unpack(path, tmp_path / "out", limits=Limits(bytes=1000))
     with pytest.raises(CalmError, match="more than 1 files"):
         unpack(path, tmp_path / "out2", limits=Limits(files=1))
 

@@ -78,7 +78,7 @@ def test_cub_of_another_checksum_or_count_is_an_error_and_leaves_nothing(tmp_pat
     with pytest.raises(CalmError, match="4 images, expected 11,788"):
         prepare("cub", [source], tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.jpg"))
-    for name, value in {"CUB_IMAGES": 4, "CUB_CLASSES": 2, "CUB_ATTRIBUTES": 2, "PAIRS": {1: 1}}.items():
+    for name, value in {"CUB_IMAGES": 4, "CUB_CLASSES": 2, "CUB_ATTRIBUTES": 2, "CUB_PAIRS": {1: 1}}.items():
         monkeypatch.setattr(cub, name, value)
     (source / "segmentations.tgz").unlink()
     prepared = prepare("cub", [source], tmp_path / "out")
@@ -117,7 +117,7 @@ def tiny_archive(path: Path, train: int = 5, test: int = 2) -> Path:
 
 
 def test_tiny_imagenet_is_split_and_written_in_the_metadata_format(tmp_path, monkeypatch):
-    for name, value in {"TRAIN": 3, "VAL": 2, "TEST": 2}.items():
+    for name, value in {"TINY_TRAIN": 3, "TINY_VAL": 2, "TINY_TEST": 2}.items():
         monkeypatch.setattr(tiny, name, value)
     archive = tiny_archive(tmp_path / "tiny-imagenet-200.zip")
     out = tmp_path / "pack"
@@ -303,8 +303,8 @@ def test_the_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
 
 
 def test_a_download_without_end_is_stopped(tmp_path, monkeypatch):
-    (tmp_path / "big").write_bytes(bytes(3_000_000))
-    monkeypatch.setattr(archives, "LARGEST", 1_000_000)
+    (tmp_path / "big").write_bytes(bytes(1001))
+    monkeypatch.setattr(archives, "MAX_DOWNLOAD", 1000)
     with pytest.raises(CalmError, match="more than metadata has"):
         archives.download((tmp_path / "big").as_uri(), tmp_path / "got")
     assert [path.name for path in tmp_path.iterdir()] == ["big"]

@@ -1,4 +1,4 @@
-"""Released checkpoints: every key has its place, predictions are the formulas', wrong and hostile files do nothing."""
+"""Released checkpoints: every key has its place, predictions are the formulas', code in a file is not run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import pickle
 import pytest
 import released_layouts as oracle
 import torch
+from fuzzing import Marker
 from torch.testing import assert_close
 
 import calm
@@ -229,7 +230,7 @@ def test_a_missing_file_is_named(tmp_path, name):
         ({"architecture": "vgg16", "state_dict": {}}, "must be a dict of tensors, and not empty"),
         ({"architecture": "vgg16", "state_dict": {"conv1.weight": 3}}, "not so is 'conv1.weight'"),
         ({"architecture": "vgg16", "state_dict": {1: torch.zeros(1)}}, "not so is 1"),
-        ({"architecture": "vgg16", "state_dict": {"a": torch.zeros(1).expand(10**12)}}, "not so is 'a'"),
+        ({"architecture": "vgg16", "state_dict": {"a": torch.zeros(1).expand(100)}}, "not so is 'a'"),
         (
             {"architecture": "vgg16", "state_dict": {"a": torch.zeros(1)}},
             "lacks the classifier conv_last.weight",
@@ -269,42 +270,30 @@ def test_keys_that_do_not_fit_are_named(resnet, tmp_path, change, message):
 # Hostile files
 
 
-class Attack:
-    """Unpickling it makes a file."""
-
-    def __init__(self, marker):
-        self.marker = marker
-
-    def __reduce__(self):
-        import os
-
-        return (os.system, (f"touch {self.marker}",))
-
-
 @pytest.mark.parametrize("place", ["whole", "state_dict", "optimizer", "key", "legacy"])
 def test_a_file_with_code_runs_nothing_and_the_error_names_what_it_asked_for(tmp_path, place):
     marker = tmp_path / "marker"
-    attack = Attack(marker)
+    code = Marker(marker)
     whole = {"architecture": "resnet50", "state_dict": {"conv_last.weight": torch.zeros(1)}, "optimizer": {}}
     content = {
-        "whole": attack,
-        "state_dict": whole | {"state_dict": attack},
-        "optimizer": whole | {"optimizer": attack},
-        "key": whole | {"state_dict": {"conv_last.weight": attack}},
-        "legacy": whole | {"epoch": attack},
+        "whole": code,
+        "state_dict": whole | {"state_dict": code},
+        "optimizer": whole | {"optimizer": code},
+        "key": whole | {"state_dict": {"conv_last.weight": code}},
+        "legacy": whole | {"epoch": code},
     }[place]
     torch.save(content, tmp_path / FILE, _use_new_zipfile_serialization=place != "legacy")
     with pytest.raises(
-        CalmError, match=r"can be read safely: it asks for posix\.system.*nothing in it was run"
+        CalmError, match=r"can be read safely: it asks for posix\.mknod.*nothing in it was run"
     ):
         load_it(tmp_path)
     assert not marker.exists()
     torch.load(tmp_path / FILE, weights_only=False)
-    assert marker.exists()  # the attack is a real one
+    assert marker.exists()  # it is code that can be run
 
 
 def test_a_bare_pickle_with_code_runs_nothing(tmp_path):
-    (tmp_path / FILE).write_bytes(pickle.dumps(Attack(tmp_path / "marker"), protocol=2))
+    (tmp_path / FILE).write_bytes(pickle.dumps(Marker(tmp_path / "marker"), protocol=2))
     with pytest.raises(CalmError, match="nothing in it was run"):
         load_it(tmp_path)
     assert not (tmp_path / "marker").exists()

@@ -9,75 +9,43 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calm.data.augmentation import AUGMENTATIONS, Augmentation
-    from calm.data.check import check_splits, drop_bad, load_checked
-    from calm.data.dataset import EpochSampler, ImageDataset
-    from calm.data.loading import LAYOUTS, detect_layout, fingerprint, load_split, load_splits, summary
-    from calm.data.records import SPLITS, Box, Record, Report, Split
-    from calm.data.transforms import BatchMix, eval_transform, train_transform
+    from calm.data.augmentation import AUGMENTATIONS as AUGMENTATIONS
+    from calm.data.augmentation import Augmentation as Augmentation
+    from calm.data.check import check_splits as check_splits
+    from calm.data.check import drop_bad as drop_bad
+    from calm.data.check import load_checked as load_checked
+    from calm.data.dataset import EpochSampler as EpochSampler
+    from calm.data.dataset import ImageDataset as ImageDataset
+    from calm.data.loading import LAYOUTS as LAYOUTS
+    from calm.data.loading import detect_layout as detect_layout
+    from calm.data.loading import fingerprint as fingerprint
+    from calm.data.loading import load_split as load_split
+    from calm.data.loading import load_splits as load_splits
+    from calm.data.loading import summary as summary
+    from calm.data.records import SPLITS as SPLITS
+    from calm.data.records import Box as Box
+    from calm.data.records import Record as Record
+    from calm.data.records import Report as Report
+    from calm.data.records import Split as Split
+    from calm.data.transforms import BatchMix as BatchMix
+    from calm.data.transforms import eval_transform as eval_transform
+    from calm.data.transforms import train_transform as train_transform
 
-__all__ = [
-    "AUGMENTATIONS",
-    "LAYOUTS",
-    "SPLITS",
-    "Augmentation",
-    "BatchMix",
-    "Box",
-    "EpochSampler",
-    "ImageDataset",
-    "Record",
-    "Report",
-    "Split",
-    "check_splits",
-    "detect_layout",
-    "drop_bad",
-    "eval_transform",
-    "fingerprint",
-    "load_checked",
-    "load_split",
-    "load_splits",
-    "summary",
-    "train_transform",
-]
-
-_HOMES = {
+_MODULES = {
     "augmentation": ("AUGMENTATIONS", "Augmentation"),
-    "check": (
-        "check_splits",
-        "drop_bad",
-        "load_checked",
-    ),
-    "dataset": (
-        "EpochSampler",
-        "ImageDataset",
-    ),
-    "loading": (
-        "LAYOUTS",
-        "detect_layout",
-        "fingerprint",
-        "load_split",
-        "load_splits",
-        "summary",
-    ),
-    "records": (
-        "Box",
-        "Record",
-        "Report",
-        "SPLITS",
-        "Split",
-    ),
-    "transforms": (
-        "BatchMix",
-        "eval_transform",
-        "train_transform",
-    ),
+    "check": ("check_splits", "drop_bad", "load_checked"),
+    "dataset": ("EpochSampler", "ImageDataset"),
+    "loading": ("LAYOUTS", "detect_layout", "fingerprint", "load_split", "load_splits", "summary"),
+    "records": ("SPLITS", "Box", "Record", "Report", "Split"),
+    "transforms": ("BatchMix", "eval_transform", "train_transform"),
 }
-_HOME = {name: module for module, names in _HOMES.items() for name in names}
+_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
+__all__ = sorted(_MODULE_OF)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
     globals()[name] = value
     return value

@@ -1,14 +1,11 @@
-"""Look at every image and annotation before training, and say everything that is wrong at once.
-
-Whether the files that cue localization needs are there, and right.
-"""
+"""Check every image and annotation of a data set, and report everything that is wrong at once."""
 
 from __future__ import annotations
 
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,70 +14,14 @@ from typing import TypeVar
 from PIL import Image
 
 from calm.data.loading import LAYOUTS, Layout, find_layout, load_splits, open_source
-from calm.data.records import SPLITS, Problem, Record, Report, Split, box_problem
+from calm.data.records import SPLITS, Problem, ProblemLog, Record, Report, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.images import Probe, probe
 
 __all__ = ["check", "check_cue_files", "check_splits", "drop_bad", "load_checked"]
 
-_FOLDERS = ("attributes", "parts")
-
 T = TypeVar("T")
-
-
-def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
-    """Read the class attributes, part groups and part points of a data set, if it has any.
-
-    Args:
-        root: of the data set.
-        splits: all that it has.
-
-    Returns:
-        What is wrong, and a line about what is there; neither for a data set without such files.
-    """
-    there = [name for name in _FOLDERS if (root / name).is_dir()]
-    if not there:
-        return [], ""
-    if len(there) < len(_FOLDERS):
-        (lacking,) = set(_FOLDERS) - set(there)
-        return [], f"no cue localization: there is {there[0]}/ but no {lacking}/"
-    from calm.data.cues import (
-        class_pairs,
-        group_votes,
-        read_class_attributes,
-        read_part_groups,
-        read_part_points,
-    )
-
-    problems: list[Problem] = []
-
-    def read(what: Path, reader: Callable[[], T]) -> T | None:
-        try:
-            return reader()
-        except CalmError as error:
-            problems.append(Problem("cue-file", "cues", what, str(error)))
-            return None
-
-    groups = read(root / "parts" / "groups.yaml", lambda: read_part_groups(root))
-    attributes = read(root / "attributes", lambda: read_class_attributes(root))
-    points = read(root / "parts" / "part_locs.txt", lambda: read_part_points(root))
-    if points is not None:
-        ids = [record.id for split in splits.values() for record in split.records]
-        read(root / "images.txt", lambda: points.select(ids))
-    if attributes is not None:
-        names, present = attributes
-        classes = next(iter(splits.values())).num_classes
-        if len(present) != classes:
-            message = f"describes {len(present)} classes, the data set has {classes}"
-            problems.append(Problem("cue-file", "cues", root / "attributes", message))
-    if problems or groups is None or attributes is None or points is None:
-        return problems, ""
-    every = class_pairs(present, group_votes(names, groups), range(1, len(groups) + 1))
-    differing = Counter(len(pair.groups) for pair in every)
-    pairs = ", ".join(f"{differing[count]} in {count}" for count in sorted(differing)) or "none"
-    counted = f"{points.xy.shape[1]} parts in {len(groups)} groups, {len(names)} attributes"
-    return [], f"cue localization: {counted}; pairs of classes by differing groups: {pairs}"
 
 
 def check(
@@ -93,22 +34,22 @@ def check(
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Check all splits that a data set has files for, and the files for cue localization where there are some.
+    """Check all splits that a data set has files for, and its files for cue localization, if there are any.
 
     Args:
         root: folder of the data set.
-        layout: as for ``load_splits``.
-        metadata_root: as for ``load_splits``.
-        present_classes_only: as for ``load_splits``.
-        decode: as for :func:`check_splits`.
-        workers: as for :func:`check_splits`.
-        progress: as for :func:`check_splits`.
+        layout: as for `load_splits`; so are metadata_root and present_classes_only.
+        metadata_root: see ``layout``.
+        present_classes_only: see ``layout``.
+        decode: as for `check_splits`; so are workers and progress.
+        workers: see ``decode``.
+        progress: see ``decode``.
 
     Returns:
         The report; ``str()`` of it is for people, ``ok`` decides an exit code.
 
     Raises:
-        CalmError: what keeps a data set from being read at all.
+        CalmError: the data set cannot be read at all.
     """
     folder, lists = Path(root), None if metadata_root is None else Path(metadata_root)
     layout = find_layout(folder, layout, lists)
@@ -122,11 +63,11 @@ def check(
         strict=False,
     )
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
-    wrong, cues = check_cue_files(folder, splits)
+    problems, cues = check_cue_files(folder, splits)
     names = next(iter(splits.values())).class_names
     first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     found = (f"layout {layout}: {LAYOUTS[layout]}", f"classes: {first}", *filter(None, [cues]))
-    return replace(report, problems=(*report.problems, *wrong), found=found)
+    return replace(report, problems=(*report.problems, *problems), found=found)
 
 
 def load_checked(
@@ -142,13 +83,13 @@ def load_checked(
     decode: bool = False,
     progress: bool = False,
 ) -> tuple[dict[str, Split], Report]:
-    """Read splits and check them: what a program does before it uses them.
+    """Read splits and check them, as a program does before it uses them.
 
     Args:
-        root: and all not named here: as for ``load_splits``.
-        skip_bad: go on without images that have an error. ``Report.left_out`` counts them.
-        decode: as for :func:`check_splits`.
-        progress: as for :func:`check_splits`.
+        root: as for `load_splits`; so are all arguments not named here.
+        skip_bad: leave out images that have an error. ``Report.left_out`` counts them.
+        decode: as for `check_splits`.
+        progress: as for `check_splits`.
 
     Returns:
         The splits without problems, and the report.
@@ -179,46 +120,39 @@ def check_splits(
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
-    """Check images, masks, sizes, boxes and classes, and add what the readers noted.
-
-    Nothing is changed.
+    """Check images, masks, sizes, boxes and classes, and add what the readers noted. Nothing is changed.
 
     Args:
         splits: of one data set.
-        decode: decode every image. Otherwise only headers are read, and the pixels of files that look cut
-            off.
-        workers: threads; None is twice the processors.
+        decode: decode every image. Otherwise only headers are read, and the pixels of files that look truncated.
+        workers: number of threads; None is twice the number of processors.
         progress: show a progress bar on standard error, if that is a terminal.
-
-    Returns:
-        The report.
 
     Raises:
         CalmError: ``workers`` below 1.
     """
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
-    found: list[Problem] = list(_in_two_splits(listed))
-    total = sum(len(split.records) for split in listed)
-    shown = _progress_bar(total) if progress else nullcontext(_ignore)
+    problems = _shared_files(listed)
     look = partial(probe, decode=decode)
-    with shown as advance, _bombs_ignored():
+    with _progress_bar(sum(len(split.records) for split in listed), progress) as advance, _large_images():
         for split in listed:
-            found += _empty_classes(split)
+            log = ProblemLog(split.name)
+            _check_classes(split, log)
             probes = in_threads(look, [record.path for record in split.records], workers)
             for record, result in zip(split.records, probes, strict=True):
-                found += _image_problems(split, record, result)
+                _check_image(record, result, log)
                 advance()
             masks = [(record.id, mask) for record in split.records for mask in record.all_masks]
             probes = in_threads(look, [mask for _, mask in masks], workers)
             for (name, mask), result in zip(masks, probes, strict=True):
                 if result.kind:
-                    message = f"{result.message}; mask of {name}"
-                    found.append(Problem("missing-mask", split.name, mask, message, None, name))
-    return Report.of(listed, found)
+                    log.add("missing-mask", mask, f"{result.message}; mask of {name}", record=name)
+            problems += log.problems
+    return Report.of(listed, problems)
 
 
 def drop_bad(split: Split, report: Report) -> Split:
-    """``split`` without the images that have an error in ``report``, and without noted problems.
+    """Return ``split`` without the images that have an error in ``report``, and without noted problems.
 
     Raises:
         CalmError: no image is left.
@@ -230,59 +164,55 @@ def drop_bad(split: Split, report: Report) -> Split:
     return replace(split, records=records, problems=())
 
 
-def _image_problems(split: Split, record: Record, result: Probe) -> Iterator[Problem]:
-    name = record.id
+def _check_image(record: Record, result: Probe, log: ProblemLog) -> None:
     if result.kind:
-        yield Problem(result.kind, split.name, record.path, result.message, None, name)
+        log.add(result.kind, record.path, result.message, record=record.id)
     if result.size is None:
         return
-    if record.size is not None and record.size != result.size:
-        stated, real = ("{} x {}".format(*size) for size in (record.size, result.size))
-        yield Problem(
-            "size-mismatch", split.name, record.path, f"is {real} pixels, stated is {stated}", None, name
-        )
     if record.size is None:
         for box in record.boxes:
-            problem = box_problem(
-                box, result.size, split=split.name, file=record.path, line=None, record=name
-            )
-            if problem:
-                yield problem
+            log.check_box(box, result.size, record.path, None, record.id)
+    elif record.size != result.size:
+        stated, actual = ("{} x {}".format(*size) for size in (record.size, result.size))
+        message = f"is {actual} pixels, stated is {stated}"
+        log.add("size-mismatch", record.path, message, record=record.id)
 
 
-def _empty_classes(split: Split) -> Iterator[Problem]:
+def _check_classes(split: Split, log: ProblemLog) -> None:
     empty = [name for name, count in zip(split.class_names, split.class_counts(), strict=True) if not count]
     if empty:
         names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
         message = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}: {names}"
-        yield Problem("empty-class", split.name, split.root, message)
+        log.add("empty-class", split.root, message)
 
 
-def _in_two_splits(splits: list[Split]) -> Iterator[Problem]:
-    """One problem for each file that two splits share; it is to leave train rather than val or test."""
+def _shared_files(splits: list[Split]) -> list[Problem]:
+    """Return a problem for each file that is in two splits; it is to leave train rather than val or test."""
+    problems = []
     first: dict[Path, str] = {}
     for split in sorted(splits, key=lambda split: SPLITS.index(split.name), reverse=True):
         for record in split.records:
             other = first.setdefault(record.path, split.name)
             if other != split.name:
                 message = f"is in {split.name} and in {other}"
-                yield Problem("two-splits", split.name, record.path, message, None, record.id)
+                problems.append(Problem("two-splits", split.name, record.path, message, None, record.id))
+    return problems
 
 
 @contextmanager
-def _bombs_ignored() -> Iterator[None]:
-    """No warning of Pillow about large images: they are reported as problems."""
+def _large_images() -> Iterator[None]:
+    """Silence Pillow's warning about large images, which are reported as problems."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         yield
 
 
-def _ignore() -> None:
-    """No progress shown."""
-
-
 @contextmanager
-def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
+def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
+    """Yield a function that advances a progress bar by one; the bar shows on a terminal, if ``visible``."""
+    if not visible:
+        yield lambda: None
+        return
     from rich.console import Console
     from rich.progress import Progress
 
@@ -290,3 +220,54 @@ def _progress_bar(total: int) -> Iterator[Callable[[], None]]:
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking images", total=total)
         yield lambda: bar.advance(task)
+
+
+def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
+    """Check the class attributes, part groups and part points of a data set, if it has any.
+
+    Args:
+        root: folder of the data set.
+        splits: all that it has.
+
+    Returns:
+        The problems, and a line about the files if there is no problem; neither for a data set without such files.
+    """
+    there = [name for name in ("attributes", "parts") if (root / name).is_dir()]
+    if len(there) < 2:
+        lacking = "parts" if "attributes" in there else "attributes"
+        return [], f"no cue localization: there is {there[0]}/ but no {lacking}/" if there else ""
+    from calm.data.cues import (
+        class_pairs,
+        group_votes,
+        read_class_attributes,
+        read_part_groups,
+        read_part_points,
+    )
+
+    log = ProblemLog("cues")
+
+    def read(file: Path, reader: Callable[[], T]) -> T | None:
+        try:
+            return reader()
+        except CalmError as error:
+            log.add("cue-file", file, str(error))
+            return None
+
+    groups = read(root / "parts" / "groups.yaml", lambda: read_part_groups(root))
+    attributes = read(root / "attributes", lambda: read_class_attributes(root))
+    points = read(root / "parts" / "part_locs.txt", lambda: read_part_points(root))
+    if points is not None:
+        ids = [record.id for split in splits.values() for record in split.records]
+        read(root / "images.txt", lambda: points.select(ids))
+    classes = next(iter(splits.values())).num_classes
+    if attributes is not None and len(attributes[1]) != classes:
+        message = f"describes {len(attributes[1])} classes, the data set has {classes}"
+        log.add("cue-file", root / "attributes", message)
+    if log.problems or groups is None or attributes is None or points is None:
+        return log.problems, ""
+    names, present = attributes
+    every = class_pairs(present, group_votes(names, groups), range(1, len(groups) + 1))
+    differing = Counter(len(pair.groups) for pair in every)
+    pairs = ", ".join(f"{differing[count]} in {count}" for count in sorted(differing)) or "none"
+    counted = f"{points.xy.shape[1]} parts in {len(groups)} groups, {len(names)} attributes"
+    return [], f"cue localization: {counted}; pairs of classes by differing groups: {pairs}"

@@ -30,68 +30,84 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 
-from calm.data.records import Box, Problem, Record, Split, box_problem, inside, numbered, whole_number
+from calm.data.records import (
+    Box,
+    ProblemLog,
+    Record,
+    Split,
+    is_inside,
+    numbered_lines,
+    parsed_lines,
+    whole_number,
+)
 from calm.errors import CalmError
 from calm.images import image_size
 
 __all__ = ["CUB_FILES", "CubSource", "corners", "names_from_folders", "read_names"]
 
-_WORDNET = re.compile(r"n\d{8}\s+(?=\S)")
+CUB_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
+"""The files without which a folder is not read as CUB_200_2011."""
+
+OVERHANG = 2
+"""Pixels by which official boxes reach over the right and lower edge, and are clipped without a warning."""
+
+_WORDNET_ID = re.compile(r"n\d{8}\s+(?=\S)")
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Names of ``classes.txt`` by class index.
+    """Return the class names of ``classes.txt`` by class index.
 
-    The indices of the file are 0 .. C-1, or 1 .. C as in the official CUB file; lines may be in any order.
-    A WordNet id before the name is dropped. Of several synonyms divided by commas the first is the name,
-    unless two classes would then share it.
+    The indices of the file are 0 .. C-1, or 1 .. C as in the official CUB file; lines may be in any order. A WordNet id
+    before the name is dropped. Of several synonyms divided by commas the first is the name, unless two classes would
+    then share it.
 
     Raises:
         CalmError: a line of another form, an index missing or given twice, two classes of one name.
     """
     by_index: dict[int, str] = {}
-    for number, text in numbered(path):
-        key, *rest = text.split(maxsplit=1)
-        index = whole_number(key)
-        name = _WORDNET.sub("", rest[0], count=1) if rest else ""
-        if index is None or not name:
-            raise CalmError(f"{path}:{number}: {text!r} is not 'index name'")
+    for number, (index, name) in parsed_lines(path, _index_and_name, "'index name'"):
         if index in by_index:
             raise CalmError(f"{path}:{number}: class index {index} is given twice")
         by_index[index] = name
     first = min(by_index, default=0)
     missing = set(range(first, first + len(by_index))) - by_index.keys()
     if first not in (0, 1) or missing or not by_index:
-        wanted = (
+        fault = (
             f"{min(missing)} is missing"
             if missing
             else f"the first is {first}"
             if by_index
             else "there are none"
         )
-        raise CalmError(f"{path}: class indices must run from 0 (or 1) without gaps, {wanted}")
+        raise CalmError(f"{path}: class indices must run from 0 (or 1) without gaps, {fault}")
     full = [by_index[index] for index in sorted(by_index)]
     short = [name.split(",")[0].strip() for name in full]
     names = short if len(set(short)) == len(short) else full
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
+    if repeated := [name for name, count in Counter(names).items() if count > 1]:
         raise CalmError(f"{path}: two classes are called {repeated[0]!r}; names must differ")
     return tuple(names)
 
 
+def _index_and_name(text: str) -> tuple[int, str]:
+    key, name = text.split(maxsplit=1)
+    if (index := whole_number(key)) is None:
+        raise ValueError
+    return index, _WORDNET_ID.sub("", name, count=1)
+
+
 def names_from_folders(labels: Mapping[str, int]) -> tuple[str, ...]:
-    """The name of the folder that holds each class's images, or the index as text.
+    """Return the name of the folder that holds each class's images, or the index as text.
 
     Args:
         labels: image id (a relative path) to class index.
 
     Returns:
-        0 .. the largest label. Folders give the names only if they and the classes pair one to one.
+        Names of 0 .. the largest label. Folders give the names only if they and the classes pair one to one.
 
     >>> names_from_folders({"train/cat/1.jpg": 0, "train/dog/1.jpg": 1, "train/dog/2.jpg": 1})
     ('cat', 'dog')
@@ -107,15 +123,8 @@ def names_from_folders(labels: Mapping[str, int]) -> tuple[str, ...]:
     return tuple(map(str, range(size)))
 
 
-CUB_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
-"""The files without which a folder is not read as CUB_200_2011."""
-
-OVERHANG = 2
-"""Pixels by which official boxes reach over the right and lower edge and are clipped without a word."""
-
-
 def corners(box: tuple[float, float, float, float], size: tuple[int, int] | None) -> Box:
-    """Left, top, width, height of ``bounding_boxes.txt`` to inclusive corner pixels (see the module).
+    """Convert left, top, width, height of ``bounding_boxes.txt`` to inclusive corner pixels (see the module).
 
     >>> corners((5.0, 127.0, 496.0, 131.0), (500, 275))
     (5, 127, 499, 258)
@@ -142,156 +151,132 @@ class CubSource:
         return read_names(self.root / "classes.txt")
 
     def listing(self, split: str) -> str:
-        """The files or folder that say which images a split has, for messages."""
+        """Return the files that say which images a split has, for messages."""
         return "images.txt and train_test_split.txt"
 
     def read(self, split: str) -> Split:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
 
-        Lines that belong to no image are problems of train. Reads the header of each image of the split for
-        its size.
+        Lines that belong to no image are problems of train. The header of each image of the split is read for its size.
 
         Raises:
             CalmError: a file that must exist is missing or no text.
         """
-        files = _Files.read(self.root, split, len(self.class_names))
-        records = tuple(
-            files.record(number, name, label)
-            for number, name in files.images()
-            if (label := files.label(number, name)) is not None
-        )
-        problems = (*(files.stray_lines() if split == "train" else ()), *files.problems)
-        return Split(split, records, self.class_names, self.root / "images", problems=problems)
+        files = _Files(self.root, ProblemLog(split), len(self.class_names))
+        records = files.records()
+        root = self.root / "images"
+        return Split(split, records, self.class_names, root, problems=tuple(files.log.problems))
 
 
-@dataclass(frozen=True)
 class _Table:
-    """A file of lines ``image-number value``: (line number, value) by image number, and (line number, complaint)."""
+    """A file of lines ``image-number value``.
 
-    path: Path
-    rows: dict[int, tuple[int, str]]
-    malformed: list[tuple[int, str]]
+    Attributes:
+        path: the file.
+        rows: image number to (line number, value).
+    """
 
-    @classmethod
-    def read(cls, path: Path) -> _Table:
-        rows: dict[int, tuple[int, str]] = {}
-        malformed: list[tuple[int, str]] = []
-        for line, text in numbered(path):
+    def __init__(self, path: Path, log: ProblemLog) -> None:
+        self.path = path
+        self.rows: dict[int, tuple[int, str]] = {}
+        for line, text in numbered_lines(path):
             key, *value = text.split(maxsplit=1)
             number = whole_number(key)
-            if number is None or not value:
-                malformed.append((line, f"{text!r} is not 'image-number value'"))
-            elif number in rows:
-                malformed.append((line, f"image number {key} is given before, in line {rows[number][0]}"))
-            else:
-                rows[number] = line, value[0]
-        return cls(path, rows, malformed)
+            if number is not None and value and number not in self.rows:
+                self.rows[number] = line, value[0]
+            elif log.split == "train":
+                given = f"image number {key} is given before" if value and number in self.rows else ""
+                log.add("malformed-line", path, given or f"{text!r} is not 'image-number value'", line)
+
+    def get(self, number: int) -> tuple[int | None, str]:
+        """Return (line number, value) of an image number, or (None, "")."""
+        return self.rows.get(number, (None, ""))
 
 
-@dataclass(frozen=True)
 class _Files:
-    """The files of a folder, read for one split, and what is wrong with that split's images."""
+    """The files of a folder, read for the split of ``log``; problems of that split's images are added to ``log``."""
 
-    root: Path
-    split: str
-    num_classes: int
-    names: _Table
-    labels: _Table
-    sides: _Table
-    boxes: _Table | None
-    segmented: bool
-    problems: list[Problem]
-
-    @classmethod
-    def read(cls, root: Path, split: str, num_classes: int) -> _Files:
+    def __init__(self, root: Path, log: ProblemLog, num_classes: int) -> None:
+        self.root, self.log, self.num_classes = root, log, num_classes
         names, _, labels, sides = CUB_FILES
+        self.names, self.labels, self.sides = (_Table(root / name, log) for name in (names, labels, sides))
         boxes = root / "bounding_boxes.txt"
-        return cls(
-            root,
-            split,
-            num_classes,
-            _Table.read(root / names),
-            _Table.read(root / labels),
-            _Table.read(root / sides),
-            _Table.read(boxes) if boxes.is_file() else None,
-            (root / "segmentations").is_dir(),
-            [],
-        )
+        self.boxes = _Table(boxes, log) if boxes.is_file() else None
+        self.segmented = (root / "segmentations").is_dir()
 
-    def stray_lines(self) -> Iterator[Problem]:
-        """Lines of another form, and lines about image numbers that are not listed."""
-        for table in filter(None, (self.names, self.labels, self.sides, self.boxes)):
-            for line, message in table.malformed:
-                yield Problem("malformed-line", self.split, table.path, message, line)
-            for number, (line, _) in table.rows.items():
-                if number not in self.names.rows:
-                    message = f"image number {number} is not in images.txt"
-                    yield Problem("unlisted-id", self.split, table.path, message, line)
-
-    def images(self) -> Iterator[tuple[int, str]]:
-        """(image number, path below images/) of the split's images; images of no split count as train."""
+    def records(self) -> tuple[Record, ...]:
+        """Return the records of the split's images; images of no split count as train."""
+        if self.log.split == "train":
+            self._check_listed()
+        records: list[Record] = []
         seen: dict[str, int] = {}
         for number, (line, name) in self.names.rows.items():
-            given = self.sides.rows.get(number, (0, ""))[1]
+            given = self.sides.get(number)[1]
             side = {"1": "train", "0": "test"}.get(given)
-            if (side or "train") != self.split:
+            if (side or "train") != self.log.split:
                 continue
+            path = self.names.path
             if name in seen:
-                self._note(
-                    "duplicate-id", self.names, f"{name}: listed before in line {seen[name]}", line, name
-                )
-            elif not inside(name):
-                self._note("bad-path", self.names, name, line, name)
+                self.log.add("duplicate-id", path, f"{name}: listed before in line {seen[name]}", line, name)
+            elif not is_inside(name):
+                self.log.add("bad-path", path, name, line, name)
             elif side is None:
-                found = f"has {given!r}, allowed are 1 (train) and 0 (test)" if given else "is not there"
-                message = f"image number {number} ({name}) {found} in train_test_split.txt"
-                self._note("no-split", self.names, message, line, name)
+                fault = f"has {given!r}, allowed are 1 (train) and 0 (test)" if given else "is not there"
+                message = f"image number {number} ({name}) {fault} in train_test_split.txt"
+                self.log.add("no-split", path, message, line, name)
             else:
                 seen[name] = line
-                yield number, name
+                label = self._label(number, name)
+                if label is not None:
+                    records.append(self._record(number, name, label))
+        return tuple(records)
 
-    def label(self, number: int, name: str) -> int | None:
-        """The class index from 0 of an image; None, and a problem, if there is none in range."""
-        line, value = self.labels.rows.get(number, (None, ""))
+    def _check_listed(self) -> None:
+        for table in filter(None, (self.labels, self.sides, self.boxes)):
+            for number, (line, _) in table.rows.items():
+                if number not in self.names.rows:
+                    self.log.add(
+                        "unlisted-id", table.path, f"image number {number} is not in images.txt", line
+                    )
+
+    def _label(self, number: int, name: str) -> int | None:
+        """Return the class index from 0 of an image; None, and a problem, if there is none in range."""
+        line, value = self.labels.get(number)
         label = whole_number(value)
+        image = f"image number {number} ({name})"
         if line is None:
-            self._note("no-label", self.labels, f"image number {number} ({name}) is not there", None, name)
+            kind, message = "no-label", f"{image} is not there"
         elif label is None:
-            message = f"{value!r} for image number {number} ({name})"
-            self._note("label-not-integer", self.labels, message, line, name)
+            kind, message = "label-not-integer", f"{value!r} for {image}"
         elif not 1 <= label <= self.num_classes:
-            message = f"{label} for image number {number} ({name}): classes are 1 .. {self.num_classes}"
-            self._note("label-range", self.labels, message, line, name)
+            kind, message = "label-range", f"{label} for {image}: classes are 1 .. {self.num_classes}"
         else:
             return label - 1
+        self.log.add(kind, self.labels.path, message, line, name)
         return None
 
-    def record(self, number: int, name: str, label: int) -> Record:
-        """The record of an image; problems of its box are noted."""
+    def _record(self, number: int, name: str, label: int) -> Record:
         path = self.root / "images" / name
         size = image_size(path)
         mask = self.root / "segmentations" / PurePosixPath(name).with_suffix(".png")
-        masks = (mask,) if self.segmented else ()
-        return Record(name, path, label, self._boxes(number, name, size), masks, size=size)
+        boxes = self._boxes(number, name, size)
+        return Record(name, path, label, boxes, (mask,) if self.segmented else (), size=size)
 
     def _boxes(self, number: int, name: str, size: tuple[int, int] | None) -> tuple[Box, ...]:
         if self.boxes is None:
             return ()
-        line, value = self.boxes.rows.get(number, (None, ""))
+        line, value = self.boxes.get(number)
         if line is None:
-            self._note("no-box", self.boxes, f"image number {number} ({name}) is not there", None, name)
+            self.log.add(
+                "no-box", self.boxes.path, f"image number {number} ({name}) is not there", None, name
+            )
             return ()
         try:
             left, top, width, height = map(float, value.split())
             box = corners((left, top, width, height), size)
         except (ValueError, OverflowError):
             message = f"{value!r} for image number {number}: needs 4 numbers: left top width height"
-            self._note("malformed-line", self.boxes, message, line, name)
+            self.log.add("malformed-line", self.boxes.path, message, line, name)
             return ()
-        problem = box_problem(box, size, split=self.split, file=self.boxes.path, line=line, record=name)
-        if problem:
-            self.problems.append(problem)
+        self.log.check_box(box, size, self.boxes.path, line, name)
         return (box,)
-
-    def _note(self, kind: str, table: _Table, message: str, line: int | None, name: str) -> None:
-        self.problems.append(Problem(kind, self.split, table.path, message, line, name))

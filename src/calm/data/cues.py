@@ -1,24 +1,8 @@
-"""Which part of a bird tells two classes apart, and where that part is in a picture.
+"""Cue localization: which parts of a bird tell two classes apart, and where they are in a picture.
 
 The ground truth of cue localization (paper, section 5.2). Classes have attributes ("has_bill_shape::hooked"), each
-attribute belongs to a part group by its name, and a pair of classes is told apart by the groups of the attributes
-in which they differ. Images have part points; every pixel of the bird belongs to its nearest point.
-
-Here is what is done with attributes and points; `calm.data.cues` reads them.
-
-Which attributes and part points belong together, for data sets that are not birds.
-
-``parts/groups.yaml`` below the root; without it the groups of CUB are taken. Cars, say, whose attributes are called
-``has_wheel_colour::black`` and whose keypoints 1 to 4 are the wheels and 5 the roof::
-
-    - name: wheels
-      words: [wheel, tyre]            # an attribute whose name contains one of them belongs to the group
-      points: [[1], [2], [3], [4]]    # four points; the pixels nearest to any of them are the group's
-    - name: cabin
-      words: [roof, window]
-      points: [[5, 6]]                # one point: the mean of the visible ones of these parts (from 1)
-
-Read what cue localization needs: class attributes, part points, segmentations.
+attribute belongs to a part group by its name, and a pair of classes is told apart by the groups of the attributes in
+which they differ. Images have part points; every pixel of the bird belongs to its nearest point.
 
 Files, below the root of CUB_200_2011 or of any data set written like it. ``attributes/attributes.txt``, number and
 name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, one percentage per attribute::
@@ -29,11 +13,21 @@ name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, 
 ``parts/part_locs.txt``, image number of ``images.txt``, part number, x, y in pixels of the image, visible or not::
 
     1 2 312.0 182.0 1
+
+``parts/groups.yaml`` (if absent, the groups are CUB's), which attributes and part points belong together. For cars
+whose attributes are called ``has_wheel_colour::black``, and whose keypoints 1 to 4 are the wheels and 5 the roof::
+
+    - name: wheels
+      words: [wheel, tyre]            # an attribute whose name contains one of them belongs to the group
+      points: [[1], [2], [3], [4]]    # four points; the pixels nearest to any of them are the group's
+    - name: cabin
+      words: [roof, window]
+      points: [[5, 6]]                # one point: the mean of the visible ones of these parts (from 1)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,10 +38,10 @@ from jaxtyping import Bool, Float, Int
 from PIL import Image
 from torch import Tensor
 
-from calm.data.records import numbered
+from calm.data.records import numbered_lines, parsed_lines
 from calm.errors import CalmError, shown
 from calm.files import read_yaml
-from calm.images import read_pixels
+from calm.images import read_pixels, resize_image
 
 __all__ = [
     "CUB_GROUPS",
@@ -68,13 +62,25 @@ __all__ = [
 PROTOCOL_SIZE = (224, 224)
 """(height, width) of the protocol's pixels."""
 
+PRESENT_PERCENT = 50.0
+"""A class has an attribute if at least this percentage of its annotations say so."""
+
+MAX_GROUPS = 31
+"""Most part groups of a data set."""
+
+MAX_PARTS = 1000
+"""Most parts of a data set."""
+
+MAX_COORDINATE = 1e6
+"""Largest coordinate of a part point, in pixels."""
+
 
 @dataclass(frozen=True)
 class PartGroup:
-    """Parts that count as one when classes are compared.
+    """Parts that are compared as one.
 
     Attributes:
-        name: what to call it.
+        name: unique name.
         words: an attribute whose name contains one of them belongs to the group.
         points: the group's points; each is the mean of the visible ones of these part numbers (from 1).
     """
@@ -124,26 +130,24 @@ class PartPoints:
     visible: Bool[Tensor, "n p"]
 
     def select(self, ids: Iterable[str]) -> PartPoints:
-        """The points of some images, in their order.
+        """Return the points of the images ``ids``, in their order.
 
         Raises:
             CalmError: an image without points.
         """
         wanted = tuple(ids)
-        places = {name: place for place, name in enumerate(self.ids)}
-        missing = [name for name in wanted if name not in places]
+        row_of = {name: row for row, name in enumerate(self.ids)}
+        missing = [name for name in wanted if name not in row_of]
         if missing:
-            raise CalmError(
-                f"{len(missing)} images have no part points, the first is {missing[0]!r}: the file of part"
-                f" points lists {len(self.ids)} images"
-            )
-        rows = torch.tensor([places[name] for name in wanted], dtype=torch.int64)
+            images = f"{len(missing)} images have no part points, the first is {missing[0]!r}"
+            raise CalmError(f"{images}: the file of part points lists {len(self.ids)} images")
+        rows = torch.tensor([row_of[name] for name in wanted], dtype=torch.int64)
         return PartPoints(wanted, self.xy[rows], self.visible[rows])
 
     def merged(
         self, scale: Float[Tensor, "n 2"], groups: Sequence[PartGroup] = CUB_GROUPS
     ) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"], Int[Tensor, " k"]]:
-        """The groups' points: scaled x and y, which of them are visible, and the group of each.
+        """Return the groups' points: scaled x and y, which of them are visible, and the group of each.
 
         Args:
             scale: per image the factors of x and y.
@@ -156,7 +160,7 @@ class PartPoints:
         for parts in members:
             weights = self.visible[:, parts].to(scaled)
             count = weights.sum(dim=1)
-            # Part by part, not by torch's sum: its order is its own, and the last bit decides which pixel the
+            # Summed part by part, since the order of torch's sum is not fixed, and the last bit decides which pixel the
             # mean is truncated to.
             total = sum((scaled[:, parts] * weights[..., None]).unbind(dim=1), torch.zeros_like(scaled[:, 0]))
             points.append(total / count.clamp(min=1)[:, None])
@@ -164,13 +168,13 @@ class PartPoints:
         return torch.stack(points, dim=1), torch.stack(seen, dim=1), owner
 
     def visible_groups(self, groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "n g"]:
-        """Which part groups have a visible point."""
+        """Return which part groups have a visible point."""
         parts = [torch.tensor([part for point in group.points for part in point]) - 1 for group in groups]
         return torch.stack([self.visible[:, numbers].any(dim=1) for numbers in parts], dim=1)
 
 
 def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "a g"]:
-    """Which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
+    """Return which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
 
     So ``has_shape::long-legged-like`` votes for the legs, though it is about the whole bird. On CUB that changes no
     pair and none of its groups (tests/test_cues.py).
@@ -184,7 +188,7 @@ def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) 
 def class_pairs(
     present: Bool[Tensor, "c a"], votes: Bool[Tensor, "a g"], counts: Iterable[int] = (1, 2, 3)
 ) -> list[CuePair]:
-    """The pairs of classes that differ in one of these numbers of part groups, by first and second class."""
+    """Return the pairs of classes that differ in one of these numbers of part groups, by first and second class."""
     wanted = torch.tensor(sorted(set(counts)), dtype=torch.int64)
     pairs = []
     for first, own in enumerate(present):
@@ -197,7 +201,7 @@ def class_pairs(
 
 
 def group_mask(regions: Int[Tensor, "*n h w"], groups: Iterable[int]) -> Bool[Tensor, "*n h w"]:
-    """The pixels that belong to one of some part groups."""
+    """Return the pixels that belong to one of ``groups``."""
     return torch.isin(regions, torch.tensor(list(groups), dtype=regions.dtype, device=regions.device))
 
 
@@ -209,7 +213,7 @@ def part_regions(
     inside: Bool[Tensor, "n h w"] | None = None,
     groups: Sequence[PartGroup] = CUB_GROUPS,
 ) -> Int[Tensor, "n h w"]:
-    """The part group of each pixel: that of the nearest visible point.
+    """Return the part group of each pixel: that of the nearest visible point.
 
     Points are scaled to ``size``, merged, and only then truncated to whole pixels. Of points at the same
     distance the first in the order of ``groups`` wins.
@@ -247,12 +251,11 @@ def part_regions(
     return regions if inside is None else regions.masked_fill_(~inside, -1)
 
 
-MOST = 31
-"""Groups of a data set, at most."""
+# Readers
 
 
 def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
-    """The part groups of a data set: of ``parts/groups.yaml``, or CUB's where there is no such file.
+    """Return the part groups of a data set: of ``parts/groups.yaml``, or CUB's where there is no such file.
 
     Raises:
         CalmError: the file is no YAML, or an entry is not as in the example at the top of this module.
@@ -261,151 +264,124 @@ def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
     if not path.is_file():
         return CUB_GROUPS
     entries = read_yaml(path, "part groups")
-    if not isinstance(entries, list) or not 1 <= len(entries) <= MOST:
-        raise CalmError(f"{path}: needs a list of 1 to {MOST} groups, each with name, words and points")
-    groups = tuple(_group(path, number, entry) for number, entry in enumerate(entries, 1))
+    if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_GROUPS:
+        raise CalmError(f"{path}: needs a list of 1 to {MAX_GROUPS} groups, each with name, words and points")
+    groups = tuple(
+        _part_group(f"{path}: ", f"group {number}", entry) for number, entry in enumerate(entries, 1)
+    )
     if len({group.name for group in groups}) < len(groups):
         raise CalmError(f"{path}: two groups have the same name")
     return groups
 
 
-def _group(path: Path, number: int, entry: Any) -> PartGroup:
+def _part_group(where: str, group: str, entry: Any) -> PartGroup:
     if not isinstance(entry, dict) or set(entry) != {"name", "words", "points"}:
-        raise CalmError(f"{path}: group {number} needs name, words and points, and nothing else")
+        raise CalmError(f"{where}{group} needs name, words and points, and nothing else")
     name, words, points = entry["name"], entry["words"], entry["points"]
     if not isinstance(name, str) or not name:
-        raise CalmError(f"{path}: name of group {number} must be a text, got {shown(name)}")
-    if not isinstance(words, list) or not words or not all(isinstance(w, str) and w for w in words):
-        raise CalmError(f"{path}: words of group {number} must be a list of texts, got {shown(words)}")
-    good = (
-        isinstance(points, list)
-        and points
-        and all(
-            isinstance(point, list)
-            and point
-            and all(type(part) is int and 0 < part <= MOST_PARTS for part in point)
-            for point in points
-        )
-    )
-    if not good:
-        raise CalmError(
-            f"{path}: points of group {number} must be lists of part numbers, 1 to {MOST_PARTS:,}, got {shown(points)}"
-        )
+        raise CalmError(f"{where}name of {group} must be a text, got {shown(name)}")
+    if not _is_list(words, lambda word: isinstance(word, str) and word != ""):
+        raise CalmError(f"{where}words of {group} must be a list of texts, got {shown(words)}")
+    if not _is_list(points, lambda point: _is_list(point, lambda n: type(n) is int and 0 < n <= MAX_PARTS)):
+        form = f"lists of part numbers, 1 to {MAX_PARTS:,}"
+        raise CalmError(f"{where}points of {group} must be {form}, got {shown(points)}")
     return PartGroup(name, tuple(words), tuple(map(tuple, points)))
 
 
-MOST_PARTS = 1000
-"""Parts of a data set, at most."""
-
-FARTHEST = 1e6
-"""Pixels: the largest coordinate of a part point."""
-
-PRESENT_PERCENT = 50.0
-"""A class has an attribute if at least this percentage of its annotations say so."""
+def _is_list(value: Any, is_member: Callable[[Any], bool]) -> bool:
+    """Whether ``value`` is a list with one member or more, all of which are as ``is_member`` says."""
+    return isinstance(value, list) and bool(value) and all(map(is_member, value))
 
 
 def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c a"]]:
-    """Names of the attributes, and which class has which (at least 50 percent).
+    """Return the names of the attributes, and which class has which (at least 50 percent).
 
     ``attributes.txt`` is also found in ``root`` and beside it, where CUB's archive leaves it.
 
     Raises:
         CalmError: a file that is missing, a line that is not what the format asks for.
     """
-    places = (root / "attributes", root, root.parent)
-    path = next(
-        (place / "attributes.txt" for place in places if (place / "attributes.txt").is_file()),
-        places[0] / "attributes.txt",
-    )
+    places = [folder / "attributes.txt" for folder in (root / "attributes", root, root.parent)]
+    path = next(filter(Path.is_file, places), places[0])
     names: list[str] = []
-    for line, text in numbered(path):
+    for line, text in numbered_lines(path):
         number, _, name = text.partition(" ")
         if number != str(len(names) + 1) or not name:
             raise CalmError(f"{path}:{line}: {text!r} is not '{len(names) + 1} NAME'")
         names.append(name.strip())
     if not names:
         raise CalmError(f"{path} lists no attribute")
+
+    def percentages(text: str) -> list[float]:
+        values = [float(word) for word in text.split()]
+        if len(values) != len(names):
+            raise CalmError(f"found {len(values)} values")
+        if wrong := [value for value in values if not 0 <= value <= 100]:
+            raise CalmError(f"found {wrong[0]:g}")
+        return values
+
     table = root / "attributes" / "class_attribute_labels_continuous.txt"
-    rows = [_percentages(table, line, text, len(names)) for line, text in numbered(table)]
+    form = f"{len(names)} percentages from 0 to 100, one per attribute"
+    rows = [values for _, values in parsed_lines(table, percentages, form)]
     return tuple(names), torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)) >= PRESENT_PERCENT
-
-
-def _percentages(path: Path, line: int, text: str, count: int) -> list[float]:
-    values = _floats(text)
-    wrong = [word for word, value in zip(text.split(), values, strict=False) if not 0 <= value <= 100]
-    if len(values) != count or wrong:
-        found = f"{wrong[0]!r:.40} among them" if wrong else f"{len(text.split())} values"
-        raise CalmError(
-            f"{path}:{line}: needs {count} percentages from 0 to 100, one per attribute, found {found}"
-        )
-    return values
 
 
 def read_pairs(
     root: Path, counts: Iterable[int] = (1, 2, 3), groups: Sequence[PartGroup] = CUB_GROUPS
 ) -> list[CuePair]:
-    """`class_pairs` of the attribute table below ``root``. The official files give 31, 64 and 96 pairs."""
+    """Return `class_pairs` of the attribute table below ``root``. The official files give 31, 64 and 96 pairs."""
     names, present = read_class_attributes(root)
     return class_pairs(present, group_votes(names, groups), counts)
 
 
 def read_part_points(root: Path) -> PartPoints:
-    """The part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
+    """Return the part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
 
     Raises:
         CalmError: a file that is missing, a malformed line, an image or part number that is not listed, an image
-            listed twice, more than `MOST_PARTS` parts.
+            listed twice, more than `MAX_PARTS` parts.
     """
-    places: dict[str, int] = {}
-    ids: list[str] = []
-    seen: set[str] = set()
-    for line, text in numbered(root / "images.txt"):
-        number, _, name = text.partition(" ")
-        if number in places or name.strip() in seen or not name.strip():
+    rows: dict[str, int] = {}
+    ids: dict[str, None] = {}
+    for line, text in numbered_lines(root / "images.txt"):
+        number, _, name = (part.strip() for part in text.partition(" "))
+        if number in rows or name in ids or not name:
             raise CalmError(
                 f"{root / 'images.txt'}:{line}: {text!r:.200} is not 'number path', or listed before"
             )
-        places[number] = len(ids)
-        seen.add(name.strip())
-        ids.append(name.strip())
-    parts = sum(1 for _ in numbered(root / "parts" / "parts.txt"))
-    if parts > MOST_PARTS:
+        rows[number] = len(ids)
+        ids[name] = None
+    parts = sum(1 for _ in numbered_lines(root / "parts" / "parts.txt"))
+    if parts > MAX_PARTS:
         raise CalmError(
-            f"{root / 'parts' / 'parts.txt'} lists {parts:,} parts: at most {MOST_PARTS:,} are read"
+            f"{root / 'parts' / 'parts.txt'} lists {parts:,} parts: at most {MAX_PARTS:,} are read"
         )
     xy, visible = np.zeros((len(ids), parts, 2)), np.zeros((len(ids), parts), dtype=bool)
+
+    def point(text: str) -> tuple[str, int, float, float, bool]:
+        number, *fields = text.split()
+        part, x, y, seen = map(float, fields)
+        if part % 1 != 0 or seen not in (0, 1) or not (abs(x) <= MAX_COORDINATE and abs(y) <= MAX_COORDINATE):
+            raise ValueError
+        return number, int(part), x, y, bool(seen)
+
     path = root / "parts" / "part_locs.txt"
-    for line, text in numbered(path):
-        number, _, rest = text.partition(" ")
-        values = _floats(rest)
-        whole = len(values) == 4 and values[0] % 1 == 0 and values[3] in (0, 1)
-        if not whole or not all(abs(value) <= FARTHEST for value in values):
-            raise CalmError(
-                f"{path}:{line}: {text!r:.200} is not 'image-number part-number x y visible(0|1)', or far outside"
-            )
-        if number not in places or not 1 <= values[0] <= parts:
-            raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {values[0]:g}")
-        place, part = places[number], int(values[0]) - 1
-        xy[place, part], visible[place, part] = values[1:3], bool(values[3])
+    form = f"'image-number part-number x y visible(0|1)', x and y at most {MAX_COORDINATE:,.0f}"
+    for line, (number, part, x, y, seen) in parsed_lines(path, point, form):
+        if number not in rows or not 1 <= part <= parts:
+            raise CalmError(f"{path}:{line}: no image {number} in images.txt, or no part {part}")
+        xy[rows[number], part - 1], visible[rows[number], part - 1] = (x, y), seen
     return PartPoints(tuple(ids), torch.from_numpy(xy), torch.from_numpy(visible))
 
 
 def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool[Tensor, "h w"]:
-    """A segmentation as the protocol reads it: 8-bit grey, resized by Pillow's bicubic filter, object above 0.
+    """Return a segmentation as the protocol reads it: 8-bit grey, resized by Pillow's bicubic filter, object above 0.
 
     Raises:
         CalmError: the file is missing or no image.
     """
-    shape = (size[1], size[0])
-    grey = read_pixels(
-        path, lambda image: image.convert("L").resize(shape, Image.Resampling.BICUBIC), "segmentation"
-    )
-    return torch.from_numpy(grey > 0)
 
+    def grey(image: Image.Image) -> Image.Image:
+        return resize_image(image.convert("L"), size, Image.Resampling.BICUBIC)
 
-def _floats(text: str) -> list[float]:
-    """The numbers of a line; none if one of them is not a number."""
-    try:
-        return [float(word) for word in text.split()]
-    except ValueError:
-        return []
+    return torch.from_numpy(read_pixels(path, grey, "segmentation") > 0)

@@ -1,6 +1,6 @@
-"""Images of a split as a torch data set, the same however many processes read it.
+"""The images of a split as a torch data set, and the order in which training reads them.
 
-Which images make up which batch: the same global batches for one process and for many.
+Items and order are the same however many worker processes read, and however many processes train together.
 """
 
 from __future__ import annotations
@@ -20,34 +20,30 @@ from torch.utils.data import Dataset, Sampler
 
 from calm.data.records import Split
 from calm.data.seeds import in_threads, mix_seed, seeded
-from calm.data.transforms import ImageTransform, resize_picture
+from calm.data.transforms import ImageTransform
 from calm.errors import CalmError, unknown
-from calm.images import read_rgb
+from calm.images import read_rgb, resize_image
 
 __all__ = ["EpochSampler", "ImageDataset", "Remainder"]
 
-
-Remainder = Literal["drop", "pad", "keep"]
+Remainder = Literal["drop", "keep"]
 
 
 class EpochSampler(Sampler[int]):
     """The indices of this process, batch after batch, in an order that depends only on (seed, epoch).
 
-    The order is cut into global batches of ``batch_size``; of each, process ``rank`` takes the
-    ``rank``-th of ``world_size`` equal runs. So the union of the processes' t-th batches is the t-th batch of
-    a single process. Give the data loader :attr:`local_batch_size`, and Lightning
-    ``use_distributed_sampler=False``; it calls :meth:`set_epoch` itself.
+    The order is cut into global batches of ``batch_size``; of each, process ``rank`` takes the ``rank``-th of
+    ``world_size`` equal runs. So the union of the processes' t-th batches is the t-th batch of a single process. Give
+    :attr:`local_batch_size` to the data loader, and call :meth:`set_epoch` before each epoch.
 
     Args:
-        dataset: its length counts, and it is told the epoch, for its augmentation.
+        dataset: the images; `set_epoch` sets its epoch too, for its augmentation.
         batch_size: images of a global batch, over all processes.
         seed: of the order.
         shuffle: a new order each epoch; else always that of the split.
-        remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in
-            this epoch. "pad": filled up from the start of the order to the next multiple of
-            ``world_size``, so that all processes have equally many (nothing is added for one process).
-            "keep": divided as evenly as can be, nothing twice; some processes may have an image or a batch
-            less. Training in several processes wants "drop" or "pad", exact counts of a test want "keep".
+        remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in this epoch.
+            "keep": divided as evenly as can be, nothing twice; some processes may have an image or a batch less.
+            Training in several processes needs "drop", exact counts of a test need "keep".
         rank: of this process; None asks torch.distributed.
         world_size: number of processes; None asks torch.distributed.
 
@@ -66,23 +62,23 @@ class EpochSampler(Sampler[int]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        together = distributed.is_available() and distributed.is_initialized()
-        self.rank = (distributed.get_rank() if together else 0) if rank is None else rank
-        self.world_size = (
-            (distributed.get_world_size() if together else 1) if world_size is None else world_size
-        )
-        if not 0 <= self.rank < self.world_size:
-            raise CalmError(f"rank is {self.rank}: allowed are 0 to world_size - 1 = {self.world_size - 1}")
-        if batch_size < 1 or batch_size % self.world_size:
-            raise CalmError(f"batch_size is {batch_size}: give a multiple of the {self.world_size} processes")
+        is_distributed = distributed.is_available() and distributed.is_initialized()
+        if rank is None:
+            rank = distributed.get_rank() if is_distributed else 0
+        if world_size is None:
+            world_size = distributed.get_world_size() if is_distributed else 1
+        if not 0 <= rank < world_size:
+            raise CalmError(f"rank is {rank}: allowed are 0 to world_size - 1 = {world_size - 1}")
+        if batch_size < 1 or batch_size % world_size:
+            raise CalmError(f"batch_size is {batch_size}: give a multiple of the {world_size} processes")
         if remainder not in get_args(Remainder):
             raise unknown("remainder", remainder, get_args(Remainder))
         if remainder == "drop" and batch_size > len(dataset):
-            raise CalmError(
-                f"batch_size is {batch_size}, but there are only {len(dataset)} images: no batch is full"
-            )
+            images = f"there are only {len(dataset)} images"
+            raise CalmError(f"batch_size is {batch_size}, but {images}: no batch is full")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.remainder, self.epoch = shuffle, remainder, dataset.epoch
+        self.rank, self.world_size = rank, world_size
 
     @property
     def local_batch_size(self) -> int:
@@ -93,15 +89,15 @@ class EpochSampler(Sampler[int]):
     def steps(self) -> int:
         """Global batches of an epoch."""
         full, rest = divmod(len(self.dataset), self.batch_size)
-        return full + (rest > 0 and self.remainder != "drop")
+        return full + (rest > 0 and self.remainder == "keep")
 
     def set_epoch(self, epoch: int) -> None:
-        """Give the order of this epoch from now on, and tell the data set."""
+        """Set the epoch of the order, and of the data set's augmentation."""
         self.epoch = epoch
         self.dataset.set_epoch(epoch)
 
     def order(self) -> list[int]:
-        """All indices of the data set in the order of the current epoch, for any number of processes."""
+        """Return all indices of the data set in the order of the current epoch, for any number of processes."""
         if not self.shuffle:
             return list(range(len(self.dataset)))
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
@@ -111,34 +107,23 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = self.order()
         for start in range(0, self.steps * self.batch_size, self.batch_size):
-            yield from self._share(order, order[start : start + self.batch_size])
+            batch = order[start : start + self.batch_size]
+            yield from batch[self._run(len(batch))]
 
-    def _share(self, order: list[int], batch: list[int]) -> list[int]:
-        if self.remainder == "pad":
-            batch = batch + _cycle(order, -len(batch) % self.world_size)
-        return batch[self._bound(self.rank, len(batch)) : self._bound(self.rank + 1, len(batch))]
-
-    def _bound(self, rank: int, size: int) -> int:
-        """Where the run of ``rank`` begins: the first ``size % world_size`` runs are one longer."""
+    def _run(self, size: int) -> slice:
+        """Return this process's run of a batch: the first ``size % world_size`` runs are one image longer."""
         each, longer = divmod(size, self.world_size)
-        return rank * each + min(rank, longer)
+        start = self.rank * each + min(self.rank, longer)
+        return slice(start, start + each + (self.rank < longer))
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
-        if self.remainder == "pad":
-            rest += -rest % self.world_size
-        last = (
-            0 if self.remainder == "drop" else self._bound(self.rank + 1, rest) - self._bound(self.rank, rest)
-        )
-        return full * self.local_batch_size + last
-
-
-def _cycle(order: list[int], count: int) -> list[int]:
-    return [order[position % len(order)] for position in range(count)]
+        last = self._run(rest) if self.remainder == "keep" else slice(0, 0)
+        return full * self.local_batch_size + last.stop - last.start
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
-    """Items are (image, label, index): normalised float32 (3, H, W), class index, position in the split.
+    """The images of a split as (image, label, index): normalised float32 (3, H, W), class index, position in the split.
 
     Random choices of the transform depend only on (seed, epoch, index): not on the number of workers or
     processes, the order of reading, or what was drawn before; torch's generators are left as they were. The
@@ -178,15 +163,15 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
     @property
     def epoch(self) -> int:
-        """The epoch that random choices are made for."""
+        """The epoch on which random choices depend."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Make the random choices of this epoch from now on, in all worker processes too."""
+        """Let random choices depend on this epoch from now on, in all worker processes too."""
         self._epoch.fill_(epoch)
 
     def picture(self, index: int) -> Image.Image:
-        """The image as it is shown to a person: RGB, of its own size, turned where ``split.exif`` says so.
+        """Return the image as it is shown to a person: RGB, of its own size, upright where ``split.exif`` says so.
 
         Raises:
             CalmError: the file cannot be read.
@@ -206,7 +191,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 class _Cache:
     """Decoded images of a split, uint8 RGB, in one block of memory; resized to ``size`` unless that is None.
 
-    One block, for it is neither copied nor touched by reference counts when processes fork.
+    One block is not copied when processes fork, since no reference counts in it change.
     """
 
     def __init__(self, split: Split, size: tuple[int, int] | None) -> None:
@@ -235,9 +220,9 @@ class _Cache:
 
 def _decoded(path: Path, exif: bool, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     pixels = read_rgb(path, exif=exif)
-    return pixels if size is None else np.array(resize_picture(Image.fromarray(pixels), size))
+    return pixels if size is None else np.array(resize_image(Image.fromarray(pixels), size))
 
 
 def _memory() -> int:
-    """Bytes of physical memory of the machine."""
+    """Return the bytes of physical memory of the machine."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

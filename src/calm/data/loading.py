@@ -1,20 +1,15 @@
-"""Find out how a data set is laid out, and read its splits.
+"""Detect how a data set is laid out, and read its splits.
 
-What a run keeps of the data it was trained on: counts, and a fingerprint.
-
-Splits that a data set does not have: shares of train, and fewer classes.
-
-A folder for each class, with or without a folder for each split above.
-
-::
+Layouts are the official CUB folder (`calm.data.cub`), the metadata format (`calm.data.metadata`), and a folder for each
+class, with or without a folder for each split above::
 
     photos/train/cat/1.jpg        or        photos/cat/1.jpg
     photos/train/dog/2.png                  photos/dog/2.png
     photos/test/cat/3.jpg
 
-Class names are the folders' names in alphabetical order. Files are images by their suffix
-(:data:`SUFFIXES`, any case), at any depth below the class folder; hidden files and all others are passed
-over. Pictures are turned as their EXIF orientation says.
+There, class names are the folders' names in alphabetical order. Files are images by their suffix (`SUFFIXES`, any
+case), at any depth below the class folder; hidden files and all others are ignored. Pictures are rotated as their EXIF
+orientation says. Splits that a data set does not have are carved from train.
 """
 
 from __future__ import annotations
@@ -47,199 +42,9 @@ __all__ = [
     "keep_present_classes",
     "load_split",
     "load_splits",
+    "open_source",
     "summary",
 ]
-
-
-def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
-    """SHA-256 (64 hexadecimal digits) of what a split says: class names, ids, labels, boxes, masks.
-
-    The same wherever the data lies, and in whatever order it is listed.
-
-    Args:
-        split: the images.
-        file_sizes: include the number of bytes of each image file, which finds most changed files without
-            reading them, and the sizes that the annotation says the images have.
-
-    Raises:
-        CalmError: with ``file_sizes``, a missing file.
-    """
-    digest = sha256(json.dumps([split.name, split.class_names]).encode())
-    for record in sorted(split.records, key=lambda record: record.id):
-        masks = [_relative(mask, split.root) for mask in record.all_masks]
-        line: list[Any] = [record.id, record.label, record.boxes, masks]
-        if file_sizes:
-            line += [_bytes(record.path), record.size]
-        digest.update(json.dumps(line).encode())
-    return digest.hexdigest()
-
-
-def _relative(path: Path, root: Path) -> str:
-    """``path`` below the data folder, wherever that is."""
-    for base in (root, root.parent):
-        if path.is_relative_to(base):
-            return path.relative_to(base).as_posix()
-    return path.name
-
-
-def _bytes(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError as error:
-        raise CalmError(f"cannot look at image {path}: {error.strerror}") from error
-
-
-def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
-    """Facts about a split, ready for JSON.
-
-    Returns:
-        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images),
-        ``with_boxes`` and ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and
-        ``fingerprint``.
-    """
-    counts = dict(zip(split.class_names, split.class_counts(), strict=True))
-    return {
-        "split": split.name,
-        "images": len(split.records),
-        "classes": split.num_classes,
-        "class_counts": {name: count for name, count in counts.items() if count},
-        "with_boxes": sum(bool(record.boxes) for record in split.records),
-        "with_masks": sum(bool(record.masks) for record in split.records),
-        "origin": split.origin,
-        "fingerprint": fingerprint(split, file_sizes=file_sizes),
-    }
-
-
-def carve(
-    records: Sequence[Record], fraction: float, seed: int, salt: str
-) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Part ``records`` in two, class by class, by nothing but ids and seed.
-
-    Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but
-    at least one where the class has two images or more, and never the last. The same on every machine, in
-    whatever order the records come.
-
-    Args:
-        records: images of all classes.
-        fraction: share to carve, in (0, 1).
-        seed: another seed, another choice.
-        salt: makes carvings for different ends independent.
-
-    Returns:
-        (the rest, the carved part), each in the order of ``records``.
-
-    Raises:
-        CalmError: ``fraction`` out of range.
-    """
-    if not 0 < fraction < 1:
-        raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
-    by_class: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
-    for record in records:
-        digest = sha256(f"{seed}:{salt}:{record.id}".encode()).digest()
-        by_class[record.label].append((digest, record.id))
-    carved: set[str] = set()
-    for members in by_class.values():
-        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
-        carved.update(name for _, name in sorted(members)[:count])
-    rest = tuple(record for record in records if record.id not in carved)
-    return rest, tuple(record for record in records if record.id in carved)
-
-
-def keep_present_classes(splits: Mapping[str, Split]) -> dict[str, Split]:
-    """The same images with only the classes that occur in any of the splits, numbered anew in their order."""
-    present = sorted({record.label for split in splits.values() for record in split.records})
-    new = {old: index for index, old in enumerate(present)}
-    return {
-        name: replace(
-            split,
-            records=tuple(replace(record, label=new[record.label]) for record in split.records),
-            class_names=tuple(split.class_names[old] for old in present),
-        )
-        for name, split in splits.items()
-    }
-
-
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
-
-
-@dataclass(frozen=True)
-class FolderSource:
-    """An ImageFolder-style tree."""
-
-    root: Path
-
-    @cached_property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have a folder; just "train" if the class folders are directly below the root."""
-        own = tuple(split for split in SPLITS if (self.root / split).is_dir())
-        return own if "train" in own else ("train",)
-
-    @cached_property
-    def class_names(self) -> tuple[str, ...]:
-        """Sorted names of the class folders of train.
-
-        Raises:
-            CalmError: fewer than two class folders, a name that is not UTF-8 text.
-        """
-        names = tuple(folder.name for folder in _folders(self._base("train")))
-        if len(names) < 2:
-            found = f"only {names[0]!r}" if names else "none"
-            raise CalmError(
-                f"{self._base('train')}: a classifier needs two class folders or more, found {found}"
-            )
-        return names
-
-    def _base(self, split: str) -> Path:
-        return self.root / split if (self.root / "train").is_dir() else self.root
-
-    def listing(self, split: str) -> str:
-        """The files or folder that say which images a split has, for messages."""
-        return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
-
-    def read(self, split: str) -> Split:
-        """Read one of :attr:`splits`.
-
-        Raises:
-            CalmError: a class folder that train does not have, a name that is not UTF-8 text.
-        """
-        index = {name: label for label, name in enumerate(self.class_names)}
-        base = self._base(split)
-        records: list[Record] = []
-        for folder in _folders(base):
-            if folder.name not in index:
-                raise unknown(
-                    "class folder", folder.name, self.class_names, where=f"{base}; train has no such class"
-                )
-            files = _named(path for path in folder.rglob("*") if _is_image(path, folder))
-            label = index[folder.name]
-            records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
-        return Split(split, tuple(records), self.class_names, base, exif=True)
-
-
-def _folders(base: Path) -> list[Path]:
-    return _named(path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
-
-
-def _named(paths: Iterable[Path]) -> list[Path]:
-    """``paths``, sorted: their names are in every result, and must be text."""
-    found = sorted(paths)
-    for path in found:
-        if not is_text(str(path)):
-            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
-    return found
-
-
-def _is_image(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
-
-
-def count_class_folders(base: Path) -> int:
-    """How many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
-    if not base.is_dir():
-        return 0
-    return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))
-
 
 Layout = Literal["auto", "cub", "metadata", "folder"]
 SplitName = Literal["train", "val", "test"]
@@ -251,19 +56,8 @@ LAYOUTS: dict[str, str] = {
 }
 """Every layout, and what is looked for; detection tries them in this order."""
 
-
-class Source(Protocol):
-    """A data set on disk whose layout is known."""
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have files of their own."""
-
-    def listing(self, split: str, /) -> str:
-        """The files or folder that say which images a split has, for messages."""
-
-    def read(self, split: str, /) -> Split:
-        """Read one of ``splits``."""
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+"""Suffixes, in lower case, of the files of a folder that are taken for images."""
 
 
 def load_split(
@@ -277,10 +71,7 @@ def load_split(
     present_classes_only: bool = False,
     strict: bool = True,
 ) -> Split:
-    """Read one split of a data set.
-
-    See :func:`load_splits` for the arguments, the result, and the errors.
-    """
+    """Read one split of a data set; see `load_splits` for the arguments and the errors."""
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     return load_splits(
@@ -311,26 +102,25 @@ def load_splits(
     Args:
         root: the folder of the data set.
         names: which of train, val, test.
-        layout: a key of :data:`LAYOUTS`, or "auto" to find out.
-        metadata_root: the folder with train/, val/, test/ of the metadata format, if it is not
-            ``root/metadata``. If its last part is CUB, ILSVRC or OpenImages, images are looked for where the
-            released layout has them: below ``root``, CUB/images (val: CUBV2), ILSVRC (val: ImageNetV2),
-            OpenImages.
-        val_fraction: share of each class that becomes val, and test, where the data set has no such split; it
-            leaves train. 0 carves nothing.
+        layout: a key of `LAYOUTS`, or "auto" to detect it.
+        metadata_root: the folder with train/, val/, test/ of the metadata format, if it is not ``root/metadata``. If it
+            is called CUB, ILSVRC or OpenImages, images are looked for where the released layout has them: below
+            ``root``, CUB/images (val: CUBV2), ILSVRC (val: ImageNetV2), OpenImages.
+        val_fraction: share of each class that becomes val, and test, where the data set has no such split; it leaves
+            train. 0 carves nothing.
         seed: which images are carved.
-        present_classes_only: number only the classes that have images, in any split. By default class
-            indices and names stay those of the source, so that models and class attributes of the whole
-            data set fit: of a CUB sample of 5 classes the other 195 remain as classes without images.
-        strict: raise if any line is wrong. Otherwise what is wrong goes to ``Split.problems``, and lines
-            that yield no record are left out: for checks which report everything at once.
+        present_classes_only: number only the classes that have images, in any split. By default class indices and names
+            stay those of the source, so that models and class attributes of the whole data set fit: of a CUB sample of
+            5 classes the other 195 remain as classes without images.
+        strict: raise if any line is wrong. Otherwise what is wrong goes to ``Split.problems``, and lines that yield no
+            record are left out: for checks which report everything at once.
 
     Returns:
         The splits by name.
 
     Raises:
-        CalmError: no such folder; no known layout; an essential file missing; no image in a split; with
-            ``strict``, wrong lines, all of them in one report.
+        CalmError: no such folder; no known layout; an essential file missing; no image in a split; with ``strict``,
+            wrong lines, all of them in one report.
     """
     wanted = tuple(names)
     for name in wanted:
@@ -343,28 +133,28 @@ def load_splits(
     needed = set(source.splits) if present_classes_only else set(wanted)
     if lacking and needed & {"train", *lacking}:
         needed.add("train")
-    read = {name: source.read(name) for name in source.splits if name in needed}
+    splits = {name: source.read(name) for name in source.splits if name in needed}
     if strict:
-        Report.of(read.values()).raise_if_bad()
-    read |= _carved(read["train"], lacking, val_fraction, seed) if "train" in read else {}
+        Report.of(splits.values()).raise_if_bad()
+    if "train" in splits:
+        splits |= _with_carved(splits["train"], lacking, val_fraction, seed)
     if present_classes_only:
-        read = keep_present_classes(read)
+        splits = keep_present_classes(splits)
     for name in wanted:
-        if name not in read or not read[name].records:
-            Report.of(read.values()).raise_if_bad()
+        if name not in splits or not splits[name].records:
+            Report.of(splits.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
             where = f" (listed by {source.listing(name)})" if name in source.splits else ""
             raise CalmError(
                 f"{root} has no image for split {name!r}{where}; splits with files of their own: {own}"
             )
-    return {name: read[name] for name in wanted}
+    return {name: splits[name] for name in wanted}
 
 
-def _carved(train: Split, lacking: list[str], fraction: float, seed: int) -> dict[str, Split]:
-    """``train`` without the carved images, and each lacking split made of them."""
+def _with_carved(train: Split, lacking: list[str], fraction: float, seed: int) -> dict[str, Split]:
+    """Return ``train`` without the carved images, and each lacking split made of them."""
     parts: dict[str, Split] = {}
-    rest: tuple[Record, ...] = train.records
-    share = fraction
+    rest, share = train.records, fraction
     for name in lacking:
         rest, part = carve(rest, share, seed, name)
         share = fraction / (1 - fraction)
@@ -374,16 +164,212 @@ def _carved(train: Split, lacking: list[str], fraction: float, seed: int) -> dic
     return {**parts, "train": replace(train, records=rest, origin=origin)}
 
 
+def carve(
+    records: Sequence[Record], fraction: float, seed: int, salt: str
+) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
+    """Part ``records`` in two, class by class, by nothing but ids and seed.
+
+    Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but at least
+    one where the class has two images or more, and never the last. The result is the same on every machine, in
+    whatever order the records come.
+
+    Args:
+        records: images of all classes.
+        fraction: share to carve, in (0, 1).
+        seed: another seed, another choice.
+        salt: makes carvings for different ends independent.
+
+    Returns:
+        (the rest, the carved part), each in the order of ``records``.
+
+    Raises:
+        CalmError: ``fraction`` out of range.
+    """
+    if not 0 < fraction < 1:
+        raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
+    by_class: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
+    for record in records:
+        digest = sha256(f"{seed}:{salt}:{record.id}".encode()).digest()
+        by_class[record.label].append((digest, record.id))
+    carved: set[str] = set()
+    for members in by_class.values():
+        count = min(max(round(fraction * len(members)), 1), len(members) - 1)
+        carved.update(name for _, name in sorted(members)[:count])
+    rest = tuple(record for record in records if record.id not in carved)
+    return rest, tuple(record for record in records if record.id in carved)
+
+
+def keep_present_classes(splits: Mapping[str, Split]) -> dict[str, Split]:
+    """Keep only the classes that occur in any of the splits, numbered anew in their order."""
+    present = sorted({record.label for split in splits.values() for record in split.records})
+    new = {old: index for index, old in enumerate(present)}
+    return {
+        name: replace(
+            split,
+            records=tuple(replace(record, label=new[record.label]) for record in split.records),
+            class_names=tuple(split.class_names[old] for old in present),
+        )
+        for name, split in splits.items()
+    }
+
+
+def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of a split's class names, ids, labels, boxes and masks.
+
+    It is the same wherever the data are, and in whatever order they are listed.
+
+    Args:
+        split: the images.
+        file_sizes: include the number of bytes of each image file, which finds most changed files without reading them,
+            and the sizes that the annotation says the images have.
+
+    Raises:
+        CalmError: with ``file_sizes``, a missing file.
+    """
+    digest = sha256(json.dumps([split.name, split.class_names]).encode())
+    for record in sorted(split.records, key=lambda record: record.id):
+        masks = [_relative(mask, split.root) for mask in record.all_masks]
+        line: list[Any] = [record.id, record.label, record.boxes, masks]
+        if file_sizes:
+            try:
+                line += [record.path.stat().st_size, record.size]
+            except OSError as error:
+                raise CalmError(f"cannot look at image {record.path}: {error.strerror}") from error
+        digest.update(json.dumps(line).encode())
+    return digest.hexdigest()
+
+
+def _relative(path: Path, root: Path) -> str:
+    """Return ``path`` relative to the data folder, wherever that is."""
+    for base in (root, root.parent):
+        if path.is_relative_to(base):
+            return path.relative_to(base).as_posix()
+    return path.name
+
+
+def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
+    """Return facts about a split, ready for JSON.
+
+    Returns:
+        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images), ``with_boxes`` and
+        ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and ``fingerprint``.
+    """
+    counts = dict(zip(split.class_names, split.class_counts(), strict=True))
+    return {
+        "split": split.name,
+        "images": len(split.records),
+        "classes": split.num_classes,
+        "class_counts": {name: count for name, count in counts.items() if count},
+        "with_boxes": sum(bool(record.boxes) for record in split.records),
+        "with_masks": sum(bool(record.masks) for record in split.records),
+        "origin": split.origin,
+        "fingerprint": fingerprint(split, file_sizes=file_sizes),
+    }
+
+
+class Source(Protocol):
+    """A data set on disk whose layout is known."""
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have files of their own."""
+
+    def listing(self, split: str, /) -> str:
+        """Return the files or folder that say which images a split has, for messages."""
+
+    def read(self, split: str, /) -> Split:
+        """Read one of ``splits``."""
+
+
+@dataclass(frozen=True)
+class FolderSource:
+    """A folder for each class, with or without a folder for each split above."""
+
+    root: Path
+
+    @cached_property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a folder; just "train" if the class folders are directly below the root."""
+        own = tuple(split for split in SPLITS if (self.root / split).is_dir())
+        return own if "train" in own else ("train",)
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Sorted names of the class folders of train.
+
+        Raises:
+            CalmError: fewer than two class folders, a name that is not UTF-8 text.
+        """
+        base = self._base("train")
+        names = tuple(folder.name for folder in _folders(base))
+        if len(names) < 2:
+            given = f"only {names[0]!r}" if names else "none"
+            raise CalmError(f"{base}: a classifier needs two class folders or more, found {given}")
+        return names
+
+    def _base(self, split: str) -> Path:
+        return self.root / split if (self.root / "train").is_dir() else self.root
+
+    def listing(self, split: str) -> str:
+        """Return the folder that holds the images of a split, for messages."""
+        return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
+
+    def read(self, split: str) -> Split:
+        """Read one of :attr:`splits`.
+
+        Raises:
+            CalmError: a class folder that train does not have, a name that is not UTF-8 text.
+        """
+        index = {name: label for label, name in enumerate(self.class_names)}
+        base = self._base(split)
+        records: list[Record] = []
+        for folder in _folders(base):
+            if folder.name not in index:
+                where = f"{base}; train has no such class"
+                raise unknown("class folder", folder.name, self.class_names, where=where)
+            files = _sorted_names(path for path in folder.rglob("*") if _is_image(path, folder))
+            label = index[folder.name]
+            records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
+        return Split(split, tuple(records), self.class_names, base, exif=True)
+
+
+def _folders(base: Path) -> list[Path]:
+    return _sorted_names(
+        path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
+    )
+
+
+def _sorted_names(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths, whose names must be UTF-8 text because every result holds them."""
+    result = sorted(paths)
+    for path in result:
+        if not is_text(str(path)):
+            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
+    return result
+
+
+def _is_image(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+
+
+def count_class_folders(base: Path) -> int:
+    """Return how many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
+    if not base.is_dir():
+        return 0
+    return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))
+
+
 def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Source:
-    """The data set in ``root``, of the given layout or the one found."""
+    """Return the data set in ``root``, of the given layout or the one detected."""
     return _OPEN[find_layout(root, layout, metadata_root)](root, metadata_root)
 
 
 def find_layout(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Layout:
-    """The layout that is meant: "auto" is looked up.
+    """Check the layout given, or detect it if it is "auto".
 
     Raises:
-        CalmError: no such folder; no layout of that name, or that has no metadata folder; see `detect_layout`.
+        CalmError: no such folder; no layout of that name, or one that has no metadata folder; see `detect_layout`.
     """
     if not root.is_dir():
         raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
@@ -399,7 +385,7 @@ def find_layout(root: Path, layout: Layout = "auto", metadata_root: Path | None 
 
 
 def detect_layout(root: Path) -> Layout:
-    """The layout of the data set in ``root``.
+    """Return the layout of the data set in ``root``.
 
     Raises:
         CalmError: none fits; the message lists what was looked for and what is there.
@@ -415,13 +401,13 @@ def detect_layout(root: Path) -> Layout:
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
     more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    found = ", ".join(names[:12]) + more if names else "nothing"
+    content = ", ".join(names[:12]) + more if names else "nothing"
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
-    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {found}{hint}")
+    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {content}{hint}")
 
 
 def _lists_below(metadata: Path) -> list[Path]:
-    """Folders with the four text files by split: ``metadata`` itself, or the released ones below it."""
+    """Return the folders with lists by split: ``metadata`` itself, or the released ones below it."""
     folders = (metadata, *(metadata / name for name in IMAGE_ROOTS))
     return [folder for folder in folders if MetadataSource(folder, folder).splits]
 

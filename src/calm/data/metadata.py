@@ -31,30 +31,23 @@ root::
 
     0 n01443537 goldfish, Carassius auratus
     1 n01629819 European fire salamander, Salamandra salamandra
-
-Read the four text files of the metadata format by image id; see ``calm.data.metadata`` for samples.
-
-What is wrong with a line is added to a list of problems, and the line is passed over. What only several
-files together can tell (ranges, bounds, ids that do not match) is not looked at here.
-
-Where the images of the three released data sets are, by split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from calm.data.cub import names_from_folders, read_names
-from calm.data.records import SPLITS, Box, Problem, Record, Split, box_problem, inside, numbered, whole_number
+from calm.data.records import SPLITS, Box, ProblemLog, Record, Split, is_inside, numbered_lines, whole_number
 from calm.errors import CalmError
 
 __all__ = [
     "IMAGE_ROOTS",
-    "MOST_CLASSES",
+    "MAX_CLASSES",
     "Line",
     "Located",
     "MetadataSource",
@@ -65,12 +58,14 @@ __all__ = [
     "read_sizes",
 ]
 
+IDS, LABELS, SIZES, LOCALIZATION = "image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt"
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Line(Generic[T]):
-    """What a line says, and its number from 1."""
+    """The value of a line, and its number from 1."""
 
     number: int
     value: T
@@ -78,96 +73,98 @@ class Line(Generic[T]):
 
 @dataclass(slots=True)
 class Located:
-    """What ``localization.txt`` says of one image: boxes, or (mask, ignore mask or "") of each instance."""
+    """The lines of ``localization.txt`` about one image: boxes, or (mask, ignore mask or "") of each instance."""
 
     number: int
     boxes: list[Line[Box]] = field(default_factory=list)
     masks: list[Line[tuple[str, str]]] = field(default_factory=list)
 
 
-def read_ids(path: Path, split: str, problems: list[Problem]) -> dict[str, int]:
-    """``image_ids.txt``: id to line number, in file order."""
+# Each reader adds what is wrong with a line to the log, and goes on with the next. What only several files together
+# can tell (ranges, bounds, ids that do not match) is checked by `MetadataSource`.
+
+
+def read_ids(path: Path, log: ProblemLog) -> dict[str, int]:
+    """Read ``image_ids.txt``: id to line number, in file order."""
     lines: dict[str, int] = {}
-    for number, name in numbered(path):
+    for number, name in numbered_lines(path):
         if name in lines:
-            message = f"{name}: listed before in line {lines[name]}"
-            problems.append(Problem("duplicate-id", split, path, message, number, name))
-        elif not inside(name):
-            problems.append(Problem("bad-path", split, path, name, number, name))
+            log.add("duplicate-id", path, f"{name}: listed before in line {lines[name]}", number, name)
+        elif not is_inside(name):
+            log.add("bad-path", path, name, number, name)
         else:
             lines[name] = number
     return lines
 
 
-def read_labels(path: Path, split: str, problems: list[Problem]) -> dict[str, Line[int]]:
-    """``class_labels.txt``: id to label, any integer."""
+class _LineError(Exception):
+    """A line is wrong: kind and message of its problem."""
 
-    def parse(name: str, fields: list[str]) -> int | tuple[str, str]:
+
+def read_labels(path: Path, log: ProblemLog) -> dict[str, Line[int]]:
+    """Read ``class_labels.txt``: id to label, any integer."""
+
+    def parse(name: str, fields: list[str]) -> int:
         label = whole_number(fields[0])
-        return ("label-not-integer", f"{fields[0].strip()!r} for {name}") if label is None else label
+        if label is None:
+            raise _LineError("label-not-integer", f"{fields[0].strip()!r} for {name}")
+        return label
 
-    return _keyed(path, split, problems, 1, parse)
+    return _by_id(path, log, 1, parse)
 
 
-def read_sizes(path: Path, split: str, problems: list[Problem]) -> dict[str, Line[tuple[int, int]]]:
-    """``image_sizes.txt``: id to (width, height), both positive; {} if there is no such file."""
+def read_sizes(path: Path, log: ProblemLog) -> dict[str, Line[tuple[int, int]]]:
+    """Read ``image_sizes.txt``: id to (width, height), both positive; {} if there is no such file."""
 
-    def parse(name: str, fields: list[str]) -> tuple[int, int] | tuple[str, str]:
+    def parse(name: str, fields: list[str]) -> tuple[int, int]:
         width, height = (whole_number(text) or 0 for text in fields)
         if width > 0 and height > 0:
             return width, height
-        return "malformed-line", f"{','.join(fields)!r} for {name}: width and height are whole numbers from 1"
+        text = f"{','.join(fields)!r} for {name}: width and height are whole numbers from 1"
+        raise _LineError("malformed-line", text)
 
-    return _keyed(path, split, problems, 2, parse) if path.is_file() else {}
+    return _by_id(path, log, 2, parse) if path.is_file() else {}
 
 
-def _keyed(
-    path: Path,
-    split: str,
-    problems: list[Problem],
-    count: int,
-    parse: Callable[[str, list[str]], T | tuple[str, str]],
+def _by_id(
+    path: Path, log: ProblemLog, count: int, parse: Callable[[str, list[str]], T]
 ) -> dict[str, Line[T]]:
-    """Lines of an id and ``count`` values; ``parse`` returns the value, or (kind, message) of a problem."""
-    found: dict[str, Line[T]] = {}
-    for number, text in numbered(path):
+    """Read lines of an id and ``count`` fields, from which ``parse`` makes a value or raises _LineError."""
+    result: dict[str, Line[T]] = {}
+    for number, text in numbered_lines(path):
         name, *fields = text.rsplit(",", count)
         name = name.strip()
-        if len(fields) != count:
-            message = f"{text!r}: needs {count + 1} fields divided by commas"
-            problems.append(Problem("malformed-line", split, path, message, number, name))
-            continue
-        value = parse(name, fields)
-        if isinstance(value, tuple) and isinstance(value[0], str):
-            problems.append(Problem(value[0], split, path, str(value[1]), number, name))
-        elif name not in found:
-            found[name] = Line(number, value)  # type: ignore[arg-type]
-        elif found[name].value == value:
-            problems.append(Problem("repeated-line", split, path, text, number, name))
-        else:
-            message = f"{text}: line {found[name].number} says {found[name].value}"
-            problems.append(Problem("contradiction", split, path, message, number, name))
-    return found
+        try:
+            if len(fields) != count:
+                raise _LineError("malformed-line", f"{text!r}: needs {count + 1} fields divided by commas")
+            value = parse(name, fields)
+            former = result.setdefault(name, Line(number, value))
+            if former.number != number and former.value == value:
+                raise _LineError("repeated-line", text)
+            if former.number != number:
+                raise _LineError("contradiction", f"{text}: line {former.number} says {former.value}")
+        except _LineError as error:
+            kind, message = error.args
+            log.add(kind, path, message, number, name)
+    return result
 
 
-def read_localization(path: Path, split: str, problems: list[Problem]) -> dict[str, Located]:
-    """``localization.txt``: boxes and masks by id; {} if there is no such file."""
-    found: dict[str, Located] = {}
+def read_localization(path: Path, log: ProblemLog) -> dict[str, Located]:
+    """Read ``localization.txt``: boxes and masks by id; {} if there is no such file."""
+    result: dict[str, Located] = {}
     if not path.is_file():
-        return found
-    for number, text in numbered(path):
+        return result
+    for number, text in numbered_lines(path):
         box, mask = _box(text), _mask(text)
         name = (box or mask or (text.split(",")[0],))[0].strip()
         if box:
-            found.setdefault(name, Located(number)).boxes.append(Line(number, box[1]))
+            result.setdefault(name, Located(number)).boxes.append(Line(number, box[1]))
         elif mask:
-            found.setdefault(name, Located(number)).masks.append(Line(number, mask[1]))
+            result.setdefault(name, Located(number)).masks.append(Line(number, mask[1]))
         else:
-            message = (
-                f"{text!r}: needs 'id,x0,y0,x1,y1' in whole pixels, or 'id,mask,ignore' as relative paths"
-            )
-            problems.append(Problem("malformed-line", split, path, message, number, name))
-    return found
+            form = "needs 'id,x0,y0,x1,y1' in whole pixels, or 'id,mask,ignore' as relative paths"
+            log.add("malformed-line", path, f"{text!r}: {form}", number, name)
+    return result
 
 
 def _box(text: str) -> tuple[str, Box] | None:
@@ -178,7 +175,7 @@ def _box(text: str) -> tuple[str, Box] | None:
 
 def _mask(text: str) -> tuple[str, tuple[str, str]] | None:
     fields = [part.strip() for part in text.split(",")]
-    if len(fields) != 3 or not inside(fields[1]) or not (fields[2] == "" or inside(fields[2])):
+    if len(fields) != 3 or not is_inside(fields[1]) or not (fields[2] == "" or is_inside(fields[2])):
         return None
     return fields[0], (fields[1], fields[2])
 
@@ -188,35 +185,34 @@ IMAGE_ROOTS: dict[str, dict[str, tuple[str, ...]]] = {
     "ILSVRC": {"train": ("ILSVRC",), "val": ("ImageNetV2", "ILSVRC"), "test": ("ILSVRC",)},
     "OpenImages": {"train": ("OpenImages",), "val": ("OpenImages",), "test": ("OpenImages",)},
 }
-"""Folders below the data root that ids of the released metadata are relative to: first where the released
-configuration looks, then where its own download scripts put the files."""
+"""Folders below the data root that ids of the released metadata are relative to: first where the released configuration
+looks, then where its own download scripts put the files."""
 
 
 def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
-    """The folder the ids of one split are relative to.
+    """Return the folder that the ids of one split are relative to.
 
     Args:
-        root: the data root: the folder that holds ``CUB/``, ``ILSVRC/`` or ``OpenImages/``; or that folder
-            itself; or directly the folder the ids are relative to.
-        name: key of :data:`IMAGE_ROOTS`; empty: ``root`` itself, unconditionally.
+        root: the folder that holds ``CUB/``, ``ILSVRC/`` or ``OpenImages/``; or that folder itself; or the folder that
+            the ids are relative to.
+        name: key of `IMAGE_ROOTS`; empty: ``root`` is the answer.
         split: "train", "val" or "test".
-        ids: the ids of the split; up to 20 of them are looked for, and the folder that has most of them wins.
+        ids: the ids of the split; the folder that has most of 20 of them is the answer.
 
     Raises:
         CalmError: none of the folders has any of those images.
     """
     if not name:
         return root
-    below = IMAGE_ROOTS[name][split]
-    candidates = [base / folder for base in (root, root.parent) for folder in below] + [root / "images", root]
+    candidates = [base / folder for base in (root, root.parent) for folder in IMAGE_ROOTS[name][split]]
+    candidates += [root / "images", root]
     sample = ids[:: max(1, len(ids) // 20)][:20]
-    found = [sum(_is_file(folder / image) for image in sample) for folder in candidates]
-    if sample and not any(found):
+    counts = [sum(_is_file(folder / image) for image in sample) for folder in candidates]
+    if sample and not any(counts):
         tried = "\n  ".join(map(str, dict.fromkeys(candidates)))
-        raise CalmError(
-            f"none of the {name} {split} images (such as {sample[0]}) was found below any of\n  {tried}"
-        )
-    return candidates[found.index(max(found))]
+        images = f"{name} {split} images (such as {sample[0]})"
+        raise CalmError(f"none of the {images} was found below any of\n  {tried}")
+    return candidates[counts.index(max(counts))]
 
 
 def _is_file(path: Path) -> bool:
@@ -226,8 +222,8 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-MOST_CLASSES = 1_000_000
-"""Classes that labels alone may stand for: one wrong digit is not to fill the memory."""
+MAX_CLASSES = 1_000_000
+"""Most classes without ``classes.txt``: one wrong digit in a label is not to fill the memory with names."""
 
 
 @dataclass(frozen=True)
@@ -237,8 +233,8 @@ class MetadataSource:
     Attributes:
         root: the data root.
         lists: the folder with ``train/``, ``val/`` and ``test/``.
-        name: the released data set (a key of ``released_roots.IMAGE_ROOTS``) whose image folders differ by
-            split; empty for a pack whose ids are relative to ``root``.
+        name: the released data set (a key of `IMAGE_ROOTS`) whose image folders differ by split; empty for a data set
+            whose ids are relative to ``root``.
     """
 
     root: Path
@@ -248,38 +244,36 @@ class MetadataSource:
     @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have an ``image_ids.txt``."""
-        return tuple(split for split in SPLITS if (self.lists / split / "image_ids.txt").is_file())
+        return tuple(split for split in SPLITS if (self.lists / split / IDS).is_file())
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """From ``classes.txt``; else the images' folders, if each class has one; else "0", "1", ...
 
-        Without ``classes.txt`` the classes are 0 .. the largest label of train (of all splits if there is no
-        train).
+        Without ``classes.txt`` the classes are 0 .. the largest label of train (of all splits if there is no train).
 
         Raises:
-            CalmError: a file that is missing or malformed, a label of `MOST_CLASSES` or more.
+            CalmError: a file that is missing or malformed, a label of `MAX_CLASSES` or more.
         """
         for folder in (self.lists, self.root):
             if (folder / "classes.txt").is_file():
                 return read_names(folder / "classes.txt")
-        sources = [split for split in self.splits if split == "train"] or self.splits
         labels: dict[str, int] = {}
-        for split in sources:
-            path = self.lists / split / "class_labels.txt"
-            found = read_labels(path, split, [])
-            for name, line in found.items():
-                if line.value >= MOST_CLASSES:
+        for split in ["train"] if "train" in self.splits else self.splits:
+            path = self.lists / split / LABELS
+            for name, line in read_labels(path, ProblemLog(split)).items():
+                if line.value >= MAX_CLASSES:
                     raise CalmError(
                         f"{path}:{line.number}: label {line.value} of {name}: without classes.txt the classes are"
-                        f" 0 .. the largest label, and more than {MOST_CLASSES:,} are not read"
+                        f" 0 .. the largest label, and more than {MAX_CLASSES:,} are not read"
                     )
-            labels |= {name: line.value for name, line in found.items() if line.value >= 0}
+                if line.value >= 0:
+                    labels[name] = line.value
         return names_from_folders(labels)
 
     def listing(self, split: str) -> str:
-        """The files or folder that say which images a split has, for messages."""
-        return str(self.lists / split / "image_ids.txt")
+        """Return the file that says which images a split has, for messages."""
+        return str(self.lists / split / IDS)
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``.
@@ -287,102 +281,54 @@ class MetadataSource:
         Raises:
             CalmError: a file that must exist is missing or no text; no image of a released data set is found.
         """
-        files = _Files.read(self.lists / split, split)
+        log = ProblemLog(split)
+        files = _Files(self.lists / split, log)
         root = images_root(self.root, self.name, split, list(files.ids))
-        records = [
-            files.record(name, label, root)
-            for name in files.ids
-            if (label := files.label(name, len(self.class_names))) is not None
-        ]
-        return Split(split, tuple(records), self.class_names, root, problems=tuple(files.problems))
+        records = files.records(root, len(self.class_names))
+        return Split(split, records, self.class_names, root, problems=tuple(log.problems))
 
 
-@dataclass(frozen=True)
 class _Files:
-    """The four files of one split, and what is wrong in them."""
+    """The four files of one split; problems are added to ``log``."""
 
-    folder: Path
-    split: str
-    problems: list[Problem]
-    ids: dict[str, int]
-    labels: dict[str, Line[int]]
-    sizes: dict[str, Line[tuple[int, int]]]
-    located: dict[str, Located]
+    def __init__(self, folder: Path, log: ProblemLog) -> None:
+        self.folder, self.log = folder, log
+        self.ids = read_ids(folder / IDS, log)
+        self.labels = read_labels(folder / LABELS, log)
+        self.bad_labels = {problem.record for problem in log.problems if problem.file.name == LABELS}
+        self.sizes = read_sizes(folder / SIZES, log)
+        self.located = read_localization(folder / LOCALIZATION, log)
+        known = self.ids.keys() | {problem.record for problem in log.problems if problem.kind == "bad-path"}
+        for file, lines in ((LABELS, self.labels), (SIZES, self.sizes), (LOCALIZATION, self.located)):
+            for name, line in lines.items():
+                if name not in known:
+                    log.add("unlisted-id", folder / file, f"{name} is not in {IDS}", line.number, name)
 
-    @classmethod
-    def read(cls, folder: Path, split: str) -> _Files:
-        problems: list[Problem] = []
-        files = cls(
-            folder,
-            split,
-            problems,
-            read_ids(folder / "image_ids.txt", split, problems),
-            read_labels(folder / "class_labels.txt", split, problems),
-            read_sizes(folder / "image_sizes.txt", split, problems),
-            read_localization(folder / "localization.txt", split, problems),
-        )
-        problems += files._unlisted()
-        return files
+    def records(self, root: Path, num_classes: int) -> tuple[Record, ...]:
+        """Return the records of the images that have a label in range."""
+        labels = {name: self._label(name, num_classes) for name in self.ids}
+        return tuple(self._record(name, label, root) for name, label in labels.items() if label is not None)
 
-    def _unlisted(self) -> Iterator[Problem]:
-        """Annotations of images that are not listed."""
-        lines = (
-            ("class_labels.txt", {name: line.number for name, line in self.labels.items()}),
-            ("image_sizes.txt", {name: line.number for name, line in self.sizes.items()}),
-            ("localization.txt", {name: located.number for name, located in self.located.items()}),
-        )
-        refused = {problem.record for problem in self.problems if problem.kind == "bad-path"}
-        for file, numbers in lines:
-            for name, number in numbers.items():
-                if name not in self.ids and name not in refused:
-                    message = f"{name} is not in image_ids.txt"
-                    yield Problem("unlisted-id", self.split, self.folder / file, message, number, name)
-
-    def _note(self, kind: str, file: str, message: str, number: int, name: str) -> None:
-        self.problems.append(Problem(kind, self.split, self.folder / file, message, number, name))
-
-    @cached_property
-    def _bad_label_lines(self) -> frozenset[str]:
-        """Ids whose label is missing because its line is noted already."""
-        return frozenset(
-            problem.record for problem in self.problems if problem.file.name == "class_labels.txt"
-        )
-
-    def label(self, name: str, num_classes: int) -> int | None:
-        """The label of an image; None, and a problem, if there is none in range."""
+    def _label(self, name: str, num_classes: int) -> int | None:
         line = self.labels.get(name)
         if line is None:
-            if name not in self._bad_label_lines:
-                message = f"{name} has no line in {self.folder / 'class_labels.txt'}"
-                self._note("no-label", "image_ids.txt", message, self.ids[name], name)
+            if name not in self.bad_labels:
+                message = f"{name} has no line in {self.folder / LABELS}"
+                self.log.add("no-label", self.folder / IDS, message, self.ids[name], name)
             return None
         if not 0 <= line.value < num_classes:
             message = f"{line.value} for {name}: classes are 0 .. {num_classes - 1}"
-            self._note("label-range", "class_labels.txt", message, line.number, name)
+            self.log.add("label-range", self.folder / LABELS, message, line.number, name)
             return None
         return line.value
 
-    def record(self, name: str, label: int, root: Path) -> Record:
-        """The record of an image; problems of its boxes are noted, and the boxes kept as they are."""
+    def _record(self, name: str, label: int, root: Path) -> Record:
+        """Return the record of an image; problems of its boxes are logged, and the boxes kept as they are."""
         size = self.sizes[name].value if name in self.sizes else None
         located = self.located.get(name) or Located(0)
         for box in located.boxes:
-            problem = box_problem(
-                box.value,
-                size,
-                split=self.split,
-                file=self.folder / "localization.txt",
-                line=box.number,
-                record=name,
-            )
-            if problem:
-                self.problems.append(problem)
-        return Record(
-            name,
-            root / name,
-            label,
-            boxes=tuple(box.value for box in located.boxes),
-            masks=tuple(root / line.value[0] for line in located.masks),
-            ignore=next((root / line.value[1] for line in located.masks if line.value[1]), None),
-            size=size,
-        )
+            self.log.check_box(box.value, size, self.folder / LOCALIZATION, box.number, name)
+        boxes = tuple(box.value for box in located.boxes)
+        masks = tuple(root / line.value[0] for line in located.masks)
+        ignore = next((root / line.value[1] for line in located.masks if line.value[1]), None)
+        return Record(name, root / name, label, boxes, masks, ignore, size)

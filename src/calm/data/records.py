@@ -1,23 +1,16 @@
-"""All problems of a data set in one text.
-
-What a reader returns: one image with its annotation, and one split of a data set.
-
-Read the text files of a data set line by line, keeping line numbers for messages.
-
-The kinds of problem a data set can have, and one problem found.
-"""
+"""Images with their annotations (`Record`, `Split`), problems of a data set (`Problem`, `Report`), and text files."""
 
 from __future__ import annotations
 
 import io
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from calm.errors import CalmError
 from calm.files import open_regular
@@ -28,16 +21,16 @@ __all__ = [
     "Box",
     "Kind",
     "Problem",
+    "ProblemLog",
     "Record",
     "Report",
     "Split",
-    "box_problem",
-    "inside",
+    "is_inside",
     "is_text",
-    "numbered",
+    "numbered_lines",
+    "parsed_lines",
     "whole_number",
 ]
-
 
 SPLITS = ("train", "val", "test")
 """The names of the splits, everywhere."""
@@ -48,7 +41,7 @@ Box = tuple[int, int, int, int]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One image and what is known about it.
+    """One image and its annotation.
 
     All geometry is in pixels of the file as stored, before any EXIF rotation and any resizing.
 
@@ -56,11 +49,11 @@ class Record:
         id: relative POSIX path that names the image within its data set.
         path: where the file is.
         label: class index, 0 .. number of classes - 1.
-        boxes: any number of :data:`Box`, corners inclusive. A box may be one pixel wide or high.
+        boxes: any number of `Box`, corners inclusive. A box may be one pixel wide or high.
         masks: one grey image per object instance; object where the value is above 0.
         ignore: grey image of the pixels that no metric counts (unless an instance covers them), or None.
-        size: (width, height) as the annotation states it, or as the file's header does where the reader
-            looked; None if the reader did not look.
+        size: (width, height) as the annotation states it, or as the file's header does where the reader looked; None
+            if the reader did not look.
     """
 
     id: str
@@ -86,9 +79,8 @@ class Split:
         records: the images.
         class_names: one unique name per class index, the same for all splits of a data set.
         root: folder below which the images are.
-        exif: whether pictures are to be turned as their EXIF orientation says. False for CUB and the
-            metadata format, whose boxes and masks are in the frame of the stored pixels; True for folders
-            of a user's own photographs.
+        exif: whether pictures are to be rotated as their EXIF orientation says. False for CUB and the metadata format,
+            whose boxes and masks are in the frame of the stored pixels; True for folders of a user's own photographs.
         origin: "own files", or how the split was carved from another one.
         problems: what the reader found wrong, warnings too. Errors appear here only after reading with
             ``strict=False``; lines that yield no record are then missing from ``records``.
@@ -108,106 +100,29 @@ class Split:
         return len(self.class_names)
 
     def class_counts(self) -> tuple[int, ...]:
-        """Images of each class, (C,)."""
+        """Return the number of images of each class, (C,)."""
         counts = [0] * self.num_classes
         for record in self.records:
             counts[record.label] += 1
         return tuple(counts)
 
 
-LONGEST_LINE = 1_000_000
-"""Characters of a line, at most."""
-
-_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
-
-
-def numbered(path: Path) -> Iterator[tuple[int, str]]:
-    """(line number from 1, text without surrounding white space) of each line that is not blank.
-
-    Raises:
-        CalmError: the file is missing, no regular file, unreadable, or not UTF-8 text, or a line is longer than
-            `LONGEST_LINE`.
-    """
-    try:
-        with (
-            open_regular(path, "the data set's") as binary,
-            io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None) as file,
-        ):
-            for number in count(1):
-                line = file.readline(LONGEST_LINE + 1)
-                if len(line) > LONGEST_LINE:
-                    raise CalmError(f"{path}:{number}: a line of more than {LONGEST_LINE:,} characters")
-                if text := line.strip():
-                    yield number, text
-                if not line:
-                    return
-    except OSError as error:
-        raise CalmError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise CalmError(
-            f"{path} is not UTF-8 text (byte {error.start} of a block): save it as UTF-8"
-        ) from error
-
-
-def whole_number(text: str) -> int | None:
-    """The integer that ``text`` spells in ASCII digits, or None.
-
-    >>> whole_number(" -3"), whole_number("1.0"), whole_number("1_000"), whole_number("--1")
-    (-3, None, None, None)
-    """
-    return int(text) if _WHOLE.fullmatch(text) else None
-
-
-def is_text(name: str) -> bool:
-    """Whether a file's name can be written as UTF-8: names of bytes that are not UTF-8 cannot."""
-    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
-
-
-def inside(path: str) -> bool:
-    """Whether ``path`` is relative, names something, and stays below the folder it is relative to."""
-    return (
-        bool(PurePosixPath(path).name) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")
-    )
-
-
-def box_problem(
-    box: Box, size: tuple[int, int] | None, *, split: str, file: Path, line: int | None, record: str
-) -> Problem | None:
-    """The problem of one box (corners inclusive, in an image of ``size`` = width, height), or None.
-
-    A box whose corners coincide in x or in y is a warning; without a ``size`` only the lower bounds count.
-    """
-    x0, y0, x1, y1 = box
-    text = f"{x0},{y0},{x1},{y1}"
-    kind = ""
-    if x1 < x0 or y1 < y0:
-        kind, message = "box-inverted", f"box {text} of {record}: x1 < x0 or y1 < y0"
-    elif min(x0, y0) < 0 or (size is not None and (x1 >= size[0] or y1 >= size[1])):
-        extent = f"{size[0]} x {size[1]} pixels" if size else "not known"
-        kind, message = "box-outside", f"box {text} of {record}: the image is {extent}"
-    elif x0 == x1 or y0 == y1:
-        kind, message = "box-thin", f"box {text} of {record}"
-    return Problem(kind, split, file, message, line, record) if kind else None
-
-
-Severity = Literal["error", "warning"]
-
-
 @dataclass(frozen=True)
 class Kind:
-    """What problems of one kind have in common.
+    """A kind of problem that a data set can have.
 
     Attributes:
-        title: heading of their group in a report.
-        fix: what to do about them.
-        severity: an "error" stops training (or leaves the image out, with ``--skip-bad``); a "warning" is
-            only shown.
+        title: heading of its group in a report.
+        fix: what the user can do about it.
+        severity: an "error" stops training (or leaves the image out, with ``--skip-bad``); a "warning" is only shown.
     """
 
     title: str
     fix: str
-    severity: Severity = "error"
+    severity: Literal["error", "warning"] = "error"
 
+
+_TAKE_OUT = "take its id out of the list"
 
 KINDS: dict[str, Kind] = {
     "malformed-line": Kind("line of another form", "write the line as shown in the message"),
@@ -217,38 +132,32 @@ KINDS: dict[str, Kind] = {
     "contradiction": Kind("two lines that contradict each other", "keep the right one"),
     "duplicate-id": Kind("id listed twice", "keep one of the lines"),
     "bad-path": Kind(
-        "path that leaves the data folder", "write the path relative to the data folder, without '..'"
+        "path that leaves the data folder", "write it relative to the data folder, without '..'"
     ),
     "no-split": Kind("image in no split", "add its line to train_test_split.txt"),
     "two-splits": Kind("image in two splits", "keep it in one: a test image seen in training is a leak"),
-    "missing-file": Kind("missing image", "put the file there, or take its id out of the list"),
+    "missing-file": Kind("missing image", f"put the file there, or {_TAKE_OUT}"),
     "empty-file": Kind("empty file (0 bytes)", "fetch the file again"),
-    "not-an-image": Kind("file that is not an image", "fetch the file again, or take its id out of the list"),
+    "not-an-image": Kind("file that is not an image", f"fetch the file again, or {_TAKE_OUT}"),
     "truncated": Kind("broken or truncated image", "fetch the file again"),
-    "too-large": Kind("image of too many pixels", "scale it down, or take its id out of the list"),
+    "too-large": Kind("image of too many pixels", f"scale it down, or {_TAKE_OUT}"),
     "box-inverted": Kind("box with its corners exchanged", "write x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"),
     "box-outside": Kind(
-        "box outside its image", "corners are inclusive: 0 <= x0 <= x1 <= width - 1, the same for y"
+        "box outside its image", "corners are inclusive: 0 <= x0 <= x1 < width, the same for y"
     ),
     "size-mismatch": Kind(
         "image of another size than stated", "correct image_sizes.txt, and the boxes with it"
     ),
     "missing-mask": Kind("missing or unreadable mask", "put the file there, or take its line out"),
     "cue-file": Kind(
-        "attributes or parts that cue localization cannot read", "correct the file; nothing else needs it"
+        "attributes or parts that cannot be read", "correct the file; only cue localization needs it"
     ),
-    "box-thin": Kind(
-        "box of zero width or height", "nothing to do if it is meant (one pixel thin)", "warning"
-    ),
+    "box-thin": Kind("box of zero width or height", "nothing, if one pixel is meant", "warning"),
     "no-box": Kind("image without a box", "add its line, if boxes are to be evaluated", "warning"),
-    "unlisted-id": Kind(
-        "annotation of an image that is not listed", "add its id, or remove the line", "warning"
-    ),
+    "unlisted-id": Kind("annotation of an image not listed", "add its id, or remove the line", "warning"),
     "repeated-line": Kind("line given twice", "remove one of them", "warning"),
     "empty-class": Kind(
-        "class without images",
-        "add images, or keep only the classes present (present_classes_only)",
-        "warning",
+        "class without images", "add images, or keep only present classes (present_classes_only)", "warning"
     ),
 }
 """Every kind by name, in the order of a report: errors first."""
@@ -256,10 +165,10 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One thing that is wrong.
+    """One problem of a data set.
 
     Attributes:
-        kind: key of :data:`KINDS`.
+        kind: key of `KINDS`.
         split: the split it was found in.
         file: the file that is wrong, or that says something wrong.
         message: the value found, and what is wrong with it.
@@ -275,9 +184,9 @@ class Problem:
     record: str = ""
 
     @property
-    def severity(self) -> Severity:
-        """That of its kind."""
-        return KINDS[self.kind].severity
+    def is_error(self) -> bool:
+        """Whether it stops training; otherwise it is a warning."""
+        return KINDS[self.kind].severity == "error"
 
     @property
     def place(self) -> str:
@@ -285,17 +194,51 @@ class Problem:
         return f"{self.file}:{self.line}" if self.line is not None else str(self.file)
 
 
-SHOWN = 5
-"""Problems of one kind that the text of a report shows."""
+@dataclass
+class ProblemLog:
+    """The problems of one split, collected while its files are read.
+
+    Attributes:
+        split: name of the split.
+        problems: all so far.
+    """
+
+    split: str
+    problems: list[Problem] = field(default_factory=list)
+
+    def add(self, kind: str, file: Path, message: str, line: int | None = None, record: str = "") -> None:
+        """Add a `Problem` of this split."""
+        self.problems.append(Problem(kind, self.split, file, message, line, record))
+
+    def check_box(
+        self, box: Box, size: tuple[int, int] | None, file: Path, line: int | None, record: str
+    ) -> None:
+        """Add the problem of a box in an image of ``size`` (width, height), if it has one.
+
+        A box whose corners coincide in x or in y is a warning; without a ``size`` only the lower bounds are checked.
+        """
+        x0, y0, x1, y1 = box
+        text = f"box {x0},{y0},{x1},{y1} of {record}"
+        if x1 < x0 or y1 < y0:
+            self.add("box-inverted", file, f"{text}: x1 < x0 or y1 < y0", line, record)
+        elif min(x0, y0) < 0 or (size is not None and (x1 >= size[0] or y1 >= size[1])):
+            extent = f"{size[0]} x {size[1]} pixels" if size else "not known"
+            self.add("box-outside", file, f"{text}: the image is {extent}", line, record)
+        elif x0 == x1 or y0 == y1:
+            self.add("box-thin", file, text, line, record)
+
+
+MAX_SHOWN = 5
+"""Most problems of one kind that the text of a report shows."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a check found.
+    """The result of checking a data set.
 
     Attributes:
-        problems: everything, in the order found.
-        images: images looked at, by split.
+        problems: all problems, in the order found.
+        images: number of images checked, by split.
         found: lines about what the data set is, for people.
     """
 
@@ -305,7 +248,7 @@ class Report:
 
     @classmethod
     def of(cls, splits: Iterable[Split], found: Iterable[Problem] = ()) -> Report:
-        """A report of what the readers of ``splits`` noted, and of what else was ``found``."""
+        """Return a report of the problems that the readers of ``splits`` noted, and of those in ``found``."""
         listed = list(splits)
         noted = [problem for split in listed for problem in split.problems]
         return cls((*noted, *found), {split.name: len(split.records) for split in listed})
@@ -313,7 +256,7 @@ class Report:
     @cached_property
     def errors(self) -> tuple[Problem, ...]:
         """The problems that stop training."""
-        return tuple(problem for problem in self.problems if problem.severity == "error")
+        return tuple(problem for problem in self.problems if problem.is_error)
 
     @property
     def ok(self) -> bool:
@@ -321,15 +264,12 @@ class Report:
         return not self.errors
 
     def bad_ids(self, split: str) -> frozenset[str]:
-        """Ids of the images of a split that have an error."""
-        return frozenset(
-            problem.record for problem in self.errors if problem.split == split and problem.record
-        )
+        """Return the ids of the images of a split that have an error."""
+        return frozenset(error.record for error in self.errors if error.split == split and error.record)
 
     def left_out(self, split: str) -> int:
-        """How many images or lines of a split ``drop_bad`` and the reader leave out."""
-        wrong = [problem for problem in self.errors if problem.split == split]
-        return len({problem.record or problem.place for problem in wrong})
+        """Return how many images or lines of a split ``drop_bad`` and the reader leave out."""
+        return len({error.record or error.place for error in self.errors if error.split == split})
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -338,47 +278,121 @@ class Report:
             "images": dict(self.images),
             "errors": len(self.errors),
             "warnings": len(self.problems) - len(self.errors),
-            "kinds": {kind: len(members) for kind, members in self._groups().items()},
+            "kinds": {kind: len(members) for kind, members in self._by_kind().items()},
             "left_out": {split: self.left_out(split) for split in self.images},
         }
 
     def raise_if_bad(self) -> None:
-        """Raise if there is an error.
-
-        Raises:
-            CalmError: with the whole report as its message.
-        """
+        """Raise a CalmError with the whole report as its message if there is an error."""
         if not self.ok:
             raise CalmError(str(self))
 
-    def _groups(self) -> dict[str, list[Problem]]:
+    def _by_kind(self) -> dict[str, list[Problem]]:
         groups: dict[str, list[Problem]] = defaultdict(list)
         for problem in self.problems:
             groups[problem.kind].append(problem)
         return {kind: groups[kind] for kind in KINDS if kind in groups}
 
     def __str__(self) -> str:
-        """The report: grouped by kind, errors first, a few of each kind, with counts and what to do."""
+        """Return the report as text: by kind, errors first, a few of each kind, with counts and what to do."""
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
-        lines = [*self.found, f"{images} images: {_count(errors, 'error')}, {_count(warnings, 'warning')}"]
-        for kind, members in self._groups().items():
-            about = KINDS[kind]
-            lines += ["", f"{about.severity}: {about.title} ({len(members):,})"]
-            lines += [
-                f"  [{problem.split}] {_brief(problem.place)}: {_brief(problem.message)}"
-                for problem in members[:SHOWN]
-            ]
-            if len(members) > SHOWN:
-                lines.append(f"  ... and {len(members) - SHOWN:,} more")
-            lines.append(f"  fix: {about.fix}")
+        lines = [
+            *self.found,
+            f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}",
+        ]
+        for kind, members in self._by_kind().items():
+            lines += ["", f"{KINDS[kind].severity}: {KINDS[kind].title} ({len(members):,})"]
+            for problem in members[:MAX_SHOWN]:
+                lines.append(
+                    f"  [{problem.split}] {_shortened(problem.place)}: {_shortened(problem.message)}"
+                )
+            if len(members) > MAX_SHOWN:
+                lines.append(f"  ... and {len(members) - MAX_SHOWN:,} more")
+            lines.append(f"  fix: {KINDS[kind].fix}")
         return "\n".join(lines)
 
 
-def _brief(text: str) -> str:
-    """Without its middle, if it is long: it may be any line of any file."""
+def _shortened(text: str) -> str:
+    """Leave out the middle of a long text, which may be any line of any file."""
     return text if len(text) <= 400 else f"{text[:250]} ... {text[-100:]}"
 
 
-def _count(number: int, noun: str) -> str:
+def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}s"
+
+
+# Text files, line by line
+
+
+MAX_LINE = 1_000_000
+"""Most characters of a line."""
+
+_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
+T = TypeVar("T")
+
+
+def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield (line number from 1, text without surrounding white space) of each line that is not blank.
+
+    Raises:
+        CalmError: the file is missing, no regular file, unreadable, or not UTF-8, or a line is longer than `MAX_LINE`.
+    """
+    try:
+        with (
+            open_regular(path, "the data set's") as binary,
+            io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None) as file,
+        ):
+            for number in count(1):
+                line = file.readline(MAX_LINE + 1)
+                if len(line) > MAX_LINE:
+                    raise CalmError(f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
+                if text := line.strip():
+                    yield number, text
+                if not line:
+                    return
+    except OSError as error:
+        raise CalmError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        place = f"byte {error.start} of a block"
+        raise CalmError(f"{path} is not UTF-8 text ({place}): save it as UTF-8") from error
+
+
+def parsed_lines(path: Path, parse: Callable[[str], T], form: str) -> Iterator[tuple[int, T]]:
+    """Yield (line number, ``parse(text)``) of each line that is not blank.
+
+    Args:
+        path: the file.
+        parse: returns the value of a line, or raises ValueError for a line of another form.
+        form: the form of a line, for messages.
+
+    Raises:
+        CalmError: see `numbered_lines`; or the first line for which ``parse`` raises.
+    """
+    for number, text in numbered_lines(path):
+        try:
+            value = parse(text)
+        except ValueError as error:
+            reason = f": {error}" if isinstance(error, CalmError) else ""
+            raise CalmError(f"{path}:{number}: {text!r:.200} is not {form}{reason}") from error
+        yield number, value
+
+
+def whole_number(text: str) -> int | None:
+    """Return the integer that ``text`` spells in ASCII digits, or None.
+
+    >>> whole_number(" -3"), whole_number("1.0"), whole_number("1_000"), whole_number("--1")
+    (-3, None, None, None)
+    """
+    return int(text) if _WHOLE.fullmatch(text) else None
+
+
+def is_text(name: str) -> bool:
+    """Whether a file's name can be written as UTF-8: names of bytes that are not UTF-8 cannot."""
+    return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def is_inside(path: str) -> bool:
+    """Whether ``path`` is relative, names something, and stays below the folder it is relative to."""
+    named = bool(PurePosixPath(path).name)
+    return named and path[0] != "/" and "\0" not in path and ".." not in path.split("/")

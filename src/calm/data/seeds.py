@@ -1,7 +1,4 @@
-"""Do the same to many files at once.
-
-Random choices that depend on what they are for, and on nothing that happened before.
-"""
+"""Random numbers that depend only on their purpose, and a function of many files in threads."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ __all__ = ["in_threads", "mix_seed", "seeded"]
 
 
 def mix_seed(*parts: int) -> int:
-    """A 64-bit seed from integers: other parts, or another order, an unrelated seed.
+    """Return a 64-bit seed of integers; other integers, or another order of them, give an unrelated seed.
 
     >>> mix_seed(0, 1, 2) == mix_seed(0, 1, 2), mix_seed(0, 1, 2) == mix_seed(0, 2, 1)
     (True, False)
@@ -28,9 +25,9 @@ def mix_seed(*parts: int) -> int:
 
 @contextmanager
 def seeded(*parts: int) -> Iterator[None]:
-    """Torch's CPU generator seeded by ``parts`` inside, and as it was before afterwards.
+    """Run the block with torch's CPU generator seeded by ``parts``, and restore the generator afterwards.
 
-    Generators of accelerators are neither seeded nor touched.
+    Generators of accelerators are neither seeded nor restored.
     """
     import torch  # here, so that a help page need not wait for it
 
@@ -43,15 +40,15 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 BLOCK = 1024
-"""Items handed to the threads at a time: bounds the memory for results that wait."""
+"""Items submitted to the threads at a time, which bounds the memory of results that wait."""
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
-    """``function`` of each item, in order; several run at once.
+    """Yield ``function`` of each item, in order, computed in threads.
 
     Args:
-        function: of one item; reading and decoding files lets other threads run.
-        items: any number.
+        function: reads or decodes a file, which lets other threads run.
+        items: its arguments.
         workers: threads; None is twice the number of processors.
 
     Raises:

@@ -1,4 +1,4 @@
-"""From the archives that data sets are published as to folders that this package reads."""
+"""Unpack the archives that data sets are published as into folders that this package reads."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ DATA_SETS: dict[DataSet, str] = {
     "openimages30k": "OpenImages",
     "tiny-imagenet": "",
 }
-"""Names of the command, and of the released layout's folders."""
+"""Names of the data sets for the command, and of their folders in the released layout."""
 
 
 def prepare(
@@ -45,16 +45,16 @@ def prepare(
     Args:
         name: the data set.
         archives: archives, or folders of them.
-        out: gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
+        out: folder that gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
             ``images/``, ``metadata/`` and ``classes.txt``.
         classes: of Tiny ImageNet: WordNet ids separated by commas, or a file of them; empty: all 200.
-        metadata_url: https address of an archive of the released metadata, or ``published`` for that of the
-            published evaluator. Nothing is fetched without it.
+        metadata_url: https address of an archive of the released metadata, or ``published`` for that of the published
+            evaluator. Nothing is fetched without it.
         metadata_sha256: SHA-256 of that archive.
-        partial: wrong sizes, checksums and counts are notes and no errors.
+        partial: whether wrong sizes, checksums and counts are notes instead of errors.
 
     Raises:
-        CalmError: see the parts; the message says what to get where.
+        CalmError: see `calm.data.prepare.sets`; the message says what to get where.
     """
     if name not in DATA_SETS:
         raise unknown("data set", name, DATA_SETS)
@@ -82,6 +82,6 @@ def prepare(
 
 
 def _data_folders(out: Path) -> Iterator[Path]:
-    """``out/dataset`` and the folders in it: where working folders were, had a run been killed."""
+    """Yield ``out/dataset`` and the folders in it, where a killed run leaves its working folders."""
     yield out / "dataset"
     yield from (out / "dataset").glob("*/")

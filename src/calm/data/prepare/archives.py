@@ -1,17 +1,9 @@
-"""Unpack a tar or zip archive that nobody vouches for: whole, below one folder, within limits.
-
-Folders that appear whole or not at all, and what a preparation found.
-
-The released metadata lists: from an archive at hand, or from an address.
-
-The published archives: how they are called, their checksums, and where they are to be had.
-"""
+"""Published archives: where they are to be had, their checksums, and how they are unpacked, whole and within limits."""
 
 from __future__ import annotations
 
 import hashlib
 import http.client
-import shutil
 import stat
 import tarfile
 import urllib.error
@@ -45,198 +37,35 @@ __all__ = [
 ]
 
 
-@contextmanager
-def staged(final: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
-
-    The working folder is removed at the end, on error too.
-
-    Raises:
-        CalmError: nothing was put into ``result``.
-    """
-    with working_folder(final) as work:
-        result = work / "result"
-        yield work, result
-        if not result.is_dir():
-            raise CalmError(f"nothing was found for {final}")
-        result.replace(final)
-
-
-def merge(source: Path, target: Path) -> None:
-    """Move all files below ``source`` to the same places below ``target``.
-
-    Raises:
-        CalmError: a file is at its place already.
-    """
-    for path in sorted(path for path in source.rglob("*") if path.is_file()):
-        place = target / path.relative_to(source)
-        if place.exists():
-            raise CalmError(f"{path.relative_to(source)} is in two archives")
-        place.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(place)
-
-
-@dataclass
-class Prepared:
-    """What is there after a preparation.
-
-    Attributes:
-        name: the data set.
-        root: folder to hand to ``calm data check`` and to training.
-        metadata_root: its ``--metadata_root``; None where none is needed.
-        partial: whether wrong counts are notes and no errors.
-        counts: what was counted.
-        notes: what is missing, and where to get it.
-    """
-
-    name: str
-    root: Path
-    metadata_root: Path | None = None
-    partial: bool = False
-    counts: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def expect(self, what: str, found: int, expected: int, where: str = "") -> None:
-        """Count something.
-
-        Raises:
-            CalmError: the number is not the expected one, and the preparation is not partial.
-        """
-        self.counts[what] = found
-        if found != expected:
-            self.complain(f"{found:,} {what}, expected {expected:,}{where and f'; {where}'}")
-
-    def complain(self, message: str) -> None:
-        """Note what is wrong; of a whole preparation, raise it.
-
-        Raises:
-            CalmError: the preparation is not partial.
-        """
-        if not self.partial:
-            raise CalmError(f"{self.name}: {message} (--partial prepares what is there)")
-        self.notes.append(message)
-
-    def __str__(self) -> str:
-        lists = f" --metadata_root {self.metadata_root}" if self.metadata_root else ""
-        lines = [f"{self.name}: {self.root}"]
-        lines += [f"  {count:,} {what}" for what, count in self.counts.items()]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"next: calm data check {self.root}{lists}"])
-
-
 @dataclass(frozen=True)
 class Limits:
-    """What an archive may unpack to, so that a small file cannot fill the disk.
+    """Limits of what an archive may unpack to, so that a small file cannot fill the disk.
 
     Attributes:
         bytes: of all files together.
-        files: members.
+        files: number of files.
     """
 
     bytes: int = 400 * 1024**3
     files: int = 3_000_000
 
 
-LIMITS = Limits(bytes=8 * 1024**3, files=200_000)
-LARGEST = 2 * 1024**3
-"""Bytes a download may have."""
+METADATA_LIMITS = Limits(bytes=8 * 1024**3, files=200_000)
 
-
-def place_metadata(
-    name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str
-) -> None:
-    """Put the lists of data set ``name`` (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
-
-    Without an archive or address this is only a note. The address ``published`` stands for that of `PUBLISHED`.
-
-    Raises:
-        CalmError: the archive has no such lists; the download fails.
-    """
-    final = out / "metadata" / name
-    if final.exists():
-        if url:
-            prepared.notes.append(
-                f"nothing fetched from {url}: the lists are in {final} (delete it to fetch them)"
-            )
-    else:
-        found = find("metadata", archives, prepared)
-        if found:
-            if url:
-                prepared.notes.append(f"nothing fetched from {url}: {found[0]} was taken")
-            _unpack_lists(found[0], final, name)
-        elif url:
-            with working_folder(final) as folder:
-                address = PUBLISHED["metadata"].url if url == "published" else url
-                download(address, folder / "download", sha256)
-                _unpack_lists(folder / "download", final, name)
-        else:
-            prepared.notes.append(
-                f"no metadata lists: put metadata.zip from {PUBLISHED['metadata'].where} into --from, "
-                "or give --metadata_url published to fetch it"
-            )
-            return
-    if final.exists():
-        prepared.metadata_root = final
-
-
-def _unpack_lists(archive: Path, final: Path, name: str) -> None:
-    with staged(final) as (work, result):
-        unpack(
-            archive, work / "all", limits=LIMITS, wanted=lambda member: name in PurePosixPath(member).parts
-        )
-        lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
-        if lists is None or lists.name != name:
-            raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
-        lists.replace(result)
-
-
-def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0) -> None:
-    """Fetch a file, atomically.
-
-    Args:
-        url: https, or a local file as file://.
-        target: where it goes.
-        sha256: what the file must have; empty: not compared.
-        timeout: seconds without an answer.
-
-    Raises:
-        CalmError: another kind of address, no network, an error of the server, more than 2 GiB, another checksum.
-    """
-    scheme = urlsplit(url).scheme
-    if scheme not in ("https", "file"):
-        raise CalmError(f"--metadata_url {url}: only https:// (or file://) addresses are fetched")
-    try:
-        with atomic_path(target) as temporary:
-            with urllib.request.urlopen(url, timeout=timeout) as answer, temporary.open("wb") as file:
-                if urlsplit(answer.url).scheme != scheme:
-                    raise CalmError(f"{url} leads to {answer.url}, which is not {scheme}")
-                length = int(answer.headers.get("Content-Length") or 0)
-                if length > LARGEST:
-                    raise CalmError(f"{url} has {length:,} bytes: more than metadata has")
-                while part := answer.read(1 << 20):
-                    file.write(part)
-                    if file.tell() > LARGEST:
-                        raise CalmError(f"{url} has more than {LARGEST:,} bytes: more than metadata has")
-            if length and temporary.stat().st_size != length:
-                raise CalmError(f"{url}: the download was cut short: try again")
-            if sha256 and (wrong := check_digest(temporary, "sha256", sha256)):
-                raise CalmError(f"{url}: {wrong}")
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        raise CalmError(
-            f"cannot fetch {url} ({error}): without a network, download it elsewhere and put it into --from"
-        ) from error
+MAX_DOWNLOAD = 2 * 1024**3
+"""Most bytes of a download."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """An archive.
+    """A published archive.
 
     Attributes:
         patterns: its file names, in lower case, with ``*``.
         where: where to get it.
         md5: published checksum; empty if none is.
         size: published size in bytes; 0 if none is.
-        url: of the archive itself, for what `calm data prepare` fetches when it is asked to.
+        url: address of the archive itself, if `calm data prepare` can fetch it.
     """
 
     patterns: tuple[str, ...]
@@ -287,24 +116,76 @@ PUBLISHED: dict[str, Published] = {
 }
 
 
+@dataclass
+class Prepared:
+    """The result of a preparation.
+
+    Attributes:
+        name: the data set.
+        root: folder to give to ``calm data check`` and to training.
+        metadata_root: its ``--metadata_root``; None where none is needed.
+        partial: whether wrong counts are notes instead of errors.
+        counts: numbers of what is there.
+        notes: what is missing, and where to get it.
+    """
+
+    name: str
+    root: Path
+    metadata_root: Path | None = None
+    partial: bool = False
+    counts: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def expect(self, what: str, count: int, expected: int, where: str = "") -> None:
+        """Store a count, and `complain` if it is not the expected one."""
+        self.counts[what] = count
+        if count != expected:
+            self.complain(f"{count:,} {what}, expected {expected:,}{where and f'; {where}'}")
+
+    def complain(self, message: str) -> None:
+        """Note what is wrong with a partial preparation.
+
+        Raises:
+            CalmError: the preparation is not partial.
+        """
+        if not self.partial:
+            raise CalmError(f"{self.name}: {message} (--partial prepares what is there)")
+        self.notes.append(message)
+
+    def __str__(self) -> str:
+        lists = f" --metadata_root {self.metadata_root}" if self.metadata_root else ""
+        lines = [f"{self.name}: {self.root}"]
+        lines += [f"  {count:,} {what}" for what, count in self.counts.items()]
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join([*lines, f"next: calm data check {self.root}{lists}"])
+
+
+_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether the name says that `unpack` reads the file."""
+    return path.name.lower().endswith(_SUFFIXES)
+
+
 def list_archives(sources: Sequence[Path]) -> list[Path]:
-    """The archives among files and directly in folders.
+    """Return the archives among files and directly in folders.
 
     Raises:
         CalmError: a path that does not exist; no archive at all.
     """
-    found: list[Path] = []
+    archives: list[Path] = []
     for source in sources:
         if not source.exists():
             raise CalmError(f"--from {source} does not exist")
-        found += sorted(filter(is_archive, source.iterdir())) if source.is_dir() else [source]
-    if not found:
+        archives += sorted(filter(is_archive, source.iterdir())) if source.is_dir() else [source]
+    if not archives:
         raise CalmError(f"no archive (.tar, .tgz, .tar.gz, .zip) in --from {' '.join(map(str, sources))}")
-    return found
+    return archives
 
 
 def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
-    """The archives that are ``PUBLISHED[key]``, their size and checksum compared.
+    """Return the archives that are ``PUBLISHED[key]`` by their names; sizes and checksums are compared.
 
     Raises:
         CalmError: size or checksum is wrong, and the preparation is not partial.
@@ -317,38 +198,27 @@ def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
         found = [path for path in found if "metadata" not in path.name.lower()]
     for path in found:
         size = path.stat().st_size
+        wrong = ""
         if published.size and size != published.size:
-            prepared.complain(
-                f"{path} has {size:,} bytes, the published one {published.size:,}: get it from {published.where}"
-            )
-        elif published.md5 and (wrong := check_digest(path, "md5", published.md5)):
+            wrong = f"{path} has {size:,} bytes, the published one {published.size:,}"
+        elif published.md5:
+            wrong = check_digest(path, "md5", published.md5)
+        if wrong:
             prepared.complain(f"{wrong}: get it from {published.where}")
     return found
 
 
-SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
-
-
-def is_archive(path: Path) -> bool:
-    """Whether the name says that it is an archive :func:`unpack` reads."""
-    return path.name.lower().endswith(SUFFIXES)
-
-
 def check_digest(path: Path, algorithm: str, expected: str) -> str:
-    """What is wrong with a file's digest (hexadecimal); empty if nothing is."""
+    """Return what is wrong with a file's digest (hexadecimal); empty if nothing is."""
     with path.open("rb") as file:
-        found = hashlib.file_digest(file, algorithm).hexdigest()
+        digest = hashlib.file_digest(file, algorithm).hexdigest()
     return (
-        "" if found == expected.lower() else f"{path}: {algorithm} is {found}, the published one {expected}"
+        "" if digest == expected.lower() else f"{path}: {algorithm} is {digest}, the published one {expected}"
     )
 
 
 def unpack(
-    path: Path,
-    folder: Path,
-    *,
-    limits: Limits | None = None,
-    wanted: Callable[[str], bool] | None = None,
+    path: Path, folder: Path, *, limits: Limits | None = None, wanted: Callable[[str], bool] | None = None
 ) -> int:
     """Unpack an archive below ``folder``, which is made; file modes and owners are not kept.
 
@@ -362,20 +232,31 @@ def unpack(
         The number of files written.
 
     Raises:
-        CalmError: the archive is missing, empty, cut short or damaged; a member is a link or a device, leaves
-            ``folder``, or is there twice; a limit is passed.
+        CalmError: the archive is missing, empty, truncated or damaged; a member is a link, a device or encrypted, or
+            leaves ``folder``; a limit is passed.
     """
     if not path.is_file():
         raise CalmError(f"{path} is no file")
-    if path.stat().st_size == 0:
-        raise CalmError(f"{path} is empty: download it again")
     folder.mkdir(parents=True, exist_ok=True)
-    limits = limits or Limits()
-    keep = wanted or (lambda name: True)
+    limits, size, files, written = limits or Limits(), 0, 0, 0
     try:
-        if zipfile.is_zipfile(path) and not tarfile.is_tarfile(path):
-            return _unzip(path, folder, limits, keep)
-        return _untar(path, folder, limits, keep)
+        is_zip = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
+        for name, member_size, extract in (_zip_members if is_zip else _tar_members)(path):
+            if (
+                PurePosixPath(name).is_absolute()
+                or ".." in PurePosixPath(name).parts
+                or "\\" in name
+                or ":" in name[:2]
+            ):
+                raise CalmError(f"{path}: member {name!r} leaves the folder: archive refused")
+            size, files = size + member_size, files + 1
+            if size > limits.bytes:
+                raise CalmError(f"{path} unpacks to more than {limits.bytes:,} bytes: archive refused")
+            if files > limits.files:
+                raise CalmError(f"{path} has more than {limits.files:,} files: archive refused")
+            if wanted is None or wanted(name):
+                extract(folder)
+                written += 1
     except (
         tarfile.TarError,
         zipfile.BadZipFile,
@@ -386,82 +267,159 @@ def unpack(
     ) as error:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, not a damaged archive
             raise
-        raise CalmError(f"{path} is damaged, cut short or no archive ({error}): download it again") from error
-
-
-@dataclass
-class _Tally:
-    """Checks members as they come: names, doubles, totals."""
-
-    archive: Path
-    limits: Limits
-    seen: set[str]
-    bytes: int = 0
-
-    def admit(self, name: str, size: int) -> PurePosixPath:
-        """The member's path below the folder."""
-        place = PurePosixPath(name)
-        if "\\" in name or "\0" in name or place.is_absolute() or ".." in place.parts or ":" in name[:2]:
-            raise CalmError(f"{self.archive}: member {name!r} leaves the folder: archive refused")
-        if str(place) in self.seen:
-            raise CalmError(f"{self.archive}: member {name!r} is there twice: archive refused")
-        self.seen.add(str(place))
-        self.bytes += size
-        if self.bytes > self.limits.bytes:
-            raise CalmError(
-                f"{self.archive} unpacks to more than {self.limits.bytes:,} bytes: archive refused"
-            )
-        if len(self.seen) > self.limits.files:
-            raise CalmError(f"{self.archive} has more than {self.limits.files:,} files: archive refused")
-        return place
-
-
-def _untar(path: Path, folder: Path, limits: Limits, wanted: Callable[[str], bool]) -> int:
-    tally, written = _Tally(path, limits, set()), 0
-    with tarfile.open(path) as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            if not member.isreg():
-                raise CalmError(f"{path}: member {member.name!r} is a link or device: archive refused")
-            tally.admit(member.name, member.size)
-            if wanted(member.name):
-                archive.extract(member, folder, set_attrs=False, filter="data")
-                if (folder / member.name).stat().st_size != member.size:
-                    raise tarfile.ReadError(f"{member.name} ends early")
-                written += 1
-        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
-            pass  # to the end of the stream, whose checksum is compared there
-    _complete(path)
+        raise CalmError(f"{path} is damaged, truncated or no archive ({error}): download it again") from error
     return written
 
 
-def _complete(path: Path) -> None:
-    """Raise for a plain tar without its end: a download that stopped exactly between two members."""
+_Members = Iterator[tuple[str, int, Callable[[Path], object]]]
+"""Regular files of an archive: name, size in bytes, and a function that extracts the file below a folder."""
+
+
+def _tar_members(path: Path) -> _Members:
+    with tarfile.open(path) as archive:
+        for member in archive:
+            if not member.isreg() and not member.isdir():
+                raise CalmError(f"{path}: member {member.name!r} is a link or device: archive refused")
+            if member.isreg():
+                yield (
+                    member.name,
+                    member.size,
+                    lambda folder, member=member: archive.extract(
+                        member, folder, set_attrs=False, filter="data"
+                    ),
+                )
+        while archive.fileobj is not None and archive.fileobj.read(1 << 20):
+            pass  # the checksum of a compressed stream is compared at its end
+    # A plain tar that was cut between two members lacks the zeros at its end, which tarfile does not miss.
     with path.open("rb") as file:
-        if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7"):
-            return  # compressed: the stream's own end was read
-        file.seek(-min(1024, path.stat().st_size), 2)
-        if file.read().strip(b"\0"):
-            raise tarfile.ReadError("the end of the archive is missing")
+        if file.read(2) not in (b"\x1f\x8b", b"BZ", b"\xfd7"):
+            file.seek(-min(1024, path.stat().st_size), 2)
+            if file.read().strip(b"\0"):
+                raise tarfile.ReadError("the end of the archive is missing")
 
 
-def _unzip(path: Path, folder: Path, limits: Limits, wanted: Callable[[str], bool]) -> int:
-    tally, written = _Tally(path, limits, set()), 0
+def _zip_members(path: Path) -> _Members:
     with zipfile.ZipFile(path) as archive:
         for member in archive.infolist():
-            if member.is_dir():
-                continue
-            mode = stat.S_IFMT(member.external_attr >> 16)
-            if mode not in (0, stat.S_IFREG):
+            if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise CalmError(f"{path}: member {member.filename!r} is a link or device: archive refused")
             if member.flag_bits & 1:
                 raise CalmError(f"{path}: member {member.filename!r} is encrypted")
-            place = tally.admit(member.filename, member.file_size)
-            if wanted(member.filename):
-                target = folder / place
-                target.parent.mkdir(parents=True, exist_ok=True)
-                with archive.open(member) as source, target.open("wb") as file:
-                    shutil.copyfileobj(source, file)  # stops at the size the directory states
-                written += 1
-    return written
+            if not member.is_dir():
+                yield (
+                    member.filename,
+                    member.file_size,
+                    lambda folder, member=member: archive.extract(member, folder),
+                )
+
+
+@contextmanager
+def staged(final: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
+
+    The working folder is removed at the end, on error too.
+
+    Raises:
+        CalmError: nothing was put into ``result``.
+    """
+    with working_folder(final) as work:
+        result = work / "result"
+        yield work, result
+        if not result.is_dir():
+            raise CalmError(f"nothing was found for {final}")
+        result.replace(final)
+
+
+def merge(source: Path, target: Path) -> None:
+    """Move all files below ``source`` to the same places below ``target``.
+
+    Raises:
+        CalmError: a file is at its place already.
+    """
+    for path in sorted(path for path in source.rglob("*") if path.is_file()):
+        place = target / path.relative_to(source)
+        if place.exists():
+            raise CalmError(f"{path.relative_to(source)} is in two archives")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(place)
+
+
+def place_metadata(
+    name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str
+) -> None:
+    """Put the released lists of a data set (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
+
+    They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; without either, this
+    is only a note.
+
+    Raises:
+        CalmError: the archive has no such lists; the download fails.
+    """
+    final = out / "metadata" / name
+    found = [] if final.exists() else find("metadata", archives, prepared)
+    if final.exists():
+        if url:
+            prepared.notes.append(
+                f"nothing fetched from {url}: the lists are in {final} (delete it to fetch them)"
+            )
+    elif found:
+        if url:
+            prepared.notes.append(f"nothing fetched from {url}: {found[0]} was taken")
+        _unpack_lists(found[0], final, name)
+    elif url:
+        with working_folder(final) as folder:
+            address = PUBLISHED["metadata"].url if url == "published" else url
+            download(address, folder / "download", sha256)
+            _unpack_lists(folder / "download", final, name)
+    else:
+        put = f"put metadata.zip from {PUBLISHED['metadata'].where} into --from"
+        prepared.notes.append(f"no metadata lists: {put}, or give --metadata_url published to fetch it")
+    if final.exists():
+        prepared.metadata_root = final
+
+
+def _unpack_lists(archive: Path, final: Path, name: str) -> None:
+    def wanted(member: str) -> bool:
+        return name in PurePosixPath(member).parts
+
+    with staged(final) as (work, result):
+        unpack(archive, work / "all", limits=METADATA_LIMITS, wanted=wanted)
+        lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
+        if lists is None or lists.name != name:
+            raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
+        lists.replace(result)
+
+
+def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0) -> None:
+    """Fetch a file, atomically.
+
+    Args:
+        url: https, or a local file as file://.
+        target: where it goes.
+        sha256: its checksum; empty: not compared.
+        timeout: seconds without an answer.
+
+    Raises:
+        CalmError: another kind of address, no network, an error of the server, more than `MAX_DOWNLOAD` bytes, another
+            checksum.
+    """
+    scheme = urlsplit(url).scheme
+    if scheme not in ("https", "file"):
+        raise CalmError(f"--metadata_url {url}: only https:// (or file://) addresses are fetched")
+    try:
+        with atomic_path(target) as temporary:
+            with urllib.request.urlopen(url, timeout=timeout) as answer, temporary.open("wb") as file:
+                if urlsplit(answer.url).scheme != scheme:
+                    raise CalmError(f"{url} leads to {answer.url}, which is not {scheme}")
+                length = int(answer.headers.get("Content-Length") or 0)
+                while part := answer.read(1 << 20):
+                    file.write(part)
+                    if max(length, file.tell()) > MAX_DOWNLOAD:
+                        raise CalmError(f"{url} has more than {MAX_DOWNLOAD:,} bytes: more than metadata has")
+            if length and temporary.stat().st_size != length:
+                raise CalmError(f"{url}: the download was cut short: try again")
+            if sha256 and (wrong := check_digest(temporary, "sha256", sha256)):
+                raise CalmError(f"{url}: {wrong}")
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        advice = "without a network, download it elsewhere and put it into --from"
+        raise CalmError(f"cannot fetch {url} ({error}): {advice}") from error

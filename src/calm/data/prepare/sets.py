@@ -1,11 +1,10 @@
-"""Some classes of Tiny ImageNet in the metadata format, with its boxes.
+"""Arrange the published data sets so that every command reads them.
 
-Of each class, the first 450 training images are train, the others (50) val; the official validation images,
-50 a class, are test. Boxes of val and test are the archive's own: inclusive corners from 0 in 64 x 64 images.
-
-CUB-200-2011 at ``dataset/CUB``: the official folder, its attribute names and segmentations inside.
-
-ILSVRC with ImageNetV2, and OpenImages30k, where the released configuration looks for them.
+- CUB-200-2011: ``dataset/CUB``, the official folder with its attribute names and segmentations inside.
+- ILSVRC with ImageNetV2, and OpenImages30k: below ``dataset/``, where the released configuration looks for them.
+- Tiny ImageNet: the metadata format. Of each class, the first 450 training images are train, the other 50 val; the
+  official validation images, 50 a class, are test. Boxes of val and test are the archive's own: inclusive corners from
+  0 in 64 x 64 images.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from PIL import Image
 
 from calm.data.cub import CUB_FILES
 from calm.data.prepare.archives import PUBLISHED, Prepared, find, merge, staged, unpack
-from calm.data.records import numbered
+from calm.data.records import numbered_lines
 from calm.errors import CalmError, unknown
 
 __all__ = [
@@ -32,8 +31,26 @@ __all__ = [
 ]
 
 CUB_IMAGES, CUB_CLASSES, CUB_ATTRIBUTES = 11_788, 200, 312
-PAIRS = {1: 31, 2: 64, 3: 96}
-"""Class pairs by number of differing part groups."""
+CUB_PAIRS = {1: 31, 2: 64, 3: 96}
+"""Number of class pairs by number of differing part groups."""
+
+ILSVRC = {"train": 1_281_167, "val": 50_000, "val2": 10_000}
+OPENIMAGES = {"train": 29_819, "val": 2_500, "test": 5_000}
+
+TINY_CLASSES = 200
+TINY_TRAIN, TINY_VAL, TINY_TEST = 450, 50, 50
+"""Images a class."""
+
+
+def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
+    """Return the archives of `find`, of which there must be one."""
+    found = find(key, archives, prepared)
+    if not found:
+        raise CalmError(f"no {name} in --from: get it from {PUBLISHED[key].where}")
+    return found
+
+
+# CUB-200-2011
 
 
 def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
@@ -43,37 +60,31 @@ def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None
         CalmError: an archive is missing, damaged or another one; a count is wrong.
     """
     final = out / "dataset" / "CUB"
-    if not final.exists():
-        found = find("cub", archives, prepared)
-        if not found:
-            raise CalmError(f"no CUB_200_2011.tgz in --from: get it from {PUBLISHED['cub'].where}")
+    if final.exists():
+        _verify_cub(final, prepared)
+    else:
+        archive = _required("cub", "CUB_200_2011.tgz", archives, prepared)[0]
         with staged(final) as (work, result):
-            unpack(found[0], work / "archive")
+            unpack(archive, work / "archive")
             base = next((path.parent for path in sorted((work / "archive").rglob(CUB_FILES[0]))), None)
             if base is None:
-                raise CalmError(f"{found[0]} has no images.txt: it is not CUB_200_2011")
-            _attribute_names(base, work / "archive")
-            _verify(base, prepared)
+                raise CalmError(f"{archive} has no images.txt: it is not CUB_200_2011")
+            # The archive has attributes.txt beside the folder; it belongs to the table whose columns it names.
+            names = base / "attributes" / "attributes.txt"
+            for place in (work / "archive" / names.name, base.parent / names.name, base / names.name):
+                if place.is_file() and not names.exists():
+                    names.parent.mkdir(exist_ok=True)
+                    place.replace(names)
+            _verify_cub(base, prepared)
             base.replace(result)
-    else:
-        _verify(final, prepared)
-    _extra("cub-segmentations", "segmentations", final / "segmentations", archives, prepared)
-    if (final / "segmentations").is_dir():
-        count = sum(1 for _ in (final / "segmentations").rglob("*.png"))
-        prepared.expect("segmentations", count, CUB_IMAGES)
-    _extra("cubv2", "CUBV2", out / "dataset" / "CUBV2", archives, prepared)
+    masks = final / "segmentations"
+    _unpack_extra("cub-segmentations", "segmentations", masks, archives, prepared)
+    if masks.is_dir():
+        prepared.expect("segmentations", sum(1 for _ in masks.rglob("*.png")), CUB_IMAGES)
+    _unpack_extra("cubv2", "CUBV2", out / "dataset" / "CUBV2", archives, prepared)
 
 
-def _attribute_names(base: Path, archive: Path) -> None:
-    """Move attributes.txt, which the archive has beside the folder, to the table that it names."""
-    inside = base / "attributes" / "attributes.txt"
-    for place in (archive / "attributes.txt", base.parent / "attributes.txt", base / "attributes.txt"):
-        if place.is_file() and not inside.exists():
-            inside.parent.mkdir(exist_ok=True)
-            place.replace(inside)
-
-
-def _extra(key: str, folder: str, final: Path, archives: Sequence[Path], prepared: Prepared) -> None:
+def _unpack_extra(key: str, folder: str, final: Path, archives: Sequence[Path], prepared: Prepared) -> None:
     """Unpack an archive that may be absent, so that its ``folder`` becomes ``final``."""
     if final.exists():
         return
@@ -87,42 +98,38 @@ def _extra(key: str, folder: str, final: Path, archives: Sequence[Path], prepare
         (inner if inner.is_dir() else work / "archive").replace(result)
 
 
-def _verify(base: Path, prepared: Prepared) -> None:
-    """Compare the counts of the official data set."""
-    # Here, so that the help page need not wait for PyTorch.
-    from calm.data.cues import read_class_attributes, read_pairs
+def _verify_cub(base: Path, prepared: Prepared) -> None:
+    """Compare the counts with those of the official data set."""
+    from calm.data.cues import (
+        read_class_attributes,
+        read_pairs,
+    )  # here, since it imports torch: help pages are quick
 
-    missing = [name for name in CUB_FILES if not (base / name).is_file()]
-    if missing:
-        raise CalmError(f"CUB: {', '.join(missing)} not in the archive: get it from {PUBLISHED['cub'].where}")
-    listed = [text.partition(" ")[2].strip() for _, text in numbered(base / "images.txt")]
-    absent = [name for name in listed if not (base / "images" / name).is_file()]
-    if absent:
+    where = PUBLISHED["cub"].where
+    if missing := [name for name in CUB_FILES if not (base / name).is_file()]:
+        raise CalmError(f"CUB: {', '.join(missing)} not in the archive: get it from {where}")
+    listed = [text.partition(" ")[2].strip() for _, text in numbered_lines(base / "images.txt")]
+    if absent := [name for name in listed if not (base / "images" / name).is_file()]:
         raise CalmError(f"CUB: {len(absent):,} of the images of images.txt are missing, such as {absent[0]}")
-    where = f"get the whole archive from {PUBLISHED['cub'].where}"
+    where = f"get the whole archive from {where}"
     prepared.expect("images", len(listed), CUB_IMAGES, where)
-    prepared.expect("classes", sum(1 for _ in numbered(base / "classes.txt")), CUB_CLASSES, where)
+    prepared.expect("classes", sum(1 for _ in numbered_lines(base / "classes.txt")), CUB_CLASSES, where)
     try:
         names, _ = read_class_attributes(base)
-        counts = {count: len(read_pairs(base, (count,))) for count in PAIRS}
+        counts = {count: len(read_pairs(base, (count,))) for count in CUB_PAIRS}
     except CalmError as error:
         prepared.complain(f"no cue localization: {error}")
         return
     prepared.expect("attributes", len(names), CUB_ATTRIBUTES, where)
-    for count, expected in PAIRS.items():
+    for count, expected in CUB_PAIRS.items():
         prepared.expect(f"class pairs with {count} differing group(s)", counts[count], expected, where)
 
 
-ILSVRC = {"train": 1_281_167, "val": 50_000, "val2": 10_000}
-OPENIMAGES = {"train": 29_819, "val": 2_500, "test": 5_000}
-JPEG = {".jpg", ".jpeg"}
-HASH = 40
-"""Characters of a file's name by hash."""
-LISTED_AND_HASHED = re.compile(r"(\d+/\d+\.jpeg),\s*(\d+/[0-9a-f]{40}\.jpeg)")
+# ILSVRC and OpenImages30k
 
 
 def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
-    """``dataset/ILSVRC/{train,val}`` and ``dataset/ImageNetV2/val2``; each appears whole, and stays.
+    """Make ``dataset/ILSVRC/{train,val}`` and ``dataset/ImageNetV2/val2``; each appears whole, and stays.
 
     Raises:
         CalmError: an archive is damaged or another one; a part is missing or a count is wrong.
@@ -133,30 +140,42 @@ def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> N
         "val2": ("imagenetv2", out / "dataset" / "ImageNetV2" / "val2"),
     }
     for part, (key, final) in places.items():
-        found = [] if final.exists() else find(key, archives, prepared)
-        if not final.exists() and not found:
+        if final.exists():
+            prepared.expect(f"{part} images", _count_images(final), ILSVRC[part])
+            continue
+        found = find(key, archives, prepared)
+        if not found:
             prepared.complain(f"no {part} images: get the archive from {PUBLISHED[key].where}")
             continue
-        if found:
-            with staged(final) as (work, result):
-                unpack(found[0], work / "archive")
-                for inner in sorted((work / "archive").rglob("n*.tar")):  # train: an archive a class
-                    unpack(inner, work / "archive" / inner.stem)
-                    inner.unlink()
-                prepared.expect(f"{part} images", _images(work / "archive"), ILSVRC[part])
-                _unwrapped(work / "archive", part).replace(result)
-        else:
-            prepared.expect(f"{part} images", _images(final), ILSVRC[part])
+        with staged(final) as (work, result):
+            unpack(found[0], work / "archive")
+            for inner in sorted((work / "archive").rglob("n*.tar")):  # train: an archive a class
+                unpack(inner, work / "archive" / inner.stem)
+                inner.unlink()
+            prepared.expect(f"{part} images", _count_images(work / "archive"), ILSVRC[part])
+            _unwrapped(work / "archive", part).replace(result)
+
+
+def _unwrapped(folder: Path, name: str) -> Path:
+    """Return the folder inside that has the name, or that all else is in (``imagenetv2-...-format-val``)."""
+    inside = list(folder.iterdir())
+    if (folder / name).is_dir():
+        return folder / name
+    wrapped = len(inside) == 1 and inside[0].is_dir() and not any(map(_is_image, inside[0].iterdir()))
+    return inside[0] if wrapped else folder
+
+
+_LISTED_AND_HASHED = re.compile(r"(\d+/\d+\.jpeg),\s*(\d+/[0-9a-f]{40}\.jpeg)")
 
 
 def name_as_listed(out: Path, prepared: Prepared) -> None:
     """Give ImageNetV2's images the names that the released lists have for them, ``0/0.jpeg`` to ``999/9.jpeg``.
 
-    Its archives of today call them by hashes. The lists of the published evaluator come with ``val/mapping.txt``, a
-    line of the name in the lists, a comma and the name by hash for each image. Without it this is only a note.
+    Today's archives call them by hashes. The published evaluator's lists come with ``val/mapping.txt``, lines of the
+    name in the lists, a comma, and the name by hash. Without it this is only a note.
 
     Raises:
-        CalmError: a line that is not so.
+        CalmError: a line of another form; without ``partial``, an image without a line.
     """
     images = out / "dataset" / "ImageNetV2" / "val2"
     mapping = out / "metadata" / "ILSVRC" / "val" / "mapping.txt"
@@ -168,8 +187,8 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
             f" {PUBLISHED['metadata'].where} tells which is which, --metadata_url published fetches it"
         )
         return
-    for line, text in numbered(mapping):
-        names = LISTED_AND_HASHED.fullmatch(text)
+    for line, text in numbered_lines(mapping):
+        names = _LISTED_AND_HASHED.fullmatch(text)
         if names is None:
             raise CalmError(f"{mapping}:{line}: {text!r:.200} is not 'class/number.jpeg, class/hash.jpeg'")
         if (images / names[2]).is_file():
@@ -178,93 +197,78 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
         prepared.complain(f"{mapping} has no name for {len(left)} images, the first is {min(left)}")
 
 
+def _hashed(images: Path) -> list[Path]:
+    """Return the images that are named by hashes, of 40 characters."""
+    return [path for path in images.glob("*/*") if len(path.stem) == 40]
+
+
 def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
-    """``dataset/OpenImages/{train,val,test}``, images and masks of all archives together.
+    """Make ``dataset/OpenImages/{train,val,test}``, images and masks of all archives together.
 
     Raises:
         CalmError: an archive is missing or damaged; a count is wrong.
     """
-    final = out / "dataset" / "OpenImages"
+    final, where = out / "dataset" / "OpenImages", PUBLISHED["openimages"].where
     if final.exists():
         for split, expected in OPENIMAGES.items():
-            prepared.expect(f"{split} images", _images(final / split), expected)
+            prepared.expect(f"{split} images", _count_images(final / split), expected)
         return
-    found = find("openimages", archives, prepared)
-    if not found:
-        raise CalmError(
-            f"no archive of OpenImages30k in --from: get them from {PUBLISHED['openimages'].where}"
-        )
+    found = _required("openimages", "archive of OpenImages30k", archives, prepared)
     with staged(final) as (work, result):
         for number, path in enumerate(found):
             unpack(path, work / str(number))
-            _sort_splits(path, work / str(number), result)
+            _merge_splits(path, work / str(number), result)
         for split, expected in OPENIMAGES.items():
-            prepared.expect(
-                f"{split} images", _images(result / split), expected, PUBLISHED["openimages"].where
-            )
+            prepared.expect(f"{split} images", _count_images(result / split), expected, where)
 
 
-def _sort_splits(archive: Path, folder: Path, result: Path) -> None:
+def _merge_splits(archive: Path, folder: Path, result: Path) -> None:
     """Move an archive's folders train, val and test, wherever they begin, to ``result``."""
-    some = False
-    for split in OPENIMAGES:
-        for place in (folder / split, *folder.glob(f"*/{split}"), *folder.glob(f"*/*/{split}")):
-            if place.is_dir():
-                merge(place, result / split)
-                some = True
+    places = [
+        (place, split)
+        for split in OPENIMAGES
+        for place in (folder / split, *folder.glob(f"*/{split}"), *folder.glob(f"*/*/{split}"))
+        if place.is_dir()
+    ]
     named = archive.name.partition(".")[0].lower()
-    if not some and named in OPENIMAGES:
-        merge(folder, result / named)
-    elif not some:
+    if not places and named in OPENIMAGES:
+        places = [(folder, named)]
+    if not places:
         raise CalmError(f"{archive} has no folder train, val or test")
-
-
-def _hashed(images: Path) -> list[Path]:
-    """Those that are named by hashes."""
-    return [path for path in images.glob("*/*") if len(path.stem) == HASH]
-
-
-def _unwrapped(folder: Path, name: str) -> Path:
-    """The folder inside that has the name, or that all else is in (``imagenetv2-...-format-val``)."""
-    inside = list(folder.iterdir())
-    if (folder / name).is_dir():
-        return folder / name
-    wrapped = len(inside) == 1 and inside[0].is_dir() and not any(map(_is_image, inside[0].iterdir()))
-    return inside[0] if wrapped else folder
+    for place, split in places:
+        merge(place, result / split)
 
 
 def _is_image(path: Path) -> bool:
-    return path.suffix.lower() in JPEG
+    return path.suffix.lower() in (".jpg", ".jpeg")
 
 
-def _images(folder: Path) -> int:
-    return sum(1 for path in folder.rglob("*") if _is_image(path))
+def _count_images(folder: Path) -> int:
+    return sum(map(_is_image, folder.rglob("*")))
 
 
-TINY_CLASSES = 200
-TRAIN, VAL, TEST = 450, 50, 50
-"""Images a class."""
+# Tiny ImageNet
 
 
 def read_classes(text: str) -> list[str]:
-    """WordNet ids: ``n01443537,n01629819``, or a file with one a line (a ``classes.txt`` is one), in its order.
+    """Return WordNet ids: ``n01443537,n01629819``, or a file with one a line (a ``classes.txt`` is one), in its order.
 
     Raises:
         CalmError: a line without an id, an id given twice.
     """
-    found = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(map(_is_id, found)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
-        lines = [line.split() for _, line in numbered(Path(text))]
-        found = [next((word for word in line[:2] if _is_id(word)), " ".join(line)) for line in lines]
-    for word in found:
-        if not _is_id(word):
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if not all(map(_is_wordnet_id, words)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
+        lines = [line.split() for _, line in numbered_lines(Path(text))]
+        words = [next(filter(_is_wordnet_id, line[:2]), " ".join(line)) for line in lines]
+    for word in words:
+        if not _is_wordnet_id(word):
             raise CalmError(f"--classes: {word!r} is no WordNet id such as n01443537, and no file of them")
-    if len(set(found)) < len(found) or (text and not found):
+    if len(set(words)) < len(words) or (text and not words):
         raise CalmError("--classes: an id is given twice, or none is given")
-    return found
+    return words
 
 
-def _is_id(word: str) -> bool:
+def _is_wordnet_id(word: str) -> bool:
     return len(word) == 9 and word[0] == "n" and word[1:].isdigit()
 
 
@@ -283,43 +287,41 @@ def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepare
         prepared.expect("classes", len(there), len(there) if classes else TINY_CLASSES)
         return
     chosen = read_classes(classes)
-    found = find("tiny-imagenet", archives, prepared)
-    if not found:
-        raise CalmError(f"no tiny-imagenet-200.zip in --from: get it from {PUBLISHED['tiny-imagenet'].where}")
+    archive = _required("tiny-imagenet", "tiny-imagenet-200.zip", archives, prepared)[0]
+
+    def wanted(name: str) -> bool:
+        parts = name.split("/")
+        return "train" not in parts or not chosen or any(wnid in parts for wnid in chosen)
+
     with staged(out) as (work, result):
-        unpack(found[0], work / "archive", wanted=lambda name: _needed(name, chosen))
+        unpack(archive, work / "archive", wanted=wanted)
         base = next((path.parent for path in sorted((work / "archive").rglob("wnids.txt"))), None)
         if base is None:
-            raise CalmError(f"{found[0]} has no wnids.txt: it is not Tiny ImageNet")
-        known = [text.strip() for _, text in numbered(base / "wnids.txt")]
+            raise CalmError(f"{archive} has no wnids.txt: it is not Tiny ImageNet")
+        known = [text.strip() for _, text in numbered_lines(base / "wnids.txt")]
         for wnid in chosen:
             if wnid not in known:
-                raise unknown("class", wnid, known[:200], where=f"{found[0].name}")
-        _write(base, result, chosen or known, prepared)
+                raise unknown("class", wnid, known[:200], where=archive.name)
+        _write_tiny_imagenet(base, result, chosen or known, prepared)
 
 
-def _needed(name: str, chosen: Sequence[str]) -> bool:
-    parts = name.split("/")
-    return "train" not in parts or not chosen or any(wnid in parts for wnid in chosen)
+def _write_tiny_imagenet(base: Path, result: Path, classes: Sequence[str], prepared: Prepared) -> None:
+    def table(path: Path) -> list[list[str]]:
+        return [text.split("\t") for _, text in numbered_lines(path)]
 
-
-def _write(base: Path, result: Path, classes: Sequence[str], prepared: Prepared) -> None:
-    words = dict(text.partition("\t")[::2] for _, text in numbered(base / "words.txt"))
-    held = [text.split("\t") for _, text in numbered(base / "val" / "val_annotations.txt")]
-    boxes = {row[0]: row[2:6] for row in held}
+    words = {row[0]: row[1] for row in table(base / "words.txt") if len(row) > 1}
+    held_out = table(base / "val" / "val_annotations.txt")
+    test_boxes = {row[0]: row[2:6] for row in held_out}
     rows: dict[str, list[tuple[str, int, tuple[int, int], list[str]]]] = {"train": [], "val": [], "test": []}
     for label, wnid in enumerate(classes):
         folder = base / "train" / wnid
-        own = {
-            row[0]: row[1:5]
-            for row in (text.split("\t") for _, text in numbered(folder / f"{wnid}_boxes.txt"))
-        }
+        boxes = {row[0]: row[1:5] for row in table(folder / f"{wnid}_boxes.txt")}
         train = sorted((folder / "images").glob("*.JPEG"), key=_number)
-        test = sorted((base / "val" / "images" / row[0] for row in held if row[1] == wnid), key=_number)
-        for split, paths, at in (
-            ("train", train[:TRAIN], {}),
-            ("val", train[TRAIN:], own),
-            ("test", test, boxes),
+        test = sorted((base / "val" / "images" / row[0] for row in held_out if row[1] == wnid), key=_number)
+        for split, paths, boxes_of in (
+            ("train", train[:TINY_TRAIN], {}),
+            ("val", train[TINY_TRAIN:], boxes),
+            ("test", test, test_boxes),
         ):
             for path in paths:
                 name = f"images/{split}/{wnid}/{path.name}"
@@ -327,23 +329,23 @@ def _write(base: Path, result: Path, classes: Sequence[str], prepared: Prepared)
                     size = image.size
                 (result / name).parent.mkdir(parents=True, exist_ok=True)
                 path.replace(result / name)
-                rows[split].append((name, label, size, at.get(path.name, [])))
+                rows[split].append((name, label, size, boxes_of.get(path.name, [])))
     prepared.counts["classes"] = len(classes)
-    for split, each in (("train", TRAIN), ("val", VAL), ("test", TEST)):
+    for split, each in (("train", TINY_TRAIN), ("val", TINY_VAL), ("test", TINY_TEST)):
         prepared.expect(f"{split} images", len(rows[split]), each * len(classes))
-        lists = result / "metadata" / split
-        lists.mkdir(parents=True)
-        (lists / "image_ids.txt").write_text("".join(f"{name}\n" for name, *_ in rows[split]))
-        (lists / "class_labels.txt").write_text("".join(f"{row[0]},{row[1]}\n" for row in rows[split]))
-        (lists / "image_sizes.txt").write_text(
-            "".join(f"{row[0]},{row[2][0]},{row[2][1]}\n" for row in rows[split])
-        )
-        located = (f"{name},{','.join(box)}\n" for name, _, _, box in rows[split] if box)
-        (lists / "localization.txt").write_text("".join(located) or "\n")
+        lists = {
+            "image_ids.txt": [name for name, *_ in rows[split]],
+            "class_labels.txt": [f"{name},{label}" for name, label, *_ in rows[split]],
+            "image_sizes.txt": [f"{name},{width},{height}" for name, _, (width, height), _ in rows[split]],
+            "localization.txt": [f"{name},{','.join(box)}" for name, *_, box in rows[split] if box] or [""],
+        }
+        for file, lines in lists.items():
+            (result / "metadata" / split).mkdir(parents=True, exist_ok=True)
+            (result / "metadata" / split / file).write_text("".join(f"{line}\n" for line in lines))
     names = (f"{label} {wnid} {words.get(wnid, wnid).strip()}\n" for label, wnid in enumerate(classes))
     (result / "classes.txt").write_text("".join(names))
 
 
 def _number(path: Path) -> int:
-    """The number at the end of a file's name."""
+    """Return the number at the end of a file's name."""
     return int(path.stem.rpartition("_")[2])
