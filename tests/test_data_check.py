@@ -319,7 +319,7 @@ def test_wrong_files_of_cue_localization_are_errors(
     text = path.read_text() if path.exists() else ""
     path.write_text(re.sub(old, new, text, count=1))
     (problem,) = check(birds).problems
-    assert (problem.kind, problem.severity) == ("cue-file", "error")
+    assert (problem.kind, problem.is_error) == ("cue-file", True)
     assert message in problem.message
     assert main(["data", "check", str(birds)]) == 1
     said = capsys.readouterr().out

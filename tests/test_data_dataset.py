@@ -234,20 +234,6 @@ def test_the_union_of_all_processes_is_the_batch_of_one(case: tuple[int, int, in
         assert len(set(seen)) == len(seen) == (size if remainder == "keep" else size - size % (local * ranks))
 
 
-@settings(deadline=None)
-@given(sizes)
-def test_padding_gives_all_processes_equally_many(case: tuple[int, int, int]) -> None:
-    size, local, ranks = case
-    (alone,) = _batches(size, local * ranks, 1, "keep")
-    several = _batches(size, local * ranks, ranks, "pad")
-    assert len({tuple(map(len, batches)) for batches in several}) == 1
-    joined = [index for step in zip(*several, strict=True) for batch in step for index in batch]
-    order = [index for batch in alone for index in batch]
-    assert joined[:size] == order
-    assert 0 <= len(joined) - size < ranks
-    assert all(index in order for index in joined[size:])
-
-
 def test_the_order_changes_with_epoch_and_seed_and_not_with_ranks() -> None:
     def order(epoch: int, seed: int = 0, ranks: int = 1) -> list[int]:
         sampler = EpochSampler(_unread(40), 4, seed=seed, rank=0, world_size=ranks)

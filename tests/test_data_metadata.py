@@ -20,7 +20,7 @@ from calm.data.metadata import (
     read_localization,
     read_sizes,
 )
-from calm.data.records import Problem
+from calm.data.records import ProblemLog
 from calm.errors import CalmError
 
 part = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="/\\"), min_size=1).filter(
@@ -68,13 +68,13 @@ def test_what_is_written_is_read(
             (root / name).write_bytes("".join(line + end for line in lines).encode())
             return root / name
 
-        problems: list[Problem] = []
-        ids = read_ids(write("ids", list(images)), "val", problems)
-        labels = read_labels(write("l", [f"{k},{v[0]}" for k, v in images.items()]), "val", problems)
-        sizes = read_sizes(write("s", [f"{k},{v[1]},{v[2]}" for k, v in images.items()]), "val", problems)
+        log = ProblemLog("val")
+        ids = read_ids(write("ids", list(images)), log)
+        labels = read_labels(write("l", [f"{k},{v[0]}" for k, v in images.items()]), log)
+        sizes = read_sizes(write("s", [f"{k},{v[1]},{v[2]}" for k, v in images.items()]), log)
         lines = [",".join(map(str, (k, *box))) for k, v in images.items() for box in v[3]]
-        located = read_localization(write("b", lines), "val", problems)
-    assert not problems
+        located = read_localization(write("b", lines), log)
+    assert not log.problems
     assert list(ids) == list(images)
     assert {k: line.value for k, line in labels.items()} == {k: v[0] for k, v in images.items()}
     assert {k: line.value for k, line in sizes.items()} == {k: v[1:3] for k, v in images.items()}
@@ -92,9 +92,9 @@ def test_no_text_breaks_the_parsers(text: str) -> None:
         with path.open(encoding="utf-8-sig", newline=None) as file:
             lines = sum(bool(line.strip()) for line in file)
         for read in (read_ids, read_labels, read_sizes, read_localization):
-            problems: list[Problem] = []
-            found = read(path, "val", problems)
-            count = len(problems) + (
+            log = ProblemLog("val")
+            found = read(path, log)
+            count = len(log.problems) + (
                 sum(len(entry.boxes) + len(entry.masks) for entry in found.values())  # type: ignore[union-attr]
                 if read is read_localization
                 else len(found)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
@@ -281,13 +282,8 @@ def _tar_members(path: Path) -> _Members:
             if not member.isreg() and not member.isdir():
                 raise CalmError(f"{path}: member {member.name!r} is a link or device: archive refused")
             if member.isreg():
-                yield (
-                    member.name,
-                    member.size,
-                    lambda folder, member=member: archive.extract(
-                        member, folder, set_attrs=False, filter="data"
-                    ),
-                )
+                extract = partial(archive.extract, member, set_attrs=False, filter="data")
+                yield member.name, member.size, extract
         while archive.fileobj is not None and archive.fileobj.read(1 << 20):
             pass  # the checksum of a compressed stream is compared at its end
     # A plain tar that was cut between two members lacks the zeros at its end, which tarfile does not miss.
@@ -306,11 +302,7 @@ def _zip_members(path: Path) -> _Members:
             if member.flag_bits & 1:
                 raise CalmError(f"{path}: member {member.filename!r} is encrypted")
             if not member.is_dir():
-                yield (
-                    member.filename,
-                    member.file_size,
-                    lambda folder, member=member: archive.extract(member, folder),
-                )
+                yield member.filename, member.file_size, partial(archive.extract, member)
 
 
 @contextmanager
