@@ -48,7 +48,7 @@ def changed_pixels(first: Drawing, second: Drawing) -> NDArray[np.int64]:
     return np.asarray(np.abs(first.image.astype(int) - second.image).max(-1))
 
 
-def test_the_attribute_table_has_the_official_shape() -> None:
+def test_attributes_have_the_official_shape() -> None:
     assert len(ATTRIBUTES) == len(set(ATTRIBUTES)) == 312
     assert ATTRIBUTES[0] == "has_bill_shape::curved_(up_or_down)"
     assert ATTRIBUTES[-1] == "has_wing_pattern::multi-colored"

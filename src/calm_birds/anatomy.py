@@ -12,7 +12,7 @@ shows its right eye and its right wing. A pose does not depend on the species.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -92,7 +92,7 @@ def _steps(length: float, density: float) -> int:
 
 @lru_cache(maxsize=64)
 def body(density: float) -> Surface:
-    """Trunk and neck; ``density`` is points per unit. u = x along the body, v = height angle (0 back, pi belly)."""
+    """Return trunk and neck, ``density`` points per unit. u is x along the body, v the angle from back (0) to belly."""
     spine = _smooth(_TRUNK, _steps(1.25, density))
     tangent = np.gradient(spine[:, :2], axis=0)
     tangent /= np.linalg.norm(tangent, axis=1, keepdims=True)
@@ -110,7 +110,7 @@ def body(density: float) -> Surface:
 
 @lru_cache(maxsize=64)
 def head(density: float) -> Surface:
-    """The skull, centred on 0 (place it at HEAD_PIVOT). u, v: longitude seen from above, and height -1..1."""
+    """Return the skull, centred on 0 (its place is HEAD_PIVOT). u is the longitude, v the height in -1..1."""
     polar = np.linspace(0, np.pi, _steps(0.55, density), dtype=np.float32)[:, None]
     angle = np.linspace(-np.pi, np.pi, _steps(1.1, density), dtype=np.float32)[None]
     ones = np.ones_like(angle)
@@ -159,7 +159,7 @@ _BILLS = {  # length, bend downward, half-height, half-width, taper
 
 @lru_cache(maxsize=64)
 def bill(shape: str, density: float) -> Surface:
-    """A bill of one of CUB's shapes, in the head's frame."""
+    """Return a bill of one of CUB's shapes, in the head's frame."""
     length, bend, high, wide, power = _BILLS[shape]
     root, axis = np.array([0.130, 0, -0.012], np.float32), np.array([1, 0, 0], np.float32)
     return _cone(
@@ -169,7 +169,7 @@ def bill(shape: str, density: float) -> Surface:
 
 @lru_cache(maxsize=64)
 def crest(density: float) -> Surface:
-    """Raised crown feathers of a crested head, in the head's frame."""
+    """Return the raised crown feathers of a crested head, in the head's frame."""
     axis = np.array([-0.70, 0, 0.714], np.float32)
     bend = np.array([-0.05, 0, 0.035], np.float32)
     root = np.array([0.035, 0, 0.075], np.float32)
@@ -178,7 +178,7 @@ def crest(density: float) -> Surface:
 
 @lru_cache(maxsize=64)
 def eye(density: float) -> Surface:
-    """The left eye's disc around EYE, facing outward: u = distance from its centre (0..1), v = direction."""
+    """Return the left eye, a disc around EYE facing outward. u is the distance from its centre (0..1), v the angle."""
     outward = EYE / _HEAD_RADII**2
     outward /= np.linalg.norm(outward)
     across = np.cross(np.array([0, 0, 1], np.float32), outward)
@@ -199,7 +199,7 @@ _WING = np.array([  # upper and lower edge (z) from shoulder to tip
 
 @lru_cache(maxsize=64)
 def wing(density: float) -> Surface:
-    """The folded left wing, lying on the flank. u runs from shoulder (0) to tip (1), v from upper (-1) to lower (1)."""
+    """Return the folded left wing. u runs from shoulder (0) to tip (1), v from upper (-1) to lower edge (1)."""
     u = np.linspace(0, 1, _steps(0.95, density), dtype=np.float32)[:, None]
     v = np.linspace(-1, 1, _steps(0.36, density), dtype=np.float32)[None]
     edge = _smooth(_WING, len(u))
@@ -226,7 +226,7 @@ def _tail_outline(shape: str, v: Array) -> Array:
 
 @lru_cache(maxsize=64)
 def tail(shape: str, density: float) -> Surface:
-    """The tail around TAIL_PIVOT. u runs from root (0) to the longest tip (1), v across (-1 right, 1 left)."""
+    """Return the tail around TAIL_PIVOT. u runs from root (0) to longest tip (1), v from right (-1) to left (1)."""
     fan = shape == "fan-shaped_tail"
     u = np.linspace(0, 1, _steps(0.5, density), dtype=np.float32)[:, None]
     v = np.linspace(-1, 1, _steps(0.5 if fan else 0.32, density), dtype=np.float32)[None]
@@ -252,10 +252,16 @@ class Leg:
 
 @dataclass(frozen=True)
 class Pose:
-    """Rotations of the rigid parts and the placing of the whole.
+    """The rotations of the rigid parts and the place of the bird in the picture.
 
-    ``view`` (3, 3) takes the bird's frame, already scaled to pixels, to the view; ``centre`` is the pixel of the
-    bird's origin. ``head``, ``tail`` and ``wings`` (left, right) turn about their pivots in the bird's frame.
+    Attributes:
+        view: matrix (3, 3) from the bird's frame to the view, in pixels.
+        centre: pixel (x, y) of the origin of the bird's frame.
+        head, tail, wings: rotations about the parts' pivots in the bird's frame; wings are left and right.
+        head_at: the head's pivot in the bird's frame.
+        legs: left and right leg.
+        unit: pixels of one unit of the bird's frame.
+        perch: two pixels of the line on which the feet stand.
     """
 
     view: Array
@@ -269,22 +275,17 @@ class Pose:
     perch: tuple[Array, Array]
 
     def place(self, points: Array) -> Array:
-        """Bird-frame points (N, 3) -> pixel x, pixel y (downwards), depth (N, 3)."""
+        """Map points of the bird's frame (N, 3) to pixel x, pixel y (downwards) and depth (N, 3)."""
         seen = points @ self.view.T
         return np.stack([self.centre[0] + seen[:, 0], self.centre[1] - seen[:, 1], seen[:, 2]], 1)
 
     def scaled(self, factor: float) -> Pose:
-        """The same pose in a picture ``factor`` times as large."""
+        """Return the same pose for a picture ``factor`` times as large."""
         k = np.float32(factor)
         legs = [Leg(leg.hip * k, leg.ankle * k, leg.foot * k, leg.depth * factor) for leg in self.legs]
-        return replace(
-            self,
-            view=self.view * k,
-            centre=self.centre * k,
-            legs=(legs[0], legs[1]),
-            unit=self.unit * factor,
-            perch=(self.perch[0] * k, self.perch[1] * k),
-        )
+        perch = (self.perch[0] * k, self.perch[1] * k)
+        return Pose(self.view * k, self.centre * k, self.head, self.head_at, self.tail, self.wings,
+                    (legs[0], legs[1]), self.unit * factor, perch)  # fmt: skip
 
 
 def _rotation(axis: str, degrees: float) -> Array:
@@ -306,45 +307,29 @@ def _outline(head_turn: Array, head_at: Array, tail_turn: Array) -> Array:
     ])  # fmt: skip
 
 
-def sample_pose(rng: np.random.Generator, side: int) -> Pose:
-    """A random pose for a square picture of ``side`` pixels.
-
-    The bird is seen from its side to three-quarters (at most 38 degrees off), level to 32 degrees upright, from
-    level to 20 degrees above; the head looks up to 50 degrees aside; the longer extent of bird and legs fills 62 to
-    92 percent of the picture; a bird may touch the border but hardly cross it.
-    """
-    facing_left = rng.random() < 0.5
-    yaw = float(np.clip(rng.normal(0, 18), -38, 38))
-    upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(0, 20)
-    near = 1.0 if facing_left else -1.0  # the side that faces the viewer: +1 left, -1 right
+def _sample_turns(rng: np.random.Generator, near: float, upright: float) -> tuple[Array, Array, Array]:
+    """The head's rotation and pivot, and the tail's rotation; ``near`` is the side that faces the viewer."""
     look = float(np.clip(rng.normal(-8, 22), -50, 45)) * -near  # negative values look at the viewer
-    head_turn = (
-        _rotation("z", look)
-        @ _rotation("y", upright * 0.8 + rng.normal(0, 8))
-        @ _rotation("x", rng.normal(0, 7))
-    )
-    head_at = HEAD_PIVOT + rng.uniform(-0.025, 0.025, 3).astype(np.float32) * np.array(
-        [1, 0.3, 1.0], np.float32
-    )
-    # A tail seen edge-on would show nothing: birds here hold it tilted, its upper side to the viewer.
-    tail_turn = (
-        _rotation("x", -near * rng.uniform(32, 62))
-        @ _rotation("z", rng.normal(0, 6))
-        @ _rotation("y", rng.uniform(-22, 16))
-    )
-    wings = []
-    for hand in (1.0, -1.0):
-        droop, lift = rng.uniform(-9, 12), abs(rng.normal(0, 4))
-        wings.append(
-            _rotation("x", hand * lift * 0.6) @ _rotation("y", -droop) @ _rotation("z", hand * lift * -0.3)
-        )
-    turn = _rotation("z", yaw + 180 * facing_left) @ _rotation("y", -upright) @ _rotation("x", roll)
-    plump = np.diag(np.array([rng.uniform(0.95, 1.04), 1, rng.uniform(0.94, 1.06)], np.float32))
-    view = _rotation("x", elevation) @ _BIRD_TO_VIEW @ turn @ plump
+    nod, tilt = upright * 0.8 + rng.normal(0, 8), rng.normal(0, 7)
+    head_turn = _rotation("z", look) @ _rotation("y", nod) @ _rotation("x", tilt)
+    shift = rng.uniform(-0.025, 0.025, 3).astype(np.float32) * np.array([1, 0.3, 1.0], np.float32)
+    # A tail that is seen edge-on would show nothing: it is rolled, with its upper side to the viewer.
+    roll, aside, lift = -near * rng.uniform(32, 62), rng.normal(0, 6), rng.uniform(-22, 16)
+    tail_turn = _rotation("x", roll) @ _rotation("z", aside) @ _rotation("y", lift)
+    return head_turn, HEAD_PIVOT + shift, tail_turn
 
-    seen = _outline(head_turn, head_at, tail_turn) @ view.T
-    forward = -near  # in view X
-    legs, length = [], rng.uniform(0.33, 0.42)
+
+def _sample_wing(rng: np.random.Generator, hand: float) -> Array:
+    droop, lift = rng.uniform(-9, 12), abs(rng.normal(0, 4))
+    return _rotation("x", hand * lift * 0.6) @ _rotation("y", -droop) @ _rotation("z", hand * lift * -0.3)
+
+
+def _sample_legs(
+    rng: np.random.Generator, view: Array, forward: float
+) -> tuple[list[list[Array]], float, float, float]:
+    """Hip, ankle and foot of both legs in the view, and the perch: its slope, lowest foot and middle."""
+    legs: list[list[Array]] = []
+    length = rng.uniform(0.33, 0.42)
     for hand in (1.0, -1.0):
         hip = view @ (HIP * np.array([1, hand, 1], np.float32))
         ankle = hip + np.array([-forward * rng.uniform(0.02, 0.07), -0.55 * length, 0], np.float32)
@@ -355,9 +340,29 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     middle = (legs[0][2][0] + legs[1][2][0]) / 2
     for leg in legs:
         leg[2][1] = low + slope * (leg[2][0] - middle)
+    return legs, slope, low, middle
 
-    joints = np.array([leg[2][:2] for leg in legs])
-    points = np.concatenate([seen[:, :2], joints - [0, 0.03]])
+
+def sample_pose(rng: np.random.Generator, side: int) -> Pose:
+    """Draw a random pose for a square picture of ``side`` pixels.
+
+    The bird is seen from its side to three-quarters (at most 38 degrees off), level to 32 degrees upright, from level
+    to 20 degrees above; the head looks up to 50 degrees aside. The longer extent of bird and legs fills 62 to 92
+    percent of the picture. A bird may touch the border and crosses it by at most a few percent.
+    """
+    facing_left = rng.random() < 0.5
+    yaw = float(np.clip(rng.normal(0, 18), -38, 38))
+    upright, roll, elevation = rng.uniform(2, 32), rng.normal(0, 4), rng.uniform(0, 20)
+    near = 1.0 if facing_left else -1.0  # the side that faces the viewer: +1 left, -1 right
+    head_turn, head_at, tail_turn = _sample_turns(rng, near, upright)
+    wings = (_sample_wing(rng, 1.0), _sample_wing(rng, -1.0))
+    turn = _rotation("z", yaw + 180 * facing_left) @ _rotation("y", -upright) @ _rotation("x", roll)
+    plump = np.diag(np.array([rng.uniform(0.95, 1.04), 1, rng.uniform(0.94, 1.06)], np.float32))
+    view = _rotation("x", elevation) @ _BIRD_TO_VIEW @ turn @ plump
+    legs, slope, low, middle = _sample_legs(rng, view, -near)
+
+    feet = np.array([leg[2][:2] for leg in legs])
+    points = np.concatenate([(_outline(head_turn, head_at, tail_turn) @ view.T)[:, :2], feet - [0, 0.03]])
     lowest, highest = points.min(0), points.max(0)
     extent = highest - lowest
     unit = side * rng.uniform(0.62, 0.92) / extent.max()
@@ -369,20 +374,14 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     def pixel(point: Array) -> Array:
         return np.array([centre[0] + unit * point[0], centre[1] - unit * point[1]], np.float32)
 
-    placed = [Leg(pixel(leg[0]), pixel(leg[1]), pixel(leg[2]), float(unit * leg[0][2])) for leg in legs]
+    left, right = (
+        Leg(pixel(hip), pixel(ankle), pixel(foot), float(unit * hip[2])) for hip, ankle, foot in legs
+    )
     along = np.array([1, slope, 0], np.float32)
     anchor = np.array([middle, low - 0.02, 0], np.float32)
-    return Pose(
-        view * np.float32(unit),
-        centre,
-        head_turn,
-        head_at,
-        tail_turn,
-        (wings[0], wings[1]),
-        (placed[0], placed[1]),
-        float(unit),
-        (pixel(anchor - along), pixel(anchor + along)),
-    )
+    perch = (pixel(anchor - along), pixel(anchor + along))
+    view = view * np.float32(unit)
+    return Pose(view, centre, head_turn, head_at, tail_turn, wings, (left, right), float(unit), perch)
 
 
 def wing_points(points: Array, turn: Array, hand: float) -> Array:

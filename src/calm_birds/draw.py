@@ -9,6 +9,7 @@ so that near ones hide them. Colour, part label and mask come from the same writ
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -32,7 +33,7 @@ COLORS = {
 
 
 def rgb(color: str) -> Array:
-    """A colour word as RGB in 0..1."""
+    """Return a colour word as RGB in 0..1."""
     return np.array(COLORS[color], np.float32) / 255
 
 
@@ -40,11 +41,8 @@ def rgb(color: str) -> Array:
 def _noise(size: int) -> Array:
     """A fixed tile of smooth noise (size, size), mean 0, standard deviation 1."""
     rng = np.random.default_rng(7)
-    tile = cv2.resize(
-        rng.standard_normal((size // 4, size // 4)).astype(np.float32),
-        (size, size),
-        interpolation=cv2.INTER_CUBIC,
-    )
+    coarse = rng.standard_normal((size // 4, size // 4)).astype(np.float32)
+    tile = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
     return np.asarray((tile - tile.mean()) / tile.std(), np.float32)
 
 
@@ -97,8 +95,7 @@ def _trunk(species: Species, surface: Surface) -> Array:
 
 def _skull(look: Head, surface: Surface, shape: Array) -> Array:
     x, z = surface.u, surface.v
-    out = np.empty((len(x), 3), np.float32)
-    out[:] = rgb(look.nape)
+    out = np.tile(rgb(look.nape), (len(x), 1))
     for part in ("crown", "forehead", "throat"):
         out[surface.part == PART_ID[part]] = rgb(getattr(look, part))
     from_eye = np.stack([shape[:, 0], np.abs(shape[:, 1]), shape[:, 2]], 1) - anatomy.EYE
@@ -152,8 +149,7 @@ def _tail(species: Species, surface: Surface) -> Array:
 
 
 def _eye(look: Head, surface: Surface) -> Array:
-    out = np.empty((len(surface.u), 3), np.float32)
-    out[:] = 0.05
+    out = np.full((len(surface.u), 3), 0.05, np.float32)
     if look.eye != "black":
         out[surface.u > 0.55] = rgb(look.eye)
     out[surface.u > 0.90] *= 0.6
@@ -164,18 +160,15 @@ def _eye(look: Head, surface: Surface) -> Array:
 
 @lru_cache(maxsize=512)
 def bird_surfaces(species: Species, density: float) -> dict[str, tuple[Surface, Array]]:
-    """Every surface of the species at rest with its colours (N, 3).
+    """Return every surface of the species at rest with its colours (N, 3).
 
     Keys: body, wing (the left one), tail, and in the head's frame head, bill, eye (the left one), crest (only
     for crested species).
     """
     look = species.head
     trunk, skull, flank = anatomy.body(density), anatomy.head(density), anatomy.wing(density)
-    rear, beak, disc = (
-        anatomy.tail(species.tail.shape, density),
-        anatomy.bill(look.bill_shape, density),
-        anatomy.eye(2 * density),
-    )
+    rear, beak = anatomy.tail(species.tail.shape, density), anatomy.bill(look.bill_shape, density)
+    disc = anatomy.eye(2 * density)
     lower = np.where(beak.v > 1.75, 0.72, 1.0) * np.where(np.abs(beak.v - 1.75) < 0.14, 0.6, 1.0)
     surfaces = {
         "body": (trunk, _trunk(species, trunk)),
@@ -202,7 +195,7 @@ class Light:
 
 
 def sample_light(rng: np.random.Generator) -> Light:
-    """A sun from above, left or right, in front of the bird, with sky and ground glow."""
+    """Draw random light: a sun above and before the bird, left or right, with the glow of sky and ground."""
     sun = np.array([rng.uniform(-0.8, 0.8), rng.uniform(0.45, 1.0), rng.uniform(0.35, 0.9)], np.float32)
     strength = rng.uniform(0.45, 0.75)
     warm = rng.normal(0, 0.03)
@@ -212,7 +205,7 @@ def sample_light(rng: np.random.Generator) -> Light:
 
 
 def finish(picture: Array, rng: np.random.Generator) -> NDArray[np.uint8]:
-    """The camera: exposure, colour temperature, a gradient of brightness, a little noise -> uint8 (h, w, 3)."""
+    """Apply exposure, colour temperature, a brightness gradient and a little noise; return uint8 (h, w, 3)."""
     height, width = picture.shape[:2]
     warm = rng.normal(0, 0.035)
     gain = rng.uniform(0.86, 1.10) * np.array([1 + warm, 1.0, 1 - warm], np.float32)
@@ -246,36 +239,29 @@ def _shade(colors: Array, normals: Array, light: Light) -> Array:
     return np.asarray(colors * (glow + light.strength * sun) * rim, np.float32)
 
 
-@dataclass(frozen=True)
-class _Placed:
-    """A surface in its pose: points and normals in the bird's frame, colours, labels of its points."""
+def _placed_surfaces(
+    species: Species, pose: Pose, density: float
+) -> Iterator[tuple[Array, Array, Array, NDArray[np.uint8]]]:
+    """Yield points and normals in the bird's frame, colours and part labels of every surface in its pose.
 
-    points: Array
-    normals: Array
-    colors: Array
-    part: NDArray[np.uint8]
-
-
-def _parts(species: Species, pose: Pose, density: float) -> list[_Placed]:
-    """All surfaces of the bird, turned about their joints; paired ones twice, the right one's labels 4 higher."""
-    placed = []
+    Paired parts come twice; the labels of the right one are 4 higher.
+    """
     for name, (surface, colors) in bird_surfaces(species, density).items():
         points, normals, part = surface.points, surface.normals, surface.part
         if name == "body":
-            placed.append(_Placed(points, normals, colors, part))
+            yield points, normals, colors, part
         elif name == "tail":
-            placed.append(_Placed(points @ pose.tail.T + TAIL_PIVOT, normals @ pose.tail.T, colors, part))
+            yield points @ pose.tail.T + TAIL_PIVOT, normals @ pose.tail.T, colors, part
         elif name == "wing":
-            for hand, turn, label in ((1.0, pose.wings[0], part), (-1.0, pose.wings[1], part + _TO_RIGHT)):
-                mirrored = normals * np.array([1, hand, 1], np.float32)
-                placed.append(_Placed(wing_points(points, turn, hand), mirrored @ turn.T, colors, label))
+            left, right = pose.wings
+            yield wing_points(points, left, 1.0), normals @ left.T, colors, part
+            yield wing_points(points, right, -1.0), (normals * _MIRROR) @ right.T, colors, part + _TO_RIGHT
         else:
             head = pose.head.T
-            placed.append(_Placed(points @ head + pose.head_at, normals @ head, colors, part))
+            yield points @ head + pose.head_at, normals @ head, colors, part
             if name == "eye":
-                other = (points * _MIRROR) @ head + pose.head_at
-                placed.append(_Placed(other, (normals * _MIRROR) @ head, colors, part + _TO_RIGHT))
-    return placed
+                right_eye = (points * _MIRROR) @ head + pose.head_at
+                yield right_eye, (normals * _MIRROR) @ head, colors, part + _TO_RIGHT
 
 
 def _paint_leg(painting: Painting, leg: Leg, label: int, color: Array, pose: Pose, light: Light) -> None:
@@ -303,9 +289,9 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
     """Paint a bird over a background, in place.
 
     Args:
-        painting: what to paint on; square, at the supersampled size.
-        species: whose plumage to use.
-        pose: where and how the bird stands; its pixels are those of ``painting``.
+        painting: the picture to paint on; square, at the supersampled size.
+        species: the species whose plumage is used.
+        pose: place and posture of the bird; its pixels are those of ``painting``.
         light: shading of the surfaces.
         tint: RGB factors of this individual's plumage, the same for every species.
     """
@@ -316,29 +302,26 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
         _paint_leg(painting, leg, PART_ID[name], rgb(species.leg) * tint * np.float32(far), pose, light)
 
     density = _DENSITY_STEP ** int(np.ceil(np.log(0.86 * pose.unit) / np.log(_DENSITY_STEP)))
-    positions, normals, colors, labels = [], [], [], []
+    visible = []
     turn = (pose.view / pose.unit).T
-    for surface in _parts(species, pose, density):
-        turned = surface.normals @ turn
-        if surface.part[0] in _THIN:
+    for points, normals, colors, part in _placed_surfaces(species, pose, density):
+        turned = normals @ turn
+        if part[0] in _THIN:
             turned *= np.where(turned[:, 2:] < 0, -1, 1).astype(np.float32)
         front = np.flatnonzero(turned[:, 2] > -0.05)
-        positions.append(pose.place(surface.points[front]))
-        normals.append(turned[front])
-        colors.append(surface.colors[front])
-        labels.append(surface.part[front])
-    where = np.concatenate(positions)
-    column, row = (where[:, :2] - 0.5).astype(np.int32).T  # cut, not floored: outside is left out below
+        visible.append((pose.place(points[front]), turned[front], colors[front], part[front]))
+    where, normals, colors, labels = (np.concatenate(arrays) for arrays in zip(*visible, strict=True))
+    column, row = (
+        (where[:, :2] - 0.5).astype(np.int32).T
+    )  # truncated, not floored: points outside are left out below
     inside = np.flatnonzero((where[:, :2] >= 0.5).all(1) & (column < side - 1) & (row < side - 1))
     order = inside[np.argsort(where[inside, 2])]
     flat = row[order] * side + column[order]
     winner = np.full(side * side, -1, np.int32)
     footprint = (flat[:, None] + np.array([0, 1, side, side + 1], np.int32)).ravel()
-    winner[footprint] = np.repeat(
-        order.astype(np.int32), 4
-    )  # far to near: the last write, the nearest, stays
+    # Far points are written first, so that the nearest point of each pixel is the one that stays.
+    winner[footprint] = np.repeat(order.astype(np.int32), 4)
     hit = np.flatnonzero(winner >= 0)
     seen = winner[hit]
-    shaded = _shade(np.concatenate(colors)[seen] * tint, np.concatenate(normals)[seen], light)
-    painting.color.reshape(-1, 3)[hit] = shaded
-    painting.part.reshape(-1)[hit] = np.concatenate(labels)[seen]
+    painting.color.reshape(-1, 3)[hit] = _shade(colors[seen] * tint, normals[seen], light)
+    painting.part.reshape(-1)[hit] = labels[seen]

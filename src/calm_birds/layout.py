@@ -1,15 +1,13 @@
-"""Write birds as a CUB_200_2011 folder, to the letter, plus segmentations.
+"""Write a data set of birds as a CUB_200_2011 folder, with segmentations.
 
-Order matters: pictures first, then the lists, and last of all ``birds.json``. A run that was killed leaves
-``birds.partial.json`` and no ``birds.json``; the same call completes it, any other call refuses to mix.
+The pictures are written first, then the lists, and ``birds.json`` last of all. A run that was killed leaves
+``birds.partial.json`` and no ``birds.json``: the same call completes the folder, and a call with other arguments
+refuses to add to it.
 
-What to draw: the configuration of a data set, and the list of images that follows from it.
-
-Draw a share of a data set, in this process or in others.
-
-Drawing is many small array operations, which threads of one Python process cannot overlap. So further workers
-are separate processes that run this module: they need no guard in the user's script, no fork of a process that
-has threads, and end by themselves when their parent is gone. Each image has its own seed, so shares are free.
+Drawing consists of many small array operations, which threads of one Python process cannot overlap. Further workers are
+therefore separate processes that run this module: they need no guard in the user's script, do not fork a process that
+has threads, and end by themselves when their parent is gone. Each image has its own seed, so that any process can draw
+any image.
 """
 
 from __future__ import annotations
@@ -18,14 +16,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
+from numpy.typing import NDArray
 
 from calm.errors import CalmError
 from calm.files import atomic_path, remove_abandoned, write_json, write_text
@@ -42,10 +41,16 @@ from calm_birds.species import GROUPS, MAX_SPECIES, Species, choose_species
 
 __all__ = ["BirdsConfig", "BirdsSummary", "Item", "Truth", "draw_items", "plan_items", "write_birds"]
 
+GENERATOR_VERSION = 2
+"""Must be raised whenever the same configuration gives other files."""
+MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
+
+_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
+
 
 @dataclass(frozen=True)
 class BirdsConfig:
-    """What decides every byte of the data set."""
+    """The arguments that determine every byte of the data set."""
 
     species: int
     images_per_species: int
@@ -55,147 +60,17 @@ class BirdsConfig:
 
     @property
     def test_images(self) -> int:
-        """Test images of each species."""
+        """Number of test images of each species."""
         return round(self.images_per_species * self.test_fraction)
 
 
 @dataclass(frozen=True)
-class Item:
-    """One image to be: its id (from 1), class (from 0), path without suffix, and whether it is for training."""
-
-    number: int
-    label: int
-    stem: str
-    train: bool
-
-
-def plan_items(config: BirdsConfig, species: Sequence[Species]) -> list[Item]:
-    """Every image in the order of its id: species by species, the test images drawn by lot within each."""
-    items: list[Item] = []
-    for label, kind in enumerate(species):
-        order = np.random.default_rng([config.seed, label, 1]).permutation(config.images_per_species)
-        test = set(order[: config.test_images].tolist())
-        for index in range(config.images_per_species):
-            number = len(items) + 1
-            stem = f"{label + 1:03d}.{kind.name}/{kind.name}_{index + 1:04d}_{number}"
-            items.append(Item(number, label, stem, index not in test))
-    return items
-
-
-_JPEG = [cv2.IMWRITE_JPEG_QUALITY, 95, cv2.IMWRITE_JPEG_SAMPLING_FACTOR, cv2.IMWRITE_JPEG_SAMPLING_FACTOR_444]
-
-
-@dataclass(frozen=True)
-class Truth:
-    """Of a drawn image: the box (x, y, width, height) and per official part its pixel (x, y), None if unseen."""
-
-    box: tuple[int, int, int, int]
-    points: tuple[tuple[int, int] | None, ...]
-
-
-def _write(path: Path, encoded: tuple[bool, Any]) -> None:
-    if not encoded[0]:
-        raise OSError(f"OpenCV could not encode {path}")
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(encoded[1].tobytes())
-
-
-def _draw_share(
-    root: Path, config: BirdsConfig, share: int, shares: int, wanted: Callable[[], bool] = lambda: True
-) -> list[Truth]:
-    """Draw every ``shares``-th image from the ``share``-th on, picture and segmentation, while ``wanted``."""
-    species = choose_species(config.species)
-    truths = []
-    for item in plan_items(config, species)[share::shares]:
-        if not wanted():
-            break
-        seed = np.random.SeedSequence([config.seed, item.number, 0])
-        drawing = draw_bird(species[item.label], seed, config.size)
-        _write(root / "images" / f"{item.stem}.jpg", cv2.imencode(".jpg", drawing.image[..., ::-1], _JPEG))
-        mask = drawing.mask.astype(np.uint8) * np.uint8(255)
-        _write(root / "segmentations" / f"{item.stem}.png", cv2.imencode(".png", mask))
-        truths.append(Truth(drawing.box, drawing.points))
-    return truths
-
-
-def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
-    """Draw all images with ``workers`` processes, this one included, and return their truths in order.
-
-    Raises:
-        RuntimeError: a worker process failed; its last words are in the message.
-        OSError: a picture cannot be written.
-    """
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    children = []
-    try:
-        for share in range(1, workers):
-            task = {
-                "parent": os.getpid(),
-                "root": str(root),
-                "config": asdict(config),
-                "share": share,
-                "shares": workers,
-            }
-            children.append(
-                subprocess.Popen(
-                    [sys.executable, "-m", __name__, json.dumps(task)],
-                    env=environment,
-                    text=True,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                )
-            )
-        results = [_draw_share(root, config, 0, workers)]
-        for child in children:
-            output, errors = child.communicate()
-            if child.returncode != 0:
-                raise RuntimeError(
-                    f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}"
-                )
-            results.append(
-                [
-                    Truth(tuple(box), tuple(tuple(p) if p else None for p in points))
-                    for box, points in json.loads(output)
-                ]
-            )
-    finally:
-        for child in children:
-            child.kill()  # does nothing to one that has ended
-            child.communicate()
-    count = sum(len(result) for result in results)
-    return [results[index % workers][index // workers] for index in range(count)]
-
-
-def _main(task: dict[str, Any]) -> None:
-    """Draw the share that the parent process described; answer with its truths on standard output."""
-    cv2.setNumThreads(1)
-    truths = _draw_share(
-        Path(task["root"]),
-        BirdsConfig(**task["config"]),
-        task["share"],
-        task["shares"],
-        lambda: os.getppid() == task["parent"],
-    )
-    json.dump([[truth.box, truth.points] for truth in truths], sys.stdout)
-
-
-if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
-
-
-GENERATOR_VERSION = 2
-"""Grows whenever the same configuration gives other files."""
-MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
-
-
-@dataclass(frozen=True)
 class BirdsSummary:
-    """What is in the folder.
+    """The contents of a folder that :func:`write_birds` filled.
 
     Attributes:
         root: the folder, in the layout of CUB_200_2011.
-        config: what it was made from.
+        config: the arguments that it was made from.
         class_names: names of the species, class 0 first, without the number.
         train_images: number of training images.
         test_images: number of test images.
@@ -221,6 +96,180 @@ class BirdsSummary:
         )
 
 
+@dataclass(frozen=True)
+class Item:
+    """An image to draw: its id (from 1), class (from 0), path without suffix, and whether it is for training."""
+
+    number: int
+    label: int
+    stem: str
+    train: bool
+
+
+@dataclass(frozen=True)
+class Truth:
+    """The truth of a drawn image: its box (x, y, width, height) and the pixel (x, y) of each part, None if hidden."""
+
+    box: tuple[int, int, int, int]
+    points: tuple[tuple[int, int] | None, ...]
+
+
+def plan_items(config: BirdsConfig, species: Sequence[Species]) -> list[Item]:
+    """Return all images in the order of their ids, species by species; test images are a random choice of each."""
+    items: list[Item] = []
+    for label, kind in enumerate(species):
+        order = np.random.default_rng([config.seed, label, 1]).permutation(config.images_per_species)
+        test = set(order[: config.test_images].tolist())
+        for index in range(config.images_per_species):
+            number = len(items) + 1
+            stem = f"{label + 1:03d}.{kind.name}/{kind.name}_{index + 1:04d}_{number}"
+            items.append(Item(number, label, stem, index not in test))
+    return items
+
+
+def _write_image(path: Path, pixels: NDArray[np.uint8], options: Sequence[int] = ()) -> None:
+    encoded, data = cv2.imencode(path.suffix, pixels, options)
+    if not encoded:
+        raise OSError(f"OpenCV could not encode {path}")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data.tobytes())
+
+
+def _draw_share(
+    root: Path, config: BirdsConfig, share: int, shares: int, proceed: Callable[[], bool] = lambda: True
+) -> list[Truth]:
+    """Draw every ``shares``-th picture and segmentation from the ``share``-th on, as long as ``proceed`` is true."""
+    species = choose_species(config.species)
+    truths = []
+    for item in plan_items(config, species)[share::shares]:
+        if not proceed():
+            break
+        seed = np.random.SeedSequence([config.seed, item.number, 0])
+        drawing = draw_bird(species[item.label], seed, config.size)
+        _write_image(root / "images" / f"{item.stem}.jpg", drawing.image[..., ::-1], _JPEG)
+        _write_image(
+            root / "segmentations" / f"{item.stem}.png", drawing.mask.astype(np.uint8) * np.uint8(255)
+        )
+        truths.append(Truth(drawing.box, drawing.points))
+    return truths
+
+
+def _start_worker(task: dict[str, Any]) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", __name__, json.dumps(task)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
+    )
+
+
+def _work(task: dict[str, Any]) -> None:
+    """Draw the share that the parent process described, and print its truths as JSON."""
+    cv2.setNumThreads(1)
+    root, config = Path(task["root"]), BirdsConfig(**task["config"])
+    truths = _draw_share(root, config, task["share"], task["shares"], lambda: os.getppid() == task["parent"])
+    json.dump([[truth.box, truth.points] for truth in truths], sys.stdout)
+
+
+def _read_truth(box: Sequence[int], points: Sequence[Sequence[int] | None]) -> Truth:
+    x, y, width, height = box
+    return Truth((x, y, width, height), tuple((point[0], point[1]) if point else None for point in points))
+
+
+def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
+    """Draw all images with ``workers`` processes, this one included, and return their truths in order.
+
+    Raises:
+        RuntimeError: a worker process failed; the message ends with what it printed last.
+        OSError: a picture cannot be written.
+    """
+    task = {"parent": os.getpid(), "root": str(root), "config": asdict(config), "shares": workers}
+    children: list[subprocess.Popen[str]] = []
+    try:
+        for share in range(1, workers):
+            children.append(_start_worker(task | {"share": share}))
+        results = [_draw_share(root, config, 0, workers)]
+        for child in children:
+            output, errors = child.communicate()
+            if child.returncode != 0:
+                raise RuntimeError(
+                    f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}"
+                )
+            results.append([_read_truth(*row) for row in json.loads(output)])
+    finally:
+        for child in children:
+            child.kill()  # has no effect on a process that has ended
+            child.communicate()
+    count = sum(len(result) for result in results)
+    return [results[index % workers][index // workers] for index in range(count)]
+
+
+def _write_lines(path: Path, rows: Iterable[str]) -> None:
+    write_text(path, "".join(f"{row}\n" for row in rows))
+
+
+def _write_numbered(path: Path, names: Sequence[str]) -> None:
+    _write_lines(path, (f"{number} {name}" for number, name in enumerate(names, 1)))
+
+
+def _write_image_lists(
+    root: Path, items: Sequence[Item], truths: Sequence[Truth], class_names: Sequence[str]
+) -> None:
+    _write_numbered(root / "classes.txt", class_names)
+    boxes = [" ".join(f"{value}.0" for value in truth.box) for truth in truths]
+    for name, values in (
+        ("images", [f"{item.stem}.jpg" for item in items]),
+        ("image_class_labels", [item.label + 1 for item in items]),
+        ("train_test_split", [int(item.train) for item in items]),
+        ("bounding_boxes", boxes),
+    ):
+        rows = (f"{item.number} {value}" for item, value in zip(items, values, strict=True))
+        _write_lines(root / f"{name}.txt", rows)
+
+
+def _write_parts(root: Path, items: Sequence[Item], truths: Sequence[Truth], seed: int) -> None:
+    """Write part names, part points, and the clicks of three simulated annotators, whose median is the point."""
+    locations, clicks = [], []
+    for item, truth in zip(items, truths, strict=True):
+        rng = np.random.default_rng([seed, item.number, 2])
+        offsets, times = rng.integers(0, 2, (len(PARTS), 2)), rng.uniform(1, 9, (len(PARTS), 3))
+        for index, point in enumerate(truth.points):
+            key = f"{item.number} {index + 1}"
+            x, y, visible = (*point, 1) if point else (0, 0, 0)
+            locations.append(f"{key} {x}.0 {y}.0 {visible}")
+            dx, dy = offsets[index] * visible
+            for sign, time in zip((0, -1, 1), times[index], strict=True):
+                clicks.append(f"{key} {x + sign * dx}.0 {y + sign * dy}.0 {visible} {time:.3f}")
+    _write_numbered(root / "parts" / "parts.txt", PARTS)
+    _write_lines(root / "parts" / "part_locs.txt", locations)
+    _write_lines(root / "parts" / "part_click_locs.txt", clicks)
+
+
+def _write_attributes(
+    root: Path, items: Sequence[Item], truths: Sequence[Truth], species: Sequence[Species], seed: int
+) -> None:
+    """Write the attributes of classes (0 or 100 percent) and of images.
+
+    An attribute of a part that is hidden in an image is absent there, with the certainty "not visible".
+    """
+    folder = root / "attributes"
+    classes = [species_attributes(kind) for kind in species]
+    groups = [attribute_group(name) for name in ATTRIBUTES]
+    rows = []
+    for item, truth in zip(items, truths, strict=True):
+        seen = {PART_GROUP[part] for part, point in zip(PARTS, truth.points, strict=True) if point}
+        times = np.random.default_rng([seed, item.number, 3]).uniform(1, 30, len(ATTRIBUTES)).tolist()
+        columns = zip(classes[item.label], groups, times, strict=True)
+        for number, (present, group, time) in enumerate(columns, 1):
+            visible = group is None or group in seen
+            rows.append(f"{item.number} {number} {int(present and visible)} {4 if visible else 1} {time:.3f}")
+    _write_numbered(folder / "attributes.txt", ATTRIBUTES)
+    _write_numbered(folder / "certainties.txt", CERTAINTIES)
+    _write_lines(folder / "image_attribute_labels.txt", rows)
+    percentages = (" ".join("100.0" if present else "0.0" for present in row) for row in classes)
+    _write_lines(folder / "class_attribute_labels_continuous.txt", percentages)
+
+
 def _validate(config: BirdsConfig, workers: int | None) -> None:
     for name, value, low, high in (
         ("species", config.species, 2, MAX_SPECIES), ("images_per_species", config.images_per_species, 2, 9999),
@@ -236,108 +285,35 @@ def _validate(config: BirdsConfig, workers: int | None) -> None:
         )
 
 
-def _lines(rows: Iterator[str] | Sequence[str]) -> str:
-    return "".join(f"{row}\n" for row in rows)
-
-
-def _numbered(names: Sequence[str]) -> str:
-    return _lines([f"{index} {name}" for index, name in enumerate(names, 1)])
-
-
-def _write_image_lists(
-    root: Path, items: Sequence[Item], truths: Sequence[Truth], class_names: Sequence[str]
-) -> None:
-    boxes = [truth.box for truth in truths]
-    write_text(root / "images.txt", _lines([f"{item.number} {item.stem}.jpg" for item in items]))
-    write_text(root / "classes.txt", _numbered(class_names))
-    write_text(root / "image_class_labels.txt", _lines([f"{item.number} {item.label + 1}" for item in items]))
-    write_text(root / "train_test_split.txt", _lines([f"{item.number} {int(item.train)}" for item in items]))
-    write_text(
-        root / "bounding_boxes.txt",
-        _lines(
-            [
-                f"{item.number} {x}.0 {y}.0 {w}.0 {h}.0"
-                for item, (x, y, w, h) in zip(items, boxes, strict=True)
-            ]
-        ),
-    )
-
-
-def _write_parts(root: Path, items: Sequence[Item], truths: Sequence[Truth], seed: int) -> None:
-    """Part names, points, and the clicks of three imagined annotators whose median is the point."""
-    locations, clicks = [], []
-    for item, truth in zip(items, truths, strict=True):
-        rng = np.random.default_rng([seed, item.number, 2])
-        offsets, times = rng.integers(0, 2, (len(PARTS), 2)), rng.uniform(1, 9, (len(PARTS), 3))
-        for part, point in enumerate(truth.points, 1):
-            key = f"{item.number} {part}"
-            x, y, seen = (point[0], point[1], 1) if point else (0, 0, 0)
-            locations.append(f"{key} {x}.0 {y}.0 {seen}")
-            dx, dy = offsets[part - 1] * seen
-            for (px, py), time in zip(
-                ((x, y), (x - dx, y - dy), (x + dx, y + dy)), times[part - 1], strict=True
-            ):
-                clicks.append(f"{key} {px}.0 {py}.0 {seen} {time:.3f}")
-    write_text(root / "parts" / "parts.txt", _numbered(PARTS))
-    write_text(root / "parts" / "part_locs.txt", _lines(locations))
-    write_text(root / "parts" / "part_click_locs.txt", _lines(clicks))
-
-
-def _write_attributes(
-    root: Path, items: Sequence[Item], truths: Sequence[Truth], species: Sequence[Species], seed: int
-) -> None:
-    """Attributes of classes (0 or 100 percent) and of images (certainty 1, and absent, where not visible)."""
-    folder = root / "attributes"
-    classes = [species_attributes(kind) for kind in species]
-    groups = [attribute_group(name) for name in ATTRIBUTES]
-    rows = []
-    for item, truth in zip(items, truths, strict=True):
-        seen = {PART_GROUP[part] for part, point in zip(PARTS, truth.points, strict=True) if point}
-        times = np.random.default_rng([seed, item.number, 3]).uniform(1, 30, len(ATTRIBUTES)).tolist()
-        for number, (present, group, time) in enumerate(
-            zip(classes[item.label], groups, times, strict=True), 1
-        ):
-            visible = group is None or group in seen
-            rows.append(f"{item.number} {number} {int(present and visible)} {4 if visible else 1} {time:.3f}")
-    write_text(folder / "attributes.txt", _numbered(ATTRIBUTES))
-    write_text(folder / "certainties.txt", _numbered(CERTAINTIES))
-    write_text(folder / "image_attribute_labels.txt", _lines(rows))
-    write_text(
-        folder / "class_attribute_labels_continuous.txt",
-        _lines([" ".join("100.0" if present else "0.0" for present in row) for row in classes]),
-    )
-
-
 def _claim(root: Path, record: dict[str, Any]) -> bool:
-    """Whether ``root`` already holds exactly this set; otherwise make it ours to fill, or refuse."""
+    """Return whether ``root`` already holds exactly this data set; otherwise mark it as partial.
+
+    Raises:
+        CalmError: the folder holds something else.
+    """
+    where = f"cannot write birds to {root}"
     if root.exists() and not root.is_dir():
-        raise CalmError(f"cannot write birds to {root}: it is a file; give a folder")
+        raise CalmError(f"{where}: it is a file; give a folder")
     remove_abandoned(root)
-    for name in (MANIFEST, PARTIAL):
-        path = root / name
-        if not path.exists():
-            continue
+    path = next((root / name for name in (MANIFEST, PARTIAL) if (root / name).exists()), None)
+    if path is not None:
         try:
             found = json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise CalmError(
-                f"cannot write birds to {root}: {path} is not readable ({error}); delete the folder "
-                "or choose another"
+                f"{where}: {path} is not readable ({error}); delete the folder or choose another"
             ) from error
-        same = isinstance(found, dict) and all(
-            found.get(key) == record[key] for key in ("config", "generator")
-        )
-        if not same:
+        found = found if isinstance(found, dict) else {}
+        if any(found.get(key) != record[key] for key in ("config", "generator")):
             raise CalmError(
-                f"cannot write birds to {root}: it holds birds made from {found.get('config')} "
-                f"(generator {found.get('generator')}), asked for {record['config']} (generator "
-                f"{record['generator']}); choose another folder, or delete this one"
+                f"{where}: it holds birds made from {found.get('config')} (generator {found.get('generator')}), "
+                f"not from {record['config']} (generator {record['generator']}); choose another folder, or delete "
+                "this one"
             )
-        return name == MANIFEST
+        return path.name == MANIFEST
     if root.exists() and any(root.iterdir()):
         raise CalmError(
-            f"cannot write birds to {root}: the folder is not empty and not a set of birds; choose "
-            "an empty or new folder"
+            f"{where}: the folder is not empty and not a set of birds; choose an empty or new folder"
         )
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / PARTIAL, record)
@@ -379,44 +355,33 @@ def write_birds(
     """
     config = BirdsConfig(species, images_per_species, size, seed, test_fraction)
     _validate(config, workers)
-    root = Path(out)
-    chosen = choose_species(species)
-    items = plan_items(config, chosen)
-    differing = [len(a.differing_groups(b)) for a, b in combinations(chosen, 2)]
-    one, two, three = (differing.count(count) for count in (1, 2, 3))
+    root, kinds = Path(out), choose_species(species)
+    names = tuple(kind.name for kind in kinds)
+    items = plan_items(config, kinds)
+    differing = [len(first.differing_groups(second)) for first, second in combinations(kinds, 2)]
+    pairs = (differing.count(1), differing.count(2), differing.count(3))
     record = {
         "format": "CUB_200_2011",
         "generator": GENERATOR_VERSION,
         "config": asdict(config),
-        "class_names": [kind.name for kind in chosen],
-        "part_groups": list(GROUPS),
-        "pairs": {"1": one, "2": two, "3": three},
+        "class_names": names,
+        "part_groups": GROUPS,
+        "pairs": dict(zip("123", pairs, strict=True)),
     }
     reused = _claim(root, record)
     if not reused:
-        _fill(root, config, chosen, items, workers or min(os.cpu_count() or 1, 1 + len(items) // 200))
+        class_names = [f"{number:03d}.{name}" for number, name in enumerate(names, 1)]
+        for kind, name in product(("images", "segmentations"), class_names):
+            (root / kind / name).mkdir(parents=True, exist_ok=True)
+        truths = draw_items(root, config, workers or min(os.cpu_count() or 1, 1 + len(items) // 200))
+        _write_image_lists(root, items, truths, class_names)
+        _write_parts(root, items, truths, seed)
+        _write_attributes(root, items, truths, kinds, seed)
         write_json(root / MANIFEST, record)
     (root / PARTIAL).unlink(missing_ok=True)
     train = sum(item.train for item in items)
-    return BirdsSummary(
-        root,
-        config,
-        tuple(kind.name for kind in chosen),
-        train,
-        len(items) - train,
-        (one, two, three),
-        reused,
-    )
+    return BirdsSummary(root, config, names, train, len(items) - train, pairs, reused)
 
 
-def _fill(
-    root: Path, config: BirdsConfig, species: Sequence[Species], items: Sequence[Item], workers: int
-) -> None:
-    class_names = [f"{label:03d}.{kind.name}" for label, kind in enumerate(species, 1)]
-    for kind in ("images", "segmentations"):
-        for name in class_names:
-            (root / kind / name).mkdir(parents=True, exist_ok=True)
-    truths = draw_items(root, config, workers)
-    _write_image_lists(root, items, truths, class_names)
-    _write_parts(root, items, truths, config.seed)
-    _write_attributes(root, items, truths, species, config.seed)
+if __name__ == "__main__":
+    _work(json.loads(sys.argv[1]))

@@ -87,19 +87,6 @@ def _disc(canvas: Array, at: Array, radius: float, color: tuple[float, ...]) -> 
     cv2.circle(canvas, (int(at[0]), int(at[1])), max(1, int(radius)), color, -1)
 
 
-def _random_leaf(
-    rng: Generator,
-    at: Array,
-    length: tuple[float, float],
-    width: tuple[float, float],
-    side: int,
-    angle: float | None = None,
-) -> tuple[Array, Array]:
-    """A leaf with its stem at ``at``, of random length and width (ranges relative to ``side``), direction and bend."""
-    long, wide = rng.uniform(*length) * side, rng.uniform(*width) * side
-    return _leaf_shape(at, long, wide, rng.uniform(0, 6.3) if angle is None else angle, rng.normal(0, 0.2))
-
-
 def _leaf_shape(
     at: Array, length: float, width: float, angle: float, bend: float = 0.0
 ) -> tuple[Array, Array]:
@@ -128,23 +115,16 @@ def _curve(start: Array, end: Array, sag: float) -> Array:
     return np.asarray(start * (1 - t) + end * t + side * (4 * t * (1 - t)), np.float32)
 
 
-def _soft_layer(
-    canvas: Array,
-    rng: Generator,
-    colors: tuple[_Color, ...],
-    count: int,
-    sizes: tuple[float, float],
-    blur: float,
-) -> None:
-    """Round out-of-focus shapes, then blur all that is there (at half size: it is soft anyway)."""
+def _soft_layer(canvas: Array, rng: Generator, colors: tuple[_Color, ...], count: int) -> None:
+    """Paint round out-of-focus shapes and blur the whole canvas, at half size, which is enough for soft shapes."""
     side = canvas.shape[0]
     for _ in range(count):
         at = rng.uniform(-0.05, 1.05, 2) * side
-        wide, high = rng.uniform(*sizes) * side * rng.uniform(0.7, 1.3, 2)
+        wide, high = rng.uniform(0.08, 0.25) * side * rng.uniform(0.7, 1.3, 2)
         angle = float(rng.uniform(0, 180))
         _ellipse(canvas, at, (wide, high), _tone(rng, _pick(rng, colors)), angle)
     small = cv2.resize(canvas, (side // 2, side // 2), interpolation=cv2.INTER_AREA)
-    small = cv2.GaussianBlur(small, (0, 0), max(0.3, blur * side / 2))
+    small = cv2.GaussianBlur(small, (0, 0), max(0.3, 0.035 * side / 2))
     canvas[:] = cv2.resize(small, (side, side), interpolation=cv2.INTER_LINEAR)
 
 
@@ -178,7 +158,7 @@ def _distractors(canvas: Array, rng: Generator, count: int) -> None:
 
 
 def paint_background(rng: Generator, side: int) -> Array:
-    """A random backdrop (side, side, 3), RGB in 0..1: soft colours far away, clutter nearer."""
+    """Return a random backdrop (side, side, 3), RGB in 0..1, with soft colours far away and clutter nearer."""
     names = list(_SCENES)
     name = names[int(rng.integers(len(names)))]
     stops, colors = _SCENES[name]
@@ -186,7 +166,7 @@ def paint_background(rng: Generator, side: int) -> Array:
     height = np.linspace(0, 2, side) + rng.uniform(-0.3, 0.3)
     rows = np.stack([np.interp(height, [0, 1, 2], ramp[:, channel]) for channel in range(3)], 1)
     canvas = np.ascontiguousarray(np.broadcast_to(rows[:, None].astype(np.float32), (side, side, 3)))
-    _soft_layer(canvas, rng, colors, int(rng.integers(6, 12)), (0.08, 0.25), 0.035)
+    _soft_layer(canvas, rng, colors, int(rng.integers(6, 12)))
     _distractors(canvas, rng, int(rng.integers(1, 5)))
     if name == "shore":
         for y in np.sort(rng.uniform(0.45, 1.0, 7)) * side:
@@ -199,7 +179,8 @@ def paint_background(rng: Generator, side: int) -> Array:
             _line(canvas, branch, _tone(rng, _pick(rng, _BARK)), rng.uniform(0.012, 0.035) * side)
     for _ in range(int(rng.integers(3, 10))):
         at = np.asarray(rng.uniform(0, 1, 2) * side, np.float32)
-        shape = _random_leaf(rng, at, (0.08, 0.22), (0.018, 0.05), side)
+        length, width = rng.uniform(0.08, 0.22) * side, rng.uniform(0.018, 0.05) * side
+        shape = _leaf_shape(at, length, width, rng.uniform(0, 6.3), rng.normal(0, 0.2))
         _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
     canvas[:] = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.004, 0.012) * side)
     _distractors(canvas, rng, int(rng.integers(1, 4)))
@@ -274,7 +255,8 @@ def _paint_branch(
     for place in rng.uniform(-0.8, 0.8, int(rng.integers(2, 6))):
         stem = np.asarray(middle + along * place * side + down * thick, np.float32)
         angle = rng.uniform(0.2, 2.9) if rng.random() < 0.65 else rng.uniform(-2.6, -0.5)
-        shape = _random_leaf(rng, stem, (0.09, 0.19), (0.02, 0.045), side, angle)
+        length, width = rng.uniform(0.09, 0.19) * side, rng.uniform(0.02, 0.045) * side
+        shape = _leaf_shape(stem, length, width, angle, rng.normal(0, 0.2))
         _paint_leaf(canvas, rng, shape, _pick(rng, _LEAF), 0.006 * side)
 
 
@@ -296,12 +278,12 @@ def paint_perch(canvas: Array, rng: Generator, pose: Pose) -> None:
 
 
 def paint_foreground(painting: Painting, rng: Generator, extents: dict[str, NDArray[np.bool_]]) -> None:
-    """Maybe a leaf or twig in front of the bird, never over more than half of any part group.
+    """Paint, in about two of three pictures, a leaf or twig before the bird, over at most half of any part group.
 
     Args:
-        painting: painted on in place; covered pixels lose their part label.
-        rng: decides shape and place; consumes the same numbers whatever the species.
-        extents: where each part group is, (side, side), the same for all species of a pose.
+        painting: the picture, changed in place; covered pixels lose their part label.
+        rng: source of shape and place; the numbers drawn do not depend on the species.
+        extents: mask of each part group (side, side), the same for all species of a pose.
     """
     side = painting.part.shape[0]
     bird = np.logical_or.reduce(list(extents.values()))
@@ -354,23 +336,23 @@ class Drawing:
 
     @property
     def mask(self) -> NDArray[np.bool_]:
-        """The visible bird (size, size)."""
+        """Mask of the visible bird (size, size)."""
         return self.labels > 0
 
     @property
     def box(self) -> tuple[int, int, int, int]:
-        """Left, top, width, height of the visible bird, in whole pixels, as `calm.data.cub` reads them: left + width
-        and top + height are its last column and row."""
+        """Left, top, width and height of the visible bird in whole pixels, in CUB's convention: left + width and
+        top + height are its last column and row."""
         rows, columns = np.flatnonzero(self.mask.any(1)), np.flatnonzero(self.mask.any(0))
         return (int(columns[0]), int(rows[0]), int(columns[-1] - columns[0]), int(rows[-1] - rows[0]))
 
     def group(self, name: str) -> NDArray[np.bool_]:
-        """The visible pixels of a part group (size, size)."""
+        """Return the mask of the visible pixels of a part group (size, size)."""
         return np.asarray(_GROUP_OF_LABEL[self.labels] == GROUPS.index(name))
 
 
 def _shrink_labels(part: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Labels at picture size: bird where at least half of a pixel is, with the label of one such quarter."""
+    """Labels at picture size; a pixel is bird where at least half of it is, with the label of one such quarter."""
     corners = [part[i::SUPERSAMPLE, j::SUPERSAMPLE] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
     label, covered = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     for corner in corners:
@@ -380,7 +362,7 @@ def _shrink_labels(part: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 
 
 def _part_points(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[tuple[int, int] | None, ...]:
-    """Where an annotator would click: the visible pixel of the part that is nearest to its middle.
+    """Return for each part the pixel that an annotator would click: the visible one nearest to its middle.
 
     A part counts as visible when at least 3 of its pixels (2 of an eye) and a third of those that the foreground
     could have covered are seen.
@@ -402,7 +384,7 @@ def _part_points(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[t
 
 
 def _extents(pose: Pose, light: Light, side: int) -> dict[str, NDArray[np.bool_]]:
-    """Where each part group of the pose is (side, side), coarsely, for one fixed species."""
+    """A coarse mask (side, side) of each part group in the pose, drawn for one fixed species."""
     small = side // 4
     coarse = Painting(np.zeros((small, small, 3), np.float32), np.zeros((small, small), np.uint8))
     paint_bird(coarse, _REFERENCE, pose.scaled(small / side), light, np.ones(3, np.float32))
