@@ -28,7 +28,6 @@ import shutil
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
-from itertools import takewhile
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -170,76 +169,46 @@ def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
 
 def _explained(parser: ArgumentParser, words: Sequence[str], error: argparse.ArgumentError) -> CalmError:
     """The error to show for a command line that the parser refused."""
-    flags, loose = _split(parser, words)
-    positionals, surplus = _assign(parser, loose)
     help_page = f"see {parser.prog} --help"
-    for action, values in (*flags, *positionals):
-        for value in values:
+    message = CalmError(f"{' '.join(str(error).split())}; {help_page}")
+    try:
+        given, surplus = _given(parser, words)
+    except argparse.ArgumentError:
+        return message
+    for action in parser._actions:
+        for value in given.get(action.dest, []):
             problem = _problem(action, value, help_page)
             if problem is not None:
                 return problem
     if surplus:
         return CalmError(f"nothing is known to do with {' '.join(surplus)[:200]}; {help_page}")
-    given = {id(action) for action, values in (*flags, *positionals) if values}
-    missing = [_name(action) for action in parser._actions if action.required and id(action) not in given]
-    from_files = any(isinstance(action, ActionConfigFile) for action, _ in flags)
-    if missing and not from_files:
-        return CalmError(f"missing: {', '.join(missing)}; {help_page}")
-    return CalmError(f"{' '.join(str(error).split())}; {help_page}")
+    files = any(isinstance(action, ActionConfigFile) and action.dest in given for action in parser._actions)
+    missing = [_name(action) for action in parser._actions if action.required and action.dest not in given]
+    return CalmError(f"missing: {', '.join(missing)}; {help_page}") if missing and not files else message
 
 
-Given = list[tuple[argparse.Action, list[str]]]
-
-
-def _split(parser: ArgumentParser, words: Sequence[str]) -> tuple[Given, list[str]]:
-    """The flags among the words with their values, and the words that belong to no flag."""
-    flags: Given = []
-    loose: list[str] = []
-    at = 0
-    while at < len(words):
-        word = words[at]
-        at += 1
-        if word == "--":
-            return flags, loose + list(words[at:])
-        if not _is_flag(word):
-            loose.append(word)
-            continue
-        flag, equals, value = word.partition("=")
-        action = parser._option_string_actions.get(flag)
-        if action is None:
-            continue
-        if equals:
-            values = [value]
+def _given(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """The words that each argument got, by its ``dest``, and the words left over: argparse alone, without types."""
+    untyped = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for action in parser._actions:
+        several = action.nargs in ("+", "*")
+        if action.nargs == 0:
+            untyped.add_argument(*action.option_strings, action="store_const", const=[], dest=action.dest)
+        elif action.option_strings:
+            nargs = "*" if several else "?"
+            untyped.add_argument(*action.option_strings, action="append", nargs=nargs, dest=action.dest)
         else:
-            start, at = at, at + _count(action, words[at:])
-            values = list(words[start:at])
-        flags.append((action, values))
-    return flags, loose
+            untyped.add_argument(action.dest, nargs="*" if several else "?")
+    namespace, surplus = untyped.parse_known_intermixed_args(list(words))
+    given: dict[str, list[str]] = {}
+    for name, value in vars(namespace).items():
+        if value not in (None, []):
+            given[name] = [word for word in _flat(value) if word is not None]
+    return given, surplus
 
 
-def _count(action: argparse.Action, following: Sequence[str]) -> int:
-    """How many of the words that follow a flag are its values."""
-    most = (
-        {None: 1, "?": 1}.get(action.nargs, len(following))
-        if not isinstance(action.nargs, int)
-        else action.nargs
-    )
-    return sum(1 for _ in takewhile(lambda word: not _is_flag(word), following[:most]))
-
-
-def _assign(parser: ArgumentParser, loose: list[str]) -> tuple[Given, list[str]]:
-    """The positional arguments with their values, as argparse would hand them out, and the words left over."""
-    actions = [action for action in parser._actions if not action.option_strings]
-    taken: Given = []
-    for number, action in enumerate(actions, start=1):
-        count = len(loose) - (len(actions) - number) if action.nargs in ("+", "*") else 1
-        taken.append((action, loose[: max(count, 1)]))
-        loose = loose[max(count, 1) :]
-    return taken, loose
-
-
-def _is_flag(word: str) -> bool:
-    return word.startswith("-") and not re.fullmatch(r"-|-\.?\d.*", word)
+def _flat(value: Any) -> list[Any]:
+    return [word for member in value for word in _flat(member)] if isinstance(value, list) else [value]
 
 
 def _name(action: argparse.Action) -> str:
