@@ -256,9 +256,8 @@ def test_hyphens_and_underscores_are_the_same() -> None:
 
 
 def test_what_the_command_sets_is_no_flag() -> None:
-    parser = build_parser(stand_in, prog="p", examples="", fixed={"lr": 1.0}, words={"kind": "a better text"})
+    parser = build_parser(stand_in, prog="p", examples="", fixed=["lr"])
     assert "--lr" not in parser.format_help()
-    assert "a better text" in parser.format_help()
     with pytest.raises(CalmError, match="--lr"):
         parse(parser, ["a", "3", "--model", "m", "--lr", "2"])
     assert "lr" not in parse(parser, ["a", "3", "--model", "m"])

@@ -1,4 +1,7 @@
-"""The ``calm`` command. Only the chosen command's module is imported, so that help is instant."""
+"""The ``calm`` command: the table of commands, and what is the same for all of them: errors, exit codes, help.
+
+Only the chosen command's module is imported, and PyTorch not before the command runs, so that help pages are quick.
+"""
 
 from __future__ import annotations
 
@@ -23,19 +26,17 @@ __all__ = ["COMMANDS", "Command", "main"]
 
 @dataclass(frozen=True)
 class Command:
-    """A row of the table of commands.
+    """A command.
 
     Attributes:
-        function: where the work is done, "module:function". Its parameters are the flags, unless
-            ``own_parser``.
+        function: what it runs, "module:function". The function's parameters are the flags, unless ``own_parser``.
         line: what it does, in one line.
-        examples: for the end of its help.
-        finish: shows the function's result; its own result is the exit code.
+        examples: the end of its help page.
+        finish: shows the function's result, and returns the exit code.
         own_parser: the function takes the words of the command line itself.
-        fixed: parameters that are no flags, and their values.
-        words: help for parameters whose docstring says too little on its own.
-        extras: of the package, which it needs.
-        flags: flags of parameters that are not to be positional, or whose flag has another name.
+        fixed: values of parameters that get no flag.
+        flags: required parameters that are flags and not positional, as `calm.cli.parsing.build_parser` takes them.
+        extras: extras of the package that it needs.
     """
 
     function: str
@@ -44,16 +45,15 @@ class Command:
     finish: Callable[[Any], int] = field(default=lambda result: 0)
     own_parser: bool = False
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    words: Mapping[str, str] = field(default_factory=dict)
     flags: Mapping[str, str] = field(default_factory=dict)
     extras: tuple[str, ...] = ()
 
     def parser(self, name: str) -> Parser:
-        """The parser of the command's words, under its name in the table; not for one with its own parser."""
+        """Make the parser of a command without its own; ``name`` is its name in the table."""
         from calm.cli.parsing import build_parser
 
-        options = {"fixed": self.fixed, "words": self.words, "flags": self.flags}
-        return build_parser(self.load(), prog=f"calm {name}", examples=self.examples, **options)
+        options = {"prog": f"calm {name}", "examples": self.examples}
+        return build_parser(self.load(), fixed=self.fixed, flags=self.flags, **options)
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -137,30 +137,20 @@ COMMANDS: dict[str, Command] = {
         "  calm data check birds\n  calm data check dataset/CUB --metadata_root metadata/CUB\n",
         finish=_print_report,
         fixed={"progress": True},
-        words={
-            "layout": "how the folder is laid out: cub (official CUB_200_2011), metadata (lists of the released code), "
-            "folder (a folder per class), or auto to look",
-            "metadata_root": "folder of the metadata lists, where they are not beside the images",
-            "present_classes_only": "number only the classes that have images",
-            "decode": "decode every image; false reads headers only, and is faster",
-            "workers": "threads; by default two per processor",
-        },
     ),
 }
-
-_USAGE = "usage: calm [--version] [--debug] COMMAND ...   (calm COMMAND --help says more)"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
     Args:
-        arguments: its words; None takes them from the process.
+        arguments: its words; None takes those of the process.
 
     Returns:
-        The exit code: 0 done; 1 done, with a finding (`calm data check`); 2 a mistake of the user, told in
-        one message on standard error; 130 interrupted. With ``--debug`` or CALM_DEBUG=1 errors show their
-        traceback.
+        The exit code: 0 for success; 1 for success with a finding (`calm data check`); 2 for a mistake of the user,
+        which one message on standard error explains; 130 after an interrupt. With ``--debug`` or CALM_DEBUG=1 errors
+        show their traceback.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("CALM_DEBUG", "") not in ("", "0")
@@ -176,7 +166,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CalmError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
-        print(f"calm: {_output_fails() or error}", file=sys.stderr)
+        print(f"calm: {_output_problem() or error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -193,11 +183,10 @@ def _run(words: list[str]) -> int:
     if words[0] == "--version":
         print(f"calm {version('calm')}")
         return 0
-    name, rest = _split(words)
-    if name == "data":
+    if words[0] == "data" and words[1:] in ([], ["-h"], ["--help"]):
         print(_help("data"))
         return 0
-    rest = [_underscored(word) for word in rest]
+    name, rest = _split(words)
     command = COMMANDS[name]
     use_temporary_caches()
     with needs_extra(f"calm {name}", *command.extras):
@@ -205,19 +194,20 @@ def _run(words: list[str]) -> int:
             return command.finish(command.load()(rest))
         from calm.cli.parsing import parse
 
-        values = parse(command.parser(name), rest)
-        return command.finish(command.load()(**values, **command.fixed))
+        return command.finish(command.load()(**parse(command.parser(name), rest), **command.fixed))
 
 
-def _output_fails() -> str:
-    """What is wrong with standard output, such as a full disk that it goes to; empty if nothing is."""
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        with suppress(OSError, ValueError):  # let Python not try again at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return f"cannot write to standard output: {error.strerror}"
-    return ""
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """Split the words into the name of a command, which has one word or two, and its own words.
+
+    Raises:
+        CalmError: no such command.
+    """
+    count = 2 if words[0] == "data" else 1
+    name, pair = " ".join(words[:count]), " ".join(words[:2])
+    if name not in COMMANDS:  # perhaps one of two words whose first is mistyped
+        raise unknown("command", pair if get_close_matches(pair, COMMANDS, cutoff=0.8) else name, COMMANDS)
+    return name, [_underscored(word) for word in words[count:]]
 
 
 def _underscored(word: str) -> str:
@@ -226,35 +216,22 @@ def _underscored(word: str) -> str:
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
-def _split(words: list[str]) -> tuple[str, list[str]]:
-    """The command's name, of one word or two, and the other words; "data" alone asks for its help.
-
-    Raises:
-        CalmError: no such command.
-    """
-    if words[0] == "data":
-        if words[1:] in ([], ["-h"], ["--help"]):
-            return "data", []
-        name, rest = " ".join(words[:2]), words[2:]
-    else:
-        name, rest = words[0], words[1:]
-    if name not in COMMANDS:
-        both = " ".join(words[:2])  # perhaps one of two words, whose first is mistyped
-        raise unknown("command", both if get_close_matches(both, COMMANDS, cutoff=0.8) else name, COMMANDS)
-    return name, rest
+def _output_problem() -> str:
+    """What is wrong with standard output, such as a full disk that it is redirected to; empty if nothing is."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        with suppress(OSError, ValueError):  # keep Python from trying again at its exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return f"cannot write to standard output: {error.strerror}"
+    return ""
 
 
-def _help(under: str = "") -> str:
-    rows = [
-        f"  calm {name:<12} {command.line}" for name, command in COMMANDS.items() if name.startswith(under)
-    ]
-    return "\n".join(
-        [
-            _USAGE,
-            "",
-            "Image classifiers that say where they saw the evidence.",
-            "",
-            "commands:",
-            *rows,
-        ]
+def _help(prefix: str = "") -> str:
+    rows = "\n".join(
+        f"  calm {name:<12} {row.line}" for name, row in COMMANDS.items() if name.startswith(prefix)
+    )
+    return (
+        "usage: calm [--version] [--debug] COMMAND ...   (calm COMMAND --help says more)\n\n"
+        f"Image classifiers that say where they saw the evidence.\n\ncommands:\n{rows}"
     )

@@ -26,7 +26,7 @@ import inspect
 import re
 import shutil
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from types import NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -92,8 +92,7 @@ def build_parser(
     *,
     prog: str,
     examples: str,
-    fixed: Mapping[str, Any] | None = None,
-    words: Mapping[str, str] | None = None,
+    fixed: Iterable[str] = (),
     flags: Mapping[str, str] | None = None,
 ) -> Parser:
     """Make a parser for a function's parameters.
@@ -103,39 +102,26 @@ def build_parser(
         prog: how the command is called.
         examples: the end of the help page.
         fixed: parameters that the command sets itself: they get no flag.
-        words: help texts of parameters whose docstring says too little on its own.
-        flags: for parameters that would be positional, or whose flag has another name: the flag, such as ``--from``.
+        flags: required parameters that are to be flags, such as ``{"archives": "--from"}``.
     """
-    hints = _type_hints(function)
+    hints, flags = _type_hints(function), flags or {}
     # Else jsonargparse imports all that the function's module imports for type checking alone, PyTorch included.
     function.__annotations__.update(hints)
     parser = Parser(prog=prog, description=_description(function), epilog="examples:\n" + examples)
     parameters = inspect.signature(function).parameters
-    help_texts = _help_texts(function) | dict(words or {})
-    by_hand: set[str | int] = set(fixed or {})
-    for name, parameter in parameters.items():
-        several = parameter.default is inspect.Parameter.empty and get_origin(hints.get(name)) in (
-            list,
-            Sequence,
-        )
-        flag = (flags or {}).get(name)
-        if name in by_hand or not (several or flag):
-            continue
-        options: dict[str, Any] = {"type": hints[name], "help": help_texts.get(name, "")}
-        if several:
-            options |= {"type": get_args(hints[name])[0], "nargs": "+", "metavar": name[:-1].upper()}
-        if flag:
-            required = parameter.default is inspect.Parameter.empty
-            options |= {"dest": name, "required": required} | (
-                {} if required else {"default": parameter.default}
-            )
-        parser.add_argument(flag or name, **options)
-        by_hand.add(name)
+    done: set[str | int] = set(fixed)
+    for name in [name for name in parameters if parameters[name].default is inspect.Parameter.empty]:
+        several = get_origin(hints[name]) in (list, Sequence)
+        if name not in done and (several or name in flags):
+            kind = get_args(hints[name])[0] if several else hints[name]
+            options: dict[str, Any] = {"nargs": "+", "metavar": name[:-1].upper()} if several else {}
+            options |= {"dest": name, "required": True} if name in flags else {}
+            parser.add_argument(flags.get(name, name), type=kind, help=_help(function, name), **options)
+            done.add(name)
     keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
-    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=by_hand | keywords)
-    parser.add_function_arguments(function, as_group=False, skip=by_hand | (parameters.keys() - keywords))
+    parser.add_function_arguments(function, as_group=False, as_positional=True, skip=done | keywords)
+    parser.add_function_arguments(function, as_group=False, skip=done | (parameters.keys() - keywords))
     for action in parser._actions:
-        action.help = (words or {}).get(action.dest, action.help)
         if hints.get(action.dest) in (bool, bool | None):  # --grid, --grid=true and --grid false
             action.nargs, action.const, action.metavar = "?", True, "true|false"
     return parser
@@ -273,11 +259,11 @@ def _description(function: Callable[..., Any]) -> str:
     return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
 
-def _help_texts(function: Callable[..., Any]) -> dict[str, str]:
+def _help(function: Callable[..., Any], name: str) -> str:
     from docstring_parser import parse as parse_docstring
 
-    entries = parse_docstring(inspect.getdoc(function) or "").params
-    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
+    entries = {entry.arg_name: entry for entry in parse_docstring(inspect.getdoc(function) or "").params}
+    return " ".join((entries[name].description or "").split()) if name in entries else ""
 
 
 def _plain_text(text: str) -> str:

@@ -38,12 +38,13 @@ def check(
 
     Args:
         root: folder of the data set.
-        layout: as for `load_splits`; so are metadata_root and present_classes_only.
-        metadata_root: see ``layout``.
-        present_classes_only: see ``layout``.
-        decode: as for `check_splits`; so are workers and progress.
-        workers: see ``decode``.
-        progress: see ``decode``.
+        layout: how the folder is laid out: cub (official CUB_200_2011), metadata (lists of the released code), folder
+            (a folder per class), or auto to look.
+        metadata_root: folder of the metadata lists, where they are not beside the images.
+        present_classes_only: number only the classes that have images.
+        decode: decode every image; false reads headers only, and is faster.
+        workers: number of threads; by default two per processor.
+        progress: as for `check_splits`.
 
     Returns:
         The report; ``str()`` of it is for people, ``ok`` decides an exit code.
