@@ -9,9 +9,19 @@ from typing import Any
 import pytest
 import yaml
 
-from calm.cli.train import load_config, parse, preset, preset_names
+from calm.cli.train import parse
 from calm.errors import CalmError
-from calm.train.config import DataOptions, Hardware, LossOptions, OptimOptions, TrainConfig
+from calm.train.config import (
+    DataOptions,
+    Hardware,
+    LossOptions,
+    OptimOptions,
+    TrainConfig,
+    load_config,
+    preset,
+    preset_names,
+    preset_path,
+)
 from calm.train.folder import config_dict, default_run_dir, differences, inspect, write_config
 
 
@@ -30,7 +40,6 @@ def test_defaults_are_the_released_recipe() -> None:
 def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> None:
     config = config_dict(preset(name, "--data=x"))
     default = config_dict(TrainConfig(data=Path("x")))
-    from calm.cli.train import _preset_path
 
     def leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
         parts = [
@@ -38,7 +47,7 @@ def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> 
         ]
         return {name: value for part in parts for name, value in part.items()}
 
-    written = leaves(yaml.safe_load(_preset_path(name).read_text()))
+    written = leaves(yaml.safe_load(preset_path(name).read_text()))
     assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
 
 

@@ -9,7 +9,7 @@ from train_cases import tiny_net
 from calm.errors import CalmError
 from calm.model import create_model
 from calm.train.config import OptimOptions, is_new
-from calm.train.module import Average, build_optimizer, parameter_groups
+from calm.train.optim import Average, build_optimizer, parameter_groups
 
 
 def test_every_parameter_is_in_exactly_one_group() -> None:
@@ -77,23 +77,23 @@ def test_average_follows_its_recurrence() -> None:
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter))
         model.train()(torch.rand(2, 3, 16, 16))  # moves BatchNorm's statistics
-        average.update(model)
+        average.update_parameters(model)
         decay = min(0.5, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             mixed = decay * expected[name] + (1 - decay) * value.double()
             expected[name] = mixed if value.is_floating_point() else value.double()
-    for name, value in average.model.state_dict().items():
+    for name, value in average.module.state_dict().items():
         torch.testing.assert_close(value.double(), expected[name], rtol=1e-5, atol=1e-6, msg=name)
-    assert not average.model.training
-    assert not any(parameter.requires_grad for parameter in average.model.parameters())
+    assert not average.module.training
+    assert not any(parameter.requires_grad for parameter in average.module.parameters())
 
 
 def test_average_goes_on_from_its_state() -> None:
     model = create_model(tiny_net(), 3)
     average, other = Average(model, 0.9), Average(create_model(tiny_net(), 3), 0.9)
-    average.update(model)
+    average.update_parameters(model)
     other.load_state_dict(average.state_dict())
-    average.update(model)
-    other.update(model)
-    for name, value in average.model.state_dict().items():
-        assert torch.equal(value, other.model.state_dict()[name])
+    average.update_parameters(model)
+    other.update_parameters(model)
+    for name, value in average.module.state_dict().items():
+        assert torch.equal(value, other.module.state_dict()[name])

@@ -50,7 +50,7 @@ def test_killed_run_ends_as_if_it_had_not_been(
     run = tmp_path / "run"
     process = start(data=str(data), run_dir=str(run), **task)
     assert process.returncode == -9, process.stderr
-    assert checkpoint_of(run)["callbacks"]["Checkpoints"]["last"]["epoch"] == 1
+    assert checkpoint_of(run)["last"]["epoch"] == 1
     assert not (run / "result.json").exists()
     train(rich_config(data, run, workers=1), backbone=tiny_net(), quiet=True)
     assert_same(checkpoint_of(run), checkpoint_of(alone))
@@ -93,7 +93,7 @@ def test_a_stopped_command_says_so_and_continues(tmp_path: Path, sent: signal.Si
     assert "Traceback" not in said
     found = re.search(r"interrupted: the same command continues after epoch (\d+)\n", said)
     if found:
-        assert checkpoint_of(run)["callbacks"]["Checkpoints"]["last"]["epoch"] == int(found[1])
+        assert checkpoint_of(run)["last"]["epoch"] == int(found[1])
     else:
         assert "interrupted: the same command starts again: no epoch was finished\n" in said
         assert not (run / "checkpoints" / "last.ckpt").exists()

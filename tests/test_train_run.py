@@ -28,10 +28,10 @@ from calm.train.config import (
     LogOptions,
     LossOptions,
     OptimOptions,
-    Run,
+    RunLength,
     TrainConfig,
-    learning_rate_factor,
 )
+from calm.train.optim import build_scheduler
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
 
@@ -55,9 +55,13 @@ def trained_by_hand(config: TrainConfig) -> CalmModel:
     model = create_model(tiny_net(), split.num_classes, config.method, preprocessing=PREPROCESSING)
     dataset = ImageDataset(split, train_transform(config.augment, PREPROCESSING), seed=config.seed)
     sampler = EpochSampler(dataset, config.batch_size, seed=config.seed, rank=0, world_size=1)
-    run = Run(config.epochs, sampler.steps)
-    groups = [{"params": model.backbone.parameters()}, {"params": model.head.parameters()}]
+    run = RunLength(config.epochs, sampler.steps)
+    groups = [
+        {"params": model.backbone.parameters(), "lr": config.lr},
+        {"params": model.head.parameters(), "lr": config.lr * config.optim.head_ratio},
+    ]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    scheduler = build_scheduler(optimizer, config.optim, run)
     model.train()
     for epoch in range(config.epochs):
         sampler.set_epoch(epoch)
@@ -69,13 +73,11 @@ def trained_by_hand(config: TrainConfig) -> CalmModel:
                 torch.stack([item[0] for item in items]),
                 torch.tensor([item[1] for item in items]),
             )
-            factor = learning_rate_factor(config.optim, run, epoch * run.steps_per_epoch + step)
-            for group, rate in zip(optimizer.param_groups, (1.0, config.optim.head_ratio), strict=True):
-                group["lr"] = config.lr * rate * factor
             loss = model.loss(images, labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
+            scheduler.step()
     return model
 
 
@@ -90,7 +92,7 @@ def test_weights_are_those_of_the_loop_written_by_hand(method: Any, data: Path, 
     config = tiny_config(data, tmp_path / "run", method=method)
     by_hand = trained_by_hand(config).state_dict()
     train(config, backbone=tiny_net(), quiet=True)
-    ours = {name.removeprefix("model."): value for name, value in weights_of(config.run_dir or data).items()}
+    ours = weights_of(config.run_dir or data)
     assert_close(by_hand, ours, rtol=1e-5, atol=1e-7)
 
 
@@ -132,7 +134,7 @@ def test_sampled_locations_give_other_weights_the_same_each_time(data: Path, tmp
         config = replace(tiny_config(data, tmp_path / name), loss=LossOptions(samples=samples))
         runs.append(weights_of(train(config, backbone=tiny_net(), quiet=True)))
     assert_close(runs[0], runs[1])
-    assert not torch.equal(runs[0]["model.head.conv_last.weight"], runs[2]["model.head.conv_last.weight"])
+    assert not torch.equal(runs[0]["head.conv_last.weight"], runs[2]["head.conv_last.weight"])
 
 
 def test_run_folder_has_everything_about_the_run(rich: Path, data: Path) -> None:
@@ -219,7 +221,7 @@ def test_training_starts_from_given_weights(rich: Path, data: Path, tmp_path: Pa
     config = replace(config, model=replace(config.model, init_from=str(rich)))
     run = train(config, backbone=tiny_net().eval(), quiet=True)
     start = load(rich, backbone=tiny_net())
-    trained = {name.removeprefix("model."): value for name, value in weights_of(run).items()}
+    trained = weights_of(run)
     assert_close(
         dict(start.named_parameters()), {name: trained[name] for name, _ in start.named_parameters()}
     )

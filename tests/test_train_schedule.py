@@ -9,13 +9,14 @@ import torch
 from torch.optim import lr_scheduler as torchs
 
 from calm.errors import CalmError
-from calm.train.config import OptimOptions, Run, learning_rate_factor, temperature_schedule
+from calm.train.config import OptimOptions, RunLength, temperature_schedule
+from calm.train.optim import build_scheduler
 
-RUN = Run(epochs=6, steps_per_epoch=5)
+RUN = RunLength(epochs=6, steps_per_epoch=5)
 
 
-def rates(options: OptimOptions, run: Run = RUN) -> list[float]:
-    return [learning_rate_factor(options, run, step) for step in range(run.steps)]
+def rates(options: OptimOptions, run: RunLength = RUN) -> list[float]:
+    return torch_rates(lambda optimizer: build_scheduler(optimizer, options, run), run.steps)
 
 
 def torch_rates(make: Callable[[torch.optim.Optimizer], torchs.LRScheduler], steps: int) -> list[float]:
@@ -47,7 +48,7 @@ def test_step_is_pytorchs_per_epoch() -> None:
 
 
 def test_released_step_trains_29_epochs_at_the_base_rate_and_step_30() -> None:
-    run = Run(epochs=40, steps_per_epoch=1)
+    run = RunLength(epochs=40, steps_per_epoch=1)
     assert rates(OptimOptions(schedule="released-step"), run).count(1.0) == 29
     assert rates(OptimOptions(schedule="step"), run).count(1.0) == 30
 
@@ -63,8 +64,8 @@ def test_one_cycle_rises_for_the_warm_up_given() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["step", "released-step", "cosine", "one-cycle", "constant"])
-@pytest.mark.parametrize("run", [Run(1, 1), Run(1, 2), Run(3, 1)])
-def test_shortest_runs_have_a_rate(schedule: str, run: Run) -> None:
+@pytest.mark.parametrize("run", [RunLength(1, 1), RunLength(1, 2), RunLength(3, 1)])
+def test_shortest_runs_have_a_rate(schedule: str, run: RunLength) -> None:
     options = OptimOptions(schedule=schedule)  # type: ignore[arg-type]
     assert all(0 < value <= 1 for value in rates(options, run))
 

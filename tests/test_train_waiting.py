@@ -16,8 +16,9 @@ from train_cases import SIZE, tiny_config, tiny_net
 
 from calm.config import Method
 from calm.model import create_model
-from calm.train.config import LossOptions, Run
-from calm.train.module import TrainingModule
+from calm.train.config import LossOptions, RunLength
+from calm.train.optim import Average
+from calm.train.step import TrainingStep
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "is_nonzero"}
 """Operations whose result, or its shape, the program must see before it goes on: `.item()`, `bool()`, masks."""
@@ -39,18 +40,15 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def waits_of_a_step(
-    monkeypatch: pytest.MonkeyPatch, method: Method, step: int, prior: str, loss: LossOptions
-) -> list[str]:
+def waits_of_a_step(method: Method, step: int, prior: str, loss: LossOptions) -> list[str]:
     """What forward, loss, measures and backward wait for, as they are on a GPU."""
     config = replace(tiny_config(Path("data"), Path("run"), method=method), loss=loss)
     model = create_model(tiny_net(), 3, method, prior_activation=prior)  # type: ignore[arg-type]
-    module = TrainingModule(model.train(), config, Run(3, 4))
-    monkeypatch.setattr(TrainingModule, "global_step", property(lambda self: step))
-    monkeypatch.setattr(TrainingModule, "device", property(lambda self: torch.device("cuda")))
-    batch = (torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0]), torch.arange(4))
+    averages = {"teacher": Average(model, 0.9)} if loss.posterior == "ema" else {}
+    module = TrainingStep(model.train(), averages, config, RunLength(3, 4))
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
     with Waits() as waits:
-        module.training_step(batch, step).backward()
+        module(images, labels, epoch=0, step=step, index=step, rank=0).backward()
     return waits.found
 
 
@@ -65,11 +63,9 @@ def waits_of_a_step(
         ("calm-em", "softplus", LossOptions(samples=2, posterior="ema")),
     ],
 )
-def test_a_step_between_two_looks_waits_for_nothing(
-    monkeypatch: pytest.MonkeyPatch, method: Method, prior: str, loss: LossOptions
-) -> None:
-    assert waits_of_a_step(monkeypatch, method, 3, prior, loss) == []
+def test_a_step_between_two_looks_waits_for_nothing(method: Method, prior: str, loss: LossOptions) -> None:
+    assert waits_of_a_step(method, 3, prior, loss) == []
 
 
-def test_a_step_that_is_looked_at_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "_local_scalar_dense" in waits_of_a_step(monkeypatch, "calm-em", 0, "softplus", LossOptions())
+def test_a_step_that_is_looked_at_waits() -> None:
+    assert "_local_scalar_dense" in waits_of_a_step("calm-em", 0, "softplus", LossOptions())

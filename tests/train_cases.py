@@ -86,7 +86,7 @@ def checkpoint_of(run_dir: Path) -> dict[str, Any]:
 
 
 def weights_of(run_dir: Path) -> dict[str, Tensor]:
-    weights: dict[str, Tensor] = checkpoint_of(run_dir)["state_dict"]
+    weights: dict[str, Tensor] = checkpoint_of(run_dir)["model"]
     return weights
 
 
@@ -117,37 +117,35 @@ def _kill_myself(*_: Any) -> None:
 
 
 def _main(task: dict[str, Any]) -> None:
-    from calm.train.checkpoints import AtomicCheckpointIO
-    from calm.train.module import TrainingModule
-    from calm.train.run import train
+    from calm.train import checkpoints, run
 
     torch.set_num_threads(1)
     data, run_dir = Path(task["data"]), Path(task["run_dir"])
     if task["kind"] == "kill in step":
-        before = TrainingModule.optimizer_step
+        take_step = run.optimizer_step
 
-        def step(self: TrainingModule, *args: Any, **kwargs: Any) -> None:
-            before(self, *args, **kwargs)
-            if self.global_step == task["step"]:
+        def step(*args: Any) -> None:
+            take_step(*args)
+            if args[-1].step == task["step"]:
                 _kill_myself()
 
-        TrainingModule.optimizer_step = step
+        run.optimizer_step = step
     if task["kind"] == "kill while saving":
-        written = AtomicCheckpointIO.save_checkpoint
+        save_checkpoint = checkpoints.save_checkpoint
         saved: list[int] = []
 
-        def save(self: AtomicCheckpointIO, *args: Any, **kwargs: Any) -> None:
+        def save(*args: Any) -> None:
             saved.append(1)
             if len(saved) == 2:
                 os.fsync = _kill_myself  # the new file is written, but does not have its name yet
-            written(self, *args, **kwargs)
+            save_checkpoint(*args)
 
-        AtomicCheckpointIO.save_checkpoint = save
+        checkpoints.save_checkpoint = save
     if task["kind"] == "processes":
         hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp")
-        train(tiny_config(data, run_dir, hardware=hardware), backbone=tiny_net(stateful=False))
+        run.train(tiny_config(data, run_dir, hardware=hardware), backbone=tiny_net(stateful=False))
     else:
-        train(rich_config(data, run_dir, workers=1), backbone=tiny_net())
+        run.train(rich_config(data, run_dir, workers=1), backbone=tiny_net())
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ from calm.files import read_torch
 from calm.model import load
 from calm.released import FILE_NAME, save_released
 from calm.released_commands.experiment import Performance, check_place, clear, finished
-from calm.released_commands.flags import RULE, Flags, Log
+from calm.released_commands.flags import RULE, Flags, Log, method
 from calm.released_commands.weights import check_pretrained, load_model, proxy_lists, test_split, transplant
 from calm.train import TrainConfig, preset, train
-from calm.train.module import build_optimizer
+from calm.train.optim import build_optimizer
 
 __all__ = ["main", "train_config"]
 
@@ -46,7 +46,7 @@ def train_config(flags: Flags, *, lists: Path, start: Path | None = None) -> Tra
     config = preset(
         "released",
         f"--data={flags.images}",
-        f"--method={flags.method}",
+        f"--method={method(flags)}",
         f"--backbone={flags.architecture}",
         f"--epochs={flags.epochs}",
         f"--batch_size={flags.batch_size}",
@@ -135,5 +135,5 @@ def _export(config: TrainConfig, run_dir: Path, path: Path) -> None:
     model = load(run_dir / "last")
     state = read_torch(run_dir / "checkpoints" / "last.ckpt", "checkpoint")
     optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
-    optimizer.load_state_dict(state["optimizer_states"][0])
+    optimizer.load_state_dict(state["optimizer"])
     save_released(model, path, epoch=config.epochs, optimizer=optimizer)

@@ -1,20 +1,19 @@
-"""Training: configuration, the loop on Lightning, the run folder. Names are loaded when first used."""
+"""Training: configuration, the loop on Lightning Fabric, the run folder. Names are loaded when first used."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from calm.cli.train import load_config, preset
-    from calm.train.config import TrainConfig
+    from calm.train.config import TrainConfig, load_config, preset
     from calm.train.run import train
 
 __all__ = ["TrainConfig", "load_config", "preset", "train"]
 
 _HOME = {
     "TrainConfig": "calm.train.config",
-    "load_config": "calm.cli.train",
-    "preset": "calm.cli.train",
+    "load_config": "calm.train.config",
+    "preset": "calm.train.config",
     "train": "calm.train.run",
 }
 

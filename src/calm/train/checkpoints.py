@@ -1,7 +1,7 @@
-"""Last and best checkpoints: written whole or not at all, after every epoch.
+"""State of a training run, and its checkpoints: written whole or not at all, after every epoch.
 
 ``checkpoints/last.ckpt`` holds everything that continuing needs. ``last/`` and ``best/`` are saved models for
-`calm.load`: the weights that were evaluated (the average, if there is one). Best is the highest validation accuracy;
+`calm.load`: the weights that were evaluated (their average, if there is one). Best is the highest validation accuracy;
 of equal ones the lower nll; of equal ones the earlier.
 """
 
@@ -9,139 +9,193 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
-from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.fabric.plugins import Precision
+from torch.optim.lr_scheduler import LRScheduler
 
 from calm.errors import CalmError
 from calm.files import atomic_path, read_torch
-from calm.train.module import TrainingModule
+from calm.model import CalmModel
+from calm.train.optim import Average
 
-__all__ = ["AtomicCheckpointIO", "Checkpoints"]
+__all__ = [
+    "Row",
+    "TrainingState",
+    "checkpoint_path",
+    "export",
+    "read_checkpoint",
+    "restore",
+    "save_checkpoint",
+]
 
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its final name, to the disk, and renames it: a kill leaves the former one.
-
-    (Lightning's own goes through the system's temporary folder, which may be another file system, where a rename
-    becomes a copy.)
-    """
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any | None = None
-    ) -> None:
-        """Write ``checkpoint`` to ``path``."""
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: bool | None = True
-    ) -> dict[str, Any]:
-        """Read what `save_checkpoint` wrote; nothing in it is run, whatever ``weights_only`` says.
-
-        Raises:
-            CalmError: the file is damaged, or no checkpoint of a training run.
-        """
-        found = read_torch(Path(path), "checkpoint", map_location=map_location)
-        lacking = [name for name in _PARTS if not isinstance(found, dict) or name not in found]
-        if lacking:
-            raise CalmError(f"{path} is no checkpoint of a training run: it lacks {', '.join(lacking)}")
-        checkpoint: dict[str, Any] = found
-        return checkpoint
+Row: TypeAlias = dict[str, float]
+"""Numbers of an epoch by name: a row of metrics.csv, or the measures of a split."""
 
 
-_PARTS = ("state_dict", "epoch", "global_step", "loops", "callbacks", "optimizer_states", "lr_schedulers")
-
-
-class Checkpoints(Checkpoint):
-    """Saves after each epoch. Lightning calls it after all other callbacks, so that their state is up to date.
-
-    Args:
-        run_dir: the run folder.
-        say: tells the user something.
+@dataclass
+class TrainingState:
+    """Everything that a training run changes.
 
     Attributes:
-        last: epoch (from 1) and validation measures of the last epoch done; empty before the first.
+        model: the model that is trained.
+        averages: its moving averages by name: ``teacher`` of the E-step, ``ema`` to be evaluated and saved.
+        optimizer: of the model's parameters.
+        scheduler: of the optimiser's learning rates.
+        precision: Fabric's plugin, for the scale of float16 gradients.
+        epoch: whole epochs done.
+        step: optimiser steps done.
+        rates: learning rate of each parameter group at the latest step.
+        history: a row of metrics.csv per epoch.
+        last: epoch (from 1) and validation measures of the last epoch; empty before the first.
         best: the same of the best epoch.
-        saved: epochs in the checkpoint.
-        restored: whether all that was saved is back, and training goes on.
     """
 
-    def __init__(self, run_dir: Path, say: Callable[[str], None]) -> None:
-        self.run_dir, self.say = run_dir, say
-        self.last: dict[str, float] = {}
-        self.best: dict[str, float] = {}
-        self.saved = 0
-        self.restored = False
+    model: CalmModel
+    averages: dict[str, Average]
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    precision: Precision
+    epoch: int = 0
+    step: int = 0
+    rates: dict[str, float] = field(default_factory=dict)
+    history: list[Row] = field(default_factory=list)
+    last: Row = field(default_factory=dict)
+    best: Row = field(default_factory=dict)
 
     @property
-    def path(self) -> Path:
-        """The checkpoint that a killed run continues from."""
-        return self.run_dir / "checkpoints" / "last.ckpt"
+    def evaluated(self) -> CalmModel:
+        """The model that is evaluated and saved: the average of the weights if there is one."""
+        if "ema" not in self.averages:
+            return self.model
+        averaged = self.averages["ema"].module
+        assert isinstance(averaged, CalmModel)
+        return averaged
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """On resume write the saved models again: the kill may have come between them and the checkpoint."""
-        if self.last and trainer.is_global_zero:
-            self._export(pl_module)
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Nothing is left to be restored."""
-        self.restored = True
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the epoch; every process must come here."""
-        assert isinstance(pl_module, TrainingModule)
-        self.last = {"epoch": trainer.current_epoch + 1, **pl_module.validation}
-        if not self.best or _rank(self.last) > _rank(self.best):
+    def finish_epoch(self, row: Row, validation: Row) -> None:
+        """Count an epoch: its row of metrics.csv and its validation measures."""
+        self.epoch += 1
+        self.history.append(row)
+        self.last = {"epoch": self.epoch, **validation}
+        if not self.best or _quality(self.last) > _quality(self.best):
             self.best = self.last
-        trainer.save_checkpoint(self.path)
-        self.saved = trainer.current_epoch + 1
-        if trainer.is_global_zero:
-            self._export(pl_module)
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Say what an interruption means."""
-        if isinstance(exception, KeyboardInterrupt | SIGTERMException) and trainer.is_global_zero:
-            ahead = (
-                f"continues after epoch {self.saved}" if self.saved else "starts again: no epoch was finished"
-            )
-            self.say(f"interrupted: the same command {ahead}")
-
-    def _export(self, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, TrainingModule)
-        model = pl_module.evaluated
-        model.training_summary = {**model.training_summary, "validation": self.last}
-        model.save_pretrained(self.run_dir / "last")
-        if self.best["epoch"] == self.last["epoch"]:
-            model.save_pretrained(self.run_dir / "best")
-            _copy(self.path, self.path.with_name("best.ckpt"))
 
     def state_dict(self) -> dict[str, Any]:
-        """The last and the best epoch so far."""
-        return {"last": self.last, "best": self.best}
+        """Return what `load_state_dict` needs to continue to the bit."""
+        return {
+            "model": self.model.state_dict(),
+            "averages": {name: average.state_dict() for name, average in self.averages.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "precision": self.precision.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "history": self.history,
+            "last": self.last,
+            "best": self.best,
+        }
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.last, self.best = dict(state_dict["last"]), dict(state_dict["best"])
-        self.saved = int(self.last.get("epoch", 0))
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a saved state.
+
+        Raises:
+            Exception: of any kind, if ``state`` is not that of a run with the same configuration.
+        """
+        self.model.load_state_dict(state["model"])
+        for name, average in self.averages.items():
+            average.load_state_dict(state["averages"][name])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        self.precision.load_state_dict(state["precision"])
+        self.epoch, self.step = int(state["epoch"]), int(state["step"])
+        self.history = [_numbers(row) for row in state["history"]]
+        self.last, self.best = _numbers(state["last"]), _numbers(state["best"])
+        epochs = {self.epoch, len(self.history), self.history[-1]["epoch"], self.last["epoch"]}
+        if len(epochs) > 1 or self.scheduler.last_epoch != self.step:
+            raise ValueError("its numbers of epochs or steps contradict each other")
 
 
-def _rank(measures: dict[str, float]) -> tuple[float, float]:
+def _numbers(row: Mapping[str, Any]) -> Row:
+    if not all(isinstance(value, (int, float)) for value in row.values()):
+        raise ValueError("a measure is no number")
+    return dict(row)
+
+
+def _quality(measures: Row) -> tuple[float, float]:
     return measures["accuracy"], -measures["nll"]
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Give the file a second name, atomically. It is replaced, never written in place: sharing its bytes is safe."""
+def checkpoint_path(run_dir: Path) -> Path:
+    """Return the path of the checkpoint that a run continues from."""
+    return run_dir / "checkpoints" / "last.ckpt"
+
+
+def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
+    """Write a checkpoint beside its final name, to the disk, and rename it: a kill leaves the former one."""
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(dict(state), file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read what `save_checkpoint` wrote; nothing in the file is run.
+
+    Raises:
+        CalmError: the file is damaged, or no checkpoint of a training run.
+    """
+    checkpoint = read_torch(path, "checkpoint")
+    parts = (
+        "model",
+        "averages",
+        "optimizer",
+        "scheduler",
+        "precision",
+        "epoch",
+        "step",
+        "history",
+        "last",
+        "best",
+    )
+    missing = [name for name in parts if not isinstance(checkpoint, dict) or name not in checkpoint]
+    if missing:
+        raise CalmError(f"{path} is no checkpoint of a training run: it lacks {', '.join(missing)}")
+    found: dict[str, Any] = checkpoint
+    return found
+
+
+def restore(state: TrainingState, path: Path) -> None:
+    """Load a checkpoint into the state of a run.
+
+    Raises:
+        CalmError: the checkpoint is damaged or does not fit this run.
+    """
+    checkpoint = read_checkpoint(path)
+    try:
+        state.load_state_dict(checkpoint)
+    except Exception as error:  # PyTorch's classes check what they load in ways of their own
+        raise CalmError(
+            f"cannot continue from {path}: it does not fit this run ({type(error).__name__}: {str(error)[:500]});"
+            " delete the run folder to train from the start"
+        ) from error
+
+
+def export(state: TrainingState, run_dir: Path) -> None:
+    """Write the models ``last/`` and, if the last epoch is the best, ``best/`` and ``checkpoints/best.ckpt``."""
+    model, path = state.evaluated, checkpoint_path(run_dir)
+    model.training_summary = {**model.training_summary, "validation": state.last}
+    model.save_pretrained(run_dir / "last")
+    if state.best["epoch"] == state.last["epoch"]:
+        model.save_pretrained(run_dir / "best")
+        _link(path, path.with_name("best.ckpt"))
+
+
+def _link(source: Path, target: Path) -> None:
+    # A checkpoint is replaced and never written in place, so that two names may share its bytes.
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:

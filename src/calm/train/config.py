@@ -1,38 +1,49 @@
-"""Learning rate and temperature as pure functions of the step: there is nothing to save or to restore.
-
-Everything that decides a training run, as frozen dataclasses: the flags, the YAML files and the docs come from here.
+"""Configuration of a training run: frozen dataclasses, from which flags, YAML files and docs are made.
 
 The defaults are the recipe of the released code (paper, section 5; SGD with Nesterov momentum, batch 64, 40 epochs,
 ten times the rate for the new layers). The presets are YAML files with the fields that they change.
-
-Which layers are new: what a pretrained backbone lacks, and what the released code counts among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from argparse import ArgumentError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+import yaml
 
 from calm.config import Method, PriorActivation, PriorDenominator
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
+from calm.files import read_yaml
+
+if TYPE_CHECKING:
+    from jsonargparse import ArgumentParser
 
 __all__ = [
     "DataOptions",
     "Grouping",
     "Hardware",
+    "LogOptions",
     "LossOptions",
     "Method",
     "ModelOptions",
     "OptimOptions",
-    "Run",
+    "RunLength",
     "Schedule",
     "TrainConfig",
+    "add_arguments",
     "is_new",
-    "learning_rate_factor",
+    "load_config",
+    "parse_config",
+    "preset",
+    "preset_names",
+    "preset_path",
     "temperature_schedule",
 ]
 
@@ -58,7 +69,7 @@ def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
 
 
 MOST, LARGEST = 1e9, 1e38
-"""The ends of ranges that have no other, of counts and of quantities: infinite is no number to compute with."""
+"""Upper limits of counts and of quantities that have no other: infinity is not allowed."""
 
 
 @dataclass(frozen=True)
@@ -207,7 +218,7 @@ class OptimOptions:
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the run uses, and how; Lightning's words.
+    """Devices, number of processes and precision, in the terms of Lightning Fabric.
 
     Attributes:
         accelerator: ``auto``, ``cpu``, ``gpu``, ``mps``, ...
@@ -244,12 +255,17 @@ class LogOptions:
     """What is shown and written while training.
 
     Attributes:
-        every_n_steps: steps between two updates of the progress bar, TensorBoard curves and checks for NaN.
+        every_n_steps: steps between two updates of the progress bar, the loggers' curves and checks for NaN.
         panel_images: validation images that are drawn with their maps after each epoch; 0 draws none.
+        loggers: where curves and pictures go beside metrics.csv, which is always written: ``tensorboard``; a logger of
+            Lightning by its short name, ``wandb``, ``mlflow``, ``comet`` or ``csv``; or the import path of a class
+            that is a ``lightning.fabric.loggers.Logger``. Its service's environment variables configure it
+            (``WANDB_PROJECT``, ``WANDB_MODE``).
     """
 
     every_n_steps: int = 20
     panel_images: int = 8
+    loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
         _check(self, "log.", every_n_steps=(1, MOST), panel_images=(0, 64))
@@ -334,15 +350,9 @@ def is_new(name: str, backbone: str, grouping: Grouping) -> bool:
     return not any(part in name for part in RELEASED_BACKBONE_NAMES[backbone])
 
 
-Temperature: TypeAlias = Callable[[int], float]
-
-ONE_CYCLE_RISE = 0.3
-ONE_CYCLE_START, ONE_CYCLE_END = 1 / 25, 1e-4
-
-
 @dataclass(frozen=True)
-class Run:
-    """How long a run is: ``epochs`` of ``steps_per_epoch`` optimiser steps."""
+class RunLength:
+    """Length of a run: ``epochs`` of ``steps_per_epoch`` optimiser steps."""
 
     epochs: int
     steps_per_epoch: int
@@ -353,51 +363,8 @@ class Run:
         return self.epochs * self.steps_per_epoch
 
 
-def learning_rate_factor(optim: OptimOptions, run: Run, step: int) -> float:
-    """What the peak learning rate is multiplied by at a step.
-
-    Args:
-        optim: schedule, warm-up and their settings.
-        run: the length of the run.
-        step: optimiser steps already taken, from 0.
-
-    Returns:
-        A factor in (0, 1]. During warm-up it rises linearly, reaching 1 with the last warm-up step.
-
-    >>> from calm.train.config import OptimOptions
-    >>> [learning_rate_factor(OptimOptions(step_epochs=2), Run(epochs=5, steps_per_epoch=1), step)
-    ...  for step in range(5)]
-    [1.0, 1.0, 0.1, 0.1, 0.010000000000000002]
-    """
-    warmup = round(optim.warmup_epochs * run.steps_per_epoch)
-    if optim.schedule == "one-cycle":
-        return _one_cycle(step, run.steps, warmup or round(ONE_CYCLE_RISE * run.steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    epoch = step // run.steps_per_epoch
-    if optim.schedule == "step":
-        return optim.step_factor ** (epoch // optim.step_epochs)
-    if optim.schedule == "released-step":
-        return optim.step_factor ** ((epoch + 1) // optim.step_epochs)
-    if optim.schedule == "cosine":
-        return _half_cosine((step - warmup) / max(1, run.steps - warmup), 1.0, 0.0)
-    return 1.0
-
-
-def _one_cycle(step: int, steps: int, rise: int) -> float:
-    """Half a cosine up to 1 at the last of ``rise`` steps, half a cosine down to almost 0 at the last step."""
-    peak = max(rise, 1) - 1
-    if step < peak:
-        return _half_cosine(step / peak, ONE_CYCLE_START, 1.0)
-    return _half_cosine((step - peak) / max(1, steps - 1 - peak), 1.0, ONE_CYCLE_START * ONE_CYCLE_END)
-
-
-def _half_cosine(progress: float, start: float, end: float) -> float:
-    return end + (start - end) * (1 + math.cos(math.pi * min(progress, 1.0))) / 2
-
-
-def temperature_schedule(temperature: float | str, steps: int) -> Temperature:
-    """The temperature of the E-step as a function of the step.
+def temperature_schedule(temperature: float | str, steps: int) -> Callable[[int], float]:
+    """Return the temperature of the E-step as a function of the optimiser step.
 
     Args:
         temperature: a number, or ``START:END``, or ``START:END:linear`` or ``START:END:cosine``.
@@ -424,6 +391,106 @@ def temperature_schedule(temperature: float | str, steps: int) -> Temperature:
     if shape not in ("", "linear", "cosine"):
         raise unknown("shape of the temperature", shape, ["linear", "cosine"], where=f"{temperature!r}")
     last = max(1, steps - 1)
-    if shape == "cosine":
-        return lambda step: _half_cosine(step / last, start, end)
-    return lambda step: start + (end - start) * min(step / last, 1.0)
+
+    def at(step: int) -> float:
+        progress = min(step / last, 1.0)
+        if shape == "cosine":
+            return end + (start - end) * (1 + math.cos(math.pi * progress)) / 2
+        return start + (end - start) * progress
+
+    return at
+
+
+def preset_names() -> list[str]:
+    """Return the names of the presets: the YAML files of ``calm/presets``."""
+    names = (path.name for path in files("calm").joinpath("presets").iterdir())
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def preset_path(name: str) -> Path:
+    """Return the YAML file of a preset.
+
+    Raises:
+        CalmError: there is no preset of that name.
+    """
+    if name not in preset_names():
+        raise unknown("preset", name, preset_names(), where="--preset")
+    return Path(str(files("calm").joinpath("presets", f"{name}.yaml")))
+
+
+def preset(name: str, *overrides: str, parser: ArgumentParser | None = None) -> TrainConfig:
+    """Return the configuration of a preset, changed by flags: ``preset("small", "--data=DIR")``.
+
+    What a preset says of the E-step is for calm-em alone, so that one preset trains all three methods.
+
+    Args:
+        name: one of `preset_names`.
+        overrides: flags as of ``calm train``, which win over the preset.
+        parser: reads the flags; None makes one with `add_arguments`.
+
+    Raises:
+        CalmError: no such preset, an unknown flag, a value that does not fit.
+    """
+    path = preset_path(name)
+    e_step = LossOptions(**yaml.safe_load(path.read_text(encoding="utf-8")).get("loss", {}))
+    return parse_config(["--config", str(path), *overrides], parser, e_step)
+
+
+def load_config(path: Path | str, *overrides: str, parser: ArgumentParser | None = None) -> TrainConfig:
+    """Return the configuration in a YAML file, such as a run's config.yaml, changed by flags (``--epochs=3``).
+
+    Args:
+        path: the file.
+        overrides: flags as of ``calm train``, which win over the file.
+        parser: reads the flags; None makes one with `add_arguments`.
+
+    Raises:
+        CalmError: no such file, an unknown field, a value that does not fit.
+    """
+    return parse_config(["--config", str(path), *overrides], parser)
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add ``--config`` and one flag for each field of `TrainConfig` to a parser; fields of a group with a dot."""
+    from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+
+    parser.add_argument("--config", action=ActionConfigFile, help="YAML file with settings; later flags win")
+    parser.add_class_arguments(TrainConfig)
+
+
+def parse_config(
+    arguments: Sequence[str], parser: ArgumentParser | None = None, e_step: LossOptions | None = None
+) -> TrainConfig:
+    """Return the configuration that flags and the files after ``--config`` describe.
+
+    Args:
+        arguments: flags; later ones win.
+        parser: with the flags of `add_arguments`; None makes one.
+        e_step: options that are dropped, instead of refused, for a method without an E-step.
+
+    Raises:
+        CalmError: an unknown flag or field, a value that does not fit. It names the files that were read.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
+    import jsonargparse
+
+    if parser is None:
+        parser = jsonargparse.ArgumentParser(prog="calm train", exit_on_error=False, allow_abbrev=False)
+        add_arguments(parser)
+    paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
+    paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
+    for path in paths:  # with limits and without aliases that expand, before the parser reads it
+        if not isinstance(read_yaml(path, "configuration"), dict):
+            raise CalmError(f"configuration {path} is no list of 'setting: value'")
+    try:
+        values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
+        if values["method"] != "calm-em" and values["loss"] == e_step:
+            values["loss"] = LossOptions()
+        return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
+    except Exception as error:  # on a value of an unexpected type the parser fails in any way
+        if isinstance(error, CalmError) and all(path in str(error) for path in paths):
+            raise
+        if not paths and not isinstance(error, (CalmError, ArgumentError)):
+            raise
+        read = f" (read: {', '.join(paths)})" if paths else ""
+        raise CalmError(f"{error}{read}") from error

@@ -1,4 +1,4 @@
-"""The run folder: new, to be continued, or finished; and what is written about the run beside its results.
+"""The run folder: whether it is new, unfinished or finished, and the files that describe the run.
 
 ::
 
@@ -11,8 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -24,21 +23,37 @@ from calm.errors import CalmError
 from calm.files import read_yaml, remove_abandoned, write_text
 from calm.train.config import TrainConfig
 
-__all__ = ["RunState", "config_dict", "default_run_dir", "differences", "inspect", "versions", "write_config"]
+__all__ = [
+    "RunState",
+    "config_dict",
+    "default_run_dir",
+    "differences",
+    "flattened",
+    "inspect",
+    "is_first_process",
+    "versions",
+    "write_config",
+]
 
 RunState = Literal["new", "unfinished", "finished"]
-FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps"}
+FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
 """Fields that change nothing about the result: a run may be continued with other values."""
 
 
 def default_run_dir(config: TrainConfig) -> Path:
-    """``runs/DATA-BACKBONE-METHOD``, so that the same command finds its run again."""
+    """Return ``runs/DATA-BACKBONE-METHOD``, so that the same command finds its run again."""
     backbone = config.backbone.replace("/", "-")
     return Path("runs") / f"{config.data.resolve().name}-{backbone}-{config.method}"
 
 
+def is_first_process() -> bool:
+    """Return whether this process writes files, from the launcher's environment: nothing needs to be set up yet."""
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    return next((rank for rank in ranks if rank is not None), "0") == "0"
+
+
 def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> RunState:
-    """Find out what is to be done with a run folder.
+    """Return the state of a run folder.
 
     Args:
         run_dir: the folder.
@@ -72,33 +87,30 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
 
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Fields whose values differ, as (former, now), by dotted name; fields that change no result are left out.
+    """Return the fields whose values differ, as (former, now), by dotted name, without those that change no result.
 
     >>> differences({"lr": 0.1, "optim": {"name": "sgd"}}, {"lr": 0.1, "optim": {"name": "adamw"}})
     {'optim.name': ('sgd', 'adamw')}
     """
-    old, new = dict(_leaves(former)), dict(_leaves(now))
+    old, new = flattened(former), flattened(now)
     names = [name for name in {**old, **new} if name not in FREE_FIELDS]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
 
 
-def _leaves(tree: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted name."""
+    flat: dict[str, Any] = {}
     for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
 
 
 def config_dict(config: TrainConfig) -> dict[str, Any]:
-    """The configuration as plain values for YAML; paths are absolute, so that it works from any folder."""
-    plain: dict[str, Any] = _plain(config)
-    return plain
+    """Return the configuration as plain values for YAML; paths are absolute, so that it works from any folder."""
+    return {name: _plain(value) for name, value in asdict(config).items()}
 
 
 def _plain(value: Any) -> Any:
-    if is_dataclass(value) and not isinstance(value, type):
-        return _plain(asdict(value))
     if isinstance(value, dict):
         return {name: _plain(member) for name, member in value.items()}
     if isinstance(value, (list, tuple)):
@@ -107,14 +119,14 @@ def _plain(value: Any) -> Any:
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
-    """Write config.yaml: every field, also those at their default."""
+    """Write every field of the configuration to config.yaml, also those at their default."""
     write_text(
         run_dir / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True)
     )
 
 
 def versions() -> dict[str, Any]:
-    """What the run runs on: packages, Python, machine, devices."""
+    """Return the versions of packages and Python, and the machine and devices that the run uses."""
     packages: dict[str, str | None] = {}
     for name in ("calm", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow"):
         try:

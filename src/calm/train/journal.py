@@ -1,11 +1,6 @@
-"""What a run tells: lines on the screen and in log.txt, a progress bar on a terminal, TensorBoard curves.
+"""What a run reports: lines on the screen and in log.txt, a progress bar, metrics.csv, and loggers of Lightning.
 
-A file of events for TensorBoard, written where it is asked to: `SummaryWriter` does it in a thread of its own, which
-ends with a traceback, and a message without a file name, when the disk is full.
-
-One row of numbers per epoch: metrics.csv, TensorBoard, a line on the screen.
-
-A row, with the columns of a CALM-EM run::
+A row of metrics.csv, with the columns of a CALM-EM run::
 
     epoch,step,seconds,images_per_second,lr,temperature,train_loss,train_accuracy,prior_entropy,...,val_accuracy,...
     1,140,48.1,186.5,0.0021,1.0,2.731,0.188,3.92,0.943,3.20,0.770,0.0,0.241,0.602,2.51,0.031
@@ -17,151 +12,116 @@ from __future__ import annotations
 
 import csv
 import datetime
+import hashlib
+import inspect
 import io
 import os
 import platform
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.fabric.loggers.logger import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
-from torch import Tensor
 
+from calm.errors import CalmError, unknown
 from calm.files import append_line, disk_errors_about, write_text
-from calm.train.module import TrainingModule
+from calm.render import Picture
+from calm.train.checkpoints import Row
 
-__all__ = ["EventFile", "History", "ProgressBar", "RunLog", "TensorBoard"]
-
-
-class EventFile:
-    """A new file that grows.
-
-    Args:
-        folder: made if it is missing.
-        purge_step: events of other files from this step on are hidden; None: none are.
-
-    Raises:
-        OSError: from every method, the disk is full: the file is its file name.
-    """
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-
-        name = f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
-        self.path = folder / name
-        with disk_errors_about(self.path):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("xb")
-        self._records = RecordWriter(self._file)
-        self._write(file_version="brain.Event:2")
-        if purge_step is not None:
-            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    def scalar(self, name: str, value: float, step: int) -> None:
-        """A point of a curve."""
-        from torch.utils.tensorboard.summary import scalar
-
-        self._write(step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
-
-    def image(self, name: str, pixels: Tensor, step: int) -> None:
-        """A picture, uint8 RGB, (H, W, 3)."""
-        from torch.utils.tensorboard.summary import image
-
-        self._write(step=step, summary=image(name, pixels, dataformats="HWC"))  # type: ignore[no-untyped-call]
-
-    def flush(self) -> None:
-        """Make what was written visible."""
-        with disk_errors_about(self.path):
-            self._records.flush()
-
-    def close(self) -> None:
-        """No more events."""
-        with disk_errors_about(self.path):
-            self._records.close()
-
-    def _write(self, **fields: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
-        with disk_errors_about(self.path):
-            self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
+__all__ = [
+    "Loggers",
+    "ProgressBar",
+    "RunLog",
+    "TensorBoardLogger",
+    "epoch_line",
+    "logger_class",
+    "write_table",
+]
 
 
-Row = dict[str, float]
-
-
-class History(pl.Callback):
-    """Collects the rows; keeps them in the checkpoint, so that a resumed run has one gapless table.
+class RunLog:
+    """Print lines, and append them with the time to a file.
 
     Args:
-        path: metrics.csv, rewritten after each epoch.
-        say: for the line of each epoch.
-        board: for the curves.
+        path: the file; None only prints.
+        quiet: do not print.
     """
 
-    def __init__(self, path: Path, say: RunLog, board: TensorBoard) -> None:
-        self.path, self.say, self.board = path, say, board
-        self.rows: list[Row] = []
-        self._start = self._seconds = 0.0
+    def __init__(self, path: Path | None = None, *, quiet: bool = False) -> None:
+        self.path = path
+        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start the clock."""
-        self._start = time.monotonic()
+    def __call__(self, text: str) -> None:
+        """Print and append a line."""
+        self.console.print(text)
+        if self.path is not None:
+            now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
+            append_line(self.path, f"{now}  {text}")
 
-    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop the clock: training is over, validation is not counted."""
-        synchronize(pl_module.device)
-        self._seconds = time.monotonic() - self._start
+    @property
+    def interactive(self) -> bool:
+        """Whether a progress bar can be drawn."""
+        return self.console.is_terminal and not self.console.quiet
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Sum up the epoch; every process must come here, one of them writes."""
-        assert isinstance(pl_module, TrainingModule)
-        step, run = trainer.global_step, pl_module.run
-        images = run.steps_per_epoch * pl_module.config.batch_size
-        row: Row = {
-            "epoch": trainer.current_epoch + 1,
-            "step": step,
-            "seconds": round(self._seconds, 3),
-            "images_per_second": round(images / self._seconds, 1),
-            "lr": pl_module.backbone_learning_rate(),
-        }
-        if pl_module.config.method == "calm-em":
-            row["temperature"] = pl_module.temperature(step - 1)
-        row |= pl_module.training_measures.compute()
-        row |= {f"val_{name}": value for name, value in pl_module.validation.items()}
-        self.rows.append(row)
-        if trainer.is_global_zero:
-            self.write()
-            self.say(epoch_line(row, int(trainer.max_epochs or 0)))
-            self.board.scalars(
-                {f"epoch/{name}": row[name] for name in row if name not in ("epoch", "step")}, step - 1
-            )
-            self.board.flush()
 
-    def write(self) -> None:
-        """Write metrics.csv anew."""
-        text = io.StringIO()
-        writer = csv.DictWriter(text, fieldnames=list(self.rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        write_text(self.path, text.getvalue())
+class ProgressBar:
+    """Progress, loss, accuracy and images per second of the running epoch; nothing where there is no terminal.
 
-    def state_dict(self) -> dict[str, Any]:
-        """The rows so far."""
-        return {"rows": self.rows}
+    Args:
+        log: the bar is drawn below the lines that are printed to it.
+    """
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on after these rows."""
-        self.rows = list(state_dict["rows"])
+    def __init__(self, log: RunLog) -> None:
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        values = TextColumn("{task.fields[values]}")
+        self._progress = Progress(
+            *columns, values, console=log.console, transient=True, disable=not log.interactive
+        )
+        self._task = TaskID(0)
+        self._images, self._start = 0, 0.0
+
+    def __enter__(self) -> ProgressBar:
+        self._task = self._progress.add_task("", values="", total=None)
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def start_epoch(self, name: str, batches: int) -> None:
+        """Start anew for an epoch of so many batches."""
+        self._images, self._start = 0, time.monotonic()
+        self._progress.reset(self._task, total=batches, description=name, values="")
+
+    def advance(self, images: int, shown: Mapping[str, float]) -> None:
+        """Count a batch of ``images`` and show the latest ``loss`` and ``accuracy``."""
+        self._images += images
+        speed = self._images / max(1e-9, time.monotonic() - self._start)
+        values = f"loss {shown['loss']:.3f}  accuracy {100 * shown['accuracy']:.1f} %  {speed:.0f} images/s"
+        self._progress.update(self._task, advance=1, values=values)
+
+    def show(self, text: str) -> None:
+        """Show ``text`` in place of the values."""
+        self._progress.update(self._task, values=text)
+
+
+def write_table(path: Path, rows: Sequence[Row]) -> None:
+    """Write metrics.csv anew, so that a resumed run has one table without gaps."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, text.getvalue())
 
 
 def epoch_line(row: Row, epochs: int) -> str:
-    """The row in words, on one line."""
+    """Return the row of an epoch in words, on one line."""
     parts = [
         f"epoch {row['epoch']:>{len(str(epochs))}.0f}/{epochs}",
         f"loss {row['train_loss']:.3f}",
@@ -177,150 +137,176 @@ def epoch_line(row: Row, epochs: int) -> str:
     return "  ".join(parts)
 
 
-class RunLog:
-    """Prints lines and appends them, with the time, to a file.
+class TensorBoardLogger(Logger):
+    """Curves and pictures for TensorBoard, in a new event file of the folder ``tensorboard``.
+
+    Lightning's own logger writes in a thread, which ends with a traceback, and a message without a file name, when the
+    disk is full. This one writes when it is called.
 
     Args:
-        path: the file; None: print only (processes other than the first print nothing either, with ``quiet``).
-        quiet: do not print.
+        save_dir: the run folder.
+        purge_step: points of earlier event files from this step on are hidden, as a killed run may have written them
+            after its last checkpoint. None hides none.
+
+    Raises:
+        OSError: from every method, the disk is full: the event file is its file name.
     """
 
-    def __init__(self, path: Path | None, *, quiet: bool = False) -> None:
-        self.path = path
-        self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+    def __init__(self, save_dir: Path, purge_step: int | None = None) -> None:
+        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
+        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 
-    def __call__(self, text: str) -> None:
-        """Say a line."""
-        self.console.print(text)
-        if self.path is not None:
-            now = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M:%SZ")
-            append_line(self.path, f"{now}  {text}")
+        folder = Path(save_dir) / self.name
+        self.path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
+        with disk_errors_about(self.path):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._records = RecordWriter(self.path.open("xb"))
+        self._write(file_version="brain.Event:2")
+        if purge_step is not None:
+            self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+
+    @property
+    def name(self) -> str:
+        """The name of the folder."""
+        return "tensorboard"
+
+    @property
+    def version(self) -> None:
+        """A run has one version only."""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Write nothing: config.yaml is in the run folder."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """Write a point of each curve."""
+        from torch.utils.tensorboard.summary import scalar
+
+        for name, value in metrics.items():
+            self._write(step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
+
+    def log_image(self, key: str, images: Sequence[Picture], step: int | None = None) -> None:
+        """Write pictures, uint8 RGB (H, W, 3)."""
+        from torch.utils.tensorboard.summary import image
+
+        for pixels in images:
+            summary = image(key, torch.from_numpy(pixels), dataformats="HWC")  # type: ignore[no-untyped-call]
+            self._write(step=step, summary=summary)
+
+    def save(self) -> None:
+        """Make what was written visible to readers."""
+        with disk_errors_about(self.path):
+            self._records.flush()
+
+    def finalize(self, status: str) -> None:
+        """Close the file."""
+        with disk_errors_about(self.path):
+            self._records.close()
+
+    def _write(self, **fields: Any) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+
+        with disk_errors_about(self.path):
+            self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
-class ProgressBar(pl.Callback):
-    """Loss, accuracy and images per second of the running epoch. Shows nothing where there is no terminal.
+def logger_class(name: str) -> type[Logger]:
+    """Return the class of a logger.
 
     Args:
-        console: where to draw; lines printed to it appear above the bar.
+        name: ``tensorboard``; the short name (``wandb``) or the class name of one of ``lightning.pytorch.loggers``; or
+            the import path of another subclass of ``lightning.fabric.loggers.Logger``.
+
+    Raises:
+        CalmError: there is no such class, or it is no logger.
     """
+    from lightning.pytorch import loggers
 
-    def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress: Progress | None = None
-        self._task = TaskID(0)
-        self._images, self._start = 0, 0.0
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the bar."""
-        if trainer.is_global_zero and self.console.is_terminal and not self.console.quiet:
-            text = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-            self._progress = Progress(
-                *text, TextColumn("{task.fields[values]}"), console=self.console, transient=True
-            )
-            self._task = self._progress.add_task("", values="", total=None)
-            self._progress.start()
-
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Start over."""
-        self._images, self._start = 0, time.monotonic()
-        if self._progress is not None:
-            name = f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"
-            self._progress.reset(self._task, total=trainer.num_training_batches, description=name, values="")
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Advance; the values are those that the module last looked at, so that nothing waits for the device."""
-        if self._progress is None:
-            return
-        assert isinstance(pl_module, TrainingModule)
-        self._images += len(batch[0]) * trainer.world_size
-        speed = self._images / max(1e-9, time.monotonic() - self._start)
-        shown = pl_module.shown
-        values = f"loss {shown['loss']:.3f}  accuracy {100 * shown['accuracy']:.1f} %  {speed:.0f} images/s"
-        self._progress.update(self._task, advance=1, values=values)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say what is going on."""
-        if self._progress is not None:
-            self._progress.update(self._task, values="validation")
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the bar."""
-        self._close()
-
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Close the bar, so that the message stands alone."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+    classes = {known.removesuffix("Logger").lower(): getattr(loggers, known) for known in loggers.__all__}
+    classes = {short: known for short, known in classes.items() if short} | {"tensorboard": TensorBoardLogger}
+    module, _, attribute = name.rpartition(".")
+    short = name.removesuffix("Logger").lower()
+    if not module and short not in classes:
+        raise unknown("logger", name, [*classes, "or an import path"], where="log.loggers")
+    try:
+        found = getattr(import_module(module), attribute) if module else classes[short]
+    except (ImportError, AttributeError) as error:
+        raise CalmError(f"log.loggers: cannot import {name}: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, Logger)):
+        raise CalmError(f"log.loggers: {name} is no subclass of lightning.fabric.loggers.Logger")
+    return found
 
 
-class TensorBoard(pl.Callback):
-    """Curves and pictures for TensorBoard; opened by the first process only.
+class Loggers:
+    """The loggers of a run, addressed together; they are closed at the end of the block.
 
     Args:
-        folder: where the event files go. Events that a killed run wrote past its last checkpoint are hidden.
+        names: of loggers to open, see `logger_class`.
+        run_dir: where they write, as far as they write files; the run's name is the folder's.
+        step: optimiser steps that the run has done already, if it is continued.
+        more: loggers that were made already.
+
+    Raises:
+        CalmError: see `logger_class`; or a logger's package is not installed.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._file: EventFile | None = None
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Open the event file."""
-        if trainer.is_global_zero:
-            self._file = EventFile(self.folder, trainer.global_step or None)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    def __init__(
+        self, names: Iterable[str], run_dir: Path, step: int = 0, more: Iterable[Logger] = ()
     ) -> None:
-        """Write loss and learning rates of the steps that are looked at."""
-        assert isinstance(pl_module, TrainingModule)
-        step = trainer.global_step - 1
-        if self._file is not None and step % pl_module.config.log.every_n_steps == 0:
-            rates = {f"lr/{name}": value for name, value in pl_module.learning_rates().items()}
-            self.scalars({"step/loss": pl_module.shown["loss"], **rates}, step)
+        options: dict[str, Any] = {
+            "save_dir": run_dir,
+            "root_dir": run_dir,
+            "name": run_dir.name,
+            "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
+                :16
+            ],  # wandb continues this run
+            "purge_step": step or None,
+        }
+        self._opened: list[Logger] = []
+        for name in names:
+            kind = logger_class(name)
+            accepted = options.keys() & inspect.signature(kind).parameters.keys()
+            try:
+                self._opened.append(kind(**{option: options[option] for option in accepted}))
+            except ModuleNotFoundError as error:
+                raise CalmError(
+                    f"log.loggers: {name} needs a package that is not installed: {error}"
+                ) from error
+        self._all = [*self._opened, *more]
 
-    def scalars(self, values: Mapping[str, float], step: int) -> None:
-        """Write numbers by name."""
-        if self._file is not None:
-            for name, value in values.items():
-                self._file.scalar(name, value, step)
+    def __enter__(self) -> Loggers:
+        return self
 
-    def image(self, name: str, pixels: Tensor, step: int) -> None:
-        """Write a uint8 RGB picture (H, W, 3)."""
-        if self._file is not None:
-            self._file.image(name, pixels, step)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for logger in self._all:
+            try:
+                logger.finalize("failed" if kind else "success")
+            except OSError:
+                if kind is None:  # else the disk may be full, which is being reported already
+                    raise
+        for (
+            logger
+        ) in self._opened:  # a run of wandb stays open otherwise, and the next training would write to it
+            if finish := getattr(getattr(logger, "experiment", None), "finish", None):
+                finish(exit_code=1 if kind else 0)
 
-    def flush(self) -> None:
-        """Make what was written visible."""
-        if self._file is not None:
-            self._file.flush()
+    def hyperparameters(self, values: Mapping[str, Any]) -> None:
+        """Log the configuration, by dotted name."""
+        for logger in self._all:
+            with suppress(NotImplementedError):  # Fabric's CSVLogger
+                logger.log_hyperparams(dict(values))
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Close the event file."""
-        self._close()
+    def metrics(self, values: Mapping[str, float], step: int) -> None:
+        """Log numbers by name."""
+        for logger in self._all:
+            logger.log_metrics(dict(values), step)
 
-    def on_exception(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
-    ) -> None:
-        """Close the event file."""
-        with suppress(OSError):  # the disk may be full, which is being told already
-            self._close()
+    def image(self, name: str, pixels: Picture, step: int) -> None:
+        """Log a uint8 RGB picture (H, W, 3) where the logger has ``log_image``."""
+        for logger in self._all:
+            if log_image := getattr(logger, "log_image", None):
+                log_image(name, [pixels], step=step)
 
-    def _close(self) -> None:
-        if self._file is not None:
-            file, self._file = self._file, None
-            file.close()
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done its work, so that a clock tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    def save(self) -> None:
+        """Make what was logged visible to readers."""
+        for logger in self._all:
+            logger.save()

@@ -1,11 +1,10 @@
-"""The same few validation images with their maps, after every epoch: watch the model learn where to look."""
+"""A picture of the same few validation images with their maps, drawn after every epoch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
 from PIL import Image
 from torch import Tensor
@@ -17,46 +16,19 @@ from calm.heatmaps import Normalization
 from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
-from calm.train.journal import TensorBoard
-from calm.train.module import TrainingModule
 
-__all__ = ["Panel", "choose_images", "draw"]
+__all__ = ["choose_images", "draw", "draw_epoch"]
 
 MAPS = {"calm": ("prior", "joint"), "cam": ("cam",)}
 RIGHT, WRONG = (70, 160, 90), (200, 80, 70)
 
 
-class Panel(pl.Callback):
-    """Draws ``panels/epoch_NNN.png`` and the TensorBoard image ``panel``.
-
-    Args:
-        folder: of the pictures.
-        dataset: the validation images, with the model's preprocessing.
-        count: how many images to draw.
-        board: where the picture goes, too.
-    """
-
-    def __init__(self, folder: Path, dataset: ImageDataset, count: int, board: TensorBoard) -> None:
-        self.folder, self.dataset, self.board = folder, dataset, board
-        self.indices = choose_images(dataset.split, count)
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw with the model that is evaluated."""
-        if not trainer.is_global_zero:
-            return
-        assert isinstance(pl_module, TrainingModule)
-        items = [self.dataset[index] for index in self.indices]
-        images = torch.stack([image for image, _, _ in items]).to(pl_module.device)
-        labels = torch.tensor([label for _, label, _ in items], device=pl_module.device)
-        epoch = trainer.current_epoch + 1
-        picture = draw(pl_module.evaluated, images, labels, title=f"epoch {epoch}")
-        with atomic_path(self.folder / f"epoch_{epoch:03d}.png") as temporary:
-            Image.fromarray(picture).save(temporary)
-        self.board.image("panel", torch.from_numpy(picture), trainer.global_step - 1)
-
-
 def choose_images(split: Split, count: int) -> list[int]:
-    """Indices of ``count`` images: the first of classes spread evenly over all, then the second, and so on."""
+    """Choose ``count`` images of a split: the first of classes spread evenly over all, then the second, and so on.
+
+    Returns:
+        Their indices.
+    """
     members: dict[int, list[int]] = {}
     for index, record in enumerate(split.records):
         members.setdefault(record.label, []).append(index)
@@ -68,15 +40,39 @@ def choose_images(split: Split, count: int) -> list[int]:
     return ordered[:count]
 
 
+def draw_epoch(
+    model: CalmModel, dataset: ImageDataset, indices: Sequence[int], path: Path, *, title: str
+) -> Picture:
+    """Draw images of a data set with the model's maps, and write the picture to ``path``.
+
+    Args:
+        model: on any device.
+        dataset: validation images, with the model's preprocessing.
+        indices: which of them to draw.
+        path: of the PNG file.
+        title: a line above.
+    """
+    items = [dataset[index] for index in indices]
+    images = torch.stack([image for image, _, _ in items]).to(model.device)
+    labels = torch.tensor([label for _, label, _ in items], device=model.device)
+    picture = draw(model, images, labels, title=title)
+    with atomic_path(path) as temporary:
+        Image.fromarray(picture).save(temporary)
+    return picture
+
+
 @torch.no_grad()
 def draw(model: CalmModel, images: Tensor, labels: Tensor, *, title: str = "") -> Picture:
-    """A picture, uint8 RGB: a column per image, with the true class's maps below it.
+    """Draw a column per image, with the true class's maps below it; the frame is green where the prediction is right.
 
     Args:
         model: in any mode; it is left in the mode it was in.
         images: normalised, (B, 3, H, W).
         labels: true classes, (B,).
         title: a line above.
+
+    Returns:
+        The picture, uint8 RGB (H, W, 3).
     """
     training = model.training
     model.eval()
@@ -87,33 +83,24 @@ def draw(model: CalmModel, images: Tensor, labels: Tensor, *, title: str = "") -
         probs = output.probs.cpu()
     finally:
         model.train(training)
-    pixels = (
-        model.preprocessing.denormalize(images.float())
-        .mul(255)
-        .round()
-        .byte()
-        .permute(0, 2, 3, 1)
-        .cpu()
-        .numpy()
-    )
-    pictures = [
-        Tile(
-            image,
-            _caption(model.class_names, row, int(label)),
-            RIGHT if int(row.argmax()) == label else WRONG,
-        )
-        for image, row, label in zip(pixels, probs, labels.cpu(), strict=True)
-    ]
+    levels = model.preprocessing.denormalize(images.float()).mul(255).round().byte()
+    pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
     how: Normalization = "minmax" if kinds == ("cam",) else "max"
-    rows: list[Sequence[Tile]] = [pictures]
+    rows: list[Sequence[Tile]] = [
+        [
+            Tile(
+                image, _caption(model.class_names, row, label), RIGHT if int(row.argmax()) == label else WRONG
+            )
+            for image, row, label in zip(pixels, probs, labels.tolist(), strict=True)
+        ]
+    ]
     for kind in kinds:
-        rows.append(
-            [Tile(overlay(image, values, how=how)) for image, values in zip(pixels, maps[kind], strict=True)]
-        )
+        overlays = [overlay(image, values, how=how) for image, values in zip(pixels, maps[kind], strict=True)]
+        rows.append([Tile(image) for image in overlays])
     return panel(rows, title=title, labels=["", *kinds], cell=128)
 
 
 def _caption(names: Sequence[str], probs: Tensor, label: int) -> str:
     guess = int(probs.argmax())
-    told = f"{names[label]}: {100 * float(probs[label]):.0f} %"
-    return told if guess == label else f"{told}\n{names[guess]}: {100 * float(probs[guess]):.0f} %"
+    truth = f"{names[label]}: {100 * float(probs[label]):.0f} %"
+    return truth if guess == label else f"{truth}\n{names[guess]}: {100 * float(probs[guess]):.0f} %"

@@ -1,0 +1,117 @@
+"""Optimiser, learning-rate schedule and moving averages of the weights, on PyTorch's own classes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import AveragedModel
+
+from calm.train.config import OptimOptions, RunLength, is_new
+
+__all__ = ["Average", "build_optimizer", "build_scheduler", "parameter_groups"]
+
+ONE_CYCLE_RISE = 0.3
+
+
+def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> list[dict[str, Any]]:
+    """Group the parameters by learning rate and weight decay, as ``torch.optim`` takes them.
+
+    Args:
+        model: a `CalmModel`; parameters that need no gradient are left out.
+        backbone: its backbone's name, for the ``released`` grouping.
+        lr: rate of the backbone; the new layers get ``lr * optim.head_ratio``.
+        optim: grouping, ratio and decay.
+
+    Returns:
+        At most four groups with ``params``, ``lr``, ``weight_decay`` and ``name``. Parameters shared by two modules
+        appear once.
+    """
+    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        new = is_new(name, backbone, optim.grouping)
+        decays = optim.decay == "all" or parameter.ndim > 1
+        group = {
+            "params": [],
+            "lr": lr * optim.head_ratio if new else lr,
+            "weight_decay": optim.weight_decay if decays else 0.0,
+            "name": ("new" if new else "backbone") + ("" if decays else ", no decay"),
+        }
+        groups.setdefault((new, decays), group)["params"].append(parameter)
+    return [groups[key] for key in sorted(groups)]
+
+
+def build_optimizer(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> torch.optim.Optimizer:
+    """Build SGD or AdamW over `parameter_groups`, which see for the arguments."""
+    groups = parameter_groups(model, backbone, lr, optim)
+    if optim.name == "sgd":
+        return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)
+    return torch.optim.AdamW(groups, betas=optim.betas)
+
+
+def build_scheduler(
+    optimizer: torch.optim.Optimizer, optim: OptimOptions, run: RunLength
+) -> lr_scheduler.LRScheduler:
+    """Build the learning-rate scheduler of a run, which is to be stepped after every optimiser step.
+
+    Args:
+        optimizer: its groups' rates are the peak rates.
+        optim: schedule, warm-up and their settings. The warm-up rises linearly, and its last step has the full rate.
+        run: the length of the run.
+    """
+    warmup = round(optim.warmup_epochs * run.steps_per_epoch)
+    if optim.schedule == "one-cycle":
+        # PyTorch divides by zero where rise or fall have fewer than two steps.
+        steps = max(3, run.steps)
+        rise = min(max(2, warmup or round(ONE_CYCLE_RISE * steps)), steps - 1)
+        peaks = [group["lr"] for group in optimizer.param_groups]
+        return lr_scheduler.OneCycleLR(
+            optimizer, peaks, total_steps=steps, pct_start=rise / steps, cycle_momentum=False
+        )
+    main: lr_scheduler.LRScheduler
+    if optim.schedule == "cosine":
+        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, run.steps - warmup))
+    elif optim.schedule == "constant":
+        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
+    else:
+        # The released code steps its scheduler before the epoch, so that each decay comes one epoch early.
+        early = 1 if optim.schedule == "released-step" else 0
+        epochs = range(optim.step_epochs - early, run.epochs, optim.step_epochs)
+        # SequentialLR counts the steps of its second scheduler from the end of the warm-up.
+        milestones = [max(0, epoch * run.steps_per_epoch - warmup) for epoch in epochs]
+        main = lr_scheduler.MultiStepLR(optimizer, milestones, gamma=optim.step_factor)
+    if not warmup:
+        return main
+    rising = lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1))
+    return lr_scheduler.SequentialLR(optimizer, [rising, main], [warmup])
+
+
+class Average(AveragedModel):
+    """Exponential moving average of a model's weights and buffers: average = d * average + (1 - d) * new.
+
+    Its decay d at the t-th update (from 0) is min(``decay``, (1 + t) / (10 + t)), so that the random start is forgotten
+    early on. Integer buffers (BatchNorm's counters) are copied. The averaged model is ``module``: in evaluation mode,
+    without gradients.
+
+    Args:
+        model: the model that is averaged; it is copied.
+        decay: in [0, 1).
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, multi_avg_fn=self._average, use_buffers=True)
+        self.decay = decay
+        # AveragedModel copies the weights at its update 0. Here the start weights are the first of the average.
+        self.n_averaged.fill_(1)
+        self.eval().requires_grad_(False)
+
+    def _average(self, averaged: Any, current: Any, _: Tensor | int) -> None:
+        if not averaged[0].is_floating_point():
+            torch._foreach_copy_(averaged, current)
+            return
+        updates = int(self.n_averaged) - 1  # this buffer stays on the CPU: reading it waits for no device
+        torch._foreach_lerp_(averaged, current, 1 - min(self.decay, (1 + updates) / (10 + updates)))
