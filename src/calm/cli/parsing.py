@@ -35,7 +35,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter 
 
 from calm.errors import CalmError, unknown
 
-__all__ = ["Formatter", "Parser", "build_parser", "parse"]
+__all__ = ["Formatter", "Parser", "build_parser", "help_texts", "parse"]
 
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -104,7 +104,7 @@ def build_parser(
         fixed: parameters that the command sets itself: they get no flag.
         flags: required parameters that are to be flags, such as ``{"archives": "--from"}``.
     """
-    hints, flags = _type_hints(function), flags or {}
+    hints, texts, flags = _type_hints(function), help_texts(function), flags or {}
     # Else jsonargparse imports all that the function's module imports for type checking alone, PyTorch included.
     function.__annotations__.update(hints)
     parser = Parser(prog=prog, description=_description(function), epilog="examples:\n" + examples)
@@ -116,7 +116,7 @@ def build_parser(
             kind = get_args(hints[name])[0] if several else hints[name]
             options: dict[str, Any] = {"nargs": "+", "metavar": name[:-1].upper()} if several else {}
             options |= {"dest": name, "required": True} if name in flags else {}
-            parser.add_argument(flags.get(name, name), type=kind, help=_help(function, name), **options)
+            parser.add_argument(flags.get(name, name), type=kind, help=texts.get(name, ""), **options)
             done.add(name)
     keywords = {name for name, parameter in parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
     parser.add_function_arguments(function, as_group=False, as_positional=True, skip=done | keywords)
@@ -259,11 +259,12 @@ def _description(function: Callable[..., Any]) -> str:
     return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
 
-def _help(function: Callable[..., Any], name: str) -> str:
+def help_texts(documented: Any) -> dict[str, str]:
+    """Return the descriptions of a function's parameters or of a dataclass's attributes, from its docstring."""
     from docstring_parser import parse as parse_docstring
 
-    entries = {entry.arg_name: entry for entry in parse_docstring(inspect.getdoc(function) or "").params}
-    return " ".join((entries[name].description or "").split()) if name in entries else ""
+    entries = parse_docstring(inspect.getdoc(documented) or "").params
+    return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 
 
 def _plain_text(text: str) -> str:

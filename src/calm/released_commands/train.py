@@ -11,7 +11,7 @@ from calm.files import read_torch
 from calm.model import load
 from calm.released import FILE_NAME, save_released
 from calm.released_commands.experiment import Performance, check_place, clear, finished
-from calm.released_commands.flags import RULE, Flags, Log, method
+from calm.released_commands.flags import RULE, Flags, Log
 from calm.released_commands.weights import check_pretrained, load_model, proxy_lists, test_split, transplant
 from calm.train import TrainConfig, preset, train
 from calm.train.optim import build_optimizer
@@ -46,7 +46,7 @@ def train_config(flags: Flags, *, lists: Path, start: Path | None = None) -> Tra
     config = preset(
         "released",
         f"--data={flags.images}",
-        f"--method={method(flags)}",
+        f"--method={flags.method}",
         f"--backbone={flags.architecture}",
         f"--epochs={flags.epochs}",
         f"--batch_size={flags.batch_size}",

@@ -34,7 +34,7 @@ from calm.inference import resolve_device
 from calm.model import CalmModel, create_model, load
 from calm.released import FILE_NAME, load_released
 from calm.released_commands.experiment import finished
-from calm.released_commands.flags import GRADIENT_PROCESSES, Flags, method
+from calm.released_commands.flags import GRADIENT_PROCESSES, Flags
 
 __all__ = [
     "FILES",
@@ -128,7 +128,7 @@ def load_model(flags: Flags) -> CalmModel:
             _check(flags, Card.read(card).model, source)
         model = load_released(
             source,
-            method=method(flags),
+            method=flags.method,
             large_feature_map=flags.large_feature_map,
             use_bn=flags.batch_norm,
         )
@@ -184,7 +184,7 @@ def _check(flags: Flags, found: ModelConfig, source: Path) -> None:
     """See that the flags say what the checkpoint is. What a released file does not say is taken from the flags."""
     asked = {
         "--architecture": (flags.architecture, found.backbone),
-        "--attribution_method": (method(flags), found.method),
+        "--attribution_method": (flags.method, found.method),
         "--large_feature_map": (flags.large_feature_map, found.large_feature_map),
         "--use_bn": (flags.batch_norm, found.use_bn),
     }
