@@ -168,8 +168,8 @@ def clear(flags: Flags) -> None:
     """Delete a former experiment for ``--override_cache=True``, if nothing but that is lost.
 
     Raises:
-        CalmError: the folder holds the checkpoint that is to be loaded, or files that no command wrote. Nothing has been
-            deleted then.
+        CalmError: the folder holds the checkpoint that is to be loaded, or files that no command wrote. Then nothing
+            has been deleted.
     """
     folder = flags.folder
     if not folder.is_dir():
