@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the suite runs in parallel processes
 
 install_import_hook(
-    ["calm.latent"],
+    ["calm.latent", "calm.heatmaps", "calm.output"],
     "beartype.beartype",
 )
 

@@ -15,7 +15,7 @@ FLOORS = [
     {"errors"},
     {"config", "files", "inference"},
     {"latent", "images", "calm_birds"},
-    {"fused", "heatmaps", "metrics"},
+    {"heatmaps", "metrics"},
     {"output", "render", "backbones", "checkpoint", "data"},
     {"model"},
     {"released", "baselines"},

@@ -1,4 +1,4 @@
-"""The five quantities agree with the oracle, over shapes, activations, dtypes and edge cases."""
+"""Quantities, losses and gradients of `calm.latent`, read through outputs, against the float64 oracle."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from torch.testing import assert_close
 
 from calm import latent
 from calm.errors import CalmError
-from calm.output import CalmOutput
+from calm.latent import e_step, em_loss
+from calm.output import CalmOutput, CamOutput
 
 
 def quantities(output: CalmOutput) -> dict[str, Tensor]:
@@ -38,7 +39,7 @@ def expected(logits: Tensor, scores: Tensor, activation: str) -> dict[str, Tenso
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 10_000), spread=st.sampled_from([0.1, 1.0, 5.0]))
-def test_the_five_quantities_equal_the_oracle(activation, shape, seed, spread):
+def test_output_quantities_equal_the_oracle(activation, shape, seed, spread):
     logits, scores = activations_of(shape, seed, spread)
     want = expected(logits, scores, activation)
     for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
@@ -58,7 +59,7 @@ def test_the_five_quantities_equal_the_oracle(activation, shape, seed, spread):
 
 @settings(max_examples=40, deadline=None)
 @given(shape=shapes, seed=st.integers(0, 10_000), activation=st.sampled_from(ACTIVATIONS))
-def test_each_quantity_sums_to_what_the_table_says(shape, seed, activation):
+def test_output_quantities_sum_to_what_the_table_says(shape, seed, activation):
     logits, scores = activations_of(shape, seed, 3.0)
     out = CalmOutput(logits, scores, activation)
     ones = torch.ones(shape[0], dtype=torch.float64)
@@ -69,7 +70,7 @@ def test_each_quantity_sums_to_what_the_table_says(shape, seed, activation):
     assert_close(out.posterior.sum((2, 3)), torch.ones_like(out.probs))
 
 
-def test_a_dead_relu_prior_is_uniform_and_passes_no_gradient():
+def test_log_prior_without_mass_is_uniform_and_passes_no_gradient():
     scores = torch.tensor([[[[-1.0, 0.0], [-3.0, -0.5]]], [[[-1.0, 2.0], [1.0, 0.0]]]], requires_grad=True)
     log_prior = latent.log_prior(scores, "relu")
     assert_close(log_prior[0], torch.full((2, 2), -math.log(4)))
@@ -89,7 +90,7 @@ def test_log_softplus_is_exact_far_out(value):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_extreme_scores_stay_finite(activation):
+def test_loss_of_extreme_scores_is_finite(activation):
     scores = torch.tensor([[[[-300.0, -310.0], [-305.0, -301.0]]]], requires_grad=True)
     logits = torch.tensor([1e4, -1e4, 3e4]).view(1, 3, 1, 1).expand(1, 3, 2, 2).clone().requires_grad_()
     out = CalmOutput(logits, scores, activation)
@@ -102,7 +103,7 @@ def test_extreme_scores_stay_finite(activation):
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_gradients_of_prior_and_joint_pass_gradcheck(activation):
+def test_log_joint_passes_gradcheck(activation):
     logits, scores = activations_of((2, 3, 2, 2), 1, 1.0)
     scores = scores.abs() if activation == "relu" else scores  # away from the kink
     logits.requires_grad_()
@@ -114,7 +115,7 @@ def test_gradients_of_prior_and_joint_pass_gradcheck(activation):
     assert torch.autograd.gradcheck(joint, (logits, scores))
 
 
-def test_a_constant_denominator_changes_the_gradient_only():
+def test_log_prior_with_constant_denominator_changes_the_gradient_only():
     _, scores = activations_of((2, 1, 3, 3), 3, 1.0)
     scores.requires_grad_()
     exact = latent.log_prior(scores, "softplus", "differentiated")
@@ -130,7 +131,7 @@ def test_a_constant_denominator_changes_the_gradient_only():
     assert (grad >= 0).all()
 
 
-def test_quantities_first_read_without_gradients_still_carry_them_into_a_loss():
+def test_loss_has_a_gradient_after_a_quantity_was_read_without_one():
     logits, scores = (t.requires_grad_() for t in activations_of((2, 3, 2, 2), 1, 1.0))
     out = CalmOutput(logits, scores)
     with torch.no_grad():
@@ -139,16 +140,7 @@ def test_quantities_first_read_without_gradients_still_carry_them_into_a_loss():
     assert scores.grad.abs().sum() > 0
 
 
-def test_nothing_is_computed_before_it_is_asked():
-    logits, scores = activations_of((2, 3, 2, 2), 1, 1.0)
-    out = CalmOutput(logits, scores)
-    given = set(out._values)
-    assert {name for name, _ in given} == {"logits", "scores"}
-    out.loss(torch.tensor([0, 1]))
-    assert {name for name, _ in set(out._values) - given} == {"log_normalizer", "log_prior"}
-
-
-def test_a_name_that_is_none_is_refused_and_not_taken_for_another():
+def test_loss_and_log_prior_refuse_unknown_names():
     output = CalmOutput(torch.zeros(1, 2, 3, 3), torch.zeros(1, 1, 3, 3))
     with pytest.raises(CalmError, match="did you mean 'calm-ml'"):
         output.loss(torch.tensor([0]), method="calm-mll")
@@ -160,7 +152,188 @@ def test_a_name_that_is_none_is_refused_and_not_taken_for_another():
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (), (3, 2), (2, 2, 1)])
-def test_a_loss_needs_a_target_for_each_image(shape):
+def test_check_targets_needs_one_target_per_image(shape):
     output = CalmOutput(torch.zeros(2, 2, 3, 3), torch.zeros(2, 1, 3, 3))
     with pytest.raises(CalmError, match=re.escape(f"targets of shape {shape} for 2 images")):
         output.loss(torch.zeros(shape, dtype=torch.int64))
+
+
+# Losses
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=shapes,
+    seed=st.integers(0, 10_000),
+    activation=st.sampled_from(ACTIVATIONS),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 2.0]),
+)
+def test_loss_equals_the_oracle(shape, seed, activation, temperature):
+    logits, scores = activations_of(shape, seed, 2.0)
+    targets = torch.randint(shape[1], (shape[0],), generator=torch.Generator().manual_seed(seed))
+    joint = oracle.joint(logits, scores, activation)
+    out = CalmOutput(logits.float(), scores.float(), activation)
+    ml = out.loss(targets, method="calm-ml").item()
+    assert ml == pytest.approx(oracle.ml_loss(joint, targets.tolist()), rel=1e-5, abs=1e-6)
+    em = out.loss(targets, temperature=temperature).item()
+    assert em == pytest.approx(oracle.em_loss(joint, targets.tolist(), temperature), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("denominator", ["differentiated", "constant"])
+@settings(max_examples=25, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 10_000))
+def test_em_loss_and_ml_loss_have_the_same_gradient(activation, denominator, shape, seed):
+    logits, scores = (t.requires_grad_() for t in activations_of(shape, seed, 2.0))
+    targets = torch.zeros(shape[0], dtype=torch.int64)
+    grads = {}
+    for method in ("calm-em", "calm-ml"):
+        loss = CalmOutput(logits, scores, activation, denominator).loss(targets, method=method)
+        grads[method] = torch.autograd.grad(loss, (logits, scores))
+    for em, ml in zip(grads["calm-em"], grads["calm-ml"], strict=True):
+        assert_close(em, ml, rtol=1e-9, atol=1e-12)
+
+
+def test_e_step_with_temperature_or_teacher_changes_the_gradient():
+    logits, scores = (t.requires_grad_() for t in activations_of((2, 4, 3, 3), 5, 2.0))
+    teacher = CalmOutput(*activations_of((2, 4, 3, 3), 6, 2.0))
+    targets = torch.tensor([1, 3])
+    out = CalmOutput(logits, scores)
+    (ml,) = torch.autograd.grad(out.loss(targets, method="calm-ml"), logits, retain_graph=True)
+    for options in ({"temperature": 0.5}, {"teacher": teacher}):
+        (em,) = torch.autograd.grad(out.loss(targets, **options), logits, retain_graph=True)
+        assert (em - ml).norm() > 0.05 * ml.norm()
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 10_000), activation=st.sampled_from(ACTIVATIONS))
+def test_e_step_uses_the_teachers_posterior(shape, seed, activation):
+    logits, scores = activations_of(shape, seed, 2.0)
+    scores = scores.abs() + 0.1  # the student has mass everywhere, so that the formula is finite
+    other = activations_of(shape, seed + 1, 2.0)
+    teacher = CalmOutput(*other, activation)
+    targets = torch.zeros(shape[0], dtype=torch.int64)
+    got = CalmOutput(logits, scores, activation).loss(targets, teacher=teacher).item()
+    joint, believed = oracle.joint(logits, scores, activation), oracle.joint(*other, activation)
+    assert got == pytest.approx(oracle.em_loss(joint, [0] * shape[0], believed=believed), rel=1e-6, abs=1e-9)
+
+
+def test_e_step_ignores_teacher_mass_where_the_student_has_none():
+    logits = torch.randn(2, 3, 1, 2, requires_grad=True)
+    scores = torch.tensor([[[[1.0, -1.0]]], [[[2.0, -2.0]]]], requires_grad=True)
+    teacher = CalmOutput(torch.randn(2, 3, 1, 2), torch.tensor([[[[-1.0, 1.0]]], [[[1.0, 1.0]]]]), "relu")
+    loss = CalmOutput(logits, scores, "relu").loss(torch.tensor([0, 1]), teacher=teacher)
+    loss.backward()
+    assert loss.isfinite()
+    assert logits.grad.isfinite().all()
+    assert scores.grad.isfinite().all()
+
+
+def test_em_loss_ignores_locations_without_posterior():
+    log_joint = torch.tensor([[[-1.0, -torch.inf], [-2.0, -0.5]]], requires_grad=True)
+    q = e_step(log_joint)
+    assert q[0, 0, 1] == 0
+    loss = em_loss(q, log_joint)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert_close(log_joint.grad, -q)
+
+
+def test_em_loss_passes_gradcheck():
+    logits, scores = (t.requires_grad_() for t in activations_of((2, 3, 2, 2), 2, 1.0))
+    q = e_step(CalmOutput(*activations_of((2, 3, 2, 2), 9, 1.0)).target_log_joint(torch.tensor([0, 2])))
+
+    def loss(f, s):
+        return em_loss(q, CalmOutput(f, s).target_log_joint(torch.tensor([0, 2])))
+
+    assert torch.autograd.gradcheck(loss, (logits, scores))
+
+
+@pytest.mark.parametrize("method", ["calm-em", "calm-ml"])
+def test_loss_of_soft_targets_is_an_expectation_over_classes(method):
+    logits, scores = activations_of((2, 3, 2, 2), 4, 1.0)
+    soft = torch.tensor([[0.2, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    joint = oracle.joint(logits, scores, "softplus")
+    rule = oracle.em_loss if method == "calm-em" else oracle.ml_loss
+    per_class = [[rule(joint[b : b + 1], [c]) for c in range(3)] for b in range(2)]
+    want = sum(float(soft[b, c]) * per_class[b][c] for b in range(2) for c in range(3)) / 2
+    got = CalmOutput(logits, scores).loss(soft, method=method).item()
+    assert got == pytest.approx(want, rel=1e-9)
+
+
+def test_loss_of_a_one_hot_row_is_that_of_its_class():
+    logits, scores = (t.requires_grad_() for t in activations_of((3, 4, 2, 2), 7, 1.0))
+    hard = torch.tensor([0, 2, 3])
+    for method in ("calm-em", "calm-ml"):
+        grads = [
+            torch.autograd.grad(CalmOutput(logits, scores).loss(t, method=method), (logits, scores))
+            for t in (hard, torch.eye(4, dtype=torch.float64)[hard])
+        ]
+        for one, other in zip(*grads, strict=True):
+            assert_close(one, other)
+
+
+def test_loss_refuses_e_step_options_for_ml():
+    out = CalmOutput(torch.zeros(1, 2, 2, 2), torch.zeros(1, 1, 2, 2))
+    with pytest.raises(CalmError, match="E-step"):
+        out.loss(torch.tensor([0]), method="calm-ml", temperature=0.5)
+
+
+def test_loss_is_finite_where_the_likelihood_underflows():
+    logits = torch.tensor([0.0, 500.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2).clone().requires_grad_()
+    out = CalmOutput(logits, torch.zeros(1, 1, 2, 2))
+    assert out.probs[0, 0] == 0  # it underflows as a probability, not as a loss
+    for method in ("calm-em", "calm-ml"):
+        loss = out.loss(torch.tensor([0]), method=method)
+        (grad,) = torch.autograd.grad(loss, logits, retain_graph=True)
+        assert 499 < loss.item() < 510
+        assert grad.isfinite().all()
+        assert grad.abs().sum() > 1
+
+
+def test_cam_output_loss_is_cross_entropy_of_the_averaged_maps():
+    features = torch.randn(3, 5, 2, 4, dtype=torch.float64)
+    weight, bias = torch.randn(6, 5, 1, 1, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
+    out = CamOutput(features, weight, bias)
+    targets = torch.tensor([1, 5, 0])
+    mean = torch.zeros(3, 6, dtype=torch.float64)
+    for b in range(3):
+        for c in range(6):
+            for i in range(2):
+                for j in range(4):
+                    mean[b, c] += (features[b, :, i, j] @ weight[c, :, 0, 0] + bias[c]) / 8
+    want = -torch.stack([(mean[b].exp() / mean[b].exp().sum()).log()[targets[b]] for b in range(3)]).mean()
+    assert_close(out.loss(targets), want)
+    assert_close(out.logits.mean((2, 3)), mean)
+    assert_close(out.class_logits(targets[:, None])[:, 0], out.logits[torch.arange(3), targets])
+
+
+@pytest.mark.parametrize("activation", ["softplus", "relu", "exp"])
+@pytest.mark.parametrize("method", ["calm-em", "calm-ml"])
+def test_loss_can_be_differentiated_twice(activation, method):
+    logits, scores = activations_of((2, 3, 2, 2), 1, 1.0)
+    scores = scores.abs() + 0.1 if activation == "relu" else scores  # away from the kink
+
+    def loss(f: Tensor, s: Tensor) -> Tensor:
+        if method == "calm-ml":
+            return CalmOutput(f, s, activation).loss(torch.tensor([0, 2]), method=method)
+        log_joint = CalmOutput(f, s, activation).target_log_joint(torch.tensor([0, 2]))
+        return em_loss(torch.full((2, 2, 2), 0.25, dtype=torch.float64), log_joint)  # q is held constant
+
+    assert torch.autograd.gradgradcheck(loss, (logits.requires_grad_(), scores.requires_grad_()))
+
+
+@pytest.mark.parametrize("target", [-100, -1, 3])
+def test_target_log_conditional_refuses_a_class_that_there_is_not(target):
+    with pytest.raises(IndexError, match="out of bounds"):
+        latent.target_log_conditional(torch.zeros(1, 3, 2, 2), torch.tensor([target]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_target_log_conditional_is_the_targets_row_in_float32_or_wider(dtype):
+    logits, _ = activations_of((2, 3, 2, 4), 1, 1.0)
+    logits, targets = logits.to(dtype), torch.tensor([0, 2])
+    got = latent.target_log_conditional(logits, targets)
+    assert got.dtype == (dtype if dtype == torch.float64 else torch.float32)
+    assert_close(got, latent.log_conditional(logits)[torch.arange(2), targets])
+    assert_close(latent.target_log_conditional(logits.flatten(2), targets), got.flatten(1))

@@ -17,7 +17,7 @@ from calm.backbones.timm_models import TimmBackbone
 from calm.config import ModelConfig
 from calm.errors import CalmError
 from calm.images import Preprocessing
-from calm.model import create_model
+from calm.model import CalmHead, create_model
 from calm.output import CalmOutput
 
 METHODS = ["calm-em", "calm-ml", "cam"]
@@ -306,33 +306,29 @@ def test_an_output_made_without_gradients_has_none_whenever_it_is_read(quiet):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_what_is_read_after_a_change_of_weights_is_of_the_forward_pass_or_refused(method):
+def test_output_belongs_to_its_forward_pass_after_a_change_of_weights(method):
     model = tiny(method)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    early, late = model(IMAGES), model(IMAGES)
-    before = early.probs
-    maps = early.logits
-    late.loss(TARGETS).backward()
+    output, reference = model(IMAGES), model(IMAGES)
+    kind = model.map_kind()
+    want = [t.detach() for t in (reference.probs, reference.logits, reference.attribute(TARGETS, kind))]
+    model.loss(IMAGES, TARGETS).backward()
     optimizer.step()
-    assert early.probs is before or torch.equal(early.probs, before)
-    assert early.logits is maps
-    with pytest.raises(CalmError, match="weights have changed since this output's forward pass"):
-        late.attribute(TARGETS, model.map_kind())
-    if method != "cam":
-        with pytest.raises(CalmError, match="weights have changed"):
-            _ = late.probs
-    moved = model(IMAGES)
     model.double()
-    with pytest.raises(CalmError, match="weights have changed"):
-        _ = moved.logits
+    for got, expected in zip(
+        (output.probs, output.logits, output.attribute(TARGETS, kind)), want, strict=True
+    ):
+        assert_close(got.detach(), expected, rtol=0, atol=0)
 
 
-def test_an_output_of_borrowed_weights_does_not_answer_with_the_own_ones():
-    model = tiny()
+@pytest.mark.parametrize("method", METHODS)
+def test_output_of_borrowed_weights_answers_with_these(method):
+    model = tiny(method)
     others = {name: value + 1 for name, value in model.named_parameters()}
     output = torch.func.functional_call(model, others, (IMAGES,))
-    with pytest.raises(CalmError, match="weights have changed"):
-        _ = output.probs
+    model.load_state_dict(others)
+    assert_close(output.probs, model(IMAGES).probs)
+    assert_close(output.attribute(TARGETS), model(IMAGES).attribute(TARGETS))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -370,3 +366,89 @@ def test_maps_of_an_output_made_without_gradients_have_none(method, quiet):
     assert not found.requires_grad
     assert not output.logits.requires_grad
     assert_close(found, model(IMAGES).attribute(TARGETS, model.map_kind()).detach())
+
+
+# Heads
+
+
+def test_loss_under_autocast_is_float32_and_has_float32_gradients():
+    torch.manual_seed(0)
+    head = CalmHead(8, 6)
+    features = torch.randn(2, 8, 3, 3, requires_grad=True)
+    targets = torch.tensor([5, 0])
+    exact = head(features).loss(targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = head(features).loss(targets)
+    assert loss.dtype == torch.float32
+    assert loss != exact
+    assert_close(loss, exact, rtol=0.02, atol=0.02)
+    mine = torch.autograd.grad(loss, [features, *head.parameters()])
+    theirs = torch.autograd.grad(exact, [features, *head.parameters()])
+    for one, other in zip(mine, theirs, strict=True):
+        assert one.dtype == torch.float32
+        assert (one - other).norm() < 0.05 * other.norm() + 1e-3
+
+
+def test_head_calls_a_layer_with_a_hook():
+    head = CalmHead(3, 4)
+    seen = []
+    head.conv_last.register_forward_hook(lambda *_: seen.append(1))
+    head(torch.randn(1, 3, 2, 2)).loss(torch.tensor([0])).backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("hook", ["backward", "before backward", "global"])
+def test_head_calls_the_hooks_of_a_layer(hook):
+    head, seen = CalmHead(3, 4), []
+    match hook:
+        case "backward":
+            handle = head.conv_last.register_full_backward_hook(lambda *_: seen.append(1))
+        case "before backward":
+            handle = head.conv_last.register_full_backward_pre_hook(lambda *_: seen.append(1))
+        case "global":
+            handle = nn.modules.module.register_module_forward_hook(
+                lambda layer, *_: seen.append(1) if layer is head.conv_last else None
+            )
+    with handle:
+        head(torch.randn(1, 3, 2, 2, requires_grad=True)).loss(torch.tensor([0])).backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("without", ["conv_last", "attention", "both"])
+def test_head_may_lack_a_bias(without):
+    torch.manual_seed(1)
+    head = CalmHead(3, 4).double()
+    for name in ("conv_last", "attention"):
+        nn.init.normal_(getattr(head, name).bias)
+        if without in (name, "both"):
+            getattr(head, name).register_parameter("bias", None)
+    features, targets = torch.randn(2, 3, 2, 2, dtype=torch.float64), torch.tensor([0, 3])
+    losses = (
+        head(features).loss(targets),
+        CalmOutput(head.conv_last(features), head.attention(features)).loss(targets),
+    )
+    assert_close(*losses)
+    for one, other in zip(
+        *(torch.autograd.grad(loss, list(head.parameters())) for loss in losses), strict=True
+    ):
+        assert_close(one, other)
+
+
+@pytest.mark.parametrize(
+    "options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}], ids=str
+)
+def test_head_calls_other_convolutions_in_the_place_of_its_own(options):
+    torch.manual_seed(1)
+    head = CalmHead(3, 4)
+    head.conv_last, head.attention = nn.Conv2d(3, 4, **options), nn.Conv2d(3, 1, **options)
+    features, targets = torch.randn(2, 3, 4, 4), torch.tensor([0, 3])
+    want = CalmOutput(head.conv_last(features), head.attention(features)).loss(targets)
+    assert_close(head(features).loss(targets), want)
+
+
+def test_head_trains_through_a_parametrisation():
+    torch.manual_seed(0)
+    head = CalmHead(3, 4)
+    nn.utils.parametrizations.weight_norm(head.conv_last)
+    head(torch.randn(2, 3, 2, 2)).loss(torch.tensor([0, 1])).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in head.conv_last.parameters())

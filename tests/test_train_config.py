@@ -105,8 +105,6 @@ def test_written_configuration_loads_and_resumes(tmp_path: Path) -> None:
         (["--method=cam", "--loss.posterior=ema"], "not cam's"),
         (["--optim.grouping=released", "--backbone=small_resnet"], "small_resnet"),
         (["--loss.temperature=hot"], "hot"),
-        (["--loss.samples=2", "--augment.mixup=0.2"], "leave out loss.samples, or set augment.mixup"),
-        (["--loss.samples=2", "--augment.cutmix=1"], "leave out loss.samples, or set augment.mixup"),
         (["--augment.crop=middle"], "middle"),
         (["--config=nowhere.yaml"], "nowhere"),
         (["--preset"], "needs a value"),
@@ -115,11 +113,6 @@ def test_written_configuration_loads_and_resumes(tmp_path: Path) -> None:
 def test_wrong_flags_are_refused(flags: list[str], message: str) -> None:
     with pytest.raises(CalmError, match=message):
         parse(["--data=x", *flags])
-
-
-def test_drawn_locations_go_with_a_mixup_that_never_happens() -> None:
-    config = parse(["--data=x", "--loss.samples=2", "--augment.mixup=0.2", "--augment.mix_probability=0"])
-    assert config.loss.samples == 2
 
 
 @pytest.mark.parametrize(

@@ -118,25 +118,6 @@ def test_accumulating_parts_of_a_batch_takes_the_same_steps(data: Path, tmp_path
         )
 
 
-def test_logits_that_are_not_kept_give_the_same_weights(data: Path, tmp_path: Path) -> None:
-    kept = train(tiny_config(data, tmp_path / "kept"), backbone=tiny_net(), quiet=True)
-    config = replace(tiny_config(data, tmp_path / "not"), hardware=Hardware("cpu", keep_logits=False))
-    assert_close(
-        weights_of(kept), weights_of(train(config, backbone=tiny_net(), quiet=True)), rtol=1e-4, atol=1e-6
-    )
-    with pytest.raises(CalmError, match="keep_logits"):
-        replace(config, method="cam")
-
-
-def test_sampled_locations_give_other_weights_the_same_each_time(data: Path, tmp_path: Path) -> None:
-    runs = []
-    for name, samples in (("one", 2), ("again", 2), ("all", None)):
-        config = replace(tiny_config(data, tmp_path / name), loss=LossOptions(samples=samples))
-        runs.append(weights_of(train(config, backbone=tiny_net(), quiet=True)))
-    assert_close(runs[0], runs[1])
-    assert not torch.equal(runs[0]["head.conv_last.weight"], runs[2]["head.conv_last.weight"])
-
-
 def test_run_folder_has_everything_about_the_run(rich: Path, data: Path) -> None:
     names = {path.name for path in rich.iterdir()}
     files = {"config.yaml", "versions.json", "data.json", "log.txt", "metrics.csv", "result.json"}

@@ -59,8 +59,6 @@ def waits_of_a_step(method: Method, step: int, prior: str, loss: LossOptions) ->
         ("calm-ml", "softplus", LossOptions()),
         ("calm-em", "softplus", LossOptions()),
         ("calm-em", "softplus", LossOptions(posterior="ema")),
-        ("calm-em", "softplus", LossOptions(samples=2)),
-        ("calm-em", "softplus", LossOptions(samples=2, posterior="ema")),
     ],
 )
 def test_a_step_between_two_looks_waits_for_nothing(method: Method, prior: str, loss: LossOptions) -> None:

@@ -1,7 +1,4 @@
-"""The classifier: preprocessing, backbone and head in one module, and the one place that puts them together.
-
-The two heads: CALM's latent head (class logits and a location score) and CAM's averaging head.
-"""
+"""The classifier: the heads of CALM and CAM, the model of backbone and head, and how to create and load one."""
 
 from __future__ import annotations
 
@@ -17,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm import checkpoint, output
+from calm import checkpoint
+from calm import output as maps
 from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
 from calm.errors import CalmError
-from calm.fused import Unscored
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
 from calm.output import CalmOutput, CamOutput
@@ -29,19 +26,16 @@ __all__ = ["CalmHead", "CalmModel", "CamHead", "Method", "ModelConfig", "create_
 
 
 class CalmHead(nn.Module):
-    """Two 1x1 convolutions on the features: ``conv_last`` scores classes, ``attention`` scores locations.
+    """CALM's head: two 1x1 convolutions, of which ``conv_last`` scores classes and ``attention`` scores locations.
+
+    ``conv_last`` is initialised Xavier-uniform with zero bias, as in the released code. ``attention`` keeps PyTorch's
+    default, which is small against the features: the prior begins close to uniform.
 
     Args:
-        in_channels: D, channels of the features.
+        in_channels: D, the channels of the features.
         num_classes: C.
-        activation: of the prior, see `calm.latent.log_prior`.
-        denominator: of the prior, see `calm.latent.log_prior`.
-        keep_logits: hold the class logits of a training step until its backward pass. False computes them a second time
-            there, some locations at a time: memory does not grow with C, and a step of the head takes about a third
-            longer. An attribute, to be changed at will.
-
-    ``conv_last`` starts Xavier-uniform with zero bias, as the released code does. ``attention`` keeps
-    PyTorch's default start, which is small against the features: the prior begins close to uniform.
+        activation: The prior's activation, see `calm.latent.log_prior`.
+        denominator: The prior's denominator, see `calm.latent.log_prior`.
     """
 
     def __init__(
@@ -50,42 +44,38 @@ class CalmHead(nn.Module):
         num_classes: int,
         activation: PriorActivation = "softplus",
         denominator: PriorDenominator = "differentiated",
-        keep_logits: bool = True,
     ) -> None:
         super().__init__()
-        self.conv_last = _class_scores(in_channels, num_classes)
+        self.conv_last = _class_scorer(in_channels, num_classes)
         self.attention = nn.Conv2d(in_channels, 1, kernel_size=1)
-        self.activation, self.denominator, self.keep_logits = activation, denominator, keep_logits
+        self.activation, self.denominator = activation, denominator
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
-        """An output that scores classes and locations, and computes everything else, when asked."""
-        unscored = Unscored(features, self.conv_last, self.attention, self.keep_logits)
-        if not torch.is_grad_enabled():  # scored now, or reading it outside `no_grad` would have a gradient
-            return CalmOutput(unscored.logits(), unscored.scores(), self.activation, self.denominator)
-        return CalmOutput.of_features(unscored, self.activation, self.denominator)
+        """Score the classes at each location, and the locations."""
+        return CalmOutput(
+            self.conv_last(features), self.attention(features), self.activation, self.denominator
+        )
 
 
 class CamHead(nn.Module):
-    """One 1x1 convolution, averaged over locations: p(y | x) = softmax(mean of f).
+    """CAM's head: one 1x1 convolution averaged over the locations, p(y | x) = softmax(mean of f). It has no prior.
 
     Args:
-        in_channels: D, channels of the features.
+        in_channels: D, the channels of the features.
         num_classes: C.
-
-    It has no attention layer: a CAM model has no prior to ask for.
     """
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
-        self.conv_last = _class_scores(in_channels, num_classes)
+        self.conv_last = _class_scorer(in_channels, num_classes)
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CamOutput:
-        """Score the classes on the averaged features; maps are computed by the output when asked."""
+        """Score the classes on the averaged features."""
         assert self.conv_last.bias is not None
         return CamOutput(features, self.conv_last.weight, self.conv_last.bias)
 
 
-def _class_scores(in_channels: int, num_classes: int) -> nn.Conv2d:
+def _class_scorer(in_channels: int, num_classes: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, num_classes, kernel_size=1)
     nn.init.xavier_uniform_(conv.weight)
     if conv.bias is not None:
@@ -97,17 +87,17 @@ _IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
 
 class CalmModel(nn.Module):
-    """An image classifier whose output also says where.
+    """An image classifier whose output also says where the evidence is.
 
     Build one with `create_model`, `calm.load` or `calm.load_released`.
 
     Attributes:
-        config: what it is made of.
-        backbone: images (B, 3, H, W) to features (B, D, h, w).
-        head: features to a `CalmOutput` or `CamOutput`.
-        preprocessing: how an image file becomes its input.
-        class_names: C names.
-        training_summary: what the training recorded about itself (data, seed, accuracy), if anything.
+        config: What the model is made of.
+        backbone: Maps images (B, 3, H, W) to features (B, D, h, w).
+        head: Maps features to a `CalmOutput` or `CamOutput`.
+        preprocessing: How an image file becomes the model's input.
+        class_names: The C names of the classes.
+        training_summary: What the training recorded about itself (data, seed, accuracy), if anything.
     """
 
     def __init__(
@@ -131,30 +121,34 @@ class CalmModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.head.conv_last.weight.device
 
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
+        """Return image files, PIL images or uint8 RGB arrays (H, W, 3) as a batch on the model's device."""
+        return self.preprocessing(images).to(self.device)
+
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Features of normalised images (see `preprocess`).
+        """Return the backbone's features of normalised images (see `preprocess`).
 
         Raises:
-            CalmError: no floats of shape (B, 3, H, W).
+            CalmError: If the images are not floats of shape (B, 3, H, W).
         """
         check_images(images)
         features: Tensor = self.backbone(images)
         return features
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> CalmOutput | CamOutput:
-        """Classify and localise.
+        """Classify images and localise the evidence.
 
         Args:
-            images: RGB, normalised: (value in [0, 1] - mean) / std, as `preprocess` returns them.
+            images: RGB, normalised as `preprocess` does: (value in [0, 1] - mean) / std.
 
         Returns:
-            An output with ``log_probs`` and ``probs`` (B, C), and every other quantity when asked.
+            An output with ``log_probs`` and ``probs`` (B, C), losses and maps.
 
         Raises:
-            CalmError: see `encode`.
+            CalmError: See `encode`.
         """
         output: CalmOutput | CamOutput = self.head(self.encode(images))
         return output
@@ -166,29 +160,23 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmModel | None = None,
-        samples: int | None = None,
     ) -> Float[Tensor, ""]:
-        """The method's training loss for images, mean over the batch, in nats.
+        """Return the training loss of the model's method, mean over the batch, in nats.
 
         Args:
-            images: as for `forward`.
-            targets: class indices (B,), or soft targets (B, C) whose rows sum to 1.
-            temperature: calm-em: beta of the E-step.
+            images: As for `forward`.
+            targets: Class indices (B,), or soft targets (B, C) whose rows sum to 1.
+            temperature: calm-em: the exponent beta of the E-step.
             teacher: calm-em: the model whose posterior is used (an average of past weights); None is this model.
-            samples: calm-em: locations of each image that teach the classes, drawn from the posterior; None: all.
         """
-        believed = None
-        if teacher is not None:
-            with torch.no_grad():
-                believed = teacher(images)
-        return self.output_loss(
-            self(images), targets, temperature=temperature, teacher=believed, samples=samples
-        )
+        with torch.no_grad():
+            taught = None if teacher is None else teacher(images)
+        return self.output_loss(self(images), targets, temperature=temperature, teacher=taught)
 
     def loss_from_features(
         self, features: Float[Tensor, "b d h w"], targets: Tensor, *, temperature: float = 1.0
     ) -> Float[Tensor, ""]:
-        """`loss` for features that `encode` returned."""
+        """Return `loss` for features that `encode` returned."""
         return self.output_loss(self.head(features), targets, temperature=temperature)
 
     def output_loss(
@@ -198,24 +186,17 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmOutput | CamOutput | None = None,
-        samples: int | None = None,
     ) -> Float[Tensor, ""]:
-        """`loss` from an output, so that one forward pass serves loss, prediction and maps.
+        """Return `loss` from an output, so that one forward pass serves the loss, the prediction and the maps.
 
         Raises:
-            CalmError: a temperature, teacher or samples where the method has no E-step.
+            CalmError: If a temperature or teacher is given but the method has no E-step.
         """
-        if isinstance(output, CalmOutput) and (teacher is None or isinstance(teacher, CalmOutput)):
-            return output.loss(
-                targets,
-                method=self.config.method,
-                temperature=temperature,
-                teacher=teacher,
-                samples=samples,
-            )
-        if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None or samples:
+        if isinstance(output, CalmOutput) and not isinstance(teacher, CamOutput):
+            return output.loss(targets, method=self.config.method, temperature=temperature, teacher=teacher)
+        if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
             raise CalmError(
-                "temperature, teacher and samples belong to the E-step: they need CALM models, method 'calm-em'"
+                "temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'"
             )
         return output.loss(targets)
 
@@ -223,58 +204,55 @@ class CalmModel(nn.Module):
     def attribute(
         self,
         images: Float[Tensor, "b 3 H W"],
-        targets: output.Targets,
+        targets: maps.Targets,
         kind: str | None = None,
         *,
-        superclass: output.Superclass | None = None,
+        superclass: maps.Superclass | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Attribution maps, (B, H', W') or (B, K, H', W') for targets (B,) or (B, K), from one forward pass.
+        """Return attribution maps, (B, H', W') or (B, K, H', W') for targets (B,) or (B, K), from one forward pass.
 
         Args:
-            images: as for `forward`.
-            targets: the classes to explain; one alone is asked of all images.
-            kind: a name of `calm.output.MAP_KINDS`; None is ``joint`` for CALM, ``cam`` for CAM.
-            superclass: for the superclass kinds: target to its classes.
+            images: As for `forward`.
+            targets: The classes to explain; one alone is that of all images.
+            kind: A name in `calm.output.MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
+            superclass: For the superclass kinds: from each target to its classes.
             size: (height, width) of the maps; None is the size of the images.
 
         Raises:
-            CalmError: see `calm.output.attribute`; checked before the forward pass where possible.
+            CalmError: See `calm.output.attribute`; checked before the forward pass where possible.
         """
         kind = self.map_kind(kind)
-        found: Tensor = self(images).attribute(
-            targets, kind, superclass=superclass, size=size or _height_width(images)
-        )
-        return found
+        output = self(images)
+        result: Tensor = output.attribute(targets, kind, superclass=superclass, size=size or _size(images))
+        return result
 
     @torch.no_grad()
     def difference(
         self,
         images: Float[Tensor, "b 3 H W"],
-        first: output.Targets,
-        second: output.Targets,
+        first: maps.Targets,
+        second: maps.Targets,
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
     ) -> Float[Tensor, "b H W"]:
-        """Why class ``first`` and not ``second``, (B,) each or one for all images: abs of the difference of their maps
-        on the grid, resized as in `attribute`. One forward pass."""
+        """Return why class ``first`` and not ``second``: the absolute difference of their maps, from one forward pass.
+
+        The difference is taken on the grid and resized as in `attribute`. The classes are (B,), or one for all images.
+        """
         kind = self.map_kind(kind)
-        pair = torch.stack([output.as_targets(one, len(images)) for one in (first, second)], dim=1)
-        one, other = self(images).attribute(pair, kind).unbind(dim=1)
-        return resize_maps(output.difference(one, other), size or _height_width(images))
+        pair = torch.stack([maps.as_targets(one, len(images)) for one in (first, second)], dim=1)
+        of_first, of_second = self(images).attribute(pair, kind).unbind(dim=1)
+        return resize_maps(maps.difference(of_first, of_second), size or _size(images))
 
     def map_kind(self, kind: str | None = None) -> str:
-        """The canonical name of a map kind of this model; of its default one for None."""
-        family = "cam" if self.config.method == "cam" else "calm"
-        return output.canonical_kind(kind or {"cam": "cam", "calm": "joint"}[family], family)
-
-    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
-        """Image files, PIL images or uint8 RGB arrays (H, W, 3), one or a list, as a batch on the model's device."""
-        return self.preprocessing(images).to(self.device)
+        """Return the canonical name of a map kind of this model; None is its default kind."""
+        output = CamOutput if self.config.method == "cam" else CalmOutput
+        return maps.canonical_kind(kind or output.default_kind, output.family)
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
+        """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
         return checkpoint.write(
             folder,
             self.state_dict(),
@@ -288,15 +266,15 @@ class CalmModel(nn.Module):
         """Upload the model to the Hugging Face Hub, where `load` finds it under ``repo_id``.
 
         Args:
-            repo_id: ``owner/name``; made if it does not exist.
-            private: whether a new repository is private.
-            token: of the hub; None is the one that ``hf auth login`` stored.
+            repo_id: ``owner/name``; created if it does not exist.
+            private: Whether a new repository is private.
+            token: The token of the hub; None is the one that ``hf auth login`` stored.
 
         Returns:
             The address of the commit.
 
         Raises:
-            CalmError: the hub cannot be reached, or refuses.
+            CalmError: If the hub cannot be reached, or refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model")
@@ -304,11 +282,11 @@ class CalmModel(nn.Module):
 
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> CalmModel:
-        """Load from a folder or a hub id: `calm.load`."""
+        """Load a model from a folder or a hub id: `calm.load`."""
         return load(source, **options)
 
     def extra_repr(self) -> str:
-        """The configuration, first in ``print(model)``."""
+        """Return the configuration, the first line of ``print(model)``."""
         return str(self.config)
 
 
@@ -326,19 +304,19 @@ def create_model(
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> CalmModel:
-    """Put a classifier together.
+    """Create a classifier. This is the one place that puts backbone, head and preprocessing together.
 
     Args:
-        backbone: a name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
-        pretrained: start the backbone from ImageNet weights (needs a network the first time).
-        class_names: names of the classes, in the order of their indices.
-        preprocessing: input size and normalisation; the default is 224x224 and ImageNet's mean and std. Where these
-            are ImageNet's and a timm model's pretrained weights expect others, theirs are taken.
+        backbone: A name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
+        pretrained: Whether the backbone starts from ImageNet weights (needs a network the first time).
+        class_names: The names of the classes, in the order of their indices.
+        preprocessing: Input size and normalisation; the default is 224x224 and ImageNet's mean and std. Where these are
+            ImageNet's and the pretrained weights of a timm model expect others, theirs are taken.
 
     The other arguments are those of `ModelConfig`.
 
     Raises:
-        CalmError: an unknown name, an impossible value, a backbone that returns no feature map.
+        CalmError: If a name is unknown, a value is impossible, or the backbone returns no feature map.
 
     >>> model = create_model("small_resnet", num_classes=3)
     >>> model(torch.zeros(2, 3, 64, 64)).probs.shape
@@ -346,7 +324,8 @@ def create_model(
     """
     from calm.backbones import adapt_backbone, build_backbone
 
-    prepared = preprocessing or Preprocessing()
+    default = Preprocessing()
+    preprocessing = preprocessing or default
     config = ModelConfig(
         backbone=backbone if isinstance(backbone, str) else "custom",
         num_classes=num_classes,
@@ -370,21 +349,18 @@ def create_model(
             "pretrained and output_stride choose among named backbones: your own module comes as it is"
         )
     else:
-        body = adapt_backbone(backbone, prepared.size)
-    normalization = getattr(body, "normalization", None)
-    if pretrained and normalization is not None and (prepared.mean, prepared.std) == _IMAGENET:
-        prepared = replace(prepared, mean=normalization[0], std=normalization[1])
+        body = adapt_backbone(backbone, preprocessing.size)
+    expected = getattr(body, "normalization", None)
+    is_default = (preprocessing.mean, preprocessing.std) == (default.mean, default.std)
+    if pretrained and expected is not None and is_default:
+        preprocessing = replace(preprocessing, mean=expected[0], std=expected[1])
     channels = int(body.out_channels)  # type: ignore[arg-type]
-    head = (
-        CamHead(channels, num_classes)
-        if method == "cam"
-        else CalmHead(channels, num_classes, prior_activation, prior_denominator)
-    )
-    return CalmModel(config, body, head, class_names=class_names, preprocessing=prepared)
-
-
-def _height_width(images: Tensor) -> tuple[int, int]:
-    return images.shape[-2], images.shape[-1]
+    head: CalmHead | CamHead
+    if method == "cam":
+        head = CamHead(channels, num_classes)
+    else:
+        head = CalmHead(channels, num_classes, prior_activation, prior_denominator)
+    return CalmModel(config, body, head, class_names=class_names, preprocessing=preprocessing)
 
 
 def load(
@@ -393,18 +369,16 @@ def load(
     backbone: nn.Module | None = None,
     map_location: str | torch.device = "cpu",
 ) -> CalmModel:
-    """Load a saved model, in eval mode.
+    """Load a saved model, in eval mode. The global random state is left as it was.
 
     Args:
-        source: a folder that `CalmModel.save_pretrained` wrote; or the folder of a training run, whose best model is
+        source: A folder that `CalmModel.save_pretrained` wrote; or the folder of a training run, whose best model is
             taken, or its last if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
-        backbone: the module for a model whose backbone was the user's own, built as it was then.
-        map_location: the device.
-
-    The global random state is left as it was.
+        backbone: The module, for a model whose backbone was the user's own, built as it was then.
+        map_location: The device.
 
     Raises:
-        CalmError: see `calm.checkpoint.read`; or weights that do not fit, a backbone missing or superfluous.
+        CalmError: See `calm.checkpoint.read`; or the weights do not fit, or a backbone is missing or superfluous.
     """
     folder, card, state = checkpoint.read(source)
     config = card.model
@@ -430,9 +404,13 @@ def load(
     try:
         checkpoint.fill(model, state)
     except CalmError as error:
-        made, here = card.versions.get("timm"), version("timm")
-        hint = f" (made with timm {made}, here is {here})" if made != here else ""
+        saved, installed = card.versions.get("timm"), version("timm")
+        hint = f" (made with timm {saved}, here is {installed})" if saved != installed else ""
         raise CalmError(
             f"{folder / checkpoint.WEIGHTS} does not fit the model in {checkpoint.CARD}: {error}{hint}"
         ) from error
     return model.to(map_location).eval()
+
+
+def _size(images: Tensor) -> tuple[int, int]:
+    return images.shape[-2], images.shape[-1]

@@ -138,17 +138,14 @@ class LossOptions:
         teacher_decay: decay per step of that average.
         temperature: exponent of the joint in q: a number, or ``START:END`` for a linear change over the run, or
             ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
-        samples: teach the classes at so many locations of each image, drawn from q, for very many classes: an
-            unbiased estimate of the gradient. Not with mixup or cutmix. None is all locations.
     """
 
     posterior: Literal["current", "ema"] = "current"
     teacher_decay: float = 0.999
     temperature: float | str = 1.0
-    samples: int | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "loss.", teacher_decay=(0, 1), samples=(1, 1_000_000))
+        _check(self, "loss.", teacher_decay=(0, 1))
         temperature_schedule(self.temperature, steps=1)
 
 
@@ -230,8 +227,6 @@ class Hardware:
         compile: compile the backbone with ``torch.compile``.
         deterministic: on GPUs choose algorithms that give the same weights every time (often slower); an operation
             that has none is an error. The CPU needs no choice.
-        keep_logits: hold the class logits of a CALM step until its backward pass. False computes them twice, some
-            locations at a time: the head's memory does not grow with the number of classes, its time by a third.
     """
 
     accelerator: str = "auto"
@@ -242,7 +237,6 @@ class Hardware:
     channels_last: bool = False
     compile: bool = False
     deterministic: bool = False
-    keep_logits: bool = True
 
     def __post_init__(self) -> None:
         _check(self, "hardware.", nodes=(1, MOST))
@@ -307,15 +301,8 @@ class TrainConfig:
         _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != LossOptions():
             raise CalmError(
-                f"loss.posterior, teacher_decay, temperature and samples are calm-em's, not {self.method}'s"
+                f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s"
             )
-        if self.loss.samples is not None and self.augment.mixes:
-            raise CalmError(
-                f"loss.samples {self.loss.samples} is for one class per image, but augment.mixup and cutmix mix two;"
-                " leave out loss.samples, or set augment.mixup and augment.cutmix to 0"
-            )
-        if self.method == "cam" and not self.hardware.keep_logits:
-            raise CalmError("hardware.keep_logits is CALM's: CAM averages first and makes no logits to keep")
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(
                 f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs"

@@ -16,7 +16,7 @@ from calm.data.records import Report, Split
 from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
-from calm.model import CalmHead, CalmModel, create_model, load
+from calm.model import CalmModel, create_model, load
 from calm.train.config import RunLength, TrainConfig
 
 __all__ = ["build_datasets", "build_loader", "build_model", "read_splits", "run_length"]
@@ -119,8 +119,6 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     )
     if options.init_from is not None:
         _initialise(model, options.init_from, backbone)
-    if isinstance(model.head, CalmHead):
-        model.head.keep_logits = config.hardware.keep_logits
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.train()  # a backbone that was loaded comes in evaluation mode

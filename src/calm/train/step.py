@@ -62,7 +62,7 @@ class TrainingMeasures(Metric):
         columns = [torch.ones_like(right), right, -log_probs.gather(1, labels[:, None]).squeeze(1)]
         if isinstance(output, CalmOutput):
             log_prior = output.log_prior.flatten(1)
-            posterior = output.target_rows(labels).flatten(1).softmax(dim=1)
+            posterior = output.target_log_joint(labels).flatten(1).softmax(dim=1)
             self.locations = log_prior.shape[1]
             columns += [torch.special.entr(prob).sum(dim=1) for prob in (log_prior.exp(), posterior)]
             columns.append(output.dead.float())
@@ -148,7 +148,6 @@ class TrainingStep(nn.Module):
             targets,
             temperature=self.temperature(step),
             teacher=teacher,
-            samples=self.config.loss.samples,
         )
         self.images = images
         self.guard.note(loss, step)
