@@ -1,7 +1,4 @@
-"""eval_pixel_perturb.py: erase the highest-scored pixels, or random ones, and classify again.
-
-eval_cue_location.py: does the difference of two classes' maps lie on the part that tells them apart?
-"""
+"""The released evaluations: eval_pixel_perturb.py (remove-and-classify) and eval_cue_location.py (cue localization)."""
 
 from __future__ import annotations
 

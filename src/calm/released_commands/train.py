@@ -1,8 +1,7 @@
-"""main.py: train as the released code does, and leave what it leaves."""
+"""main.py: train as the released code does, and leave the files that it leaves."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 from calm.data.loading import load_split
@@ -22,7 +21,7 @@ __all__ = ["main", "train_config"]
 def main(flags: Flags) -> None:
     """Train, unless ``--is_train=False``; test the last epoch's weights; write everything to the experiment's folder.
 
-    An experiment that was interrupted goes on after its last whole epoch.
+    An interrupted experiment continues after its last complete epoch.
 
     Raises:
         CalmError: data, weights or a folder that cannot work; before training starts.
@@ -36,50 +35,39 @@ def main(flags: Flags) -> None:
 
 
 def train_config(flags: Flags, *, lists: Path, start: Path | None = None) -> TrainConfig:
-    """The flags as this package's training configuration, on the preset ``released``.
+    """Return the flags as this package's training configuration, on the preset ``released``.
 
     Args:
         flags: the flags.
         lists: folder of the metadata lists.
         start: a saved model to start from, in place of ImageNet's weights.
     """
-    config = preset(
-        "released",
-        f"--data={flags.images}",
-        f"--method={flags.method}",
-        f"--backbone={flags.architecture}",
-        f"--epochs={flags.epochs}",
-        f"--batch_size={flags.batch_size}",
-        f"--lr={flags.lr}",
-        f"--seed={flags.seed or 0}",
-        f"--run_dir={flags.folder / 'run'}",
-    )
-    return replace(
-        config,
-        reading=replace(
-            config.reading,
-            layout="metadata",
-            metadata_root=lists,
-            image_size=flags.crop_size,
-            workers=flags.workers,
-        ),
-        augment=replace(config.augment, resize_ratio=flags.resize_size / flags.crop_size),
-        model=replace(
-            config.model,
-            pretrained=flags.pretrained and start is None,
-            large_feature_map=flags.large_feature_map,
-            use_bn=flags.batch_norm,
-            init_from=None if start is None else str(start),
-        ),
-        optim=replace(
-            config.optim,
-            momentum=flags.momentum,
-            weight_decay=flags.weight_decay,
-            head_ratio=flags.lr_classifier_ratio,
-            step_epochs=flags.lr_decay_frequency,
-            grouping="head" if flags.is_different_checkpoint else "released",
-        ),
-    )
+    settings = {
+        "data": flags.images,
+        "method": flags.method,
+        "backbone": flags.architecture,
+        "epochs": flags.epochs,
+        "batch_size": flags.batch_size,
+        "lr": flags.lr,
+        "seed": flags.seed or 0,
+        "run_dir": flags.folder / "run",
+        "reading.layout": "metadata",
+        "reading.metadata_root": lists,
+        "reading.image_size": flags.crop_size,
+        "reading.workers": flags.workers,
+        "augment.resize_ratio": flags.resize_size / flags.crop_size,
+        "model.pretrained": flags.pretrained and start is None,
+        "model.large_feature_map": flags.large_feature_map,
+        "model.use_bn": flags.batch_norm,
+        "optim.momentum": flags.momentum,
+        "optim.weight_decay": flags.weight_decay,
+        "optim.head_ratio": flags.lr_classifier_ratio,
+        "optim.step_epochs": flags.lr_decay_frequency,
+        "optim.grouping": "head" if flags.is_different_checkpoint else "released",
+    }
+    if start is not None:
+        settings["model.init_from"] = start
+    return preset("released", *(f"--{name}={value}" for name, value in settings.items()))
 
 
 def _train(flags: Flags, log: Log) -> None:
@@ -88,7 +76,7 @@ def _train(flags: Flags, log: Log) -> None:
             f"experiment with the same name exists: {flags.folder} holds a finished training. Choose another "
             "--experiment_name, or --override_cache=True to delete it and train anew"
         )
-    train_config(flags, lists=flags.lists)  # a wrong value is said before anything is read or written
+    train_config(flags, lists=flags.lists)  # refuses wrong values before anything is read or written
     split = load_split(flags.images, "train", layout="metadata", metadata_root=flags.lists)
     if flags.pretrained and not flags.use_load_checkpoint:
         check_pretrained(flags)
@@ -131,7 +119,7 @@ def _only_test(flags: Flags, log: Log) -> None:
 
 
 def _export(config: TrainConfig, run_dir: Path, path: Path) -> None:
-    """Write the last epoch's weights, and the optimiser's state, as the released code does."""
+    """Write the last epoch's weights and the optimiser's state in the released format."""
     model = load(run_dir / "last")
     state = read_torch(run_dir / "checkpoints" / "last.ckpt", "checkpoint")
     optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
