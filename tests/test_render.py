@@ -17,6 +17,7 @@ from calm.render import (
     colorize,
     draw_boxes,
     draw_contour,
+    draw_peak,
     draw_point,
     overlay,
     panel,
@@ -35,13 +36,13 @@ def lightness(colours: np.ndarray) -> np.ndarray:
     return np.where(y > (6 / 29) ** 3, 116 * np.cbrt(y) - 16, y * (29 / 3) ** 3)
 
 
-def test_heat_only_gets_lighter() -> None:
+def test_table_heat_only_gets_lighter() -> None:
     steps = np.diff(lightness(table("heat").astype(float)))
     assert steps.min() > -0.25  # rounding to 8 bits
     assert lightness(table("heat")[[0, -1]].astype(float)) == pytest.approx([9, 96], abs=4)
 
 
-def test_signed_is_lightest_in_the_middle_and_equally_dark_at_the_ends() -> None:
+def test_table_signed_is_lightest_in_the_middle_and_equally_dark_at_the_ends() -> None:
     light = lightness(table("signed").astype(float))
     assert abs(int(light.argmax()) - 127.5) <= 2
     assert abs(light[0] - light[-1]) < 5
@@ -56,20 +57,18 @@ def test_colorize_takes_the_nearest_end_outside_and_zero_for_nan() -> None:
     assert (colorize(np.array([-1, 1, -7, np.nan]), "signed") == table("signed")[[0, 255, 0, 128]]).all()
 
 
-def test_a_colour_map_cannot_be_changed_by_its_users() -> None:
+def test_table_cannot_be_changed_by_its_users() -> None:
     with pytest.raises(ValueError, match="read-only"):
         table("heat")[0] = 0
 
 
 @pytest.mark.parametrize("colormap", ["heat", "signed"])
-def test_an_overlay_computed_in_parts_is_the_same(
-    colormap: Colormap, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overlay_computed_in_parts_is_the_same(colormap: Colormap, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = np.random.default_rng(0)
     picture, values = generator.integers(0, 256, (23, 37, 3), dtype=np.uint8), generator.normal(size=(4, 5))
     whole = overlay(picture, values, colormap=colormap)
     before = picture.copy()
-    monkeypatch.setattr(calm.render, "AT_ONCE", 100)
+    monkeypatch.setattr(calm.render, "PIXELS_AT_ONCE", 100)
     assert (overlay(picture, values, colormap=colormap) == whole).all()
     assert (picture == before).all()
 
@@ -96,7 +95,7 @@ def test_overlay_of_a_signed_map_leaves_zero_clear_and_keeps_signs() -> None:
 
 @pytest.mark.parametrize("empty", [torch.zeros(3, 4), torch.full((3, 4), torch.nan), -torch.rand(3, 4)])
 @pytest.mark.parametrize("colormap", ["heat", "signed"])
-def test_a_map_without_evidence_draws_nothing(empty: torch.Tensor, colormap: str) -> None:
+def test_overlay_of_a_map_without_evidence_draws_nothing(empty: torch.Tensor, colormap: str) -> None:
     if colormap == "signed" and bool((empty < 0).any()):
         return
     assert (overlay(GREY, empty, colormap=colormap) == 100).all()  # type: ignore[arg-type]
@@ -121,7 +120,7 @@ def test_overlay_refuses_what_is_no_picture_or_map() -> None:
         overlay(GREY, torch.rand(2, 2), colormap="signd")  # type: ignore[arg-type]
 
 
-def test_boxes_are_painted_on_their_inclusive_corners() -> None:
+def test_draw_boxes_paints_their_inclusive_corners() -> None:
     drawn = draw_boxes(GREY, [(1, 2, 6, 4)], colour=(255, 0, 0))
     painted = (drawn == (255, 0, 0)).all(axis=2)
     expected = np.zeros((6, 8), bool)
@@ -131,7 +130,7 @@ def test_boxes_are_painted_on_their_inclusive_corners() -> None:
     assert (GREY == 100).all(), "the picture given is not drawn on"
 
 
-def test_a_contour_runs_around_the_mask() -> None:
+def test_draw_contour_runs_around_the_mask() -> None:
     picture = np.full((40, 40, 3), 100, np.uint8)
     mask = np.zeros((40, 40))
     mask[10:30, 10:30] = 1
@@ -144,13 +143,29 @@ def test_a_contour_runs_around_the_mask() -> None:
     assert (picture == 100).all()
 
 
-def test_a_point_is_a_ring_around_it() -> None:
+def test_draw_point_draws_a_ring_around_it() -> None:
     drawn = draw_point(np.full((30, 30, 3), 100, np.uint8), 15, 12, radius=6)
     changed = (drawn != 100).any(axis=2)
     ys, xs = np.nonzero(changed)
     assert (xs.min() + xs.max()) / 2 == 15
     assert (ys.min() + ys.max()) / 2 == 12
     assert not changed[12, 15]
+
+
+def test_draw_peak_draws_a_ring_around_the_highest_value() -> None:
+    picture, values = np.full((96, 48, 3), 100, np.uint8), torch.zeros(12, 6)
+    values[9, 2] = 1e-6  # a cell of 8 pixels: its middle is at (20, 76)
+    changed = (draw_peak(picture, values) != picture).any(axis=2)
+    ys, xs = np.nonzero(changed)
+    assert abs((xs.min() + xs.max()) / 2 - 19.5) <= 1
+    assert abs((ys.min() + ys.max()) / 2 - 75.5) <= 1
+    assert not changed[76, 20]
+    assert (picture == 100).all()
+
+
+@pytest.mark.parametrize("values", [torch.ones(3, 3), torch.full((3, 3), torch.nan)])
+def test_draw_peak_draws_nothing_where_no_place_is_the_highest(values: torch.Tensor) -> None:
+    assert (draw_peak(GREY, values) == GREY).all()
 
 
 def test_panel_puts_each_picture_in_its_cell() -> None:
@@ -188,11 +203,11 @@ def test_panel_needs_a_cell() -> None:
             panel(rows)
 
 
-def test_a_picture_of_the_right_size_is_not_touched() -> None:
+def test_resize_picture_does_not_touch_one_of_the_right_size() -> None:
     assert resize_picture(GREY, (6, 8)) is GREY
 
 
-def test_drawing_needs_no_plotting_library() -> None:
+def test_render_needs_no_plotting_library() -> None:
     code = (
         "import sys, numpy as np; from calm.render import *; "
         "panel([[Tile(overlay(np.zeros((8, 8, 3), np.uint8), np.eye(4)), 'x')]]); "

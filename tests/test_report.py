@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from calm.errors import CalmError
-from calm.report import Figure, Page, Section, charts, join, render, tag, write
-from calm.report.charts import Line, chart, legend
+from calm.report import charts
+from calm.report.charts import Line, chart
 from calm.report.found import read_run
-from calm.report.page import Column, Row, Shot, colour_bar, data_uri, figures_table, image, strip
+from calm.report.page import Column, Page, Row, Section, Shot, Table, data_uri, macro, render, write
 
 HOSTILE = """<script>alert("x")</script> & 'so' on"""
 
@@ -48,42 +48,42 @@ class Texts(HTMLParser):
         return [text for element, text in self.found if element == name]
 
 
-def test_text_is_escaped_exactly_once_in_content_and_attributes():
-    html = tag("p", HOSTILE, tag("b", HOSTILE), title=HOSTILE)
-    assert "<script" not in html
-    assert Texts(html).found == [("p", HOSTILE), ("b", HOSTILE)]
-    titles = []
-    parser = HTMLParser()
-    parser.handle_starttag = lambda name, attributes: titles.append(dict(attributes).get("title"))
-    parser.feed(html)
-    assert titles == [HOSTILE, None]
-
-
-def test_elements_without_content_and_attributes_without_value():
-    assert tag("img", src="a", alt="", hidden=True, title=None, lang=False) == '<img src="a" alt="" hidden>'
-    assert join("a", None, tag("br"), "<", between=" ") == "a <br> &lt;"
-
-
-def test_a_page_holds_its_sections_with_links_to_them():
-    page = Page(
-        HOSTILE,
-        "kind",
-        "summary",
-        [Section("One & only", tag("p", "first")), Section("A very long title", tag("p", "second"), "Two")],
-        [Figure("98 %", "accuracy", "of 540")],
+def empty_page(title="t", sections=()):
+    summary = Section(
+        "", "summary_benchmarks", {"methods": 1, "benchmarks": 2, "figures": [("98 %", title, "of 540")]}
     )
-    html = render(page)
+    return Page(title, "kind", summary, sections)
+
+
+def test_render_escapes_text_exactly_once_in_content_and_attributes():
+    shot = Shot(np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE)
+    html = macro("strip", [shot], 1)
+    assert "<script" not in html
+    assert Texts(html).found == [("figcaption", HOSTILE)]
+    alts = []
+    parser = HTMLParser()
+    parser.handle_starttag = lambda name, attributes: alts.append(dict(attributes).get("alt"))
+    parser.feed(html)
+    assert HOSTILE in alts
+
+
+def test_render_puts_sections_below_links_to_them():
+    sections = [Section("One & only", "gallery", {"gallery": {"cards": {}, "problems": [HOSTILE]}}),
+                Section("A very long title", "gallery", {"gallery": {"cards": {}, "problems": []}}, "Two")]  # fmt: skip
+    html = render(empty_page(HOSTILE, sections))
     texts = Texts(html)
-    assert texts.of("h1") == texts.of("title") == [HOSTILE]
+    assert texts.of("h1") == texts.of("title") == texts.of("dt") == [HOSTILE]
     assert texts.of("h2") == ["One & only", "A very long title"]
+    assert HOSTILE in texts.of("p")
+    assert "<script" not in html
     links = re.findall(r'<a href="#([^"]+)">', html)
     assert links == re.findall(r'<section id="([^"]+)">', html) == ["one-only", "two"]
     assert texts.of("dd") == ["98 %", "of 540"]
     assert html.startswith("<!doctype html>\n<html")
 
 
-def test_the_style_is_inside_and_knows_dark_screens_phones_and_paper(tmp_path):
-    path = write(Page("t", "k", "s", []), tmp_path / "a" / "report.html")
+def test_write_puts_the_style_inside_for_dark_screens_phones_and_paper(tmp_path):
+    path = write(empty_page(), tmp_path / "a" / "report.html")
     html = path.read_text(encoding="utf-8")
     assert [p.name for p in path.parent.iterdir()] == ["report.html"]
     for wanted in ("prefers-color-scheme: dark", "max-width: 46rem", "@media print", "width=device-width"):
@@ -91,7 +91,7 @@ def test_the_style_is_inside_and_knows_dark_screens_phones_and_paper(tmp_path):
     assert not re.search(r"url\(|@import|<link|<script", html)
 
 
-def test_a_picture_survives_its_address():
+def test_data_uri_keeps_the_picture():
     picture = np.random.default_rng(0).integers(0, 256, (12, 9, 3), dtype=np.uint8)
     kind, _, code = data_uri(picture, lossless=True).partition(";base64,")
     assert kind == "data:image/png"
@@ -101,18 +101,18 @@ def test_a_picture_survives_its_address():
     decoded = np.array(Image.open(io.BytesIO(base64.b64decode(code)))).astype(int)
     assert kind == "data:image/jpeg"
     assert abs(decoded - smooth).max() <= 3
-    assert 'width="9" height="12"' in image(picture, "noise")
+    assert 'width="9" height="12"' in macro("image", picture, "noise")
 
 
-def test_pictures_say_what_they_show():
-    html = strip([Shot(np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE, "note")], columns=3)
+def test_strip_says_what_pictures_show():
+    html = macro("strip", [Shot(np.zeros((2, 2, 3), np.uint8), HOSTILE, HOSTILE, "note")], 3)
     assert Texts(html).found == [("figcaption", HOSTILE), ("small", "note")]
     assert "<script" not in html
     assert "--columns:3;--narrow:2" in html
-    assert Texts(colour_bar("low", "high", "signed", "0")).of("span") == ["low", "0", "high"]
+    assert Texts(macro("colours", "low", "high", "signed", "0")).of("span") == ["low", "0", "high"]
 
 
-def test_the_best_figure_stands_out_and_ties_and_chance_are_treated_fairly():
+def test_table_marks_the_best_and_treats_ties_and_chance_fairly():
     columns = [
         Column("accuracy", "%", "higher"),
         Column("nll", ".2f", "lower"),
@@ -124,7 +124,7 @@ def test_the_best_figure_stands_out_and_ties_and_chance_are_treated_fairly():
         Row("b", [0.98764, 0.4, None, "8"]),
         Row("chance", [0.999, 0.1, 1.0, "9"], competes=False),
     ]
-    html = figures_table(columns, rows, corner="model", caption="Figures")
+    html = macro("table", Table(columns, rows, "Figures", "model"))
     texts = Texts(html)
     thin = "\N{NARROW NO-BREAK SPACE}%"
     assert texts.of("b") == [f"98.8{thin}", f"98.8{thin}", "0.40"]  # equal as written: equally good
@@ -140,7 +140,7 @@ def drawn_paths(svg: str, colour: str) -> list[np.ndarray]:
     return [np.array(re.findall(r"[-\d.]+", p.get("d")), dtype=float).reshape(-1, 2) for p in paths]
 
 
-def test_a_chart_draws_its_figures_in_the_colours_of_the_page():
+def test_chart_draws_its_figures_in_the_colours_of_the_page():
     x, y = [1, 2, 3, 5], [0.1, 0.5, 0.4, 0.9]
     lines = [Line(x, y, "a", "calm"), Line(x, y[::-1], "b", "cam", dashed=True, band=(y, y))]
     html = chart(lines, title="Loss & more", x_label="epoch", percent=True)
@@ -151,11 +151,11 @@ def test_a_chart_draws_its_figures_in_the_colours_of_the_page():
     assert len(drawn_paths(html, "cam")) == 1
     assert not re.search(r"#0\d0\d0\d|<metadata|https?://|<style", html)
     assert 'aria-label="Loss &amp; more"' in html
-    assert Texts(legend([*lines, lines[0]])).of("li") == ["a", "b"]
+    assert Texts(macro("legend", [*lines, lines[0]])).of("li") == ["a", "b"]
 
 
 @pytest.mark.parametrize(("lowest", "drawn"), [(0.2, 0.0), (-0.3, -0.3)])
-def test_a_curve_below_zero_is_drawn_whole(lowest, drawn, monkeypatch):
+def test_chart_draws_a_curve_below_zero_whole(lowest, drawn, monkeypatch):
     limits = []
     monkeypatch.setattr(charts, "_figure", lambda draw, *_: limits.append(_limits(draw)))
     chart([Line([0, 1], [1.0, 0.5], "a", band=([0.9, lowest], [1.0, 0.6]))], title="t", x_label="x")
@@ -171,7 +171,7 @@ def _limits(draw):
     return axes.get_ylim()[0]
 
 
-def test_charts_of_one_page_do_not_share_ids():
+def test_chart_shares_no_ids_with_another():
     charts = [chart([Line([1, 2], [1, 2], "a")], title=title, x_label="x") for title in ("one", "two")]
     ids = [set(re.findall(r' id="([^"]+)"', html)) for html in charts]
     assert ids[0]
@@ -180,7 +180,7 @@ def test_charts_of_one_page_do_not_share_ids():
         assert set(re.findall(r"url\(#([^)]+)\)", html)) <= own
 
 
-def test_a_run_is_read_as_it_was_written_and_an_unfinished_one_is_refused(tmp_path):
+def test_read_run_reads_a_finished_run_and_refuses_others(tmp_path):
     with pytest.raises(CalmError, match=r"no finished run of calm train: it has no config\.yaml"):
         read_run(tmp_path)
     (tmp_path / "config.yaml").write_text("method: calm-ml\nepochs: 2\n")
@@ -195,7 +195,7 @@ def test_a_run_is_read_as_it_was_written_and_an_unfinished_one_is_refused(tmp_pa
     assert read.history == {"epoch": [1, 2], "val_nll": [0.5, 0.25]}
 
 
-def test_the_package_costs_no_plotting_library_until_a_chart_is_drawn():
+def test_importing_reports_costs_no_plotting_library():
     code = "import sys, calm.report, calm.report.charts, calm.cli.demo; print({'matplotlib', 'torch'} & {*sys.modules})"
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -20,11 +20,11 @@ from calm.evaluate.subject import weights_digest
 from calm.images import Preprocessing
 from calm.metrics.bootstrap import Estimate
 from calm.model import create_model
-from calm.report import benchmarks
-from calm.report.benchmarks import benchmark_section
-from calm.report.charts import Dots, dot_chart
+from calm.report.benchmarks import benchmark_section, main_figure
+from calm.report.charts import Line, dot_chart
 from calm.report.found import PUBLISHED, Group, find_groups, published, styles
-from calm.report.gallery import choose, gallery_section, maps_of, scenes
+from calm.report.gallery import choose, gallery, maps_of, scenes
+from calm.report.page import Section
 from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
@@ -69,7 +69,11 @@ def group(*results):
     return Group(results[0].benchmark, results, results[0].provenance["data"])
 
 
-def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(tmp_path):
+def drawn_gallery(*results):
+    return Section("", "gallery", {"gallery": gallery(group(*results))}).body
+
+
+def test_find_groups_sorts_results_by_benchmark_and_data_and_skips_other_json(tmp_path):
     made(label="CAM cam").save(tmp_path / "a" / "localization" / "cam-0123abcd.json")
     made().save(tmp_path / "b" / "deep" / "calm-0123abcd.json")
     cue_result().save(tmp_path / "b" / "cue.json")
@@ -87,7 +91,7 @@ def test_results_are_found_by_benchmark_and_data_and_other_json_is_passed_over(t
     assert len({g.heading for g in groups}) == 3
 
 
-def test_results_of_one_model_under_two_protocols_are_named_by_them(tmp_path):
+def test_find_groups_names_the_protocols_of_one_model(tmp_path):
     for norm, cuts in (("minmax", "even"), ("max", "log"), ("max", "even")):
         said = {"normalization": norm, "thresholds": cuts, "subject": {"model": "runs/a"}}
         figures = {"mpxap": Estimate(0.5, 0.4, 0.6)}
@@ -101,13 +105,13 @@ def test_results_of_one_model_under_two_protocols_are_named_by_them(tmp_path):
     }
 
 
-def test_the_best_are_all_that_share_the_best_figure():
+def test_main_figure_names_all_that_share_the_best():
     def shown(*values):
         results = [
             Result("classification", name, {"top1": Estimate(value, value, value)})
             for name, value in zip("abcde", values, strict=False)
         ]
-        note = str(benchmarks._figure(Group("classification", tuple(results), {})).note)
+        *_, note = main_figure(Group("classification", tuple(results), {}))
         return note.replace("\u202f", " ")
 
     assert shown(0.5, 0.7, 0.6) == "b; next c, 60.0 %"
@@ -116,7 +120,7 @@ def test_the_best_are_all_that_share_the_best_figure():
     assert shown(0.7, 0.7, 0.7, 0.7, 0.6) == "a, b, c and 1 more; next e, 60.0 %"
 
 
-def test_missing_and_empty_folders_are_named(tmp_path, capsys):
+def test_find_groups_names_missing_and_empty_folders(tmp_path, capsys):
     with pytest.raises(CalmError, match=r"gone: no such folder"):
         find_groups([tmp_path / "gone"])
     with pytest.raises(CalmError, match=r"make some with calm evaluate"):
@@ -125,7 +129,7 @@ def test_missing_and_empty_folders_are_named(tmp_path, capsys):
     assert "no result of a benchmark below" in capsys.readouterr().err
 
 
-def test_equal_labels_are_told_apart_by_their_runs(tmp_path):
+def test_find_groups_tells_equal_labels_apart_by_their_runs(tmp_path):
     for seed in (0, 1):
         provenance = {"data": {"fingerprint": "f"}, "subject": {"model": f"runs/calm-{seed}"}}
         made(provenance=provenance).save(tmp_path / f"{seed}.json")
@@ -133,7 +137,7 @@ def test_equal_labels_are_told_apart_by_their_runs(tmp_path):
     assert [r.label for r in found.results] == ["CALM-EM joint (calm-0)", "CALM-EM joint (calm-1)"]
 
 
-def test_every_method_has_a_look_of_its_own_and_calm_and_cam_theirs():
+def test_styles_differ_and_calm_and_cam_have_their_own():
     methods = {"CAM gradient": "gradient", "CALM-ML joint": "joint", "CAM cam": "cam"}
     labels = [*methods, *map(str, range(12))]
     subjects = [{"subject": {"method": methods.get(label)}} for label in labels]
@@ -144,7 +148,7 @@ def test_every_method_has_a_look_of_its_own_and_calm_and_cam_theirs():
     assert looks["CAM cam"] == ("cam", False)
 
 
-def test_the_table_has_each_figure_with_its_interval_and_a_dash_for_what_is_undefined():
+def test_benchmark_section_has_figures_with_intervals_and_dashes():
     nothing = Estimate(math.nan, math.nan, math.nan)
     one = made(label=HOSTILE, figures={"nll": Estimate(0.5, 0.4, 0.6), "top1": Estimate(0.61, 0.55, 0.66)})
     two = made(label="CAM cam", figures={"top1": Estimate(0.4, 0.3, 0.5), "nll": nothing})
@@ -161,7 +165,7 @@ def test_the_table_has_each_figure_with_its_interval_and_a_dash_for_what_is_unde
     assert "<script" not in section.body
 
 
-def test_curves_of_all_methods_share_a_chart_and_lose_no_visible_point():
+def test_benchmark_section_draws_the_curves_of_all_methods_in_one_chart():
     both = group(made(), made(label="CAM cam"))
     section = benchmark_section(both, styles([both]))
     assert section.body.count("<svg") == 1
@@ -174,7 +178,7 @@ def test_curves_of_all_methods_share_a_chart_and_lose_no_visible_point():
     assert len(drawn_paths(section.body, "cam")) == 1
 
 
-def test_figures_that_are_not_the_main_ones_stand_below_a_fold_and_chance_is_never_bold():
+def test_benchmark_section_folds_minor_figures_and_never_bolds_chance():
     names = ("mpxap", "mpxap_1", "mpxap_released", "mpxap_released_1", "part_of_image", "chance")
     figures = {name: Estimate(0.3, 0.2, 0.4) for name in names}
     less = {name: Estimate(0.1, 0.0, 0.2) for name in names}
@@ -190,7 +194,7 @@ def test_figures_that_are_not_the_main_ones_stand_below_a_fold_and_chance_is_nev
     assert notes == ["mPxAP", "mPxAP released", "part of image", "chance", "1 part, 2 parts, 3 parts"]
 
 
-def test_cue_localization_has_dots_by_number_of_parts_and_by_pair_and_skips_pairs_without_images():
+def test_benchmark_section_draws_cues_by_parts_and_by_pair_but_not_pairs_without_images():
     both = group(cue_result(), cue_result("CAM cam", -0.1))
     body = benchmark_section(both, styles([both])).body
     assert body.count("<svg") == 3  # per pair counting, released counting, single pairs
@@ -199,9 +203,9 @@ def test_cue_localization_has_dots_by_number_of_parts_and_by_pair_and_skips_pair
     assert "Blue Bird / Grey Bird" not in body
 
 
-def test_dots_stand_at_their_values_with_their_intervals():
-    values, ends = [0.2, 0.6, math.nan], [(0.1, 0.3), (0.5, 0.7), None]
-    html = dot_chart([Dots(values, "a", "calm", intervals=ends)], "xyz", title="t", x_label="x")
+def test_dot_chart_puts_dots_at_their_values_with_intervals():
+    values, ends = [0.2, 0.6, math.nan], ([0.1, 0.5, math.nan], [0.3, 0.7, math.nan])
+    html = dot_chart([Line(range(3), values, "a", "calm", band=ends)], "xyz", title="t", x_label="x")
     dots = [
         (float(x), float(y))
         for x, y in re.findall(
@@ -217,7 +221,7 @@ def test_dots_stand_at_their_values_with_their_intervals():
         assert abs(bar[:, 1].mean() - y) < 1e-4  # these intervals are symmetric
 
 
-def test_the_papers_figures_stand_beside_ours_on_its_data_only():
+def test_published_figures_stand_beside_ours_on_the_same_data_only():
     cub = {
         "data": {
             "images": 5794,
@@ -235,7 +239,7 @@ def test_the_papers_figures_stand_beside_ours_on_its_data_only():
     assert published("localization", "CUB-200-2011") is None
 
 
-def test_the_papers_means_agree_with_its_columns_weighted_by_pairs():
+def test_published_means_agree_with_their_columns_weighted_by_pairs():
     """31, 64 and 96 pairs: a slip of the pen in the table would show."""
     (cues,) = (table for table in PUBLISHED if table.benchmark == "cue-localization")
     for figures in cues.rows.values():
@@ -243,7 +247,7 @@ def test_the_papers_means_agree_with_its_columns_weighted_by_pairs():
         assert abs(np.dot(columns, [31, 64, 96]) / 191 - figures["mpxap_published"]) < 0.004
 
 
-def test_images_are_chosen_by_the_mean_score_from_those_that_all_methods_have():
+def test_choose_takes_images_by_mean_score_that_all_methods_have():
     scores = {f"{n:02d}": n / 20 for n in range(20)}
     one = made(scores={**scores, "only-here": 9.0})
     two = made(label="CAM cam", scores={**scores, "19": 0.0, "05": math.nan})
@@ -290,7 +294,7 @@ def birds(tmp_path_factory):
     return folder, split, model.eval(), {"data": data, "subject": subject}, scores
 
 
-def test_the_gallery_shows_the_models_maps_on_the_images_that_the_result_names(birds):
+def test_gallery_shows_the_models_maps_on_the_images_of_the_result(birds):
     _, split, model, provenance, scores = birds
     result = made(provenance=provenance, scores=scores)
     views = scenes(group(result), [record.id for record in split.records[:3]])
@@ -300,7 +304,7 @@ def test_the_gallery_shows_the_models_maps_on_the_images_that_the_result_names(b
         output = model(model.preprocess(record.path))
         expected = output.joint[0, record.label].detach()
         torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-4)
-    html = gallery_section(group(result, made(label="CAM cam"))).body
+    html = drawn_gallery(result, made(label="CAM cam"))
     assert (
         html.count("data:image/jpeg") == 10 * 2
     )  # of the method without scores and model nothing can be drawn
@@ -308,7 +312,7 @@ def test_the_gallery_shows_the_models_maps_on_the_images_that_the_result_names(b
     assert Texts(html).of("h3") == ["Best", "Worst", "At random"]
 
 
-def test_cue_scenes_ask_about_a_pair_of_the_images_class_and_outline_what_differs(birds):
+def test_scenes_of_cues_ask_about_a_pair_and_outline_what_differs(birds):
     folder, split, model, provenance, scores = birds
     result = cue_result(provenance=provenance, scores=scores)
     (view,) = scenes(group(result), [split.records[0].id])
@@ -325,10 +329,10 @@ def test_cue_scenes_ask_about_a_pair_of_the_images_class_and_outline_what_differ
     torch.testing.assert_close(values, (one - other).abs(), atol=1e-6, rtol=1e-4)
 
 
-def test_without_model_or_data_the_gallery_is_a_sentence(birds, tmp_path):
+def test_gallery_says_what_it_cannot_show(birds, tmp_path):
     _, _, _, provenance, scores = birds
     lost = {**provenance, "subject": {**provenance["subject"], "model": str(tmp_path / "gone")}}
-    html = gallery_section(group(made(provenance=lost, scores=scores))).body
+    html = drawn_gallery(made(provenance=lost, scores=scores))
     assert "its model is no longer at" in html
     assert html.count("data:image/jpeg") == 10  # the images themselves are there
     for changes, words in (
@@ -340,14 +344,14 @@ def test_without_model_or_data_the_gallery_is_a_sentence(birds, tmp_path):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / f"{name}.npy").write_bytes(b"damaged")
         other = {**provenance, "subject": {**provenance["subject"], **changes}}
-        assert words in gallery_section(group(made(provenance=other, scores=scores))).body
+        assert words in drawn_gallery(made(provenance=other, scores=scores))
     moved = {**provenance, "data": {**provenance["data"], "root": str(tmp_path / "moved")}}
-    html = gallery_section(group(made(provenance=moved, scores=scores))).body
+    html = drawn_gallery(made(provenance=moved, scores=scores))
     assert "the data cannot be read any more" in html
     assert "<img" not in html
 
 
-def test_the_command_writes_one_page_that_needs_no_other_file(birds, tmp_path, capsys):
+def test_report_writes_one_page_that_needs_no_other_file(birds, tmp_path, capsys):
     _, _, _, provenance, scores = birds
     made(provenance=provenance, scores=scores).save(tmp_path / "e" / "localization" / "a.json")
     cue_result(provenance=provenance, scores=scores).save(tmp_path / "e" / "cue" / "a.json")
@@ -360,16 +364,15 @@ def test_the_command_writes_one_page_that_needs_no_other_file(birds, tmp_path, c
     assert headings == [
         "Cue localization on birds",
         "Localization on birds",
-        "Images: cue localization on birds",
-        "Images: localization on birds",
         "How it was made",
     ]
+    assert html.count('<details class="gallery" open>') == 2
     assert not re.search(r"url\((?!#)|@import|<link|<script|src=\"(?!data:)|href=\"(?!#)", html)
     ids = re.findall(r' id="([^"]+)"', html)
     assert len(ids) == len(set(ids))
 
 
-def test_a_folder_is_no_place_for_a_page(tmp_path, capsys):
+def test_report_refuses_a_folder_as_its_page(tmp_path, capsys):
     made().save(tmp_path / "a.json")
     assert main(["report", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "give the name of a file" in capsys.readouterr().err

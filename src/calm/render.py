@@ -1,19 +1,15 @@
-"""Pictures of maps: overlays, outlines, and labelled panels. Arrays in, arrays out; no figure machinery.
+"""Pictures of maps: overlays, outlines, and labelled panels. Arrays in, arrays out; no plotting library.
 
-A picture is uint8 RGB of shape (H, W, 3). Coordinates are pixels, x to the right and y down, from the upper
-left corner.
+A picture is uint8 RGB of shape (H, W, 3). Coordinates are pixels from the upper left corner, x to the right and y down.
 
-Two colour maps, made here so that drawing needs no plotting library.
-
-``heat`` goes from night blue over violet and orange to pale yellow: lightness only rises, so it also reads in
-grey and by colour-blind eyes. ``signed`` goes from blue over near-white to red: the two ends are equally
-dark. Both have equal steps of perceived colour, measured as distance in OKLab (Ottosson, 2020).
+The colour map ``heat`` goes from night blue over violet and orange to pale yellow: its lightness only rises, so that it
+reads in grey and by colour-blind eyes. ``signed`` goes from blue over near-white to red: the two ends are equally dark.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +31,7 @@ __all__ = [
     "colorize",
     "draw_boxes",
     "draw_contour",
+    "draw_peak",
     "draw_point",
     "overlay",
     "panel",
@@ -43,87 +40,57 @@ __all__ = [
 ]
 
 Colormap: TypeAlias = Literal["heat", "signed"]
+Picture: TypeAlias = NDArray[np.uint8]
+Colour: TypeAlias = tuple[int, int, int]
 
-_ANCHORS: dict[str, tuple[str, ...]] = {
-    "heat": ("0d1233", "3a2387", "86279a", "cd3e78", "f2743f", "fcb53f", "fdf6b0"),
-    "signed": ("103c80", "2f7fc1", "8fc1e3", "f4f3f0", "f2b08c", "d9583f", "8a1322"),
+_ANCHORS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "heat": ("0d1233 3a2387 86279a cd3e78 f2743f fcb53f fdf6b0", (0, 0.181, 0.337, 0.51, 0.681, 0.835, 1)),
+    "signed": ("103c80 2f7fc1 8fc1e3 f4f3f0 f2b08c d9583f 8a1322", (0, 0.171, 0.345, 0.5, 0.648, 0.819, 1)),
 }
+"""Colours and their places, which are proportional to their distances in OKLab (Ottosson, 2020): steps look equal."""
 
-_TO_LMS = np.array(
-    [
-        [0.4122214708, 0.5363325363, 0.0514459929],
-        [0.2119034982, 0.6806995451, 0.1073969566],
-        [0.0883024619, 0.2817188376, 0.6299787005],
-    ]
-)
-_TO_LAB = np.array(
-    [
-        [0.2104542553, 0.7936177850, -0.0040720468],
-        [1.9779984951, -2.4285922050, 0.4505937099],
-        [0.0259040371, 0.7827717662, -0.8086757660],
-    ]
-)
+PIXELS_AT_ONCE = 2**18
+"""Pixels of an overlay that are computed at a time, so that floats of a large picture need no memory."""
+LONGEST_EXACT = 2**16
+"""Pillow's weights take 32 bytes for each pixel of a side: of longer pictures, means of pixels are resized."""
+
+INK: Colour = (38, 40, 52)
+PAPER: Colour = (255, 255, 255)
+FADED: Colour = (120, 124, 138)
+
+
+@cache
+def table(colormap: Colormap) -> NDArray[np.uint8]:
+    """The 256 colours of a map, (256, 3) RGB, read-only.
+
+    Raises:
+        CalmError: an unknown colour map.
+    """
+    if colormap not in _ANCHORS:
+        raise unknown("colour map", colormap, get_args(Colormap))
+    codes, places = _ANCHORS[colormap]
+    anchors = np.array([list(bytes.fromhex(code)) for code in codes.split()])
+    steps = np.linspace(0, 1, 256)
+    colours = np.stack([np.interp(steps, places, channel) for channel in anchors.T], axis=1)
+    result = _rounded(colours)
+    result.flags.writeable = False
+    return result
 
 
 def colorize(values: NDArray[np.floating], colormap: Colormap = "heat") -> NDArray[np.uint8]:
     """Colours for values of any shape, (..., 3) RGB.
 
     Args:
-        values: ``heat``: in [0, 1]; ``signed``: in [-1, 1]. Values outside take the colour of the nearest
-            end, NaN that of 0.
+        values: ``heat``: in [0, 1]; ``signed``: in [-1, 1]. Values outside take the colour of the nearest end, NaN that
+            of 0.
         colormap: the name of the map.
 
     Raises:
         CalmError: an unknown colour map.
     """
-    colours = table(colormap)
     share = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0)
     share = (share + 1) / 2 if colormap == "signed" else share
-    return np.asarray(colours[np.rint(share.clip(0, 1) * 255).astype(np.intp)])
-
-
-@cache
-def table(colormap: Colormap) -> NDArray[np.uint8]:
-    """The 256 colours of a map, (256, 3) RGB, read-only."""
-    if colormap not in _ANCHORS:
-        raise unknown("colour map", colormap, get_args(Colormap))
-    anchors = np.array([[int(code[i : i + 2], 16) for i in (0, 2, 4)] for code in _ANCHORS[colormap]]) / 255
-    path = _oklab(anchors)
-    way = np.r_[0, np.linalg.norm(np.diff(path, axis=0), axis=1).cumsum()]
-    if colormap == "signed":  # zero is the middle, whichever half is longer
-        middle = len(way) // 2
-        way = np.r_[
-            way[: middle + 1] / way[middle], 1 + (way[middle:] - way[middle])[1:] / (way[-1] - way[middle])
-        ]
-    steps = np.linspace(0, way[-1], 256)
-    colours = _rgb(np.stack([np.interp(steps, way, path[:, axis]) for axis in range(3)], axis=1))
-    result: NDArray[np.uint8] = np.rint(colours.clip(0, 1) * 255).astype(np.uint8)
-    result.flags.writeable = False
-    return result
-
-
-def _oklab(rgb: NDArray[np.float64]) -> NDArray[np.float64]:
-    """sRGB in [0, 1] to OKLab, over the last axis."""
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    return np.asarray(np.cbrt(linear @ _TO_LMS.T) @ _TO_LAB.T)
-
-
-def _rgb(oklab: NDArray[np.float64]) -> NDArray[np.float64]:
-    """OKLab to sRGB; slightly outside [0, 1] for colours that no screen shows."""
-    linear = (oklab @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_LMS).T
-    positive = linear.clip(min=0)
-    return np.asarray(np.where(linear <= 0.0031308, linear * 12.92, 1.055 * positive ** (1 / 2.4) - 0.055))
-
-
-Picture: TypeAlias = NDArray[np.uint8]
-Colour: TypeAlias = tuple[int, int, int]
-
-AT_ONCE = 2**18
-"""Pixels of an overlay that are computed at a time, so that floats of a large picture need no memory."""
-
-INK: Colour = (38, 40, 52)
-PAPER: Colour = (255, 255, 255)
-FADED: Colour = (120, 124, 138)
+    return np.asarray(table(colormap)[np.rint(share.clip(0, 1) * 255).astype(np.intp)])
 
 
 def overlay(
@@ -161,8 +128,8 @@ def overlay(
     scaled = resize_maps(_signed(grid) if colormap == "signed" else normalize(grid, how), (height, width))
     strength = scaled.reshape(-1).numpy()
     drawn = resize_picture(_checked(image), (height, width)).reshape(-1, 3).copy()
-    for start in range(0, len(drawn), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
+    for start in range(0, len(drawn), PIXELS_AT_ONCE):
+        part = slice(start, start + PIXELS_AT_ONCE)
         drawn[part] = _overlaid(drawn[part], strength[part], colormap, alpha)
     return drawn.reshape(height, width, 3)
 
@@ -226,12 +193,30 @@ def draw_point(image: Picture, x: float, y: float, *, radius: int = 5, colour: C
     return np.array(canvas)
 
 
+def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None = None) -> Picture:
+    """A ring around the highest value of a map, so that a small spot is seen at a glance.
+
+    Args:
+        image: the picture, or the overlay of the map.
+        values: the map, (h, w), of any size; it is resized to the picture first.
+        radius: of the ring, in pixels of the picture; None: a twentieth of its shorter side.
+
+    Returns:
+        A new picture; without a ring if the map is constant or has NaN, for then no place is the highest.
+    """
+    height, width = image.shape[:2]
+    grid = torch.as_tensor(values).detach().cpu().to(torch.float64)
+    if not bool(grid.amax() > grid.amin()):
+        return image.copy()
+    y, x = divmod(int(resize_maps(grid, (height, width)).argmax()), width)
+    return draw_point(image, x, y, radius=radius or max(4, min(height, width) // 20))
+
+
 def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
     """A picture (not a map) at ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
     if image.shape[:2] == size:
         return image
-    # Pillow's weights take 32 bytes for each pixel of a side: of a very long one, means of pixels come first.
-    gap = 3.0 if max(image.shape) > 2**16 else None
+    gap = 3.0 if max(image.shape) > LONGEST_EXACT else None
     resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, reducing_gap=gap)
     return np.array(resized)
 
@@ -249,11 +234,6 @@ class Tile:
     image: Picture
     caption: str = ""
     frame: Colour | None = None
-
-    @property
-    def notes(self) -> list[str]:
-        """The lines of the caption."""
-        return self.caption.split("\n") if self.caption else []
 
 
 def panel(
@@ -287,61 +267,50 @@ def panel(
         raise CalmError("a panel needs at least one row with one cell")
     size = max(11, cell // 14)
     line = round(size * 1.35)
-    bold, large = _font(size, bold=True), _font(round(size * 1.3), bold=True)
+    plain, bold, large = _font(size), _font(size, bold=True), _font(round(size * 1.3), bold=True)
     left = gap + (max(_extent(label, bold) for label in labels) + gap if labels else 0)
     top = gap + (round(line * 1.3) + gap if title else 0) + (line + gap // 2 if columns else 0)
-    fitted = [[_fitted(tile, cell) for tile in row] for row in rows]
-    bodies = [max((tile.image.shape[0] for tile in row if tile), default=0) for row in fitted]
-    notes = [max((len(tile.notes) for tile in row if tile), default=0) * line for row in rows]
+    pictures = [[_fitted(tile.image, cell) if tile else None for tile in row] for row in rows]
+    captions = [[tile.caption.splitlines() if tile else [] for tile in row] for row in rows]
+    heights = [max((picture.height for picture in row if picture), default=0) for row in pictures]
+    notes = [max(map(len, row), default=0) * line for row in captions]
     notes = [height + gap // 2 if height else 0 for height in notes]
     width = left + across * (cell + gap)
-    canvas = Image.new("RGB", (width, top + sum(bodies) + sum(notes) + gap * len(rows)), PAPER)
+    canvas = Image.new("RGB", (width, top + sum(heights) + sum(notes) + gap * len(rows)), PAPER)
     pen = ImageDraw.Draw(canvas)
     if title:
         pen.text((gap, gap), _cut_to(title, large, width - 2 * gap), INK, large)
-    for column, heading in enumerate(columns):
-        middle = left + column * (cell + gap) + cell // 2
+    middles = [left + column * (cell + gap) + cell // 2 for column in range(across)]
+    for middle, heading in zip(middles, columns, strict=False):
         pen.text((middle, top - gap), _cut_to(heading, bold, cell), INK, bold, anchor="ms")
     y = top
-    for index, row in enumerate(fitted):
+    for index, row in enumerate(rows):
         if index < len(labels):
-            pen.text((gap, y + bodies[index] // 2), labels[index], INK, bold, anchor="lm")
-        for column, tile in enumerate(row):
-            if tile is not None:
-                middle = left + column * (cell + gap) + cell // 2
-                _paste(canvas, tile, middle, y + (bodies[index] - tile.image.shape[0]) // 2)
-                _write(canvas, tile, middle, y + bodies[index] + gap // 2, cell, size, line)
-        y += bodies[index] + notes[index] + gap
+            pen.text((gap, y + heights[index] // 2), labels[index], INK, bold, anchor="lm")
+        for tile, picture, caption, middle in zip(
+            row, pictures[index], captions[index], middles, strict=False
+        ):
+            if tile is None or picture is None:
+                continue
+            x, above = middle - picture.width // 2, y + (heights[index] - picture.height) // 2
+            canvas.paste(picture, (x, above))
+            if tile.frame is not None:
+                box = (x - 3, above - 3, x + picture.width + 2, above + picture.height + 2)
+                pen.rectangle(box, outline=tile.frame, width=3)
+            for number, note in enumerate(caption):  # the first line in ink, the others faded
+                place = (middle, y + heights[index] + gap // 2 + number * line)
+                pen.text(place, _cut_to(note, plain, cell), FADED if number else INK, plain, anchor="mt")
+        y += heights[index] + notes[index] + gap
     return np.array(canvas)
 
 
-def _fitted(tile: Tile | None, cell: int) -> Tile | None:
-    """The tile with its picture's longer side at ``cell`` pixels."""
-    if tile is None:
-        return None
-    height, width = _checked(tile.image).shape[:2]
+def _fitted(image: Picture, cell: int) -> Image.Image:
+    """The picture with its longer side at ``cell`` pixels."""
+    height, width = _checked(image).shape[:2]
     scale = cell / max(height, width)
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    return replace(tile, image=resize_picture(tile.image, size))
-
-
-def _paste(canvas: Image.Image, tile: Tile, middle: int, y: int) -> None:
-    """The picture and its frame, centred on column ``middle``, top at ``y``."""
-    height, width = tile.image.shape[:2]
-    x = middle - width // 2
-    canvas.paste(Image.fromarray(tile.image), (x, y))
-    if tile.frame is not None:
-        box = (x - 3, y - 3, x + width + 2, y + height + 2)
-        ImageDraw.Draw(canvas).rectangle(box, outline=tile.frame, width=3)
-
-
-def _write(canvas: Image.Image, tile: Tile, middle: int, y: int, width: int, size: int, line: int) -> None:
-    """The caption, its first line in ink and the others faded."""
-    font = _font(size)
-    for number, note in enumerate(tile.notes):
-        colour = FADED if number else INK
-        place = (middle, y + number * line)
-        ImageDraw.Draw(canvas).text(place, _cut_to(note, font, width), colour, font, anchor="mt")
+    return Image.fromarray(
+        resize_picture(image, (max(1, round(height * scale)), max(1, round(width * scale))))
+    )
 
 
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
@@ -352,8 +321,8 @@ def _font(size: int, *, bold: bool = False) -> _Font:
     """DejaVu Sans, which matplotlib brings along (found without importing it), else Pillow's own font."""
     spec = find_spec("matplotlib")
     if spec is not None and spec.origin is not None:
-        fonts = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf"
-        file = fonts / ("DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
+        name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
+        file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / name
         if file.is_file():
             return ImageFont.truetype(file, size)
     return ImageFont.load_default(size)

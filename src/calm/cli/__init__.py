@@ -21,7 +21,7 @@ from calm.files import use_temporary_caches
 if TYPE_CHECKING:
     from calm.cli.parsing import Parser
 
-__all__ = ["COMMANDS", "Command", "main"]
+__all__ = ["COMMANDS", "Command", "main", "run"]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ COMMANDS: dict[str, Command] = {
         "calm.cli.demo:demo",
         "make birds, train CAM and CALM on them, and write a report to look at",
         "  calm demo\n  calm demo --out quick --species 6 --images_per_species 60 --epochs 6\n",
-        extras=("train", "evaluate"),
+        extras=("train", "evaluate", "baselines"),
     ),
     "train": Command(
         "calm.cli.train:main",
@@ -94,7 +94,7 @@ COMMANDS: dict[str, Command] = {
         "  calm attribute --model runs/birds 'photos/*.jpg' --method integrated-gradients\n",
     ),
     "report": Command(
-        "calm.cli.report:report",
+        "calm.report:write_report",
         "show what calm evaluate measured on one page: tables, curves, images",
         "  calm report runs/birds\n  calm report evaluation --out benchmarks.html\n"
         "  calm report runs/calm-em runs/calm-ml runs/cam --gallery=false\n",
@@ -158,7 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         debug, words = True, words[1:]
     try:
         try:
-            code = _run(words)
+            code = run(words)
         except SystemExit as stop:  # a parser after --help or --print_config
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()
@@ -175,8 +175,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
 
 
-def _run(words: list[str]) -> int:
-    """Find the command, read its flags, call its function."""
+def run(words: list[str]) -> int:
+    """Run a command line, without catching errors: find the command, read its flags, call its function.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        CalmError: a mistake of the user.
+        SystemExit: after ``--help`` or ``--print_config``.
+    """
     if not words or words[0] in ("-h", "--help"):
         print(_help(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2

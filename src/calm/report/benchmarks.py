@@ -1,180 +1,30 @@
-"""A section for each benchmark: its table, its curves, and the paper's figures where the data set is the same.
-
-The page of the results of benchmarks.
-
-Cue localization in pictures: by the number of differing parts, and pair by pair.
-"""
+"""A section for each benchmark: tables with intervals, curves, and the paper's figures on the same data set."""
 
 from __future__ import annotations
 
-import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
+
+from markupsafe import Markup
 
 from calm.evaluate.result import Curve, Result, figure_order, figure_spec
 from calm.metrics.bootstrap import Estimate
-from calm.report.charts import Dots, Line, chart, dot_chart, legend
-from calm.report.found import Group, Published, Style, published, styles
-from calm.report.gallery import gallery_section
-from calm.report.page import (
-    Column,
-    Figure,
-    Html,
-    Page,
-    Row,
-    Section,
-    facts,
-    figures_table,
-    join,
-    percent,
-    species_name,
-    tag,
-)
+from calm.report.charts import Line, chart, dot_chart
+from calm.report.found import Group, Published, Style, published
+from calm.report.page import Column, Row, Section, Table, species_name
 
-__all__ = ["benchmark_section", "best", "cue_charts", "main_figure", "report_page", "written"]
+__all__ = ["benchmark_section", "main_figure"]
 
-
-def report_page(groups: Sequence[Group], *, gallery: bool = True, seed: int = 0) -> Page:
-    """The page of some results."""
-    style = styles(groups)
-    sections = [benchmark_section(group, style) for group in groups]
-    if gallery:
-        sections += [
-            gallery_section(group, seed=seed) for group in groups if any(r.scores for r in group.results)
-        ]
-    sections.append(_making(groups))
-    labels = list(style)
-    return Page(
-        "Attribution maps, measured",
-        "CALM benchmarks",
-        join(
-            f"{_counted(len(labels), 'method')} on {_counted(len(groups), 'benchmark')}. Every figure is given with its"
-            " 95 percent bootstrap interval; the best of each column is bold, whether or not the intervals overlap."
-        ),
-        sections,
-        [figure for group in groups if (figure := _figure(group)) is not None],
-        join(
-            "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Attribution”, ICCV 2021. Made"
-            f" {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
-        ),
-    )
-
-
-def _figure(group: Group) -> Figure | None:
-    """The benchmark's main figure: the best method's, or of those that share it, and who comes next."""
-    name = main_figure(group)
-    order = best(group, name) if name else []
-    if name is None or not order:
-        return None
-    spec = figure_spec(name)
-    values = [written(name, result.figures[name].value) for result in order]
-    first = values.count(values[0])
-    note = ", ".join(result.label for result in order[:first][:3]) + (
-        f" and {first - 3} more" if first > 3 else ""
-    )
-    if first < len(order):
-        note += f"; next {order[first].label}, {values[first]}"
-    return Figure(values[0], f"{group.heading}: {spec.title}", note)
-
-
-def _making(groups: Sequence[Group]) -> Section:
-    """Data, versions and options of every result."""
-    blocks: list[Html] = []
-    for group in groups:
-        data = {name: str(value) for name, value in group.data.items() if isinstance(value, (str, int))}
-        blocks.append(tag("h3", group.heading))
-        blocks.append(facts(data) if data else tag("p", "Nothing is recorded about the data."))
-        blocks += [
-            tag(
-                "details",
-                tag("summary", f"Provenance of {result.label}"),
-                tag("pre", json.dumps(result.provenance, indent=2, ensure_ascii=False, default=str)),
-            )
-            for result in group.results
-        ]
-    return Section("How it was made", join(*blocks), "Making")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
+WIDEST = 8
+"""Columns of one table."""
 MOST_PAIRS = 60
 """Pairs in one drawing; more of them go into further ones."""
-
-
-def cue_charts(group: Group, style: Mapping[str, Style]) -> Html | None:
-    """Dots with intervals for each number of differing part groups, and one dot for each pair; None for other
-    benchmarks."""
-    if group.benchmark != "cue-localization":
-        return None
-    keys = legend([Line([], [], r.label, *style[r.label]) for r in group.results])
-    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")]
-    return join(tag("div", *charts, class_="charts"), keys, _by_pair(group, style))
-
-
-def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Html | None:
-    """mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
-    found = {name.removeprefix(f"{stem}_") for r in group.results for name in r.figures}
-    numbers = sorted((name for name in found if name.isdecimal()), key=int)
-    if not numbers:
-        return None
-    names = [*(f"{stem}_{number}" for number in numbers), stem]
-    dots = [_dots(r.label, [r.figures.get(name) for name in names], style[r.label]) for r in group.results]
-    title = f"{figure_spec(stem).title} by differing parts"
-    return dot_chart(dots, [*numbers, "all"], title=title, x_label="part groups that differ", percent=True)
-
-
-def _dots(label: str, estimates: Sequence[Estimate | None], style: Style) -> Dots:
-    values = [math.nan if e is None else e.value for e in estimates]
-    intervals = [(e.low, e.high) if e and math.isfinite(e.low + e.high) else None for e in estimates]
-    return Dots(values, label, *style, intervals)
-
-
-def _by_pair(group: Group, style: Mapping[str, Style]) -> Html | None:
-    """PxAP of each pair, the pairs by the number of parts that differ and then by the first method's figure."""
-    figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
-    if not figures:
-        return None
-    first = next(iter(figures.values()))
-    names = sorted(
-        dict.fromkeys(name for pairs in figures.values() for name in pairs),
-        key=lambda name: (name[0], -first.get(name, -1.0), name),
-    )
-    drawings = []
-    for start in range(0, len(names), MOST_PAIRS):
-        some = names[start : start + MOST_PAIRS]
-        dots = [
-            Dots([pairs.get(name, math.nan) for name in some], label, *style[label])
-            for label, pairs in figures.items()
-        ]
-        last = start + len(some)
-        title = f"PxAP of single pairs, {start + 1} to {last} of {len(names)}"
-        places = [f"{name[1]} ({name[0]})" for name in some]
-        drawings.append(
-            dot_chart(dots, places, title=title, x_label="pair (parts that differ)", percent=True, wide=True)
-        )
-    return tag("details", tag("summary", "Pair by pair"), *drawings)
-
-
-def _pairs(result: Result) -> dict[tuple[int, str], float]:
-    """PxAP by number of differing parts and names of the classes, without pairs that have no image."""
-    found = {}
-    for pair in result.details["pairs"]:
-        name = f"{species_name(str(pair['first']))} / {species_name(str(pair['second']))}"
-        if pair["pxap"] is not None and math.isfinite(pair["pxap"]):
-            found[len(pair["groups"]), name] = float(pair["pxap"])
-    return found
-
-
 STEP = 0.004
 """A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""
 CROWDED = 0.01
 """If half of the x are below it, the x axis is logarithmic."""
-WIDEST = 8
-"""Columns of one table."""
-TITLES = {
+CURVE_TITLES = {
     "ratio": "R_k: the ratio of the next two",
     "topk": "Accuracy without the highest pixels",
     "random": "Accuracy without random pixels",
@@ -183,145 +33,140 @@ TITLES = {
 """Headings of curves whose names say too little."""
 MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")
 """The figures that papers compare by."""
+_FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
 
 
-def benchmark_section(group: Group, style: Mapping[str, Style]) -> Section:
-    """All figures and curves of a benchmark on one data set."""
+def benchmark_section(
+    group: Group, style: Mapping[str, Style], gallery: Mapping[str, Any] | None = None, *, fold: bool = True
+) -> Section:
+    """All figures and curves of a benchmark on one data set.
+
+    Args:
+        group: its results.
+        style: how each method is drawn.
+        gallery: images with the methods' maps (`calm.report.gallery`).
+        fold: the images are folded away at first.
+    """
     paper = published(group.benchmark, group.published_data)
     names = _figure_names(group, paper)
-    body = join(
-        _tables(group, names, paper),
-        _notes(names),
-        tag("p", paper.note, class_="note") if paper else None,
-        _curves(group, style),
-        cue_charts(group, style),
-    )
-    return Section(group.heading, body)
+    in_paper = {name for figures in (paper.rows.values() if paper else ()) for name in figures}
+    main = [name for name in names if name in in_paper or figure_spec(name).main]
+    images = group.data.get("images")
+    caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
+    lines, curves = _curves(group, style)
+    values = {
+        "benchmark": group.benchmark,
+        "tables": _tables(group, main, paper, caption),
+        "more": _tables(group, [name for name in names if name not in main], paper),
+        "notes": _notes(names),
+        "paper": paper,
+        "charts": curves,
+        "lines": lines,
+        "bands": any(line.band is not None for line in lines),
+        "cues": _cue_charts(group, style) if group.benchmark == "cue-localization" else None,
+        "gallery": gallery,
+        "fold": fold,
+    }
+    return Section(group.heading, "benchmark", values)
 
 
-def main_figure(group: Group) -> str | None:
-    """The benchmark's figure that stands for it: the first one it has of `MAIN`, or else of all."""
+def main_figure(group: Group) -> tuple[str, str, str] | None:
+    """The figure that stands for a benchmark: its best value, what it is, and which methods have it or come next."""
     names = _figure_names(group)
-    return next((name for name in (*MAIN, *names) if name in names), None)
-
-
-def written(name: str, value: float) -> str:
-    """A figure as people write it."""
-    form = _FORMS[figure_spec(name).unit]
-    return percent(value) if form == "%" else format(value, form)
-
-
-def best(group: Group, name: str) -> list[Result]:
-    """The results that have a figure, best first."""
+    name = next((name for name in (*MAIN, *names) if name in names), "")
+    spec = figure_spec(name)
     have = [r for r in group.results if name in r.figures and math.isfinite(r.figures[name].value)]
-    sign = 1 if figure_spec(name).better == "lower" else -1
-    return sorted(have, key=lambda result: sign * result.figures[name].value)
-
-
-_FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
+    if not have:
+        return None
+    order = sorted(have, key=lambda r: r.figures[name].value, reverse=spec.better != "lower")
+    values = [_column(name).written(result.figures[name].value) for result in order]
+    first = values.count(values[0])
+    note = ", ".join(result.label for result in order[:first][:3])
+    note += f" and {first - 3} more" if first > 3 else ""
+    note += f"; next {order[first].label}, {values[first]}" if first < len(order) else ""
+    return values[0], f"{group.heading}: {spec.title}", note
 
 
 def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
     """The figures that any result or the paper has: those that are described in that order, then the others."""
-    ours = (name for result in group.results for name in result.figures)
-    theirs = (name for figures in (paper.rows.values() if paper else ()) for name in figures)
-    return figure_order((*ours, *theirs))
+    rows = [result.figures for result in group.results] + list(paper.rows.values() if paper else ())
+    return figure_order(name for figures in rows for name in figures)
 
 
-def _tables(group: Group, names: Sequence[str], paper: Published | None) -> Html:
-    """The figures in tables that fit the page: the main ones and the paper's, and below a fold the others."""
-    images = group.data.get("images")
-    caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
-    theirs = {name for figures in (paper.rows.values() if paper else ()) for name in figures}
-    main = [name for name in names if name in theirs or figure_spec(name).main]
-    others = [name for name in names if name not in main]
-    tables = [_table(group, some, paper, caption if not n else None) for n, some in enumerate(_fitting(main))]
-    more = [_table(group, some, paper, None) for some in _fitting(others)]
-    fold = tag("details", tag("summary", "More figures"), *more) if more else None
-    return tag("div", *tables, fold, class_="benchmark")
+def _column(name: str) -> Column:
+    spec = figure_spec(name)
+    return Column(spec.title, _FORMS[spec.unit], spec.better)
 
 
-def _fitting(names: Sequence[str]) -> list[Sequence[str]]:
-    return [names[start : start + WIDEST] for start in range(0, len(names), WIDEST)]
+def _tables(
+    group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None
+) -> list[Table]:
+    """The figures in tables that fit the page, the first one with the caption."""
+    chunks = [names[start : start + WIDEST] for start in range(0, len(names), WIDEST)]
+    return [_table(group, chunk, paper, None if n else caption) for n, chunk in enumerate(chunks)]
 
 
-def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Html:
-    specs = [figure_spec(name) for name in names]
-    columns = [Column(spec.title, _FORMS[spec.unit], spec.better) for spec in specs]
+def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Table:
     rows = []
     for result in group.results:
         estimates = [result.figures.get(name) for name in names]
-        rows.append(
-            Row(
-                result.label,
-                [e.value if e and math.isfinite(e.value) else None for e in estimates],
-                [(e.low, e.high) if e and math.isfinite(e.low + e.high) else None for e in estimates],
-            )
-        )
+        values = [e.value if e and math.isfinite(e.value) else None for e in estimates]
+        rows.append(Row(result.label, values, [_interval(e) for e in estimates]))
     for method, figures in paper.rows.items() if paper else ():
-        values = [figures.get(name) for name in names]
-        if any(value is not None for value in values):
-            rows.append(Row(f"paper: {method}", values, competes=False))
-    return figures_table(columns, rows, corner="method", caption=caption)
+        if any(name in figures for name in names):
+            rows.append(Row(f"paper: {method}", [figures.get(name) for name in names], competes=False))
+    return Table([_column(name) for name in names], rows, caption, "method")
 
 
-def _notes(names: Sequence[str]) -> Html | None:
-    """What the columns mean, and which way is good; those for 1, 2, ... parts are told with their mean."""
+def _interval(estimate: Estimate | None) -> tuple[float, float] | None:
+    return estimate[1:] if estimate and math.isfinite(estimate.low + estimate.high) else None
+
+
+def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
+    """What the columns mean, and which way is good; those for 1, 2, ... parts are explained with their mean."""
     entries, by_parts = [], False
     for name in names:
         spec, (stem, _, parts) = figure_spec(name), name.rpartition("_")
         if parts.isdecimal() and stem in names and stem.startswith("mpxap"):
             by_parts = True
-            continue
-        if spec.meaning:
+        elif spec.meaning:
             way = f"; {spec.better} is better" if spec.better else ""
-            entries.append(tag("div", tag("dt", spec.title), tag("dd", f"{spec.meaning.rstrip('.')}{way}.")))
+            entries.append((spec.title, f"{spec.meaning.rstrip('.')}{way}."))
     if by_parts:
-        text = "mPxAP of the pairs that differ in so many parts."
-        entries.append(tag("div", tag("dt", "1 part, 2 parts, 3 parts"), tag("dd", text)))
-    if not entries:
-        return None
-    return tag("details", tag("summary", "What the columns mean"), tag("dl", *entries, class_="notes"))
+        entries.append(("1 part, 2 parts, 3 parts", "mPxAP of the pairs that differ in so many parts."))
+    return entries
 
 
-def _curves(group: Group, style: Mapping[str, Style]) -> Html | None:
-    """One chart for each kind of curve, with the curves of all methods that have it."""
-    kinds = dict.fromkeys(name for result in group.results for name in result.curves)
-    charts: list[Html] = []
+def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[Markup]]:
+    """One chart for each kind of curve, with the curves of all methods that have it; and all their lines."""
+    charts: list[Markup] = []
     drawn: list[Line] = []
-    for kind in kinds:
+    for kind in dict.fromkeys(name for result in group.results for name in result.curves):
         curves = {r.label: r.curves[kind] for r in group.results if kind in r.curves}
         lines = [_line(label, curve, style[label]) for label, curve in curves.items()]
         charts.append(_chart(kind, list(curves.values()), lines))
         drawn += lines
-    if not charts:
-        return None
-    bands = any(line.band is not None for line in drawn)
-    return join(
-        tag("div", *charts, class_="charts"),
-        legend(drawn),
-        tag("p", "The bands are 95 percent intervals.", class_="note") if bands else None,
-    )
+    return drawn, charts
 
 
-def _chart(kind: str, curves: Sequence[Curve], lines: Sequence[Line]) -> Html:
-    """Shares in percent, and thresholds that crowd near 0 on a logarithmic axis."""
+def _chart(kind: str, curves: Sequence[Curve], lines: Sequence[Line]) -> Markup:
+    """Fractions in percent, and thresholds that crowd near 0 on a logarithmic axis."""
     x = [value for curve in curves for value in curve.x if math.isfinite(value)]
     y = [value for line in lines for value in line.y]
     crowded = any(sorted(curve.x)[len(curve.x) // 2] < CROWDED for curve in curves if curve.x)
-    name = curves[0].y_name
+    first = curves[0]
     return chart(
         lines,
-        title=TITLES.get(kind) or f"{kind[:1].upper()}{kind[1:]}".replace("-", " ").replace("_", " "),
-        x_label=curves[0].x_name,
-        percent=_shares(y) and not name.startswith("R"),
+        title=CURVE_TITLES.get(kind) or f"{kind[:1].upper()}{kind[1:]}".replace("-", " ").replace("_", " "),
+        x_label=first.x_name,
+        percent=_fractions(y) and not first.y_name.startswith("R"),
         x_log=crowded,
-        x_percent=_shares(x) and not crowded and "threshold" not in curves[0].x_name,
+        x_percent=_fractions(x) and not crowded and "threshold" not in first.x_name,
         whole=False,
     )
 
 
-def _shares(values: Sequence[float]) -> bool:
+def _fractions(values: Sequence[float]) -> bool:
     return bool(values) and min(values) >= 0 and max(values) <= 1
 
 
@@ -346,3 +191,60 @@ def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
         ):
             kept.append(i)
     return kept if not finite or kept[-1] == finite[-1] else [*kept, finite[-1]]
+
+
+def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
+    """Cue localization: dots with intervals for each number of differing part groups, and one dot for each pair."""
+    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")]
+    return {
+        "charts": [chart for chart in charts if chart is not None],
+        "lines": [Line([], [], r.label, *style[r.label]) for r in group.results],
+        "by_pair": _by_pair(group, style),
+    }
+
+
+def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Markup | None:
+    """mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
+    endings = {name.removeprefix(f"{stem}_") for r in group.results for name in r.figures}
+    numbers = sorted((name for name in endings if name.isdecimal()), key=int)
+    if not numbers:
+        return None
+    names = [*(f"{stem}_{number}" for number in numbers), stem]
+    lines = []
+    for result in group.results:
+        nothing = Estimate(math.nan, math.nan, math.nan)
+        values, low, high = zip(*(result.figures.get(name, nothing) for name in names), strict=True)
+        lines.append(Line(range(len(names)), values, result.label, *style[result.label], band=(low, high)))
+    title = f"{figure_spec(stem).title} by differing parts"
+    return dot_chart(lines, [*numbers, "all"], title=title, x_label="part groups that differ")
+
+
+def _by_pair(group: Group, style: Mapping[str, Style]) -> list[Markup]:
+    """PxAP of each pair, the pairs by the number of parts that differ and then by the first method's figure."""
+    figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
+    first = next(iter(figures.values()), {})
+    names = sorted(
+        {name for pairs in figures.values() for name in pairs},
+        key=lambda name: (name[0], -first.get(name, -1.0), name),
+    )
+    drawings = []
+    for start in range(0, len(names), MOST_PAIRS):
+        chunk = names[start : start + MOST_PAIRS]
+        lines = [
+            Line(range(len(chunk)), [pairs.get(name, math.nan) for name in chunk], label, *style[label])
+            for label, pairs in figures.items()
+        ]
+        title = f"PxAP of single pairs, {start + 1} to {start + len(chunk)} of {len(names)}"
+        places = [f"{name} ({number})" for number, name in chunk]
+        drawings.append(dot_chart(lines, places, title=title, x_label="pair (parts that differ)", wide=True))
+    return drawings
+
+
+def _pairs(result: Result) -> dict[tuple[int, str], float]:
+    """PxAP by number of differing parts and names of the classes, without pairs that have no image."""
+    figures = {}
+    for pair in result.details["pairs"]:
+        name = " / ".join(species_name(str(pair[end])) for end in ("first", "second"))
+        if pair["pxap"] is not None and math.isfinite(pair["pxap"]):
+            figures[len(pair["groups"]), name] = float(pair["pxap"])
+    return figures

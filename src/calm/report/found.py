@@ -1,11 +1,7 @@
-"""The results of benchmarks below some folders, grouped for a report.
+"""What a report is made of: results of benchmarks, finished training runs, and the paper's own figures.
 
-The paper's own figures, to stand beside those measured on the same data set.
-
-Source: Kim, Choe, Akata, Oh, Keep CALM and Improve Visual Feature Attribution, ICCV 2021: the tables of cue
-localization and of classification; ResNet-50 on a 28x28 grid.
-
-What a run of `calm train` left behind, read for a report.
+Source of the paper's figures: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution", ICCV 2021: the
+tables of cue localization and of classification; ResNet-50 on a 28x28 grid.
 """
 
 from __future__ import annotations
@@ -15,26 +11,32 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
+from calm.data.loading import load_split
+from calm.data.records import Split
 from calm.errors import CalmError, shown
 from calm.evaluate.result import Result
+from calm.evaluate.runner import READING
 from calm.files import read_columns, read_json, read_yaml
 from calm.output import MAP_KINDS
 from calm.report.charts import PALETTE
 
 __all__ = [
-    "DATA_SETS",
+    "CALM",
     "PUBLISHED",
     "Group",
     "Published",
     "Run",
     "Style",
-    "data_set",
     "find_groups",
+    "find_runs",
+    "is_number",
+    "own_maps",
     "published",
     "read_run",
     "styles",
+    "subject",
 ]
 
 CUB, IMAGENET, OPENIMAGES = "CUB-200-2011", "ImageNet", "OpenImages30k"
@@ -106,8 +108,8 @@ def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
     >>> data_set(200, 5794, ["001.Black_footed_Albatross"]), data_set(200, 5794, ["Emerald_Leafbird"])
     ('CUB-200-2011', None)
     """
-    found = DATA_SETS.get((classes, images))
-    return None if found == CUB and not any("Black_footed_Albatross" in name for name in names) else found
+    name = DATA_SETS.get((classes, images))
+    return None if name == CUB and not any("Black_footed_Albatross" in own for own in names) else name
 
 
 def published(benchmark: str, data: str | None) -> Published | None:
@@ -116,11 +118,14 @@ def published(benchmark: str, data: str | None) -> Published | None:
 
 
 LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
+"""Names of the training methods."""
+CALM = ("calm-em", "calm-ml")
+"""Those of CALM, the more important first."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run.
+    """A finished run of ``calm train``.
 
     Attributes:
         folder: of the run.
@@ -128,6 +133,7 @@ class Run:
         result: as in result.json: ``best`` and ``last`` with ``val`` and ``test`` figures; images per second; seconds.
         history: metrics.csv by column; one value per epoch.
         versions: as in versions.json.
+        label: the method's name, and after it the folder's where several runs have the same.
     """
 
     folder: Path
@@ -135,18 +141,24 @@ class Run:
     result: dict[str, Any]
     history: dict[str, list[float]]
     versions: dict[str, Any]
+    label: str
 
     @property
-    def label(self) -> str:
-        """The method's name in a report."""
-        method: str = self.config["method"]
-        return LABELS[method]
+    def method(self) -> str:
+        """The training method."""
+        return str(self.config["method"])
 
     @property
-    def test(self) -> dict[str, float]:
+    def test(self) -> dict[str, Any]:
         """Test figures of the best weights, which `calm.load` loads."""
-        figures: dict[str, float] = self.result["best"]["test"]
+        figures: dict[str, Any] = self.result["best"]["test"]
         return figures
+
+    @property
+    def minutes(self) -> float | None:
+        """How long the training took."""
+        seconds = self.result.get("seconds")
+        return seconds / 60 if is_number(seconds) else None
 
 
 def read_run(folder: Path) -> Run:
@@ -168,19 +180,40 @@ def read_run(folder: Path) -> Run:
     if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
         raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
     history = read_columns(folder / "metrics.csv", need=("epoch",))
-    return Run(
-        folder,
-        config,
-        result,
-        history,
-        _mapping(folder / "versions.json", read_json(folder / "versions.json")),
-    )
+    versions = _mapping(folder / "versions.json", read_json(folder / "versions.json"))
+    return Run(folder, config, result, history, versions, LABELS[config["method"]])
 
 
 def _mapping(path: Path, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CalmError(f"{path} holds {shown(content)}, not names with values")
     return content
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value of a file is a number."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
+    """The finished runs whose models the results are about, and what is wrong with those that cannot be read."""
+    folders: dict[Path, None] = {}
+    for result in (result for group in groups for result in group.results):
+        model = Path(str(subject(result).get("model", "")))
+        if model.is_absolute():  # RUN, or RUN/best and RUN/last
+            folders |= {path: None for path in (model, model.parent) if (path / "result.json").is_file()}
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except CalmError as error:
+            problems.append(str(error))
+    labels = Counter(run.label for run in runs)
+    alike = [
+        replace(run, label=f"{run.label} ({run.folder.name})") if labels[run.label] > 1 else run
+        for run in runs
+    ]
+    return sorted(alike, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
 
 
 Style = tuple[str, bool]
@@ -195,7 +228,7 @@ class Group:
         benchmark: its name.
         results: methods, each with a label of its own.
         data: what the provenance says about the data set.
-        mark: told in the heading where another group would have the same.
+        mark: part of the heading where another group would have the same.
     """
 
     benchmark: str
@@ -209,18 +242,41 @@ class Group:
         return self.benchmark.replace("-", " ").capitalize()
 
     @property
+    def root(self) -> Path:
+        """Where the data set was."""
+        return Path(str(self.data.get("root", "")))
+
+    @property
+    def data_name(self) -> str:
+        """The data set: its name, or that of its folder."""
+        return self.published_data or self.root.name
+
+    @property
     def heading(self) -> str:
-        """The benchmark, and the data set: its name, or that of its folder."""
-        name = self.published_data or Path(str(self.data.get("root", ""))).name
+        """The benchmark and the data set."""
         split = str(self.data.get("split", "test"))
-        words = [f"on {name}" if name else "", f"({split})" if split != "test" else "", self.mark]
-        return " ".join([self.title, *filter(None, words)])
+        name = f"on {self.data_name}" if self.data_name else ""
+        return " ".join(filter(None, [self.title, name, f"({split})" if split != "test" else "", self.mark]))
 
     @property
     def published_data(self) -> str | None:
         """The data set of the paper that this is, if it is one."""
         names = self.data.get("class_counts", {})
         return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)), names)
+
+    def read_split(self) -> Split:
+        """The images of the data set, read as they were for the results.
+
+        Raises:
+            CalmError: the data set is gone or damaged.
+        """
+        data = self.data
+        if not data.get("root") or not Path(data["root"]).is_dir():
+            raise CalmError(f"there is no folder {data.get('root', '(not recorded)')}")
+        options: dict[str, Any] = {
+            name: data[name] for name in ("layout", "metadata_root", *READING) if data.get(name) is not None
+        }
+        return load_split(data["root"], data.get("split", "test"), **options)
 
 
 def find_groups(folders: Iterable[Path]) -> list[Group]:
@@ -242,13 +298,12 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
             f"no result of a benchmark below {names}: make some with calm evaluate, or name the folder where it put"
             " them (./evaluation, if it was asked about several models and not told --out)"
         )
-    found: dict[tuple[str, str], list[tuple[Path, Result]]] = {}
-    for path in files:
-        result = Result.load(path)
+    found: dict[tuple[str, str], list[Result]] = {}
+    for result in map(Result.load, files):
         key = result.benchmark, json.dumps(_data(result).get("fingerprint"))
-        found.setdefault(key, []).append((path, result))
+        found.setdefault(key, []).append(result)
     groups = [
-        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _data(members[0][1]))
+        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _data(members[0]))
         for (benchmark, _), members in sorted(found.items(), key=lambda item: _order(item[0]))
     ]
     headings = Counter(group.heading for group in groups)
@@ -275,6 +330,24 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
     return chosen
 
 
+def subject(result: Result) -> Mapping[str, Any]:
+    """What the provenance says about the model and the method."""
+    about = result.provenance.get("subject", {})
+    return about if isinstance(about, Mapping) else {}
+
+
+def own_maps(result: Result) -> str | None:
+    """How the model was trained (``calm-em``, ...) if the result is about its own maps, not a baseline's; else None."""
+    about = subject(result)
+    config = about.get("model_config")
+    return config.get("method") if isinstance(config, Mapping) and about.get("method") in MAP_KINDS else None
+
+
+def _data(result: Result) -> Mapping[str, Any]:
+    data = result.provenance.get("data", {})
+    return data if isinstance(data, Mapping) else {}
+
+
 _ORDER = ("cue-localization", "remove-and-classify", "localization", "classification")
 
 
@@ -284,17 +357,7 @@ def _order(key: tuple[str, str]) -> tuple[int, str, str]:
 
 def _rank(result: Result) -> tuple[bool, str]:
     """The maps of the models themselves before other explanations of them, each by label."""
-    return _subject(result).get("method") not in MAP_KINDS, result.label
-
-
-def _subject(result: Result) -> Mapping[str, Any]:
-    subject = result.provenance.get("subject", {})
-    return subject if isinstance(subject, Mapping) else {}
-
-
-def _data(result: Result) -> Mapping[str, Any]:
-    data = result.provenance.get("data", {})
-    return data if isinstance(data, Mapping) else {}
+    return subject(result).get("method") not in MAP_KINDS, result.label
 
 
 def _is_result(path: Path) -> bool:
@@ -306,25 +369,23 @@ def _is_result(path: Path) -> bool:
     return isinstance(content, dict) and {"benchmark", "label", "figures", "provenance"} <= content.keys()
 
 
-def _distinct(members: Sequence[tuple[Path, Result]]) -> tuple[Result, ...]:
-    """Results whose labels differ: equal ones are told apart by what differs, the run's folder or the protocol, and
-    else by a number."""
+def _distinct(results: Sequence[Result]) -> list[Result]:
+    """The results with labels that differ: equal ones are told apart by what differs, the run's folder or the protocol,
+    and else by a number."""
     alike: dict[str, list[tuple[str, ...]]] = {}
-    for _, result in members:
+    for result in results:
         alike.setdefault(result.label, []).append(_circumstances(result))
     seen: Counter[str] = Counter()
-    results = []
-    for _, result in members:
+    distinct = []
+    for result in results:
         label, others = result.label, alike[result.label]
         if len(others) > 1:
             each = zip(_circumstances(result), zip(*others, strict=True), strict=True)
             apart = [own for own, all_of_them in each if own and len(set(all_of_them)) > 1]
             label = f"{label} ({', '.join(apart) or _run_name(result) or 'run'})"
         seen[label] += 1
-        if seen[label] > 1:
-            label = f"{label} {seen[label]}"
-        results.append(replace(result, label=label))
-    return tuple(results)
+        distinct.append(replace(result, label=f"{label} {seen[label]}" if seen[label] > 1 else label))
+    return distinct
 
 
 def _circumstances(result: Result) -> tuple[str, ...]:
@@ -334,5 +395,5 @@ def _circumstances(result: Result) -> tuple[str, ...]:
 
 
 def _run_name(result: Result) -> str:
-    model = _subject(result).get("model")
+    model = subject(result).get("model")
     return Path(str(model)).name if model else ""

@@ -1,0 +1,303 @@
+"""The whole page: its summary, the order of its sections, and the sections on numbers, training and provenance."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from calm.errors import CalmError
+from calm.evaluate.result import Result
+from calm.report.benchmarks import benchmark_section, main_figure
+from calm.report.charts import PALETTE, Line, chart
+from calm.report.found import CALM, Group, Run, find_groups, find_runs, is_number, own_maps, styles, subject
+from calm.report.gallery import gallery as images_of
+from calm.report.page import Column, Page, Row, Section, Table
+from calm.report.story import Study, birds_config, single_pairs, story_sections
+
+__all__ = ["report_page"]
+
+PAPER = "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Attribution”, ICCV 2021."
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """The results on one data set, by benchmark, and the runs whose models they are about."""
+
+    groups: Sequence[Group]
+    runs: Sequence[Run]
+
+    @cached_property
+    def name(self) -> str:
+        """What its sections are called by where the page has other data sets too."""
+        return " ".join(filter(None, [self.groups[0].data_name, self.groups[0].mark]))
+
+    @cached_property
+    def noun(self) -> str:
+        """What a class is called."""
+        return "species" if any(group.benchmark == "cue-localization" for group in self.groups) else "class"
+
+    @cached_property
+    def classes(self) -> int:
+        """How many there are."""
+        return int(self.groups[0].data.get("classes", 0))
+
+    @cached_property
+    def cues(self) -> list[Result]:
+        """Results of cue localization that say where maps peak."""
+        return [
+            result for group in self.groups for result in group.results if "peak_in_part" in result.figures
+        ]
+
+    @cached_property
+    def singles(self) -> list[dict[str, Any]]:
+        """Pairs of classes that differ in one part."""
+        return single_pairs(self.cues)
+
+    @cached_property
+    def agreement(self) -> float | None:
+        """The largest distance of a joint map's sum from the probability it explains, if it was measured."""
+        measured = [r.details.get("agreement") for group in self.groups for r in group.results]
+        return max((value for value in measured if value is not None), default=None)
+
+    def figure(self, name: str, methods: Sequence[str]) -> float | None:
+        """A figure of the first model that was trained by one of the methods, by its own maps."""
+        results = [r for group in self.groups for r in group.results if name in r.figures]
+        values = {own_maps(r): r.figures[name].value for r in reversed(results)}
+        return next((values[method] for method in methods if method in values), None)
+
+    def run(self, methods: Sequence[str]) -> Run | None:
+        """The first run of one of the methods."""
+        return next((run for method in methods for run in self.runs if run.method == method), None)
+
+
+def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, seed: int = 0) -> Page:
+    """The page of all results below some folders.
+
+    Args:
+        sources: run folders, or the folders that ``calm evaluate`` wrote.
+        base: paths below it are written relative to it; of others the page tells the last part only.
+        gallery: show images; it loads the models and reads the data that the results name.
+        seed: of what is drawn at random.
+
+    Raises:
+        CalmError: a folder that is missing, or no result in any.
+    """
+    groups = find_groups(sources)
+    runs, problems = find_runs(groups)
+    style = styles(groups)
+    data_sets = _data_sets(groups, runs)
+    sections: list[Section] = []
+    for data in data_sets:
+        story: list[Section] = []
+        if gallery:
+            try:
+                study = Study.of(data.groups)
+                story = story_sections(study, data.singles, seed=seed) if study else []
+            except (CalmError, OSError) as error:
+                problems.append(f"The sections on single images are left out: {error}.")
+        measured = [*story, *_numbers(data), *([_training(data.runs)] if data.runs else [])]
+        sections += [_named(section, data.name) if len(data_sets) > 1 else section for section in measured]
+        for group in data.groups:
+            scored = gallery and any(result.scores for result in group.results)
+            images = images_of(group, seed=seed) if scored else None
+            section = benchmark_section(group, style, images, fold=bool(story))
+            sections.append(replace(section, short=group.title) if len(data_sets) == 1 else section)
+    sections.append(_making(groups, runs, problems, sources, base))
+    footer = f"{PAPER} Made {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
+    for data in data_sets:
+        accuracy = {"calm": data.figure("top1", CALM), "cam": data.figure("top1", ["cam"])}
+        if data.classes and accuracy["calm"] is not None:
+            peak = {"calm": data.figure("peak_in_part", CALM), "cam": data.figure("peak_in_part", ["cam"])}
+            values = {
+                "data": data,
+                "accuracy": accuracy,
+                "peak": peak | {"chance": data.figure("part_of_object", CALM)},
+                "run": data.run(CALM),
+                "cam_run": data.run(["cam"]),
+            }
+            name = "procedural birds" if birds_config(data.groups[0].root) else data.groups[0].data_name
+            title = "A classifier that says where it saw the evidence"
+            return Page(title, f"CALM on {name}", Section("", "summary_calm", values), sections, footer)
+    figures = [figure for group in groups if (figure := main_figure(group)) is not None]
+    values = {"methods": len(style), "benchmarks": len(groups), "figures": figures}
+    summary = Section("", "summary_benchmarks", values)
+    return Page("Attribution maps, measured", "CALM benchmarks", summary, sections, footer)
+
+
+def _data_sets(groups: Sequence[Group], runs: Sequence[Run]) -> list[DataSet]:
+    by_data: dict[str, list[Group]] = {}
+    for group in groups:
+        by_data.setdefault(str(group.data.get("fingerprint")), []).append(group)
+    data_sets = []
+    for own in by_data.values():
+        models = {Path(str(subject(r).get("model", ""))) for group in own for r in group.results}
+        folders = models | {model.parent for model in models}
+        data_sets.append(DataSet(own, [run for run in runs if run.folder in folders]))
+    return data_sets
+
+
+def _named(section: Section, name: str) -> Section:
+    return replace(
+        section, title=f"{section.title} ({name})", short=f"{section.short or section.title} ({name})"
+    )
+
+
+def _numbers(data: DataSet) -> list[Section]:
+    """How well the models classify, and how often their maps point at the part that tells classes apart."""
+    if not (data.runs or data.cues or data.agreement is not None):
+        return []
+    options = data.cues[0].provenance.get("options", {}) if data.cues else {}
+    values = {
+        "data": data,
+        "runs": _classification_table(data.runs) if data.runs else None,
+        "guessing": math.log(max(1, data.classes)),
+        "pointing": _pointing_table(data.cues) if data.cues else None,
+        "replicates": options.get("replicates", 1000),
+        "by_pair": _pairs_table(data.singles) if data.singles else None,
+    }
+    return [Section("In numbers", "numbers", values, "Numbers")]
+
+
+def _classification_table(runs: Sequence[Run]) -> Table:
+    """Test figures of the best weights of some runs, as their result.json has them."""
+    columns = [
+        Column("accuracy", "%", "higher"),
+        Column("nll", ".3f", "lower"),
+        Column("calibration error", ".3f", "lower"),
+        Column("images/s in training", ".0f", "higher"),
+        Column("seconds of training", ".0f", "lower"),
+    ]
+    rows = []
+    for run in runs:
+        values = [run.test.get(name) for name in ("accuracy", "nll", "ece")]
+        values += [run.result.get(name) for name in ("images_per_second", "seconds")]
+        rows.append(Row(run.label, [value if is_number(value) else None for value in values]))
+    return Table(columns, rows, "Classification of the test images", "model")
+
+
+def _pointing_table(results: Sequence[Result]) -> Table:
+    rows = []
+    for result in results:
+        figures = [result.figures[name] for name in ("peak_in_part", "mass_in_part")]
+        rows.append(
+            Row(result.label, [figure.value for figure in figures], [figure[1:] for figure in figures])
+        )
+    for name, figure in (("object", "part_of_object"), ("picture", "part_of_image")):
+        level = results[0].figures[figure].value
+        rows.append(Row(f"by chance, in the {name}", [level, level], competes=False))
+    columns = [Column("peak in the part", "%", "higher"), Column("map in the part", "%", "higher")]
+    return Table(columns, rows, "Difference maps of species that differ in one part", "method")
+
+
+def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
+    """Peak in the part by pair."""
+    labels = list(singles[0]["peaks"])
+    columns = [
+        Column("part"),
+        Column("maps"),
+        *[Column(label, "%") for label in labels],
+        Column("chance", "%"),
+    ]
+    rows = [
+        Row(f"{s['first']} / {s['second']}", [s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]])
+        for s in singles
+    ]
+    return Table(columns, rows, "Peak in the part, pair by pair", "pair")
+
+
+_TRAINING_CHARTS = (
+    ("Loss (nats)", {"val_nll": "validation", "train_nll": "training"}, False),
+    ("Accuracy", {"val_accuracy": "validation", "train_accuracy": "training"}, True),
+    (
+        "Spread of CALM's maps",
+        {"prior_entropy_relative": "prior", "posterior_entropy_relative": "posterior"},
+        True,
+    ),
+)
+"""Headings; columns of metrics.csv and what they are called (the second is dashed); whether in percent."""
+
+
+def _training(runs: Sequence[Run]) -> Section:
+    """Loss, accuracy, and for CALM how spread out its maps are, epoch by epoch."""
+    colours: dict[str, str] = {}
+    for run in runs:
+        own = {"calm-em": "calm", "calm-ml": "other", "cam": "cam"}[run.method]
+        colours[run.label] = next((c for c in (own, *PALETTE) if c not in colours.values()), own)
+    charts = []
+    for title, columns, percent in _TRAINING_CHARTS:
+        lines = [
+            Line(
+                run.history["epoch"], run.history[column], f"{run.label}: {name}", colours[run.label], dashed
+            )
+            for (column, name), dashed in zip(columns.items(), (False, True), strict=True)
+            for run in runs
+            if column in run.history
+        ]
+        if lines:
+            charts.append((chart(lines, title=title, x_label="epoch", percent=percent), lines))
+    same = ("backbone", "data", "epochs", "batch_size", "seed")
+    values = {
+        "alike": len(runs) > 1 and len({str([run.config.get(name) for name in same]) for run in runs}) == 1,
+        "charts": charts,
+        "cells": {
+            run.label: math.exp(run.history["prior_entropy"][-1])
+            for run in runs
+            if run.history.get("prior_entropy")
+        },
+    }
+    return Section("Training", "training", values)
+
+
+def _making(
+    groups: Sequence[Group], runs: Sequence[Run], problems: Sequence[str], sources: Sequence[Path], base: Path
+) -> Section:
+    """Commands, data, versions and options of every run and result: enough to make the page again."""
+    roots = {str(_relative(str(group.root), base)): birds_config(group.root) for group in groups}
+    results = [result for group in groups for result in group.results]
+    values = {
+        "birds": {root: config for root, config in roots.items() if config},
+        "runs": [
+            (
+                run,
+                _relative(str(run.folder), base),
+                yaml.safe_dump(_relative(run.config, base), sort_keys=False),
+            )
+            for run in runs
+        ],
+        "sources": [_relative(str(source.resolve()), base) for source in sources],
+        "seconds": sum(r.provenance["seconds"] for r in results if is_number(r.provenance.get("seconds"))),
+        "problems": [problem.replace(f"{base.resolve()}/", "") for problem in problems],
+        "groups": [
+            (
+                group.heading,
+                {k: str(_relative(v, base)) for k, v in group.data.items() if isinstance(v, (str, int))},
+                {result.label: _json(_relative(result.provenance, base)) for result in group.results},
+            )
+            for group in groups
+        ],
+    }
+    return Section("How it was made", "making", values, "Making")
+
+
+def _relative(value: Any, base: Path) -> Any:
+    """A value of any shape whose paths do not tell whose machine it was."""
+    if isinstance(value, Mapping):
+        return {name: _relative(member, base) for name, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_relative(member, base) for member in value]
+    if isinstance(value, str) and Path(value).is_absolute():
+        path, base = Path(value), base.resolve()
+        return str(path.relative_to(base)) if path.is_relative_to(base) else path.name
+    return value
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False, default=str)
