@@ -29,7 +29,7 @@ def _kinds(report: Report) -> list[str]:
     return [problem.kind for problem in report.problems]
 
 
-def test_a_good_data_set_has_no_problem(tmp_path: Path) -> None:
+def test_check_finds_no_problem_in_a_good_data_set(tmp_path: Path) -> None:
     report = check(write_pack(tmp_path))
     assert report.ok
     assert report.problems == ()
@@ -94,7 +94,7 @@ LABELS, BOXES, IDS, SIZES = "class_labels.txt", "localization.txt", "image_ids.t
         (SIZES, "2.png,8,6", "2.png,8", "malformed-line", 3, "needs 3 fields"),
     ],
 )
-def test_a_bad_line_is_reported_with_file_line_and_value(
+def test_check_reports_a_bad_line_with_file_line_and_value(
     tmp_path: Path, file: str, old: str, new: str, kind: str, line: int, words: str
 ) -> None:
     write_pack(tmp_path)
@@ -111,13 +111,13 @@ def test_a_bad_line_is_reported_with_file_line_and_value(
         assert words in str(report)
 
 
-def test_a_wrong_label_is_said_once(tmp_path: Path) -> None:
+def test_check_reports_a_wrong_label_once(tmp_path: Path) -> None:
     write_pack(tmp_path)
     edit(tmp_path / "metadata/val/class_labels.txt", "0.png,0", "0.png,zero")
     assert [problem.kind for problem in check(tmp_path).errors] == ["label-not-integer"]
 
 
-def test_lines_of_no_image_count_as_left_out(tmp_path: Path) -> None:
+def test_left_out_counts_lines_of_no_image(tmp_path: Path) -> None:
     write_cub(tmp_path)
     with (tmp_path / "images.txt").open("a") as file:
         file.write("x y\nz\n")
@@ -125,7 +125,7 @@ def test_lines_of_no_image_count_as_left_out(tmp_path: Path) -> None:
     assert report.left_out("train") == len(report.errors) == 2
 
 
-def test_a_stated_size_that_differs_from_the_file_is_reported(tmp_path: Path) -> None:
+def test_check_reports_a_stated_size_that_differs_from_the_file(tmp_path: Path) -> None:
     write_pack(tmp_path)
     edit(tmp_path / "metadata/val/image_sizes.txt", "0.png,8,6", "0.png,6,8")
     (problem,) = check(tmp_path).problems
@@ -133,7 +133,7 @@ def test_a_stated_size_that_differs_from_the_file_is_reported(tmp_path: Path) ->
     assert "is 8 x 6 pixels, stated is 6 x 8" in problem.message
 
 
-def test_without_stated_sizes_boxes_are_held_against_the_files(tmp_path: Path) -> None:
+def test_check_compares_boxes_with_the_files_without_stated_sizes(tmp_path: Path) -> None:
     write_pack(tmp_path)
     (tmp_path / "metadata/val/image_sizes.txt").unlink()
     edit(tmp_path / "metadata/val/localization.txt", "0.png,1,1,5,4", "0.png,1,1,5,6")
@@ -141,7 +141,7 @@ def test_without_stated_sizes_boxes_are_held_against_the_files(tmp_path: Path) -
     assert (problem.kind, problem.record) == ("box-outside", "images/val/0.png")
 
 
-def test_missing_and_unreadable_masks_are_reported(tmp_path: Path) -> None:
+def test_check_reports_missing_and_unreadable_masks(tmp_path: Path) -> None:
     write_pack(tmp_path)
     write_image(tmp_path / "masks/good.png")
     (tmp_path / "masks/bad.png").write_text("<html>")
@@ -155,7 +155,7 @@ def test_missing_and_unreadable_masks_are_reported(tmp_path: Path) -> None:
     assert report.bad_ids("val") == {"images/val/0.png", "images/val/1.png"}
 
 
-def test_an_image_in_two_splits_leaves_train(tmp_path: Path) -> None:
+def test_check_splits_reports_an_image_in_two_splits_for_train(tmp_path: Path) -> None:
     write_pack(tmp_path)
     for file, line in ((IDS, "images/test/0.png"), (LABELS, "images/test/0.png,0")):
         path = tmp_path / "metadata/train" / file
@@ -169,7 +169,7 @@ def test_an_image_in_two_splits_leaves_train(tmp_path: Path) -> None:
     assert len(drop_bad(splits["test"], report).records) == 2
 
 
-def test_classes_without_images_are_a_warning_that_names_the_way_out(tmp_path: Path) -> None:
+def test_check_warns_of_classes_without_images(tmp_path: Path) -> None:
     report = check(write_cub(tmp_path))
     assert report.ok
     assert _kinds(report) == ["empty-class", "empty-class"]
@@ -178,7 +178,7 @@ def test_classes_without_images_are_a_warning_that_names_the_way_out(tmp_path: P
     assert not check(tmp_path, present_classes_only=True).problems
 
 
-def test_all_problems_come_in_one_report(tmp_path: Path) -> None:
+def test_load_checked_raises_all_problems_at_once(tmp_path: Path) -> None:
     write_pack(tmp_path)
     (tmp_path / "images/train/0.png").unlink()
     (tmp_path / "images/train/1.png").write_bytes(b"")
@@ -190,7 +190,7 @@ def test_all_problems_come_in_one_report(tmp_path: Path) -> None:
         assert words in str(caught.value)
 
 
-def test_a_long_report_is_cut_to_a_readable_length(tmp_path: Path) -> None:
+def test_report_shows_a_few_problems_of_a_kind(tmp_path: Path) -> None:
     write_pack(tmp_path, {"train": [0, 1] * 40})
     shutil.rmtree(tmp_path / "images")
     text = str(check(tmp_path))
@@ -199,7 +199,7 @@ def test_a_long_report_is_cut_to_a_readable_length(tmp_path: Path) -> None:
     assert len(text.splitlines()) < 15
 
 
-def test_skipping_leaves_bad_images_out_and_counts_them(tmp_path: Path) -> None:
+def test_load_checked_leaves_bad_images_out_and_counts_them(tmp_path: Path) -> None:
     write_pack(tmp_path)
     (tmp_path / "images/train/0.png").unlink()
     edit(tmp_path / "metadata/train/class_labels.txt", "1.png,0", "1.png,x")
@@ -213,14 +213,14 @@ def test_skipping_leaves_bad_images_out_and_counts_them(tmp_path: Path) -> None:
     ImageDataset(splits["train"], eval_transform(Preprocessing((4, 4))), cache=True)
 
 
-def test_nothing_left_after_skipping_is_an_error(tmp_path: Path) -> None:
+def test_load_checked_raises_if_no_image_is_left(tmp_path: Path) -> None:
     write_pack(tmp_path)
     shutil.rmtree(tmp_path / "images/val")
     with pytest.raises(CalmError, match="no image of split 'val' is without an error"):
         load_checked(tmp_path, skip_bad=True)
 
 
-def test_carved_splits_are_checked_once(tmp_path: Path) -> None:
+def test_check_splits_reports_problems_of_carved_splits_once(tmp_path: Path) -> None:
     """What is wrong in the lists of train is not said again for the split carved from it."""
     write_cub(tmp_path)
     edit(tmp_path / "image_class_labels.txt", "1 1\n", "1 77\n")
@@ -228,7 +228,7 @@ def test_carved_splits_are_checked_once(tmp_path: Path) -> None:
     assert _kinds(report).count("label-range") == 1
 
 
-def test_progress_is_shown_on_a_terminal_only(
+def test_check_shows_progress_on_a_terminal_only(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pack(tmp_path)
@@ -241,7 +241,7 @@ def test_progress_is_shown_on_a_terminal_only(
     assert "checking images" in err
 
 
-def test_a_check_changes_nothing(tmp_path: Path) -> None:
+def test_check_changes_nothing(tmp_path: Path) -> None:
     write_pack(tmp_path)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     filters = list(warnings.filters)
@@ -250,27 +250,27 @@ def test_a_check_changes_nothing(tmp_path: Path) -> None:
     assert list(warnings.filters) == filters
 
 
-def test_every_kind_of_problem_is_made_by_these_tests() -> None:
+def test_kinds_are_all_produced_by_these_tests() -> None:
     """A kind nobody can produce would be dead; a kind nobody tests would be unproven."""
     text = "".join(path.read_text() for path in Path(__file__).parent.glob("test_data_*.py"))
     missing = [kind for kind in KINDS if not re.search(rf'"{kind}"', text)]
     assert not missing
 
 
-def test_a_split_without_any_good_line_is_explained(tmp_path: Path) -> None:
+def test_check_explains_a_split_without_any_good_line(tmp_path: Path) -> None:
     write_pack(tmp_path)
     write_lines(tmp_path / "metadata/val/class_labels.txt", ["images/val/0.png,a", "images/val/1.png,b"])
     with pytest.raises(CalmError, match=r"(?s)'a' for images/val/0.png.*'b' for images/val/1.png"):
         check(tmp_path)
 
 
-def test_the_number_of_threads_is_checked(tmp_path: Path) -> None:
+def test_check_refuses_less_than_one_thread(tmp_path: Path) -> None:
     with pytest.raises(CalmError, match="workers is 0"):
         check(write_pack(tmp_path), workers=0)
     assert check(tmp_path, workers=1).ok
 
 
-def test_threads_keep_the_order_and_pass_errors_on() -> None:
+def test_in_threads_keeps_the_order_and_passes_errors_on() -> None:
     assert list(in_threads(lambda number: number * 2, range(3000))) == list(range(0, 6000, 2))
     with pytest.raises(ZeroDivisionError):
         list(in_threads(lambda number: 1 // number, range(3)))
@@ -285,7 +285,7 @@ def birds(tmp_path: Path) -> Path:
     return tmp_path / "birds"
 
 
-def test_what_was_found_is_said_with_the_pairs_of_cue_localization(birds: Path) -> None:
+def test_check_counts_the_pairs_of_cue_localization(birds: Path) -> None:
     report = check(birds)
     assert report.ok
     layout, classes, cues, images = str(report).splitlines()
@@ -312,7 +312,7 @@ def test_what_was_found_is_said_with_the_pairs_of_cue_localization(birds: Path) 
         ("parts/groups.yaml", "", "[]", "needs a list of 1 to 31 groups"),
     ],
 )  # fmt: skip
-def test_wrong_files_of_cue_localization_are_errors(
+def test_check_cue_files_reports_wrong_files(
     birds: Path, file: str, old: str, new: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = birds / file
@@ -327,7 +327,7 @@ def test_wrong_files_of_cue_localization_are_errors(
     assert "cue localization: " not in said
 
 
-def test_parts_without_attributes_are_said_and_no_error(birds: Path) -> None:
+def test_check_cue_files_accepts_parts_without_attributes(birds: Path) -> None:
     shutil.rmtree(birds / "attributes")
     report = check(birds)
     assert report.problems == ()

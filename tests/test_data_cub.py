@@ -17,7 +17,7 @@ from calm.data.loading import detect_layout, load_split, load_splits
 from calm.errors import CalmError
 
 
-def test_the_official_folder_reads(tmp_path: Path) -> None:
+def test_cub_source_reads_the_official_folder(tmp_path: Path) -> None:
     assert detect_layout(write_cub(tmp_path)) == "cub"
     train = load_split(tmp_path, "train", val_fraction=0)
     test = load_split(tmp_path, "test")
@@ -31,7 +31,7 @@ def test_the_official_folder_reads(tmp_path: Path) -> None:
     assert not test.exif
 
 
-def test_segmentations_become_masks(tmp_path: Path) -> None:
+def test_cub_source_reads_segmentations_as_masks(tmp_path: Path) -> None:
     test = load_split(write_cub(tmp_path, masks=True), "test")
     assert test.records[0].masks == (tmp_path / "segmentations/001.Bird_1/Bird_1_2.png",)
     test.records[0].masks[0].unlink()
@@ -48,7 +48,7 @@ def test_segmentations_become_masks(tmp_path: Path) -> None:
         ((0.0, 67.0, 212.0, 163.0), (500, 322), (0, 67, 212, 230)),
     ],
 )
-def test_boxes_equal_those_of_the_published_metadata(
+def test_corners_equal_those_of_the_published_metadata(
     official: tuple[float, float, float, float], size: tuple[int, int], published: tuple[int, int, int, int]
 ) -> None:
     """Four images of the official file, and the same four in the published evaluator's localization.txt."""
@@ -66,7 +66,7 @@ def test_boxes_equal_those_of_the_published_metadata(
         )
     )
 )
-def test_only_a_small_overhang_is_clipped(case: tuple[tuple[int, int], int, int, int, int]) -> None:
+def test_corners_clips_only_a_small_overhang(case: tuple[tuple[int, int], int, int, int, int]) -> None:
     (width, height), left, top, w, h = case
     x0, y0, x1, y1 = corners((left, top, w, h), (width, height))
     assert (x0, y0) == (left, top)
@@ -74,7 +74,7 @@ def test_only_a_small_overhang_is_clipped(case: tuple[tuple[int, int], int, int,
     assert y1 == (top + h if not height <= top + h <= height + 1 else height - 1)
 
 
-def test_only_the_classes_present_can_be_kept(tmp_path: Path) -> None:
+def test_load_splits_keeps_only_present_classes(tmp_path: Path) -> None:
     splits = load_splits(write_cub(tmp_path), present_classes_only=True)
     assert {split.class_names for split in splits.values()} == {("001.Bird_1", "003.Bird_3")}
     assert {record.label for record in splits["train"].records} == {0, 1}
@@ -112,7 +112,7 @@ def test_only_the_classes_present_can_be_kept(tmp_path: Path) -> None:
         ("image_class_labels.txt", "3 1\n", "3 1\n77 1\n", "unlisted-id", "image number 77"),
     ],
 )
-def test_each_wrong_line_is_reported_with_its_file(
+def test_cub_source_reports_each_wrong_line_with_its_file(
     tmp_path: Path, file: str, old: str, new: str, kind: str, words: str
 ) -> None:
     write_cub(tmp_path)
@@ -123,7 +123,7 @@ def test_each_wrong_line_is_reported_with_its_file(
     assert found[0].file.name == (file if kind not in ("no-split",) else "images.txt")
 
 
-def test_an_image_listed_twice_is_reported(tmp_path: Path) -> None:
+def test_cub_source_reports_an_image_listed_twice(tmp_path: Path) -> None:
     write_cub(tmp_path)
     edit(tmp_path / "images.txt", "2 001.Bird_1/Bird_1_1.jpg", "2 001.Bird_1/Bird_1_0.jpg")
     (problem,) = check(tmp_path).errors
@@ -132,7 +132,7 @@ def test_an_image_listed_twice_is_reported(tmp_path: Path) -> None:
     assert [problem.kind for problem in check(tmp_path).errors] == ["duplicate-id", "two-splits"]
 
 
-def test_a_folder_inside_is_suggested(tmp_path: Path) -> None:
+def test_detect_layout_suggests_a_folder_inside(tmp_path: Path) -> None:
     write_cub(tmp_path / "CUB_200_2011")
     write_image(tmp_path / "loose.jpg")
     with pytest.raises(
@@ -143,7 +143,7 @@ def test_a_folder_inside_is_suggested(tmp_path: Path) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([*CUB_FILES, "bounding_boxes.txt"]), st.text("0123 .-x/\n\t٣", max_size=60))
-def test_no_text_breaks_the_reader(file: str, text: str) -> None:
+def test_cub_source_reads_any_text_without_failing(file: str, text: str) -> None:
     """Whatever a file says, the answer is a report or an error for the user."""
     with TemporaryDirectory() as folder:
         root = write_cub(Path(folder))

@@ -1,4 +1,4 @@
-"""calm.data.dataset, sampler, digest: the same images whoever reads them."""
+"""calm.data.dataset: the same images whoever reads them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_files import edit, write_cub, write_image, write_pack
+from data_files import write_image, write_pack
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from calm.data import dataset as dataset_module
 from calm.data.augmentation import Augmentation, Crop
 from calm.data.dataset import EpochSampler, ImageDataset, Remainder
-from calm.data.loading import fingerprint, load_split, summary
+from calm.data.loading import load_split
 from calm.data.records import Record, Split
 from calm.data.seeds import seeded
 from calm.data.transforms import eval_transform, fixed_size, train_transform
@@ -45,7 +45,7 @@ def _all(dataset: ImageDataset) -> Tensor:
     return torch.stack([dataset[index][0] for index in range(len(dataset))])
 
 
-def test_an_item_is_image_label_index(split: Split) -> None:
+def test_dataset_item_is_image_label_index(split: Split) -> None:
     image, label, index = ImageDataset(split, eval_transform(SMALL))[3]
     assert torch.equal(image, SMALL(split.records[3].path)[0])
     assert (label, index) == (1, 3)
@@ -53,7 +53,7 @@ def test_an_item_is_image_label_index(split: Split) -> None:
         ImageDataset(split, eval_transform(SMALL))[12]
 
 
-def test_augmentation_depends_on_seed_epoch_and_index_alone(split: Split) -> None:
+def test_dataset_augments_by_seed_epoch_and_index_alone(split: Split) -> None:
     dataset = _augmented(split)
     first = _all(dataset)
     random.seed(1), np.random.seed(1), torch.manual_seed(99)  # noqa: NPY002
@@ -68,13 +68,13 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(split: Split) -> Non
     assert torch.equal(first, _all(dataset))
 
 
-def test_two_images_of_the_same_pixels_are_augmented_apart(split: Split) -> None:
+def test_dataset_augments_two_images_of_the_same_pixels_apart(split: Split) -> None:
     twins = replace(split, records=(split.records[0], split.records[0]))
     first, second = _all(_augmented(twins))
     assert not torch.equal(first, second)
 
 
-def test_the_generators_are_left_as_they_were(split: Split) -> None:
+def test_dataset_leaves_the_generators_as_they_were(split: Split) -> None:
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002
     _all(_augmented(split))
     with pytest.raises(RuntimeError), seeded(1):
@@ -103,7 +103,7 @@ def _epochs(dataset: ImageDataset, workers: int, epochs: int = 3) -> Iterator[tu
 
 
 @pytest.mark.parametrize("cache", [False, True])
-def test_workers_that_live_across_epochs_read_the_same(split: Split, cache: bool) -> None:
+def test_dataset_is_the_same_for_workers_that_live_across_epochs(split: Split, cache: bool) -> None:
     alone = list(_epochs(_augmented(split), 0))
     helped = list(_epochs(ImageDataset(split, train_transform(VARIED, SMALL), cache=cache), 2))
     for (images, indices), (images_2, indices_2) in zip(alone, helped, strict=True):
@@ -113,7 +113,7 @@ def test_workers_that_live_across_epochs_read_the_same(split: Split, cache: bool
     assert not torch.equal(alone[0][0], alone[1][0])
 
 
-def test_a_run_that_starts_at_a_later_epoch_reads_the_same(split: Split) -> None:
+def test_dataset_is_the_same_for_a_run_that_starts_at_a_later_epoch(split: Split) -> None:
     whole = list(_epochs(_augmented(split), 0))
     dataset = _augmented(split)
     sampler = EpochSampler(dataset, 4, seed=3)
@@ -122,7 +122,7 @@ def test_a_run_that_starts_at_a_later_epoch_reads_the_same(split: Split) -> None
     assert torch.equal(resumed, whole[2][0])
 
 
-def test_the_cache_holds_the_very_pixels_and_needs_no_file(split: Split, tmp_path: Path) -> None:
+def test_cache_holds_the_very_pixels_and_needs_no_file(split: Split, tmp_path: Path) -> None:
     plain = ImageDataset(split, eval_transform(SMALL))
     cached = ImageDataset(split, eval_transform(SMALL), cache=True)
     before = _all(plain)
@@ -135,7 +135,7 @@ def test_the_cache_holds_the_very_pixels_and_needs_no_file(split: Split, tmp_pat
         plain[0]
 
 
-def test_a_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
+def test_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
     paths = [write_image(tmp_path / f"{side}.png", (side, side + 1), side) for side in (3, 7, 5)]
     split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
     cached = ImageDataset(split, eval_transform(SMALL), cache=True)
@@ -144,7 +144,7 @@ def test_a_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crop", ["resize-crop", "pad-shift", "none"])
-def test_a_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(
+def test_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(
     tmp_path: Path, crop: Crop
 ) -> None:
     sizes = [(40, 30), (9, 17), (16, 20), (64, 64)]
@@ -158,7 +158,7 @@ def test_a_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(
     assert cached.picture(0).size == (40, 30)
 
 
-def test_a_cache_for_testing_holds_the_input_size(split: Split) -> None:
+def test_cache_for_testing_holds_the_input_size(split: Split) -> None:
     cached = ImageDataset(split, eval_transform(SMALL), cache=True, cache_size=SMALL.size)
     plain = _all(ImageDataset(split, eval_transform(SMALL)))
     for record in split.records:
@@ -166,13 +166,13 @@ def test_a_cache_for_testing_holds_the_input_size(split: Split) -> None:
     assert torch.equal(_all(cached), plain)
 
 
-def test_a_cache_beyond_the_memory_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_beyond_the_memory_is_refused(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dataset_module, "_memory", lambda: 2 * 5 * 8 * 6 * 3)
     with pytest.raises(CalmError, match=r"5 of 12 images fit"):
         ImageDataset(split, eval_transform(SMALL), cache=True)
 
 
-def test_pictures_are_turned_as_their_split_says(tmp_path: Path) -> None:
+def test_dataset_rotates_pictures_as_the_split_says(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 8
     Image.new("RGB", (4, 2)).save(tmp_path / "a.jpg", exif=exif)
@@ -184,7 +184,7 @@ def test_pictures_are_turned_as_their_split_says(tmp_path: Path) -> None:
         assert shown.picture(0).size == (2, 4)
 
 
-def test_an_empty_split_is_refused(tmp_path: Path) -> None:
+def test_dataset_refuses_an_empty_split(tmp_path: Path) -> None:
     with pytest.raises(CalmError, match="has no images"):
         ImageDataset(Split("val", (), ("a",), tmp_path), eval_transform(SMALL))
 
@@ -217,7 +217,9 @@ sizes = st.tuples(st.integers(1, 70), st.integers(1, 6), st.integers(1, 4))
 
 @settings(deadline=None)
 @given(sizes, st.booleans())
-def test_the_union_of_all_processes_is_the_batch_of_one(case: tuple[int, int, int], shuffle: bool) -> None:
+def test_sampler_union_of_all_processes_is_the_batch_of_one(
+    case: tuple[int, int, int], shuffle: bool
+) -> None:
     size, local, ranks = case
     for remainder in ("drop", "keep"):
         if remainder == "drop" and local * ranks > size:
@@ -234,7 +236,7 @@ def test_the_union_of_all_processes_is_the_batch_of_one(case: tuple[int, int, in
         assert len(set(seen)) == len(seen) == (size if remainder == "keep" else size - size % (local * ranks))
 
 
-def test_the_order_changes_with_epoch_and_seed_and_not_with_ranks() -> None:
+def test_sampler_order_changes_with_epoch_and_seed_and_not_with_ranks() -> None:
     def order(epoch: int, seed: int = 0, ranks: int = 1) -> list[int]:
         sampler = EpochSampler(_unread(40), 4, seed=seed, rank=0, world_size=ranks)
         sampler.set_epoch(epoch)
@@ -245,7 +247,7 @@ def test_the_order_changes_with_epoch_and_seed_and_not_with_ranks() -> None:
     assert list(EpochSampler(_unread(5), 2, shuffle=False, remainder="keep")) == [0, 1, 2, 3, 4]
 
 
-def test_a_sampler_tells_its_data_set_the_epoch_and_begins_with_its(split: Split) -> None:
+def test_sampler_sets_the_epoch_of_its_dataset_and_begins_with_it(split: Split) -> None:
     dataset = _augmented(split)
     dataset.set_epoch(4)
     sampler = EpochSampler(dataset, 4)
@@ -268,61 +270,12 @@ def test_a_sampler_tells_its_data_set_the_epoch_and_begins_with_its(split: Split
         ({"batch_size": 4, "remainder": "dropp"}, "unknown remainder 'dropp'.*did you mean 'drop'"),
     ],
 )
-def test_wrong_sampler_options_are_refused(options: dict[str, int], message: str) -> None:
+def test_sampler_refuses_wrong_options(options: dict[str, int], message: str) -> None:
     with pytest.raises(CalmError, match=message):
         EpochSampler(_unread(40), **options)  # type: ignore[arg-type]
 
 
-def test_a_fingerprint_is_the_same_in_another_place_and_order(tmp_path: Path) -> None:
-    here, there = (
-        load_split(write_cub(tmp_path / name, masks=True), "train", val_fraction=0) for name in "ab"
-    )
-    assert fingerprint(here) == fingerprint(there)
-    assert fingerprint(here) == fingerprint(replace(here, records=here.records[::-1]))
-    assert len(fingerprint(here)) == 64
-
-
-@pytest.mark.parametrize(
-    ("file", "old", "new"),
-    [
-        ("image_class_labels.txt", "2 1\n", "2 3\n"),
-        ("bounding_boxes.txt", "2 2.0 1.0", "2 3.0 1.0"),
-        ("classes.txt", "2 002.Bird_2", "2 002.Bird_two"),
-        ("train_test_split.txt", "2 1\n", "2 0\n"),
-    ],
-)
-def test_a_fingerprint_tells_what_changed(tmp_path: Path, file: str, old: str, new: str) -> None:
-    before = fingerprint(load_split(write_cub(tmp_path), "train", val_fraction=0))
-    edit(tmp_path / file, old, new)
-    assert fingerprint(load_split(tmp_path, "train", val_fraction=0)) != before
-
-
-def test_file_sizes_are_part_of_it_when_asked(split: Split) -> None:
-    plain, sized = fingerprint(split), fingerprint(split, file_sizes=True)
-    with split.records[0].path.open("ab") as file:
-        file.write(b"!")
-    assert fingerprint(split) == plain
-    assert fingerprint(split, file_sizes=True) != sized
-    split.records[0].path.unlink()
-    with pytest.raises(CalmError, match="cannot look at image"):
-        fingerprint(split, file_sizes=True)
-
-
-def test_a_summary_counts(tmp_path: Path) -> None:
-    found = summary(load_split(write_cub(tmp_path, masks=True), "test"))
-    assert found.pop("fingerprint")
-    assert found == {
-        "split": "test",
-        "images": 2,
-        "classes": 3,
-        "class_counts": {"001.Bird_1": 1, "003.Bird_3": 1},
-        "with_boxes": 2,
-        "with_masks": 2,
-        "origin": "own files",
-    }
-
-
-def test_rank_and_number_of_processes_come_from_the_process_group(tmp_path: Path) -> None:
+def test_sampler_takes_rank_and_world_size_from_the_process_group(tmp_path: Path) -> None:
     distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         sampler = EpochSampler(_unread(8), 4)

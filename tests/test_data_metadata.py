@@ -30,7 +30,7 @@ names = st.lists(part, min_size=1, max_size=3).map("/".join)
 corner = st.integers(0, 500)
 
 
-def test_a_pack_reads_with_labels_boxes_sizes_and_names(tmp_path: Path) -> None:
+def test_load_split_reads_labels_boxes_sizes_and_names(tmp_path: Path) -> None:
     split = load_split(write_pack(tmp_path), "val")
     assert split.class_names == ("cat", "dog")
     first, second = split.records
@@ -57,7 +57,7 @@ def test_a_pack_reads_with_labels_boxes_sizes_and_names(tmp_path: Path) -> None:
     ),
     st.sampled_from(["\n", "\r\n", "\n\n"]),
 )
-def test_what_is_written_is_read(
+def test_readers_of_lists_read_what_is_written(
     images: dict[str, tuple[int, int, int, list[tuple[int, ...]]]], end: str
 ) -> None:
     """Ids with commas, quotes and letters of any script; any line end; blank lines."""
@@ -84,7 +84,7 @@ def test_what_is_written_is_read(
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.characters(exclude_categories=("Cs",)), max_size=80))
-def test_no_text_breaks_the_parsers(text: str) -> None:
+def test_readers_of_lists_read_any_text_without_failing(text: str) -> None:
     """Whatever the file says, every line that is not blank is read or reported."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "file.txt")
@@ -102,7 +102,7 @@ def test_no_text_breaks_the_parsers(text: str) -> None:
             assert count == lines
 
 
-def test_masks_and_the_ignore_mask_are_read(tmp_path: Path) -> None:
+def test_load_split_reads_masks_and_the_ignore_mask(tmp_path: Path) -> None:
     write_pack(tmp_path)
     write_lines(
         tmp_path / "metadata/val/localization.txt",
@@ -120,7 +120,7 @@ def test_masks_and_the_ignore_mask_are_read(tmp_path: Path) -> None:
     assert not first.boxes
 
 
-def test_sizes_and_localization_may_be_absent_or_blank(tmp_path: Path) -> None:
+def test_load_splits_accepts_absent_or_blank_sizes_and_localization(tmp_path: Path) -> None:
     write_pack(tmp_path)
     (tmp_path / "metadata/train/image_sizes.txt").unlink()
     (tmp_path / "metadata/train/localization.txt").write_text("\n")
@@ -131,21 +131,21 @@ def test_sizes_and_localization_may_be_absent_or_blank(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["class_labels.txt", "image_ids.txt"])
-def test_a_missing_essential_file_is_named(tmp_path: Path, file: str) -> None:
+def test_load_split_names_a_missing_essential_file(tmp_path: Path, file: str) -> None:
     write_pack(tmp_path)
     (tmp_path / "metadata/val" / file).unlink()
     with pytest.raises(CalmError, match=file if file == "class_labels.txt" else "no image for split 'val'"):
         load_split(tmp_path, "val", val_fraction=0)
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+def test_load_split_names_a_file_that_is_no_text(tmp_path: Path) -> None:
     write_pack(tmp_path)
     (tmp_path / "metadata/val/image_ids.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CalmError, match=r"val.image_ids\.txt is not UTF-8"):
         load_split(tmp_path, "val")
 
 
-def test_without_classes_txt_names_come_from_folders_or_are_numbers(tmp_path: Path) -> None:
+def test_class_names_come_from_folders_or_are_numbers_without_classes_txt(tmp_path: Path) -> None:
     assert load_split(write_pack(tmp_path, classes=None), "val").class_names == ("0", "1")
     for split, images in (
         ("train", ("b/1.png", "b/2.png", "a/1.png")),
@@ -161,7 +161,7 @@ def test_without_classes_txt_names_come_from_folders_or_are_numbers(tmp_path: Pa
 
 
 @given(st.dictionaries(names, st.integers(0, 5), min_size=1))
-def test_folder_names_are_used_only_if_they_tell_the_classes_apart(labels: dict[str, int]) -> None:
+def test_names_from_folders_are_used_only_if_they_tell_the_classes_apart(labels: dict[str, int]) -> None:
     found = names_from_folders(labels)
     folders = {name: PurePosixPath(name).parent.name for name in labels}
     assert len(found) == max(labels.values()) + 1
@@ -180,9 +180,7 @@ def test_folder_names_are_used_only_if_they_tell_the_classes_apart(labels: dict[
         (["0 n02"], ("n02",)),
     ],
 )
-def test_class_names_are_short_and_unique(
-    tmp_path: Path, lines: list[str], expected: tuple[str, ...]
-) -> None:
+def test_read_names_are_short_and_unique(tmp_path: Path, lines: list[str], expected: tuple[str, ...]) -> None:
     write_lines(tmp_path / "classes.txt", lines)
     assert read_names(tmp_path / "classes.txt") == expected
 
@@ -198,7 +196,9 @@ def test_class_names_are_short_and_unique(
         ([], "there are none"),
     ],
 )
-def test_wrong_class_lists_are_refused_with_the_place(tmp_path: Path, lines: list[str], message: str) -> None:
+def test_read_names_refuses_wrong_lists_with_the_place(
+    tmp_path: Path, lines: list[str], message: str
+) -> None:
     write_lines(tmp_path / "classes.txt", lines)
     with pytest.raises(CalmError, match=message):
         read_names(tmp_path / "classes.txt")
@@ -223,7 +223,7 @@ def _released(root: Path, name: str, split: str, folder: str) -> None:
         for folder in folders
     ],
 )
-def test_the_released_layout_finds_the_images_of_each_split(
+def test_images_root_finds_the_images_of_each_split_of_the_released_layout(
     tmp_path: Path, name: str, split: str, folder: str
 ) -> None:
     _released(tmp_path, name, split, folder)
@@ -240,7 +240,7 @@ def test_the_released_layout_finds_the_images_of_each_split(
         assert loaded.class_names == ("x", "y")
 
 
-def test_the_released_metadata_is_found_below_the_root(tmp_path: Path) -> None:
+def test_load_split_finds_the_released_metadata_below_the_root(tmp_path: Path) -> None:
     _released(tmp_path, "CUB", "test", "CUB/images")
     (tmp_path / "dataset").rename(tmp_path / "root")
     (tmp_path / "metadata").rename(tmp_path / "root/metadata")
@@ -250,7 +250,7 @@ def test_the_released_metadata_is_found_below_the_root(tmp_path: Path) -> None:
         load_split(tmp_path / "root", "test", val_fraction=0)
 
 
-def test_where_released_images_were_looked_for_is_said(tmp_path: Path) -> None:
+def test_images_root_says_where_images_were_looked_for(tmp_path: Path) -> None:
     _released(tmp_path, "ILSVRC", "val", "elsewhere")
     with pytest.raises(
         CalmError, match=r"none of the ILSVRC val images \(such as x/a.png\)[^$]*dataset/ImageNetV2\n"
@@ -258,13 +258,13 @@ def test_where_released_images_were_looked_for_is_said(tmp_path: Path) -> None:
         load_split(tmp_path / "dataset", "val", metadata_root=tmp_path / "metadata/ILSVRC", val_fraction=0)
 
 
-def test_a_metadata_root_without_lists_is_refused(tmp_path: Path) -> None:
+def test_load_split_refuses_a_metadata_root_without_lists(tmp_path: Path) -> None:
     write_pack(tmp_path)
     with pytest.raises(CalmError, match=r"no train/image_ids.txt .* in .*images"):
         load_split(tmp_path, "val", metadata_root=tmp_path / "images")
 
 
-def test_wrong_lines_stop_a_strict_reading_all_at_once(tmp_path: Path) -> None:
+def test_load_split_raises_all_wrong_lines_at_once(tmp_path: Path) -> None:
     write_pack(tmp_path)
     edit(tmp_path / "metadata/val/class_labels.txt", "0.png,0", "0.png,cat")
     edit(tmp_path / "metadata/val/localization.txt", "1.png,1,1,5,4", "1.png,1,1,8,4")

@@ -1,4 +1,4 @@
-"""calm.data.transforms, transforms, mixing: each option does what it says."""
+"""calm.data.transforms and calm.data.augmentation: each option does what it says."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def varied(augmentation: Augmentation, size: tuple[int, int] = (30, 40), draws: 
     return torch.stack([transform(picture()) for _ in range(draws)])
 
 
-def test_testing_is_exactly_the_models_preprocessing() -> None:
+def test_eval_transform_is_exactly_the_models_preprocessing() -> None:
     preprocessing = Preprocessing((17, 23), mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7))
     assert torch.equal(eval_transform(preprocessing)(picture()), preprocessing(picture())[0])
 
 
-def test_no_augmentation_equals_testing() -> None:
+def test_train_transform_without_augmentation_equals_testing() -> None:
     preprocessing = Preprocessing((17, 23))
     found = train_transform(AUGMENTATIONS["none"], preprocessing)(picture())
     assert torch.equal(found, preprocessing(picture())[0])
@@ -48,7 +48,7 @@ def test_no_augmentation_equals_testing() -> None:
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("size", [(224, 224), (32, 48), (8, 8)])
-def test_every_preset_gives_normalised_images_of_the_models_size(name: str, size: tuple[int, int]) -> None:
+def test_train_transform_gives_normalised_images_of_the_models_size(name: str, size: tuple[int, int]) -> None:
     transform = train_transform(AUGMENTATIONS[name], Preprocessing(size))
     found = pickle.loads(pickle.dumps(transform))(picture())
     assert found.shape == (3, *size)
@@ -59,7 +59,7 @@ def test_every_preset_gives_normalised_images_of_the_models_size(name: str, size
     assert (found <= high + 1e-5).all()
 
 
-def test_the_published_recipe_cuts_224_from_256() -> None:
+def test_train_transform_published_cuts_224_from_256() -> None:
     augmentation = dataclasses.replace(AUGMENTATIONS["published"], flip=0.0)
     whole = Preprocessing((256, 256))(picture())[0]
     found = varied(augmentation, (224, 224), 12)
@@ -73,7 +73,7 @@ def test_the_published_recipe_cuts_224_from_256() -> None:
     assert len(places) > 8
 
 
-def test_pad_shift_moves_by_at_most_the_share_and_mirrors_the_edge() -> None:
+def test_train_transform_pad_shift_moves_by_at_most_the_share_and_mirrors_the_edge() -> None:
     preprocessing = Preprocessing((32, 48))
     whole = preprocessing(picture(48, 32))
     padded = torch.nn.functional.pad(whole, (3, 3, 2, 2), mode="reflect")[0]  # 48/16 = 3 and 32/16 = 2
@@ -87,7 +87,7 @@ def test_pad_shift_moves_by_at_most_the_share_and_mirrors_the_edge() -> None:
     assert len(places) > 20
 
 
-def test_a_flip_mirrors_left_and_right_that_often() -> None:
+def test_train_transform_flips_that_often() -> None:
     plain = varied(PLAIN, draws=1)[0]
     found = varied(dataclasses.replace(PLAIN, flip=0.25), draws=400)
     flipped = sum(torch.equal(one, plain.flip(-1)) for one in found)
@@ -98,7 +98,7 @@ def test_a_flip_mirrors_left_and_right_that_often() -> None:
     )
 
 
-def test_a_random_resized_crop_shows_a_share_of_the_image() -> None:
+def test_train_transform_random_resized_crop_shows_a_share_of_the_image() -> None:
     """Red grows with x: its range over the crop tells the share of the width, green that of the height."""
     preprocessing = Preprocessing((30, 40))
     augmentation = dataclasses.replace(PLAIN, crop="random-resized-crop", area=(0.2, 0.4), aspect=(1.0, 1.0))
@@ -125,7 +125,7 @@ def test_a_random_resized_crop_shows_a_share_of_the_image() -> None:
         {"flip": 0.5},
     ],
 )
-def test_each_option_changes_the_image_in_many_ways(options: dict[str, Any]) -> None:
+def test_train_transform_varies_with_each_option(options: dict[str, Any]) -> None:
     found = varied(dataclasses.replace(PLAIN, **options))
     plain = varied(PLAIN, draws=1)[0]
     different = {one.numpy().tobytes() for one in found if not torch.equal(one, plain)}
@@ -143,7 +143,7 @@ def test_each_option_changes_the_image_in_many_ways(options: dict[str, Any]) -> 
         ({"automatic": "rand"}, "rand_magnitude", 25),
     ],
 )
-def test_each_strength_matters(base: dict[str, Any], option: str, value: object) -> None:
+def test_train_transform_varies_with_each_strength(base: dict[str, Any], option: str, value: object) -> None:
     torch.manual_seed(1)
     before = varied(dataclasses.replace(PLAIN, **base))
     torch.manual_seed(1)
@@ -151,7 +151,7 @@ def test_each_strength_matters(base: dict[str, Any], option: str, value: object)
     assert not torch.equal(before, after)
 
 
-def test_erasing_sets_a_rectangle_to_the_mean_colour() -> None:
+def test_train_transform_erases_a_rectangle_to_the_mean_colour() -> None:
     plain = varied(PLAIN, draws=1)[0]
     for one in varied(dataclasses.replace(PLAIN, erase=1.0)):
         changed = (one != plain).any(0)
@@ -175,12 +175,12 @@ def test_erasing_sets_a_rectangle_to_the_mean_colour() -> None:
         ({"mixup": float("nan")}, "augmentation.mixup is nan"),
     ],
 )
-def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+def test_augmentation_refuses_wrong_options(options: dict[str, Any], message: str) -> None:
     with pytest.raises(CalmError, match=message):
         Augmentation(**options)
 
 
-def test_lists_of_a_configuration_file_become_tuples() -> None:
+def test_augmentation_turns_lists_into_tuples() -> None:
     assert Augmentation(area=[0.5, 1.0]) == Augmentation(area=(0.5, 1.0))  # type: ignore[arg-type]
 
 
@@ -193,7 +193,7 @@ def _batch(size: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(2, 8), st.integers(0, 3), st.integers(0, 5), st.integers(0, 50))
-def test_mixup_mixes_images_and_targets_by_the_same_share(
+def test_batch_mix_mixup_mixes_images_and_targets_by_the_same_share(
     size: int, seed: int, epoch: int, step: int
 ) -> None:
     images, labels = _batch(size)
@@ -208,7 +208,7 @@ def test_mixup_mixes_images_and_targets_by_the_same_share(
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 3), st.integers(0, 50))
-def test_cutmix_targets_are_the_shares_of_the_pixels(seed: int, step: int) -> None:
+def test_batch_mix_cutmix_targets_are_the_shares_of_the_pixels(seed: int, step: int) -> None:
     images, labels = _batch(4, 4)
     mixed, targets = BatchMix(Augmentation(cutmix=1.0), 4)(images, labels, seed=seed, epoch=0, step=step)
     for index in range(4):
@@ -217,7 +217,7 @@ def test_cutmix_targets_are_the_shares_of_the_pixels(seed: int, step: int) -> No
             assert float(targets[index, label]) == pytest.approx(float(share), abs=1e-5)
 
 
-def test_mixing_depends_on_the_batchs_number_and_leaves_the_generator_alone() -> None:
+def test_batch_mix_depends_on_the_batchs_number_and_leaves_the_generator_alone() -> None:
     mix = BatchMix(Augmentation(mixup=1.0, cutmix=1.0), 3)
     images, labels = _batch()
     state = torch.get_rng_state()
@@ -236,7 +236,7 @@ def test_mixing_depends_on_the_batchs_number_and_leaves_the_generator_alone() ->
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_mixup_and_cutmix_alternate_and_some_batches_stay() -> None:
+def test_batch_mix_alternates_and_leaves_some_batches() -> None:
     images, labels = _batch()
     mix = BatchMix(Augmentation(mixup=0.5, cutmix=0.5, mix_probability=0.6), 3)
     plain = cut = blended = 0
@@ -254,7 +254,7 @@ def test_mixup_and_cutmix_alternate_and_some_batches_stay() -> None:
     assert blended > 40
 
 
-def test_without_mixing_targets_are_one_hot() -> None:
+def test_batch_mix_targets_are_one_hot_without_mixing() -> None:
     images, labels = _batch()
     assert not Augmentation().mixes
     assert not Augmentation(mixup=1.0, mix_probability=0.0).mixes

@@ -60,7 +60,7 @@ def read(folder: Path) -> CalmModel | None:
 
 @cases(60)
 @given(data=st.data())
-def test_damaged_weights(saved: Path, work: Path, data: st.DataObject) -> None:
+def test_load_of_damaged_weights(saved: Path, work: Path, data: st.DataObject) -> None:
     whole = (saved / WEIGHTS).read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     shutil.copyfile(saved / CARD, work / CARD)
@@ -78,7 +78,7 @@ def test_damaged_weights(saved: Path, work: Path, data: st.DataObject) -> None:
 
 @cases(60)
 @given(data=st.data())
-def test_damaged_card(saved: Path, work: Path, data: st.DataObject) -> None:
+def test_load_of_a_damaged_card(saved: Path, work: Path, data: st.DataObject) -> None:
     shutil.copyfile(saved / WEIGHTS, work / WEIGHTS)
     (work / CARD).write_bytes(data.draw(damaged((saved / CARD).read_bytes())))
     read(work)
@@ -117,7 +117,7 @@ OTHERS = (
 
 @cases(80)
 @given(data=st.data())
-def test_a_card_with_other_values(saved: Path, work: Path, data: st.DataObject) -> None:
+def test_load_of_a_card_with_other_values(saved: Path, work: Path, data: st.DataObject) -> None:
     shutil.copyfile(saved / WEIGHTS, work / WEIGHTS)
     card = json.loads((saved / CARD).read_text())
     for _ in range(data.draw(st.integers(1, 2))):
@@ -164,7 +164,7 @@ HEAD = "head.conv_last.weight"
         (lambda state: {}, "is none for 3 classes"),
     ],
 )
-def test_weights_of_another_shape_or_kind_are_refused(
+def test_load_refuses_weights_of_another_shape_or_kind(
     saved: Path, tmp_path: Path, change: Any, words: str
 ) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
@@ -189,7 +189,7 @@ def test_weights_of_another_shape_or_kind_are_refused(
         ("\ufeff{}", "must be a JSON object"),
     ],
 )
-def test_a_card_of_another_form_is_refused_with_the_reason(tmp_path: Path, text: str, words: str) -> None:
+def test_card_read_refuses_another_form_with_the_reason(tmp_path: Path, text: str, words: str) -> None:
     (tmp_path / CARD).write_text(text)
     with pytest.raises(CalmError, match=words) as caught:
         Card.read(tmp_path / CARD)
@@ -198,7 +198,7 @@ def test_a_card_of_another_form_is_refused_with_the_reason(tmp_path: Path, text:
 
 
 @pytest.mark.parametrize("side", [0, -1, 8193])
-def test_an_input_size_that_fills_the_memory_is_refused(saved: Path, tmp_path: Path, side: int) -> None:
+def test_load_refuses_an_input_size_beyond_the_limit(saved: Path, tmp_path: Path, side: int) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     card = json.loads((folder / CARD).read_text())
     card["preprocessing"]["size"] = [side, 32]
@@ -208,7 +208,7 @@ def test_an_input_size_that_fills_the_memory_is_refused(saved: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("name", [CARD, WEIGHTS])
-def test_a_part_of_a_model_that_is_no_file_is_not_waited_for(saved: Path, tmp_path: Path, name: str) -> None:
+def test_load_refuses_a_part_that_is_no_regular_file(saved: Path, tmp_path: Path, name: str) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     (folder / name).unlink()
     (folder / name).symlink_to(os.devnull)
@@ -239,7 +239,7 @@ def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @cases(150)
 @given(data=st.data())
-def test_damaged_released_checkpoints(released: Path, data: st.DataObject) -> None:
+def test_read_released_of_damaged_checkpoints(released: Path, data: st.DataObject) -> None:
     path = released.parent / "damaged.pth.tar"
     path.write_bytes(data.draw(damaged(released.read_bytes())))
     found = outcome(partial(read_released, path), path.name)
@@ -271,14 +271,16 @@ def test_damaged_released_checkpoints(released: Path, data: st.DataObject) -> No
         lambda marker: None,
     ],
 )
-def test_what_is_no_released_checkpoint_is_refused(tmp_path: Path, make: Any, legacy: bool) -> None:
+def test_read_released_refuses_what_is_no_released_checkpoint(
+    tmp_path: Path, make: Any, legacy: bool
+) -> None:
     path = tmp_path / "last_checkpoint.pth.tar"
     torch.save(make(tmp_path / "marker"), path, _use_new_zipfile_serialization=not legacy)
     assert outcome(partial(read_released, path), path.name) is None
     assert not (tmp_path / "marker").exists()
 
 
-def test_a_plain_pickle_that_runs_a_program_runs_nothing(tmp_path: Path) -> None:
+def test_read_released_runs_no_code_of_a_plain_pickle(tmp_path: Path) -> None:
     for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
         (tmp_path / "a.pth.tar").write_bytes(pickle.dumps(Marker(tmp_path / "marker"), protocol))
         with pytest.raises(CalmError, match=r"a\.pth\.tar.*nothing in it was run"):
@@ -286,7 +288,7 @@ def test_a_plain_pickle_that_runs_a_program_runs_nothing(tmp_path: Path) -> None
     assert not (tmp_path / "marker").exists()
 
 
-def test_classes_without_weights_are_not_made(tmp_path: Path) -> None:
+def test_load_released_refuses_classes_without_weights(tmp_path: Path) -> None:
     path = tmp_path / "a.pth.tar"
     torch.save(content(state_dict={"conv_last.weight": torch.zeros(3, 0, 1, 1)}), path)
     with pytest.raises(CalmError, match=r"a\.pth\.tar.*conv_last\.weight"):
@@ -294,6 +296,6 @@ def test_classes_without_weights_are_not_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("epoch", [-1, 2**31, True, "3", None])
-def test_an_epoch_that_is_none_is_left_out(tmp_path: Path, epoch: Any) -> None:
+def test_read_released_leaves_out_an_epoch_that_is_none(tmp_path: Path, epoch: Any) -> None:
     torch.save(content(epoch=epoch), tmp_path / "a.pth.tar")
     assert read_released(tmp_path / "a.pth.tar").epoch is None

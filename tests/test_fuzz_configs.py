@@ -60,7 +60,9 @@ def read(path: Path) -> None:
 
 @cases(50)
 @given(data=st.data())
-def test_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_parse_of_damaged_configurations(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "configs"
     folder.mkdir(exist_ok=True)
     (folder / "mine.yaml").write_bytes(data.draw(damaged_text(WHOLE, WORDS)))
@@ -81,7 +83,7 @@ GROUPS = ("reading", "augment", "model", "loss", "optim", "hardware", "log")
 
 @cases(50)
 @given(data=st.data())
-def test_values_of_any_type(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_parse_of_values_of_any_type(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     tree = yaml.safe_load(WHOLE)
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(
@@ -100,7 +102,7 @@ def test_values_of_any_type(tmp_path_factory: pytest.TempPathFactory, data: st.D
 
 @cases(100)
 @given(data=st.data())
-def test_the_yaml_reader(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_read_yaml_of_damaged_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     text = data.draw(
         st.one_of(
@@ -130,9 +132,7 @@ def test_the_yaml_reader(tmp_path_factory: pytest.TempPathFactory, data: st.Data
         ("data: 2020-99-99", "month must be in"),
     ],
 )
-def test_what_cannot_be_a_configuration_is_refused_with_the_reason(
-    tmp_path: Path, text: str, words: str
-) -> None:
+def test_parse_refuses_what_cannot_be_a_configuration(tmp_path: Path, text: str, words: str) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text(text.replace("{marker}", str(tmp_path / "marker")))
     with pytest.raises(CalmError, match=words) as caught:
@@ -141,7 +141,7 @@ def test_what_cannot_be_a_configuration_is_refused_with_the_reason(
     assert not (tmp_path / "marker").exists()
 
 
-def test_aliases_that_stay_small_are_read(tmp_path: Path) -> None:
+def test_parse_reads_aliases_that_stay_small(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "data: x\nmodel: {prior_activation: &how exp}\naugment: &none {flip: 0.0}\n"
     )

@@ -146,7 +146,9 @@ METADATA = (
 
 @cases(80, 1200)
 @given(data=st.data())
-def test_metadata_lists(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_load_splits_of_damaged_metadata(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "metadata"
     folder.mkdir(exist_ok=True)
     root, name = one_damaged(folder, write_pack, METADATA, data)
@@ -174,7 +176,7 @@ def write_masked_pack(root: Path) -> Path:
 
 @cases(80, 1200)
 @given(data=st.data())
-def test_metadata_lists_of_masks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_load_splits_of_damaged_masks(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "masked"
     folder.mkdir(exist_ok=True)
     lists = ("metadata/train/localization.txt", "metadata/test/localization.txt")
@@ -189,7 +191,9 @@ CUB = tuple(
 
 @cases(80, 1200)
 @given(data=st.data())
-def test_cub_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_load_splits_of_damaged_cub_files(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
     folder = tmp_path_factory.getbasetemp() / "cub"
     folder.mkdir(exist_ok=True)
     root, name = one_damaged(folder, partial(write_cub, masks=True), CUB, data)
@@ -231,7 +235,7 @@ REFERRING = {
 
 @cases(100, 6600)
 @given(data=st.data())
-def test_attributes_part_points_and_groups(
+def test_readers_of_cues_on_damaged_files(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "cues"
@@ -251,7 +255,7 @@ def test_attributes_part_points_and_groups(
 
 @cases(60)
 @given(data=st.data())
-def test_class_names(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_read_names_of_damaged_lists(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     path = tmp_path_factory.getbasetemp() / "names.txt"
     path.write_bytes(data.draw(damaged_text("0 cat, felis\n1 n00000001 dog\n2 001.Crow\n3 a b\n", WORDS)))
     names = outcome(partial(read_names, path), path.name)
@@ -272,7 +276,7 @@ NAMES = st.one_of(
 @given(classes=st.lists(NAMES, max_size=4), files=st.lists(NAMES, max_size=3))
 @example(classes=["a", os.fsdecode(b"\xff")], files=["x"])
 @example(classes=["a", "b"], files=[os.fsdecode(b"\xe9")])
-def test_folders_with_odd_names(
+def test_load_splits_of_folders_with_odd_names(
     tmp_path_factory: pytest.TempPathFactory, classes: list[str], files: list[str]
 ) -> None:
     root = tmp_path_factory.mktemp("tree")
@@ -291,14 +295,14 @@ def test_folders_with_odd_names(
 # What was found, and its like
 
 
-def test_an_image_list_with_a_path_that_names_nothing_is_refused(tmp_path: Path) -> None:
+def test_load_splits_refuses_a_path_that_names_nothing(tmp_path: Path) -> None:
     root = write_cub(tmp_path, masks=True)
     (root / "images.txt").write_text("1 .\n2 001.Bird_1/Bird_1_1.jpg\n")
     with pytest.raises(CalmError, match=r"images\.txt:1: \."):
         load_splits(root)
 
 
-def test_an_image_listed_twice_has_no_part_points(tmp_path: Path) -> None:
+def test_read_part_points_refuses_an_image_listed_twice(tmp_path: Path) -> None:
     write_cues(tmp_path)
     for lines in (["1 a/b.jpg", "1 a/c.jpg"], ["1 a/b.jpg", "2 a/b.jpg"]):
         write_lines(tmp_path / "images.txt", lines)
@@ -306,7 +310,7 @@ def test_an_image_listed_twice_has_no_part_points(tmp_path: Path) -> None:
             read_part_points(tmp_path)
 
 
-def test_a_table_of_no_attributes_is_refused(tmp_path: Path) -> None:
+def test_read_class_attributes_refuses_a_table_of_no_attributes(tmp_path: Path) -> None:
     write_cues(tmp_path)
     for name in ("attributes", "class_attribute_labels_continuous"):
         (tmp_path / "attributes" / f"{name}.txt").write_text("\n")
@@ -314,7 +318,7 @@ def test_a_table_of_no_attributes_is_refused(tmp_path: Path) -> None:
         read_class_attributes(tmp_path)
 
 
-def test_a_message_never_repeats_a_long_line(tmp_path: Path) -> None:
+def test_load_splits_never_repeats_a_long_line(tmp_path: Path) -> None:
     root = write_pack(tmp_path)
     (root / "metadata" / "train" / "image_ids.txt").write_text("n" * 900_000)
     with pytest.raises(CalmError) as caught:
@@ -352,14 +356,14 @@ def test_read_part_points_refuses_more_parts_than_the_limit(
         read_part_points(write_cues(tmp_path))
 
 
-def test_class_indices_start_at_0_or_1(tmp_path: Path) -> None:
+def test_read_names_starts_at_0_or_1(tmp_path: Path) -> None:
     write_lines(tmp_path / "classes.txt", ["-1 a", "0 b", "1 c"])
     with pytest.raises(CalmError, match="the first is -1"):
         read_names(tmp_path / "classes.txt")
 
 
 @pytest.mark.parametrize("line", ["1 1 nan 2 1", "1 1 2 inf 1", "1 1 2e9 1 1", "1 1.5 2 2 1"])
-def test_part_points_are_near_and_parts_whole_numbers(tmp_path: Path, line: str) -> None:
+def test_read_part_points_refuses_far_points_and_fractional_parts(tmp_path: Path, line: str) -> None:
     write_cues(tmp_path)
     write_lines(tmp_path / "parts" / "part_locs.txt", [line])
     with pytest.raises(CalmError, match=r"part_locs\.txt:1"):

@@ -43,7 +43,7 @@ def read_every_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_a_good_file_of_every_kind_is_read(tmp_path: Path, name: str) -> None:
+def test_read_rgb_reads_a_good_file_of_every_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(corpus()[name])
     found = outcome(lambda: read_rgb(tmp_path / name), name)
     assert found is not None
@@ -54,7 +54,7 @@ def test_a_good_file_of_every_kind_is_read(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), SIZE])
 @pytest.mark.parametrize("name", corpus())
-def test_each_kind_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     """Oracle: of one colour, half of it transparent, what each kind keeps; of noise, the pixels, where none is lost."""
     path = tmp_path / name
     red, green, blue, alpha = FLAT
@@ -84,7 +84,7 @@ def test_each_kind_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[i
 
 @cases(100, 3000)
 @given(data=st.data())
-def test_a_damaged_file_gives_a_picture_or_an_error_that_names_it(
+def test_read_rgb_of_a_damaged_file_names_it(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     name = data.draw(st.sampled_from(sorted(corpus())))
@@ -95,14 +95,14 @@ def test_a_damaged_file_gives_a_picture_or_an_error_that_names_it(
 
 @cases(20, 1000)
 @given(st.binary(max_size=2000))
-def test_noise_named_as_an_image_is_refused(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
+def test_read_rgb_refuses_noise(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.png"
     path.write_bytes(noise)
     read_every_way(path)
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_a_file_cut_anywhere_gives_a_picture_or_an_error_that_names_it(tmp_path: Path, name: str) -> None:
+def test_read_rgb_of_a_truncated_file_names_it(tmp_path: Path, name: str) -> None:
     whole, path = corpus()[name], tmp_path / name
     for end in np.linspace(0, len(whole) - 1, count(reduced=4, full=60), dtype=int).tolist():
         path.write_bytes(whole[:end])
@@ -150,7 +150,7 @@ def odd_things(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_what_is_no_picture_is_refused_by_its_name_and_never_waited_for(tmp_path: Path) -> None:
+def test_read_rgb_refuses_what_is_no_picture(tmp_path: Path) -> None:
     for path in odd_things(tmp_path).values():
         for read in (read_rgb, read_segmentation, Preprocessing()):
             with pytest.raises(CalmError, match=path.name):
@@ -161,7 +161,7 @@ def test_what_is_no_picture_is_refused_by_its_name_and_never_waited_for(tmp_path
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "n" * 5000 + ".jpg", "folder/../" * 2000 + "x.jpg"])
-def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
+def test_read_rgb_refuses_a_name_that_no_file_can_have(name: str) -> None:
     for read in (read_rgb, read_segmentation, Preprocessing()):
         with pytest.raises(CalmError, match="cannot read"):
             read(Path(name))
@@ -170,7 +170,7 @@ def test_a_name_that_no_file_can_have_is_refused(name: str) -> None:
         find_images([name], Path("out"))
 
 
-def test_a_postscript_file_is_no_image_whatever_its_name(tmp_path: Path) -> None:
+def test_probe_takes_postscript_for_no_image(tmp_path: Path) -> None:
     """Pillow would start Ghostscript for it."""
     (tmp_path / "a.jpg").write_bytes(POSTSCRIPT)
     with warnings.catch_warnings(), Image.open(tmp_path / "a.jpg") as image:
@@ -178,13 +178,13 @@ def test_a_postscript_file_is_no_image_whatever_its_name(tmp_path: Path) -> None
     assert probe(tmp_path / "a.jpg").kind == "not-an-image"
 
 
-def test_floating_point_pixels_are_refused_by_the_files_name(tmp_path: Path) -> None:
+def test_read_rgb_names_a_file_of_floating_point_pixels(tmp_path: Path) -> None:
     Image.new("F", (4, 3)).save(tmp_path / "depth.tif")
     with pytest.raises(CalmError, match=r"depth\.tif.*floating-point"):
         read_rgb(tmp_path / "depth.tif")
 
 
-def test_damaged_exif_data_do_not_cost_the_picture(tmp_path: Path) -> None:
+def test_read_rgb_ignores_damaged_exif_data(tmp_path: Path) -> None:
     whole = corpus()["turned.jpg"]
     start = whole.index(b"Exif")
     (tmp_path / "a.jpg").write_bytes(whole[: start + 6] + b"\xff" * 8 + whole[start + 14 :])
@@ -196,7 +196,7 @@ def test_damaged_exif_data_do_not_cost_the_picture(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_each_orientation_is_turned_as_the_standard_says(
+def test_read_rgb_rotates_each_orientation_as_the_standard_says(
     tmp_path: Path, orientation: int, suffix: str
 ) -> None:
     """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274), here for two bars of 8 pixels
@@ -223,7 +223,7 @@ def test_each_orientation_is_turned_as_the_standard_says(
     assert (prepare(path) == prepare(shown)).all()
 
 
-def test_a_file_reaches_the_model_upright_as_calm_attribute_shows_it(tmp_path: Path) -> None:
+def test_preprocessing_reads_a_file_upright_as_calm_attribute_shows_it(tmp_path: Path) -> None:
     path = tmp_path / "turned.jpg"
     path.write_bytes(corpus()["turned.jpg"])
     prepare = Preprocessing(size=(16, 16))

@@ -54,7 +54,7 @@ def folder(tmp_path: Path) -> Path:
     version=st.sampled_from([(1, 0), (2, 0)]),
     data=st.data(),
 )
-def test_damaged_maps(
+def test_open_map_folder_of_damaged_maps(
     tmp_path_factory: pytest.TempPathFactory,
     dtype: str,
     fortran: bool,
@@ -106,7 +106,7 @@ def header(text: str) -> bytes:
         (header("open('marker', 'w')"), "no array"),
     ],
 )
-def test_what_is_no_map_is_refused_with_the_reason(folder: Path, content: bytes, words: str) -> None:
+def test_open_map_folder_refuses_what_is_no_map(folder: Path, content: bytes, words: str) -> None:
     (folder / "birds" / "a.npy").write_bytes(content)
     with pytest.raises(CalmError, match=f"(?s){words}.*") as caught:
         open_map_folder(folder, SPLIT, size=SIZE)
@@ -114,7 +114,7 @@ def test_what_is_no_map_is_refused_with_the_reason(folder: Path, content: bytes,
     assert not Path("marker").exists()
 
 
-def test_objects_in_a_map_are_never_unpickled(folder: Path) -> None:
+def test_open_map_folder_never_unpickles_objects(folder: Path) -> None:
     marker = folder / "marker"
     array = np.empty(SIZE, dtype=object)
     array.fill(Marker(marker))
@@ -129,13 +129,13 @@ def test_objects_in_a_map_are_never_unpickled(folder: Path) -> None:
     "make",
     [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to(os.devnull)],
 )
-def test_a_map_that_is_no_file_is_not_waited_for(folder: Path, make: Callable[[Path], Any]) -> None:
+def test_open_map_folder_refuses_what_is_no_regular_file(folder: Path, make: Callable[[Path], Any]) -> None:
     make(folder / "birds" / "a.npy")
     with pytest.raises(CalmError, match=r"birds/a\.npy"):
         open_map_folder(folder, SPLIT, size=SIZE)
 
 
-def test_a_map_that_vanished_since_the_check_is_named(folder: Path) -> None:
+def test_maps_names_a_map_that_vanished_since_the_check(folder: Path) -> None:
     path = folder / "birds" / "a.npy"
     path.write_bytes(npy(TRUTH))
     maps = open_map_folder(folder, SPLIT, size=SIZE)

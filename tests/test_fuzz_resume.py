@@ -67,7 +67,7 @@ def go_on(config: TrainConfig) -> Path:
     return train(config, backbone=tiny_net(), quiet=True)
 
 
-def test_an_undamaged_run_goes_on_to_the_same_end(run: TrainConfig, finished: TrainConfig) -> None:
+def test_train_resumes_an_undamaged_run_to_the_same_end(run: TrainConfig, finished: TrainConfig) -> None:
     assert finished.run_dir is not None
     end, whole = weights_of(go_on(run)), weights_of(finished.run_dir)
     assert all(torch.equal(end[name], whole[name]) for name in whole)
@@ -75,7 +75,7 @@ def test_an_undamaged_run_goes_on_to_the_same_end(run: TrainConfig, finished: Tr
 
 @cases(60)
 @given(data=st.data())
-def test_damaged_checkpoints(stopped: TrainConfig, data: st.DataObject) -> None:
+def test_load_checkpoint_of_damaged_files(stopped: TrainConfig, data: st.DataObject) -> None:
     assert stopped.run_dir is not None
     whole = (stopped.run_dir / "checkpoints" / "last.ckpt").read_bytes()
     path = stopped.run_dir.parent / "damaged.ckpt"
@@ -126,7 +126,7 @@ CHANGES: list[Callable[[dict[str, Any]], Any]] = [
 
 
 @pytest.mark.parametrize("number", range(len(CHANGES)) if FULL else (0, 3, 9, len(CHANGES) - 1))
-def test_a_checkpoint_of_another_content_is_refused_or_does_not_matter(run: TrainConfig, number: int) -> None:
+def test_train_refuses_a_checkpoint_of_another_content_or_ignores_it(run: TrainConfig, number: int) -> None:
     assert run.run_dir is not None
     path = run.run_dir / "checkpoints" / "last.ckpt"
     checkpoint = checkpoint_of(run.run_dir)
@@ -139,7 +139,7 @@ def test_a_checkpoint_of_another_content_is_refused_or_does_not_matter(run: Trai
 
 @pytest.mark.parametrize("name", ["data.json", "config.yaml"])
 @pytest.mark.parametrize("text", ["", "[1]", "{", "a: &a [*b]", "3", "\0"])
-def test_a_damaged_file_of_the_run_folder_is_named(run: TrainConfig, name: str, text: str) -> None:
+def test_train_names_a_damaged_file_of_the_run_folder(run: TrainConfig, name: str, text: str) -> None:
     assert run.run_dir is not None
     (run.run_dir / name).write_text(text)
     with pytest.raises(CalmError, match=str(run.run_dir)):

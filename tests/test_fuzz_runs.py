@@ -74,7 +74,7 @@ def write_run(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_damaged_runs(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+def test_read_run_of_damaged_files(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
     root = tmp_path_factory.getbasetemp() / f"run-{name}"
 
     @cases(40)
@@ -107,9 +107,7 @@ def test_damaged_runs(tmp_path_factory: pytest.TempPathFactory, name: str) -> No
         (b"epoch,val_nll\n1,\0\n", "table of numbers"),
     ],
 )
-def test_a_damaged_table_of_epochs_is_named_with_the_reason(
-    tmp_path: Path, content: bytes, words: str
-) -> None:
+def test_read_run_names_a_damaged_table_with_the_reason(tmp_path: Path, content: bytes, words: str) -> None:
     (write_run(tmp_path) / "metrics.csv").write_bytes(content)
     with pytest.raises(CalmError, match=words) as caught:
         read_run(tmp_path)
@@ -126,7 +124,7 @@ def test_a_damaged_table_of_epochs_is_named_with_the_reason(
         ("versions.json", lambda content: None, "not names with values"),
     ],
 )
-def test_files_of_another_content_are_named(
+def test_read_run_names_files_of_another_content(
     tmp_path: Path, name: str, change: Callable[[object], object], words: str
 ) -> None:
     content = change(yaml.safe_load((write_run(tmp_path) / name).read_text()))
@@ -136,7 +134,7 @@ def test_files_of_another_content_are_named(
     assert name in str(caught.value)
 
 
-def test_an_undamaged_run_is_read_as_it_is(tmp_path: Path) -> None:
+def test_read_run_reads_an_undamaged_run(tmp_path: Path) -> None:
     run = read_run(write_run(tmp_path))
     assert run.history["step"] == [140, 280]
     assert run.test == {"accuracy": 0.5, "nll": 1.25}

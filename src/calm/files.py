@@ -30,26 +30,9 @@ import yaml
 
 from calm.errors import CalmError
 
-if sys.platform != "win32":  # nothing is locked on Windows, and no abandoned file is removed there
+if sys.platform != "win32":  # there temporary files have no lock, and abandoned ones stay
     import fcntl
 
-__all__ = [
-    "append_line",
-    "atomic_path",
-    "disk_errors_about",
-    "open_regular",
-    "read_columns",
-    "read_json",
-    "read_text",
-    "read_torch",
-    "read_yaml",
-    "remove_abandoned",
-    "use_temporary_caches",
-    "working_folder",
-    "write_bytes",
-    "write_json",
-    "write_text",
-]
 
 MAX_TEXT_BYTES = 16 * 2**20
 """Largest JSON or CSV file that is read."""
@@ -168,7 +151,7 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
             return None
         if _yaml_size(node, {}) > MAX_YAML_NODES:
             raise CalmError(
-                f"{what} {path} stands for more than {MAX_YAML_NODES:,} values: write fewer aliases"
+                f"{what} {path} stands for more than {MAX_YAML_NODES:,} values: use fewer aliases"
             )
         return loader.construct_document(node)
     except CalmError:
@@ -214,9 +197,7 @@ def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
     try:
         with open_regular(path, what) as file:
             if file.read(256).lstrip().lower().startswith(_TEXT_PAGES):
-                raise CalmError(
-                    f"{path} is a text page, not the file itself: download it again, check its size"
-                )
+                raise CalmError(f"{path} is a text page, not the file itself: download it again")
             if zipfile.is_zipfile(file):
                 with zipfile.ZipFile(file) as archive:
                     # PyTorch stores members uncompressed, but would unpack compressed or overlapping ones.
@@ -231,9 +212,8 @@ def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
     except Exception as error:  # a damaged file can make the restricted unpickler fail in any way
         wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         reason = f"it asks for {wanted[1]:.200}, not for weights" if wanted else "damaged or no PyTorch file"
-        raise CalmError(
-            f"{path}: no checkpoint that can be read safely: {reason}; nothing in it was run"
-        ) from error
+        message = f"{path}: no checkpoint that can be read safely: {reason}; nothing in it was run"
+        raise CalmError(message) from error
 
 
 _TEMPORARY_NAME = re.compile(r"\..*\.writing-\w{8}(\.[^.]*)?")
@@ -285,43 +265,48 @@ def _temporary(final: Path, *, folder: bool) -> Iterator[Path]:
                 shutil.rmtree(temporary, ignore_errors=True)
             else:
                 temporary.unlink(missing_ok=True)
-            os.close(lock)
+            if lock is not None:
+                os.close(lock)
 
 
-def _create_locked(final: Path, *, folder: bool) -> tuple[int, Path]:
+def _create_locked(final: Path, *, folder: bool) -> tuple[int | None, Path]:
     """Create a temporary file or folder beside ``final``; return the file descriptor that locks it, and its path."""
     prefix = f".{final.name if folder else final.stem}.writing-"
     while True:
         if folder:
-            name = tempfile.mkdtemp(prefix=prefix, dir=final.parent)
-            lock = os.open(os.devnull if sys.platform == "win32" else name, os.O_RDONLY)
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
         else:
-            lock, name = tempfile.mkstemp(prefix=prefix, suffix=final.suffix, dir=final.parent)
-            if sys.platform == "win32":  # an open file cannot be renamed there
-                os.close(lock)
-                lock = os.open(os.devnull, os.O_RDONLY)
-        if sys.platform != "win32":
-            with suppress(OSError):  # a file system without locks: abandoned files stay there
-                fcntl.flock(lock, fcntl.LOCK_EX)
-        if os.path.lexists(name):  # else another process took it for abandoned before it was locked
-            return lock, Path(name)
-        os.close(lock)
+            file, name = tempfile.mkstemp(prefix=prefix, suffix=final.suffix, dir=final.parent)
+            os.close(file)
+            path = Path(name)
+        lock = _lock(path, wait=True)
+        if path.exists():  # else another process took it for abandoned before it was locked
+            return lock, path
+
+
+def _lock(path: Path, *, wait: bool) -> int | None:
+    """Lock a file or folder, and return the file descriptor that holds the lock; None where that is not possible."""
+    if sys.platform == "win32":
+        return None
+    with suppress(OSError):  # it is locked by another process, or the file system has no locks
+        lock = os.open(path, os.O_RDONLY)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except OSError:
+            os.close(lock)
+            raise
+        return lock
+    return None
 
 
 def remove_abandoned(folder: str | os.PathLike[str]) -> None:
     """Delete what killed writers left in ``folder``, which need not exist; files being written stay."""
-    if sys.platform == "win32":
-        return
     with suppress(OSError):
         for path in Path(folder).iterdir():
-            if _TEMPORARY_NAME.fullmatch(path.name):
+            if _TEMPORARY_NAME.fullmatch(path.name) and (lock := _lock(path, wait=False)) is not None:
                 with suppress(OSError):
-                    lock = os.open(path, os.O_RDONLY)
-                    try:
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                        shutil.rmtree(path) if path.is_dir() else path.unlink()
-                    finally:
-                        os.close(lock)
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                os.close(lock)
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
@@ -364,27 +349,20 @@ def disk_errors_about(final: Path) -> Iterator[None]:
 
 def _disk_error(error: BaseException) -> int | None:
     """Return the errno of a full or read-only disk that made a writer fail; None if another file is at fault."""
-    told = re.search(r"\(os error (\d+)\)", str(error))  # safetensors
-    if told and int(told[1]) in _DISK_ERRORS:
+    if (told := re.search(r"\(os error (\d+)\)", str(error))) and int(told[1]) in _DISK_ERRORS:  # safetensors
         return int(told[1])
     cause: BaseException | None = error
     while cause is not None:  # torch.save raises another error after the disk's
-        if (
-            isinstance(cause, OSError)
-            and cause.errno in _DISK_ERRORS
-            and _is_temporary(cause.filename, nameless=True)
-        ):
+        if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS and _is_temporary(cause.filename or ""):
             return cause.errno
         cause = cause.__context__
-    refused = isinstance(error, PermissionError) and _is_temporary(error.filename)
+    refused = isinstance(error, PermissionError) and error.filename and _is_temporary(error.filename)
     return errno.EACCES if refused else None
 
 
-def _is_temporary(name: Any, *, nameless: bool = False) -> bool:
-    """Whether ``name`` is a temporary path or below one; ``nameless`` is the answer for no name at all."""
-    if name is None:
-        return nameless
-    return any(_TEMPORARY_NAME.fullmatch(part) for part in Path(os.fsdecode(name)).parts)
+def _is_temporary(name: str | bytes) -> bool:
+    """Whether ``name`` is a temporary path or below one, or empty."""
+    return not name or any(_TEMPORARY_NAME.fullmatch(part) for part in Path(os.fsdecode(name)).parts)
 
 
 def use_temporary_caches() -> None:

@@ -23,20 +23,6 @@ from calm.files import open_regular
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = [
-    "FORMATS",
-    "MAX_PIXELS",
-    "ImageLike",
-    "Preprocessing",
-    "Probe",
-    "check_images",
-    "image_size",
-    "probe",
-    "read_pixels",
-    "read_rgb",
-    "resize_image",
-    "to_rgb",
-]
 
 MAX_PIXELS = 89_478_485
 """Most pixels of an image: Pillow's own limit, from which on Pillow warns (256 MiB of RGB)."""
@@ -79,6 +65,10 @@ class _TooLargeError(Exception):
     """The image has more pixels or scans than are read."""
 
 
+_TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
+"""Our error and those of Pillow, which has the same limit, warns above it, and raises above twice it."""
+
+
 def probe(path: Path, *, decode: bool = False) -> Probe:
     """Look at an image file; errors are in the result.
 
@@ -107,10 +97,8 @@ def _probe(file: BinaryIO, decode: bool) -> Probe:
             if decode or not _has_end_marker(image, file):
                 image.load()
             return Probe(size)
-    except _TooLargeError as error:
+    except _TOO_LARGE as error:
         return Probe(size, "too-large", str(error))
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        return Probe(None, "too-large", f"more than {MAX_PIXELS:,} pixels")
     except UnidentifiedImageError:
         kinds = [kind for magic, kind in _OTHER_KINDS.items() if start.lstrip().lower().startswith(magic)]
         unknown = f"none of the formats {', '.join(FORMATS)}; it begins with {start[:12]!r}"
@@ -178,17 +166,14 @@ def read_pixels(
             with Image.open(file, formats=FORMATS) as image:
                 _check_cost(image, file)
                 return np.array(convert(image), dtype=np.uint8)
-        except _TooLargeError as error:
+        except _TOO_LARGE as error:
             raise CalmError(f"{what} {path} is too large: {error}") from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-            raise CalmError(f"{what} {path} is too large: more than {MAX_PIXELS:,} pixels") from error
         except CalmError as error:
             raise CalmError(f"{what} {path}: {error}") from error
         except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
             reason = probe(path, decode=True).message or str(error)[:200] or type(error).__name__
-            raise CalmError(
-                f"cannot read {what} {path}: {reason}; `calm data check` lists all such files"
-            ) from error
+            advice = "`calm data check` lists all such files"
+            raise CalmError(f"cannot read {what} {path}: {reason}; {advice}") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -315,9 +300,9 @@ def _open(image: ImageLike) -> Image.Image:
         return Image.fromarray(read_rgb(Path(image), exif=True))
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
+        given = f"got {array.dtype} of shape {array.shape}"
         raise CalmError(
-            f"an image array must be uint8 of shape (H, W, 3), got {array.dtype} of shape {array.shape};"
-            " a normalised float batch goes to the model directly"
+            f"an image array must be uint8 of shape (H, W, 3), {given}; give a normalised batch to the model itself"
         )
     return Image.fromarray(array)
 

@@ -7,8 +7,6 @@ from typing import Literal, get_args
 
 from calm.errors import CalmError, shown, unknown
 
-__all__ = ["AUGMENTATIONS", "Augmentation", "Automatic", "Crop"]
-
 Crop = Literal["resize-crop", "pad-shift", "random-resized-crop", "none"]
 Automatic = Literal["none", "trivial", "rand"]
 
@@ -67,16 +65,13 @@ class Augmentation:
         for name in ("area", "aspect"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         for name, low, high in _RANGES:
-            if not low <= getattr(self, name) <= high:
-                raise CalmError(
-                    f"augmentation.{name} is {shown(getattr(self, name))}: allowed are {low:g} to {high:g}"
-                )
+            if not low <= (number := getattr(self, name)) <= high:
+                raise CalmError(f"augmentation.{name} is {shown(number)}: allowed are {low:g} to {high:g}")
         for name, top in (("area", 1.0), ("aspect", 100.0)):
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
-                raise CalmError(
-                    f"augmentation.{name} is {shown(pair)}: give two numbers, 0 < smallest <= largest <= {top:g}"
-                )
+                hint = f"give two numbers, 0 < smallest <= largest <= {top:g}"
+                raise CalmError(f"augmentation.{name} is {shown(pair)}: {hint}")
 
     @property
     def mixes(self) -> bool:

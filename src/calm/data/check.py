@@ -13,13 +13,11 @@ from typing import TypeVar
 
 from PIL import Image
 
-from calm.data.loading import LAYOUTS, Layout, find_layout, load_splits, open_source
-from calm.data.records import SPLITS, Problem, ProblemLog, Record, Report, Split
+from calm.data.loading import LAYOUTS, load_splits, open_source
+from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.images import Probe, probe
-
-__all__ = ["check", "check_cue_files", "check_splits", "drop_bad", "load_checked"]
 
 T = TypeVar("T")
 
@@ -52,22 +50,21 @@ def check(
     Raises:
         CalmError: the data set cannot be read at all.
     """
-    folder, lists = Path(root), None if metadata_root is None else Path(metadata_root)
-    layout = find_layout(folder, layout, lists)
+    source = open_source(Path(root), layout, None if metadata_root is None else Path(metadata_root))
     splits = load_splits(
         root,
-        open_source(folder, layout, lists).splits,
-        layout=layout,
+        source.splits,
+        layout=source.layout,
         metadata_root=metadata_root,
         val_fraction=0.0,
         present_classes_only=present_classes_only,
         strict=False,
     )
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
-    problems, cues = check_cue_files(folder, splits)
     names = next(iter(splits.values())).class_names
+    problems, cues = check_cue_files(Path(root), splits, None if present_classes_only else len(names))
     first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    found = (f"layout {layout}: {LAYOUTS[layout]}", f"classes: {first}", *filter(None, [cues]))
+    found = (f"layout {source.layout}: {LAYOUTS[source.layout]}", f"classes: {first}", *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), found=found)
 
 
@@ -135,7 +132,10 @@ def check_splits(
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
     problems = _shared_files(listed)
     look = partial(probe, decode=decode)
-    with _progress_bar(sum(len(split.records) for split in listed), progress) as advance, _large_images():
+    total = sum(len(split.records) for split in listed)
+    # Pillow's warning about large images is ignored: they are reported as problems.
+    quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
+    with _progress_bar(total, progress) as advance, quiet:
         for split in listed:
             log = ProblemLog(split.name)
             _check_classes(split, log)
@@ -201,14 +201,6 @@ def _shared_files(splits: list[Split]) -> list[Problem]:
 
 
 @contextmanager
-def _large_images() -> Iterator[None]:
-    """Silence Pillow's warning about large images, which are reported as problems."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        yield
-
-
-@contextmanager
 def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
     """Yield a function that advances a progress bar by one; the bar shows on a terminal, if ``visible``."""
     if not visible:
@@ -223,12 +215,15 @@ def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
+def check_cue_files(
+    root: Path, splits: Mapping[str, Split], num_classes: int | None
+) -> tuple[list[Problem], str]:
     """Check the class attributes, part groups and part points of a data set, if it has any.
 
     Args:
         root: folder of the data set.
         splits: all that it has.
+        num_classes: number of classes that the attributes should describe; None: any.
 
     Returns:
         The problems, and a line about the files if there is no problem; neither for a data set without such files.
@@ -260,9 +255,8 @@ def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Probl
     if points is not None:
         ids = [record.id for split in splits.values() for record in split.records]
         read(root / "images.txt", lambda: points.select(ids))
-    classes = next(iter(splits.values())).num_classes
-    if attributes is not None and len(attributes[1]) != classes:
-        message = f"describes {len(attributes[1])} classes, the data set has {classes}"
+    if attributes is not None and len(attributes[1]) != (num_classes or len(attributes[1])):
+        message = f"describes {len(attributes[1])} classes, the data set has {num_classes}"
         log.add("cue-file", root / "attributes", message)
     if log.problems or groups is None or attributes is None or points is None:
         return log.problems, ""

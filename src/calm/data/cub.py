@@ -34,9 +34,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import ClassVar
 
 from calm.data.records import (
     Box,
+    Layout,
     ProblemLog,
     Record,
     Split,
@@ -47,8 +49,6 @@ from calm.data.records import (
 )
 from calm.errors import CalmError
 from calm.images import image_size
-
-__all__ = ["CUB_FILES", "CubSource", "corners", "names_from_folders", "read_names"]
 
 CUB_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
 """The files without which a folder is not read as CUB_200_2011."""
@@ -142,8 +142,8 @@ class CubSource:
     """A folder in the official layout, whole or filtered to some images (``classes.txt`` stays whole)."""
 
     root: Path
-
-    splits = ("train", "test")
+    layout: ClassVar[Layout] = "cub"
+    splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
@@ -235,9 +235,8 @@ class _Files:
         for table in filter(None, (self.labels, self.sides, self.boxes)):
             for number, (line, _) in table.rows.items():
                 if number not in self.names.rows:
-                    self.log.add(
-                        "unlisted-id", table.path, f"image number {number} is not in images.txt", line
-                    )
+                    message = f"image number {number} is not in images.txt"
+                    self.log.add("unlisted-id", table.path, message, line)
 
     def _label(self, number: int, name: str) -> int | None:
         """Return the class index from 0 of an image; None, and a problem, if there is none in range."""
@@ -267,9 +266,8 @@ class _Files:
             return ()
         line, value = self.boxes.get(number)
         if line is None:
-            self.log.add(
-                "no-box", self.boxes.path, f"image number {number} ({name}) is not there", None, name
-            )
+            message = f"image number {number} ({name}) is not there"
+            self.log.add("no-box", self.boxes.path, message, None, name)
             return ()
         try:
             left, top, width, height = map(float, value.split())

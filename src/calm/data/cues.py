@@ -43,22 +43,6 @@ from calm.errors import CalmError, shown
 from calm.files import read_yaml
 from calm.images import read_pixels, resize_image
 
-__all__ = [
-    "CUB_GROUPS",
-    "CuePair",
-    "PartGroup",
-    "PartPoints",
-    "class_pairs",
-    "group_mask",
-    "group_votes",
-    "part_regions",
-    "read_class_attributes",
-    "read_pairs",
-    "read_part_groups",
-    "read_part_points",
-    "read_segmentation",
-]
-
 PROTOCOL_SIZE = (224, 224)
 """(height, width) of the protocol's pixels."""
 
@@ -177,7 +161,7 @@ def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) 
     """Return which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
 
     So ``has_shape::long-legged-like`` votes for the legs, though it is about the whole bird. On CUB that changes no
-    pair and none of its groups (tests/test_cues.py).
+    pair and none of its groups (tests/test_data_cues.py).
 
     >>> group_votes(["has_eye_color::black", "has_size::small", "has_under_tail_color::buff"]).int().argmax(1)
     tensor([0, 0, 4])
@@ -343,19 +327,16 @@ def read_part_points(root: Path) -> PartPoints:
     """
     rows: dict[str, int] = {}
     ids: dict[str, None] = {}
-    for line, text in numbered_lines(root / "images.txt"):
+    images, names = root / "images.txt", root / "parts" / "parts.txt"
+    for line, text in numbered_lines(images):
         number, _, name = (part.strip() for part in text.partition(" "))
         if number in rows or name in ids or not name:
-            raise CalmError(
-                f"{root / 'images.txt'}:{line}: {text!r:.200} is not 'number path', or listed before"
-            )
+            raise CalmError(f"{images}:{line}: {text!r:.200} is not 'number path', or listed before")
         rows[number] = len(ids)
         ids[name] = None
-    parts = sum(1 for _ in numbered_lines(root / "parts" / "parts.txt"))
+    parts = sum(1 for _ in numbered_lines(names))
     if parts > MAX_PARTS:
-        raise CalmError(
-            f"{root / 'parts' / 'parts.txt'} lists {parts:,} parts: at most {MAX_PARTS:,} are read"
-        )
+        raise CalmError(f"{names} lists {parts:,} parts: at most {MAX_PARTS:,} are read")
     xy, visible = np.zeros((len(ids), parts, 2)), np.zeros((len(ids), parts), dtype=bool)
 
     def point(text: str) -> tuple[str, int, float, float, bool]:

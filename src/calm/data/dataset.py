@@ -24,8 +24,6 @@ from calm.data.transforms import ImageTransform
 from calm.errors import CalmError, unknown
 from calm.images import read_rgb, resize_image
 
-__all__ = ["EpochSampler", "ImageDataset", "Remainder"]
-
 Remainder = Literal["drop", "keep"]
 
 
@@ -202,9 +200,10 @@ class _Cache:
         for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
             total += image.size
             if total > limit:
+                limit_text = f"{limit / 2**30:.1f} GiB, half of this machine's memory"
+                fit = f"{len(images):,} of {len(paths):,} images fit"
                 raise CalmError(
-                    f"a cache of split {split.name!r} needs more than {limit / 2**30:.1f} GiB, half of this"
-                    f" machine's memory ({len(images):,} of {len(paths):,} images fit): go without cache"
+                    f"a cache of split {split.name!r} needs more than {limit_text} ({fit}): go without it"
                 )
             images.append(image)
         self.shapes = [(image.shape[0], image.shape[1]) for image in images]

@@ -16,37 +16,19 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
 from calm.data.records import SPLITS, Record, Report, Split, is_text
+from calm.data.records import Layout as Layout
 from calm.errors import CalmError, unknown
 
-__all__ = [
-    "LAYOUTS",
-    "SUFFIXES",
-    "FolderSource",
-    "Layout",
-    "SplitName",
-    "carve",
-    "count_class_folders",
-    "detect_layout",
-    "find_layout",
-    "fingerprint",
-    "keep_present_classes",
-    "load_split",
-    "load_splits",
-    "open_source",
-    "summary",
-]
-
-Layout = Literal["auto", "cub", "metadata", "folder"]
 SplitName = Literal["train", "val", "test"]
 
 LAYOUTS: dict[str, str] = {
@@ -139,15 +121,14 @@ def load_splits(
     if "train" in splits:
         splits |= _with_carved(splits["train"], lacking, val_fraction, seed)
     if present_classes_only:
-        splits = keep_present_classes(splits)
+        splits = _present_classes(splits)
     for name in wanted:
         if name not in splits or not splits[name].records:
             Report.of(splits.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
             where = f" (listed by {source.listing(name)})" if name in source.splits else ""
-            raise CalmError(
-                f"{root} has no image for split {name!r}{where}; splits with files of their own: {own}"
-            )
+            others = f"splits with files of their own: {own}"
+            raise CalmError(f"{root} has no image for split {name!r}{where}; {others}")
     return {name: splits[name] for name in wanted}
 
 
@@ -199,7 +180,7 @@ def carve(
     return rest, tuple(record for record in records if record.id in carved)
 
 
-def keep_present_classes(splits: Mapping[str, Split]) -> dict[str, Split]:
+def _present_classes(splits: Mapping[str, Split]) -> dict[str, Split]:
     """Keep only the classes that occur in any of the splits, numbered anew in their order."""
     present = sorted({record.label for split in splits.values() for record in split.records})
     new = {old: index for index, old in enumerate(present)}
@@ -271,6 +252,10 @@ class Source(Protocol):
     """A data set on disk whose layout is known."""
 
     @property
+    def layout(self) -> Layout:
+        """The key of `LAYOUTS`."""
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have files of their own."""
 
@@ -286,6 +271,7 @@ class FolderSource:
     """A folder for each class, with or without a folder for each split above."""
 
     root: Path
+    layout: ClassVar[Layout] = "folder"
 
     @cached_property
     def splits(self) -> tuple[str, ...]:
@@ -334,9 +320,8 @@ class FolderSource:
 
 
 def _folders(base: Path) -> list[Path]:
-    return _sorted_names(
-        path for path in base.iterdir() if path.is_dir() and not path.name.startswith((".", "__"))
-    )
+    folders = (path for path in base.iterdir() if path.is_dir())
+    return _sorted_names(path for path in folders if not path.name.startswith((".", "__")))
 
 
 def _sorted_names(paths: Iterable[Path]) -> list[Path]:
@@ -353,7 +338,7 @@ def _is_image(path: Path, folder: Path) -> bool:
     return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
-def count_class_folders(base: Path) -> int:
+def _class_folders(base: Path) -> int:
     """Return how many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
     if not base.is_dir():
         return 0
@@ -361,12 +346,7 @@ def count_class_folders(base: Path) -> int:
 
 
 def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Source:
-    """Return the data set in ``root``, of the given layout or the one detected."""
-    return _OPEN[find_layout(root, layout, metadata_root)](root, metadata_root)
-
-
-def find_layout(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Layout:
-    """Check the layout given, or detect it if it is "auto".
+    """Return the data set in ``root``, of the given layout or, for "auto", the one detected.
 
     Raises:
         CalmError: no such folder; no layout of that name, or one that has no metadata folder; see `detect_layout`.
@@ -375,13 +355,14 @@ def find_layout(root: Path, layout: Layout = "auto", metadata_root: Path | None 
         raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
     if layout == "auto":
         layout = detect_layout(root) if metadata_root is None else "metadata"
-    if layout not in _OPEN:
+    if layout not in LAYOUTS:
         raise unknown("layout", layout, ["auto", *LAYOUTS])
-    if metadata_root is not None and layout != "metadata":
-        raise CalmError(
-            f"metadata_root is given ({metadata_root}), but the layout {layout!r} has no such folder"
-        )
-    return layout
+    if layout == "metadata":
+        return _open_metadata(root, root / "metadata" if metadata_root is None else metadata_root)
+    if metadata_root is not None:
+        lists = f"metadata_root is given ({metadata_root})"
+        raise CalmError(f"{lists}, but the layout {layout!r} has no such folder")
+    return CubSource(root) if layout == "cub" else FolderSource(root)
 
 
 def detect_layout(root: Path) -> Layout:
@@ -396,7 +377,7 @@ def detect_layout(root: Path) -> Layout:
         return "metadata"
     entries = sorted(root.iterdir())
     inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
-    if not inner and (count_class_folders(root / "train") or count_class_folders(root) > 1):
+    if not inner and (_class_folders(root / "train") or _class_folders(root) > 1):
         return "folder"
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
@@ -412,22 +393,12 @@ def _lists_below(metadata: Path) -> list[Path]:
     return [folder for folder in folders if MetadataSource(folder, folder).splits]
 
 
-def _open_metadata(root: Path, metadata_root: Path | None) -> MetadataSource:
-    place = root / "metadata" if metadata_root is None else metadata_root
-    lists = _lists_below(place)
+def _open_metadata(root: Path, metadata_root: Path) -> MetadataSource:
+    lists = _lists_below(metadata_root)
     if not lists:
-        raise CalmError(
-            f"no train/image_ids.txt (nor val/, test/) in {place}, nor below {', '.join(IMAGE_ROOTS)} in it"
-        )
+        places = f"{metadata_root}, nor below {', '.join(IMAGE_ROOTS)} in it"
+        raise CalmError(f"no train/image_ids.txt (nor val/, test/) in {places}")
     if len(lists) > 1:
         several = ", ".join(map(str, lists))
         raise CalmError(f"metadata of several data sets: {several}; name one of them as metadata_root")
-    name = lists[0].name
-    return MetadataSource(root, lists[0], name if name in IMAGE_ROOTS else "")
-
-
-_OPEN: dict[str, Callable[[Path, Path | None], Source]] = {
-    "cub": lambda root, _: CubSource(root),
-    "metadata": _open_metadata,
-    "folder": lambda root, _: FolderSource(root),
-}
+    return MetadataSource(root, lists[0], lists[0].name if lists[0].name in IMAGE_ROOTS else "")

@@ -39,24 +39,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import ClassVar, Generic, TypeVar
 
 from calm.data.cub import names_from_folders, read_names
-from calm.data.records import SPLITS, Box, ProblemLog, Record, Split, is_inside, numbered_lines, whole_number
+from calm.data.records import (
+    SPLITS,
+    Box,
+    Layout,
+    ProblemLog,
+    Record,
+    Split,
+    is_inside,
+    numbered_lines,
+    whole_number,
+)
 from calm.errors import CalmError
-
-__all__ = [
-    "IMAGE_ROOTS",
-    "MAX_CLASSES",
-    "Line",
-    "Located",
-    "MetadataSource",
-    "images_root",
-    "read_ids",
-    "read_labels",
-    "read_localization",
-    "read_sizes",
-]
 
 IDS, LABELS, SIZES, LOCALIZATION = "image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt"
 
@@ -240,6 +237,7 @@ class MetadataSource:
     root: Path
     lists: Path
     name: str = ""
+    layout: ClassVar[Layout] = "metadata"
 
     @property
     def splits(self) -> tuple[str, ...]:

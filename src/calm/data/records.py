@@ -15,25 +15,11 @@ from typing import Any, Literal, TypeVar
 from calm.errors import CalmError
 from calm.files import open_regular
 
-__all__ = [
-    "KINDS",
-    "SPLITS",
-    "Box",
-    "Kind",
-    "Problem",
-    "ProblemLog",
-    "Record",
-    "Report",
-    "Split",
-    "is_inside",
-    "is_text",
-    "numbered_lines",
-    "parsed_lines",
-    "whole_number",
-]
-
 SPLITS = ("train", "val", "test")
 """The names of the splits, everywhere."""
+
+Layout = Literal["auto", "cub", "metadata", "folder"]
+"""How a data set is laid out; "auto" is to be detected."""
 
 Box = tuple[int, int, int, int]
 """x0, y0, x1, y1: the corner pixels of a rectangle, both inside it, counted from 0 at the top left."""

@@ -11,8 +11,6 @@ from typing import TypeVar
 
 from calm.errors import CalmError
 
-__all__ = ["in_threads", "mix_seed", "seeded"]
-
 
 def mix_seed(*parts: int) -> int:
     """Return a 64-bit seed of integers; other integers, or another order of them, give an unrelated seed.

@@ -15,9 +15,6 @@ from calm.data.seeds import seeded
 from calm.errors import CalmError
 from calm.images import Preprocessing, resize_image
 
-__all__ = ["BatchMix", "ImageTransform", "eval_transform", "fixed_size", "train_transform"]
-
-
 ImageTransform = Callable[[Image.Image], Tensor]
 """An RGB picture to a normalised float32 image (3, H, W); random numbers come from torch's CPU generator only."""
 

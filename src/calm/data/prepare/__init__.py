@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -16,8 +16,6 @@ from calm.data.prepare.sets import (
 )
 from calm.errors import CalmError, unknown
 from calm.files import remove_abandoned
-
-__all__ = ["DATA_SETS", "Prepared", "prepare"]
 
 DataSet: TypeAlias = Literal["cub", "ilsvrc", "openimages30k", "tiny-imagenet"]
 
@@ -65,7 +63,7 @@ def prepare(
     if metadata_sha256 and not metadata_url:
         raise CalmError("--metadata_sha256 needs --metadata_url")
     found, out = list_archives([Path(path) for path in archives]), Path(out)
-    for folder in (out.parent, out / "metadata", *_data_folders(out)):
+    for folder in (out.parent, out / "metadata", out / "dataset", *(out / "dataset").glob("*/")):
         remove_abandoned(folder)
     if name == "tiny-imagenet":
         prepared = Prepared(name, out, partial=partial)
@@ -79,9 +77,3 @@ def prepare(
     if name == "ilsvrc":
         name_as_listed(out, prepared)
     return prepared
-
-
-def _data_folders(out: Path) -> Iterator[Path]:
-    """Yield ``out/dataset`` and the folders in it, where a killed run leaves its working folders."""
-    yield out / "dataset"
-    yield from (out / "dataset").glob("*/")

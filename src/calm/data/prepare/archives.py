@@ -21,37 +21,11 @@ from urllib.parse import urlsplit
 from calm.errors import CalmError
 from calm.files import atomic_path, working_folder
 
-__all__ = [
-    "PUBLISHED",
-    "Limits",
-    "Prepared",
-    "Published",
-    "check_digest",
-    "download",
-    "find",
-    "is_archive",
-    "list_archives",
-    "merge",
-    "place_metadata",
-    "staged",
-    "unpack",
-]
+MAX_BYTES, MAX_FILES = 400 * 1024**3, 3_000_000
+"""Most bytes and files that an archive may unpack to, so that a small file cannot fill the disk."""
 
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of what an archive may unpack to, so that a small file cannot fill the disk.
-
-    Attributes:
-        bytes: of all files together.
-        files: number of files.
-    """
-
-    bytes: int = 400 * 1024**3
-    files: int = 3_000_000
-
-
-METADATA_LIMITS = Limits(bytes=8 * 1024**3, files=200_000)
+MAX_METADATA_BYTES = 8 * 1024**3
+"""Most bytes that an archive of metadata may unpack to."""
 
 MAX_DOWNLOAD = 2 * 1024**3
 """Most bytes of a download."""
@@ -164,11 +138,6 @@ class Prepared:
 _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 
 
-def is_archive(path: Path) -> bool:
-    """Whether the name says that `unpack` reads the file."""
-    return path.name.lower().endswith(_SUFFIXES)
-
-
 def list_archives(sources: Sequence[Path]) -> list[Path]:
     """Return the archives among files and directly in folders.
 
@@ -179,7 +148,10 @@ def list_archives(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if not source.exists():
             raise CalmError(f"--from {source} does not exist")
-        archives += sorted(filter(is_archive, source.iterdir())) if source.is_dir() else [source]
+        if source.is_dir():
+            archives += sorted(path for path in source.iterdir() if path.name.lower().endswith(_SUFFIXES))
+        else:
+            archives.append(source)
     if not archives:
         raise CalmError(f"no archive (.tar, .tgz, .tar.gz, .zip) in --from {' '.join(map(str, sources))}")
     return archives
@@ -213,20 +185,19 @@ def check_digest(path: Path, algorithm: str, expected: str) -> str:
     """Return what is wrong with a file's digest (hexadecimal); empty if nothing is."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
-    return (
-        "" if digest == expected.lower() else f"{path}: {algorithm} is {digest}, the published one {expected}"
-    )
+    message = f"{path}: {algorithm} is {digest}, the published one {expected}"
+    return "" if digest == expected.lower() else message
 
 
 def unpack(
-    path: Path, folder: Path, *, limits: Limits | None = None, wanted: Callable[[str], bool] | None = None
+    path: Path, folder: Path, *, max_bytes: int | None = None, wanted: Callable[[str], bool] | None = None
 ) -> int:
     """Unpack an archive below ``folder``, which is made; file modes and owners are not kept.
 
     Args:
         path: tar (plain, gzip, bzip2, xz) or zip.
         folder: an existing or new folder.
-        limits: of the unpacked files.
+        max_bytes: most bytes of all files together; None: `MAX_BYTES`.
         wanted: whether a member is unpacked, by its name; all are checked.
 
     Returns:
@@ -239,7 +210,7 @@ def unpack(
     if not path.is_file():
         raise CalmError(f"{path} is no file")
     folder.mkdir(parents=True, exist_ok=True)
-    limits, size, files, written = limits or Limits(), 0, 0, 0
+    limit, size, files, written = max_bytes or MAX_BYTES, 0, 0, 0
     try:
         is_zip = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
         for name, member_size, extract in (_zip_members if is_zip else _tar_members)(path):
@@ -251,10 +222,9 @@ def unpack(
             ):
                 raise CalmError(f"{path}: member {name!r} leaves the folder: archive refused")
             size, files = size + member_size, files + 1
-            if size > limits.bytes:
-                raise CalmError(f"{path} unpacks to more than {limits.bytes:,} bytes: archive refused")
-            if files > limits.files:
-                raise CalmError(f"{path} has more than {limits.files:,} files: archive refused")
+            if size > limit or files > MAX_FILES:
+                most = f"{limit:,} bytes" if size > limit else f"{MAX_FILES:,} files"
+                raise CalmError(f"{path} unpacks to more than {most}: archive refused")
             if wanted is None or wanted(name):
                 extract(folder)
                 written += 1
@@ -349,21 +319,17 @@ def place_metadata(
     """
     final = out / "metadata" / name
     found = [] if final.exists() else find("metadata", archives, prepared)
-    if final.exists():
-        if url:
-            prepared.notes.append(
-                f"nothing fetched from {url}: the lists are in {final} (delete it to fetch them)"
-            )
-    elif found:
-        if url:
-            prepared.notes.append(f"nothing fetched from {url}: {found[0]} was taken")
+    if url and (final.exists() or found):
+        reason = f"{found[0]} was taken" if found else f"the lists are in {final} (delete it to fetch them)"
+        prepared.notes.append(f"nothing fetched from {url}: {reason}")
+    if found:
         _unpack_lists(found[0], final, name)
-    elif url:
+    elif url and not final.exists():
         with working_folder(final) as folder:
             address = PUBLISHED["metadata"].url if url == "published" else url
             download(address, folder / "download", sha256)
             _unpack_lists(folder / "download", final, name)
-    else:
+    elif not final.exists():
         put = f"put metadata.zip from {PUBLISHED['metadata'].where} into --from"
         prepared.notes.append(f"no metadata lists: {put}, or give --metadata_url published to fetch it")
     if final.exists():
@@ -375,7 +341,7 @@ def _unpack_lists(archive: Path, final: Path, name: str) -> None:
         return name in PurePosixPath(member).parts
 
     with staged(final) as (work, result):
-        unpack(archive, work / "all", limits=METADATA_LIMITS, wanted=wanted)
+        unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=wanted)
         lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
         if lists is None or lists.name != name:
             raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")

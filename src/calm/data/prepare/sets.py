@@ -21,15 +21,6 @@ from calm.data.prepare.archives import PUBLISHED, Prepared, find, merge, staged,
 from calm.data.records import numbered_lines
 from calm.errors import CalmError, unknown
 
-__all__ = [
-    "name_as_listed",
-    "prepare_cub",
-    "prepare_ilsvrc",
-    "prepare_openimages",
-    "prepare_tiny_imagenet",
-    "read_classes",
-]
-
 CUB_IMAGES, CUB_CLASSES, CUB_ATTRIBUTES = 11_788, 200, 312
 CUB_PAIRS = {1: 31, 2: 64, 3: 96}
 """Number of class pairs by number of differing part groups."""

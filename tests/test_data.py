@@ -11,16 +11,16 @@ import calm.data
 
 
 @pytest.mark.parametrize("name", calm.data.__all__)
-def test_every_public_name_resolves(name: str) -> None:
+def test_data_resolves_every_public_name(name: str) -> None:
     assert getattr(calm.data, name) is not None
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_data_raises_attribute_error_for_an_unknown_name() -> None:
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         calm.data.nothing  # noqa: B018
 
 
-def test_importing_is_cheap() -> None:
+def test_import_of_data_needs_no_torch() -> None:
     """Reading and checking need no torch; torchvision waits until a transform is made."""
     code = (
         "import sys, calm, calm.data; assert 'numpy' not in sys.modules\n"

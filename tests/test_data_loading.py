@@ -1,15 +1,16 @@
-"""calm.data.loading, carve, loading: class folders, carved splits, detection."""
+"""calm.data.loading: class folders, carved splits, detection."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from data_files import write_cub, write_image, write_lines, write_pack
+from data_files import edit, write_cub, write_image, write_lines, write_pack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.data.loading import carve, detect_layout, load_split, load_splits
+from calm.data.loading import carve, detect_layout, fingerprint, load_split, load_splits, summary
 from calm.data.records import Record
 from calm.errors import CalmError
 
@@ -21,7 +22,7 @@ def _tree(root: Path, images: int = 5, classes: tuple[str, ...] = ("dog", "cat")
     return root
 
 
-def test_folders_are_classes_in_alphabetical_order(tmp_path: Path) -> None:
+def test_folder_source_sorts_classes_alphabetically(tmp_path: Path) -> None:
     _tree(tmp_path / "train")
     _tree(tmp_path / "val", 2)
     _tree(tmp_path / "test", 1)
@@ -34,7 +35,7 @@ def test_folders_are_classes_in_alphabetical_order(tmp_path: Path) -> None:
     assert splits["test"].exif
 
 
-def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:
+def test_folder_source_ignores_hidden_and_other_files(tmp_path: Path) -> None:
     _tree(tmp_path, 3)
     for name in ("._0.png", "notes.txt", ".cache/1.png", "Thumbs.db"):
         (tmp_path / "cat" / name).parent.mkdir(exist_ok=True)
@@ -48,7 +49,7 @@ def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:
     assert found == ["cat/0.png", "cat/1.png", "cat/2.png", "cat/b.webp", "cat/deeper/a.JPG"]
 
 
-def test_without_split_folders_train_val_and_test_are_carved(tmp_path: Path) -> None:
+def test_load_splits_carves_val_and_test_without_split_folders(tmp_path: Path) -> None:
     splits = load_splits(_tree(tmp_path, 20), val_fraction=0.25)
     ids = {name: {record.id for record in split.records} for name, split in splits.items()}
     assert {name: split.class_counts() for name, split in splits.items()} == {
@@ -63,7 +64,7 @@ def test_without_split_folders_train_val_and_test_are_carved(tmp_path: Path) -> 
     assert load_split(tmp_path, "val", val_fraction=0.25, seed=1) != splits["val"]
 
 
-def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
+def test_folder_source_refuses_a_class_unknown_to_train(tmp_path: Path) -> None:
     _tree(tmp_path / "train")
     _tree(tmp_path / "test", 1, ("cat", "dogs"))
     with pytest.raises(CalmError, match=r"unknown class folder 'dogs' in .*test; .*did you mean 'dog'"):
@@ -71,7 +72,7 @@ def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("classes", [("cat",), ()])
-def test_a_single_class_is_refused(tmp_path: Path, classes: tuple[str, ...]) -> None:
+def test_folder_source_refuses_a_single_class(tmp_path: Path, classes: tuple[str, ...]) -> None:
     _tree(tmp_path / "train", 2, classes)
     (tmp_path / "train").mkdir(exist_ok=True)
     with pytest.raises(CalmError, match="two class folders or more, found"):
@@ -84,7 +85,7 @@ records = st.dictionaries(st.text(min_size=1), st.integers(0, 4), min_size=1, ma
 
 
 @given(records, st.floats(0.01, 0.99), st.integers(0, 3), st.randoms())
-def test_carving_is_a_stratified_partition_whatever_the_order(listed, fraction, seed, random) -> None:
+def test_carve_is_a_stratified_partition_whatever_the_order(listed, fraction, seed, random) -> None:
     rest, part = carve(listed, fraction, seed, "val")
     assert sorted((*rest, *part), key=lambda r: r.id) == sorted(listed, key=lambda r: r.id)
     for label in {record.label for record in listed}:
@@ -95,21 +96,21 @@ def test_carving_is_a_stratified_partition_whatever_the_order(listed, fraction, 
     assert {r.id for r in carve(shuffled, fraction, seed, "val")[1]} == {r.id for r in part}
 
 
-def test_carvings_for_different_ends_are_independent() -> None:
+def test_carve_for_different_ends_is_independent() -> None:
     listed = [Record(str(index), Path(str(index)), 0) for index in range(40)]
     parts = [{record.id for record in carve(listed, 0.5, 0, salt)[1]} for salt in ("val", "test")]
     assert 3 < len(parts[0] & parts[1]) < 17
 
 
 @given(st.integers(2, 30), st.floats(0.05, 0.45))
-def test_an_added_image_moves_at_most_one_other(size: int, fraction: float) -> None:
+def test_carve_moves_at_most_one_image_for_an_added_one(size: int, fraction: float) -> None:
     listed = [Record(str(index), Path(str(index)), 0) for index in range(size + 1)]
     before = {record.id for record in carve(listed[:-1], fraction, 0, "val")[1]}
     after = {record.id for record in carve(listed, fraction, 0, "val")[1]}
     assert len((before ^ after) - {str(size)}) <= 1
 
 
-def test_an_unknown_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
+def test_detect_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> None:
     (tmp_path / "readme.md").touch()
     with pytest.raises(CalmError) as caught:
         detect_layout(tmp_path)
@@ -137,7 +138,9 @@ def test_an_unknown_layout_says_what_was_looked_for_and_found(tmp_path: Path) ->
         ({"layout": "cub", "metadata_root": "."}, "the layout 'cub' has no such folder"),
     ],
 )
-def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
+def test_load_split_refuses_wrong_arguments(
+    tmp_path: Path, arguments: dict[str, object], message: str
+) -> None:
     write_cub(tmp_path)
     given = {"split": "train", **arguments}
     root = tmp_path / str(given.pop("root", "."))
@@ -145,15 +148,65 @@ def test_wrong_arguments_are_refused(tmp_path: Path, arguments: dict[str, object
         load_split(root, **given)  # type: ignore[arg-type]
 
 
-def test_a_split_that_lost_its_last_record_is_an_error(tmp_path: Path) -> None:
+def test_load_split_refuses_a_split_that_lost_its_last_record(tmp_path: Path) -> None:
     write_pack(tmp_path)
     write_lines(tmp_path / "metadata/val/image_ids.txt", [])
     with pytest.raises(CalmError, match="no image for split 'val'"):
         load_split(tmp_path, "val", strict=False)
 
 
-def test_a_lacking_test_split_is_carved_beside_an_own_val(tmp_path: Path) -> None:
+def test_load_splits_carves_a_lacking_test_beside_an_own_val(tmp_path: Path) -> None:
     write_pack(tmp_path, {"train": [0, 1] * 10, "val": [0, 1]})
     splits = load_splits(tmp_path)
     assert [len(split.records) for split in splits.values()] == [18, 2, 2]
     assert splits["val"].origin == "own files"
+
+
+def test_fingerprint_is_the_same_in_another_place_and_order(tmp_path: Path) -> None:
+    here, there = (
+        load_split(write_cub(tmp_path / name, masks=True), "train", val_fraction=0) for name in "ab"
+    )
+    assert fingerprint(here) == fingerprint(there)
+    assert fingerprint(here) == fingerprint(replace(here, records=here.records[::-1]))
+    assert len(fingerprint(here)) == 64
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new"),
+    [
+        ("image_class_labels.txt", "2 1\n", "2 3\n"),
+        ("bounding_boxes.txt", "2 2.0 1.0", "2 3.0 1.0"),
+        ("classes.txt", "2 002.Bird_2", "2 002.Bird_two"),
+        ("train_test_split.txt", "2 1\n", "2 0\n"),
+    ],
+)
+def test_fingerprint_tells_what_changed(tmp_path: Path, file: str, old: str, new: str) -> None:
+    before = fingerprint(load_split(write_cub(tmp_path), "train", val_fraction=0))
+    edit(tmp_path / file, old, new)
+    assert fingerprint(load_split(tmp_path, "train", val_fraction=0)) != before
+
+
+def test_fingerprint_includes_file_sizes_if_told_to(tmp_path: Path) -> None:
+    split = load_split(write_pack(tmp_path), "train")
+    plain, sized = fingerprint(split), fingerprint(split, file_sizes=True)
+    with split.records[0].path.open("ab") as file:
+        file.write(b"!")
+    assert fingerprint(split) == plain
+    assert fingerprint(split, file_sizes=True) != sized
+    split.records[0].path.unlink()
+    with pytest.raises(CalmError, match="cannot look at image"):
+        fingerprint(split, file_sizes=True)
+
+
+def test_summary_counts(tmp_path: Path) -> None:
+    found = summary(load_split(write_cub(tmp_path, masks=True), "test"))
+    assert found.pop("fingerprint")
+    assert found == {
+        "split": "test",
+        "images": 2,
+        "classes": 3,
+        "class_counts": {"001.Bird_1": 1, "003.Bird_3": 1},
+        "with_boxes": 2,
+        "with_masks": 2,
+        "origin": "own files",
+    }

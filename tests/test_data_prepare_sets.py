@@ -10,16 +10,13 @@ from urllib.parse import urlsplit
 
 import pytest
 from PIL import Image
-from test_prepare_archives import make_tar, make_zip
+from test_data_prepare_archives import make_tar, make_zip
 
 from calm.cli import main
 from calm.data import load_splits
 from calm.data.check import check
 from calm.data.cues import read_class_attributes
-from calm.data.prepare import archives, prepare
-from calm.data.prepare import sets as cub
-from calm.data.prepare import sets as large
-from calm.data.prepare import sets as tiny
+from calm.data.prepare import archives, prepare, sets
 from calm.data.prepare.archives import PUBLISHED, check_digest
 from calm.errors import CalmError
 
@@ -55,7 +52,7 @@ def any_md5(path: Path, algorithm: str, expected: str) -> str:
     return "" if algorithm == "md5" else check_digest(path, algorithm, expected)
 
 
-def test_cub_has_attribute_names_and_segmentations_in_place_and_passes_the_check(tmp_path):
+def test_prepare_cub_puts_attribute_names_and_segmentations_in_place(tmp_path):
     source = cub_archives(tmp_path / "from")
     prepared = prepare("cub", [source], tmp_path / "out", partial=True)
     base = tmp_path / "out" / "dataset" / "CUB"
@@ -70,7 +67,7 @@ def test_cub_has_attribute_names_and_segmentations_in_place_and_passes_the_check
     assert again.counts == prepared.counts
 
 
-def test_cub_of_another_checksum_or_count_is_an_error_and_leaves_nothing(tmp_path, monkeypatch):
+def test_prepare_cub_refuses_another_checksum_or_count_and_leaves_nothing(tmp_path, monkeypatch):
     source = cub_archives(tmp_path / "from")
     with pytest.raises(CalmError, match=r"md5 is .*data\.caltech\.edu"):
         prepare("cub", [source], tmp_path / "out")
@@ -79,13 +76,13 @@ def test_cub_of_another_checksum_or_count_is_an_error_and_leaves_nothing(tmp_pat
         prepare("cub", [source], tmp_path / "out")
     assert not list((tmp_path / "out").rglob("*.jpg"))
     for name, value in {"CUB_IMAGES": 4, "CUB_CLASSES": 2, "CUB_ATTRIBUTES": 2, "CUB_PAIRS": {1: 1}}.items():
-        monkeypatch.setattr(cub, name, value)
+        monkeypatch.setattr(sets, name, value)
     (source / "segmentations.tgz").unlink()
     prepared = prepare("cub", [source], tmp_path / "out")
     assert any("segmentations.tgz" in note for note in prepared.notes)
 
 
-def test_an_absent_archive_is_named_with_its_address(tmp_path):
+def test_prepare_names_an_absent_archive_with_its_address(tmp_path):
     make_zip(tmp_path / "other.zip", {"a": b"x"})
     for name, address in {
         "cub": "data.caltech.edu",
@@ -116,9 +113,9 @@ def tiny_archive(path: Path, train: int = 5, test: int = 2) -> Path:
     return make_zip(path, {f"tiny-imagenet-200/{name}": data for name, data in files.items()})
 
 
-def test_tiny_imagenet_is_split_and_written_in_the_metadata_format(tmp_path, monkeypatch):
+def test_prepare_tiny_imagenet_writes_the_metadata_format(tmp_path, monkeypatch):
     for name, value in {"TINY_TRAIN": 3, "TINY_VAL": 2, "TINY_TEST": 2}.items():
-        monkeypatch.setattr(tiny, name, value)
+        monkeypatch.setattr(sets, name, value)
     archive = tiny_archive(tmp_path / "tiny-imagenet-200.zip")
     out = tmp_path / "pack"
     prepare("tiny-imagenet", [archive], out, classes="n00000002,n00000003", partial=True)
@@ -155,19 +152,19 @@ def test_tiny_imagenet_is_split_and_written_in_the_metadata_format(tmp_path, mon
 
 
 @pytest.mark.parametrize("classes", ["n00000009", "goldfish", "n00000001,n00000001"])
-def test_classes_that_the_archive_has_not_are_refused(tmp_path, classes):
+def test_prepare_tiny_imagenet_refuses_unknown_classes(tmp_path, classes):
     archive = tiny_archive(tmp_path / "tiny-imagenet-200.zip")
     with pytest.raises(CalmError, match="class"):
         prepare("tiny-imagenet", [archive], tmp_path / "out", classes=classes, partial=True)
     assert not (tmp_path / "out").exists()
 
 
-def test_as_many_classes_as_there_are_can_be_named():
+def test_read_classes_accepts_as_many_as_there_are():
     """Together they are longer than the name of a file can be."""
     ids = [f"n{number:08d}" for number in range(200)]
-    assert tiny.read_classes(",".join(ids)) == ids
+    assert sets.read_classes(",".join(ids)) == ids
     with pytest.raises(CalmError, match="no WordNet id"):
-        tiny.read_classes(",".join([*ids, "cat"]))
+        sets.read_classes(",".join([*ids, "cat"]))
 
 
 def lists(name: str, images: dict[str, str]) -> dict[str, bytes]:
@@ -183,7 +180,7 @@ def lists(name: str, images: dict[str, str]) -> dict[str, bytes]:
 @pytest.fixture
 def ilsvrc(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(archives, "check_digest", any_md5)
-    monkeypatch.setattr(large, "ILSVRC", {"train": 1, "val": 1, "val2": 1})
+    monkeypatch.setattr(sets, "ILSVRC", {"train": 1, "val": 1, "val2": 1})
     source = tmp_path / "from"
     source.mkdir()
     inner = make_tar(tmp_path / "n01440764.tar", {"n01440764_1.JPEG": picture()}, "w").read_bytes()
@@ -200,7 +197,7 @@ ILSVRC_IDS = {
 }
 
 
-def test_ilsvrc_lies_where_the_released_lists_look(tmp_path, ilsvrc):
+def test_prepare_ilsvrc_puts_images_where_the_released_lists_look(tmp_path, ilsvrc):
     make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS))
     prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
     assert (tmp_path / "out/dataset/ImageNetV2/val2/0/0.jpeg").is_file()
@@ -208,7 +205,7 @@ def test_ilsvrc_lies_where_the_released_lists_look(tmp_path, ilsvrc):
     assert check(prepared.root, metadata_root=prepared.metadata_root).ok
 
 
-def test_metadata_comes_from_an_address_with_its_checksum(tmp_path, ilsvrc):
+def test_place_metadata_fetches_from_an_address_with_its_checksum(tmp_path, ilsvrc):
     archive = make_zip(tmp_path / "lists.zip", lists("ILSVRC", ILSVRC_IDS))
     url, digest = archive.as_uri(), hashlib.sha256(archive.read_bytes()).hexdigest()
     with pytest.raises(CalmError, match="sha256 is"):
@@ -227,7 +224,7 @@ def test_metadata_comes_from_an_address_with_its_checksum(tmp_path, ilsvrc):
 HASHED = f"0/{'af' * 20}.jpeg"
 
 
-def test_images_named_by_hashes_get_the_names_of_the_lists(tmp_path, ilsvrc):
+def test_name_as_listed_renames_images_named_by_hashes(tmp_path, ilsvrc):
     """Today's archives of ImageNetV2 and the mapping that the published lists have for them."""
     make_tar(ilsvrc / "imagenetv2-top.tar.gz", {f"imagenetv2-top-format-val/{HASHED}": picture()})
     prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out")
@@ -246,7 +243,7 @@ def test_images_named_by_hashes_get_the_names_of_the_lists(tmp_path, ilsvrc):
 
 
 @pytest.mark.parametrize("line", [f"../../0.jpeg, {HASHED}", f"0/0.jpeg {HASHED}", "0/0.jpeg, ../x.jpeg"])
-def test_a_mapping_that_names_other_files_is_refused(tmp_path, ilsvrc, line):
+def test_name_as_listed_refuses_a_mapping_that_names_other_files(tmp_path, ilsvrc, line):
     make_tar(ilsvrc / "imagenetv2-top.tar.gz", {f"imagenetv2-top-format-val/{HASHED}": picture()})
     mapping = {"metadata/ILSVRC/val/mapping.txt": line.encode()}
     make_zip(ilsvrc / "metadata.zip", lists("ILSVRC", ILSVRC_IDS) | mapping)
@@ -254,7 +251,7 @@ def test_a_mapping_that_names_other_files_is_refused(tmp_path, ilsvrc, line):
         prepare("ilsvrc", [ilsvrc], tmp_path / "out")
 
 
-def test_the_published_metadata_are_fetched_by_name(tmp_path, ilsvrc, monkeypatch):
+def test_place_metadata_fetches_the_published_lists_by_name(tmp_path, ilsvrc, monkeypatch):
     """The published archive is that of the whole repository: one folder, named by the commit."""
     inside = {f"wsolevaluation-e99726/{name}": data for name, data in lists("ILSVRC", ILSVRC_IDS).items()}
     archive = make_zip(tmp_path / "repository.zip", inside)
@@ -274,13 +271,13 @@ def test_the_published_metadata_are_fetched_by_name(tmp_path, ilsvrc, monkeypatc
         ("https://localhost:port/x.zip", "cannot fetch"),
     ],
 )
-def test_an_address_that_cannot_be_fetched_is_a_clear_error(tmp_path, ilsvrc, url, message):
+def test_download_explains_an_address_that_cannot_be_fetched(tmp_path, ilsvrc, url, message):
     with pytest.raises(CalmError, match=message):
         prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url=url)
 
 
-def test_openimages_merges_images_and_masks(tmp_path, monkeypatch):
-    monkeypatch.setattr(large, "OPENIMAGES", {"train": 1, "val": 1, "test": 1})
+def test_prepare_openimages_merges_images_and_masks(tmp_path, monkeypatch):
+    monkeypatch.setattr(sets, "OPENIMAGES", {"train": 1, "val": 1, "test": 1})
     images = {f"OpenImages/{s}/01/{s}.jpg": picture() for s in ("train", "val", "test")}
     one = make_zip(tmp_path / "OpenImages_images.zip", images)
     two = make_zip(tmp_path / "OpenImages_masks.zip", {"val/01/val_m0.png": picture(kind="PNG")})
@@ -293,7 +290,7 @@ def test_openimages_merges_images_and_masks(tmp_path, monkeypatch):
     ]
 
 
-def test_the_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
+def test_prepare_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
     source = cub_archives(tmp_path / "from")
     assert main(["data", "prepare", "cub", "--from", str(source), "--out", str(tmp_path / "out")]) == 2
     assert "--partial" in capsys.readouterr().err
@@ -302,7 +299,7 @@ def test_the_command_says_what_it_did_and_what_is_next(tmp_path, capsys):
     assert "next: calm data check" in capsys.readouterr().out
 
 
-def test_a_download_without_end_is_stopped(tmp_path, monkeypatch):
+def test_download_stops_at_the_limit(tmp_path, monkeypatch):
     (tmp_path / "big").write_bytes(bytes(1001))
     monkeypatch.setattr(archives, "MAX_DOWNLOAD", 1000)
     with pytest.raises(CalmError, match="more than metadata has"):
@@ -310,18 +307,18 @@ def test_a_download_without_end_is_stopped(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["big"]
 
 
-def test_a_run_that_was_stopped_is_finished_by_the_next(tmp_path, ilsvrc, monkeypatch):
-    unpack = large.unpack
+def test_prepare_finishes_a_run_that_was_stopped(tmp_path, ilsvrc, monkeypatch):
+    unpack = sets.unpack
 
     def stops_at_val(path, *rest):
         if "val" in path.name:
             raise KeyboardInterrupt
         return unpack(path, *rest)
 
-    monkeypatch.setattr(large, "unpack", stops_at_val)
+    monkeypatch.setattr(sets, "unpack", stops_at_val)
     with pytest.raises(KeyboardInterrupt):
         prepare("ilsvrc", [ilsvrc], tmp_path / "out")
     assert [path.name for path in (tmp_path / "out/dataset/ILSVRC").iterdir()] == ["train"]
-    monkeypatch.setattr(large, "unpack", unpack)
+    monkeypatch.setattr(sets, "unpack", unpack)
     counts = prepare("ilsvrc", [ilsvrc], tmp_path / "out").counts
     assert counts == {"train images": 1, "val images": 1, "val2 images": 1}

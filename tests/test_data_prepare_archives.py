@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from calm.data.prepare.archives import Limits, staged, unpack
+from calm.data.prepare import archives
+from calm.data.prepare.archives import staged, unpack
 from calm.errors import CalmError
 
 
@@ -33,7 +34,7 @@ MAKERS = {"tgz": make_tar, "zip": make_zip}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_files_come_out_as_they_went_in(tmp_path, kind):
+def test_unpack_returns_files_as_they_were_packed(tmp_path, kind):
     files = {"a/b.txt": b"one", "c.bin": bytes(range(256)) * 300}
     path = MAKERS[kind](tmp_path / f"x.{kind}", files)
     assert unpack(path, tmp_path / "out") == 2
@@ -44,7 +45,7 @@ def test_files_come_out_as_they_went_in(tmp_path, kind):
 @pytest.mark.parametrize(
     "name", ["../outside", "a/../../outside", "/outside", "C:/outside", "a\\..\\outside"]
 )
-def test_members_that_leave_the_folder_are_refused(tmp_path, kind, name):
+def test_unpack_refuses_members_that_leave_the_folder(tmp_path, kind, name):
     path = MAKERS[kind](tmp_path / f"x.{kind}", {name: b"x"})
     with pytest.raises(CalmError, match="leaves the folder"):
         unpack(path, tmp_path / "out" / "in")
@@ -52,7 +53,7 @@ def test_members_that_leave_the_folder_are_refused(tmp_path, kind, name):
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
-def test_links_and_devices_are_refused(tmp_path, kind):
+def test_unpack_refuses_links_and_devices(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:
         member = tarfile.TarInfo("link")
         member.type, member.linkname = kind, "target"
@@ -61,7 +62,7 @@ def test_links_and_devices_are_refused(tmp_path, kind):
         unpack(tmp_path / "x.tar", tmp_path / "out")
 
 
-def test_a_link_in_a_zip_is_refused(tmp_path):
+def test_unpack_refuses_a_link_in_a_zip(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         member = zipfile.ZipInfo("link")
         member.external_attr = 0o120777 << 16
@@ -71,18 +72,19 @@ def test_a_link_in_a_zip_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-def test_unpack_refuses_more_bytes_or_files_than_the_limits(tmp_path, kind):
+def test_unpack_refuses_more_bytes_or_files_than_the_limits(tmp_path, kind, monkeypatch):
     """The limits keep a small archive from filling the disk."""
     path = MAKERS[kind](tmp_path / f"x.{kind}", {"a": bytes(1001), "more": b"x"})
     with pytest.raises(CalmError, match="more than 1,000 bytes"):
-        unpack(path, tmp_path / "out", limits=Limits(bytes=1000))
+        unpack(path, tmp_path / "out", max_bytes=1000)
+    monkeypatch.setattr(archives, "MAX_FILES", 1)
     with pytest.raises(CalmError, match="more than 1 files"):
-        unpack(path, tmp_path / "out2", limits=Limits(files=1))
+        unpack(path, tmp_path / "out2")
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
-def test_an_archive_cut_short_anywhere_is_refused(tmp_path, mode, share):
+def test_unpack_refuses_a_truncated_archive(tmp_path, mode, share):
     noise = bytes((i * i * 31 + i // 7) % 251 for i in range(40_000))
     path = make_tar(tmp_path / "x.tar", {f"{i}": noise for i in range(3)}, mode)
     data = path.read_bytes()
@@ -91,7 +93,7 @@ def test_an_archive_cut_short_anywhere_is_refused(tmp_path, mode, share):
         unpack(path, tmp_path / "out")
 
 
-def test_a_tar_cut_between_two_members_is_refused(tmp_path):
+def test_unpack_refuses_a_tar_cut_between_two_members(tmp_path):
     path = make_tar(tmp_path / "x.tar", {"a": b"x" * 512, "b": b"y" * 512}, "w")
     path.write_bytes(path.read_bytes()[:1024])
     with pytest.raises(CalmError, match="end of the archive is missing"):
@@ -99,14 +101,14 @@ def test_a_tar_cut_between_two_members_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("cut", [4, 9])
-def test_a_gzip_without_its_checksum_is_refused(tmp_path, cut):
+def test_unpack_refuses_a_gzip_without_its_checksum(tmp_path, cut):
     path = make_tar(tmp_path / "x.tgz", {"a": b"x" * 512})
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(CalmError, match="download it again"):
         unpack(path, tmp_path / "out")
 
 
-def test_a_damaged_zip_member_is_refused(tmp_path):
+def test_unpack_refuses_a_damaged_zip_member(tmp_path):
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a", b"needle" * 10)
     data = (tmp_path / "x.zip").read_bytes()
@@ -116,13 +118,13 @@ def test_a_damaged_zip_member_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("data", [b"", b"<html>login</html>"])
-def test_a_file_that_is_no_archive_is_refused(tmp_path, data):
+def test_unpack_refuses_a_file_that_is_no_archive(tmp_path, data):
     (tmp_path / "x.zip").write_bytes(data)
     with pytest.raises(CalmError, match="download it again"):
         unpack(tmp_path / "x.zip", tmp_path / "out")
 
 
-def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+def test_staged_folder_appears_whole_or_not_at_all(tmp_path):
     final = tmp_path / "data"
 
     def fail() -> None:

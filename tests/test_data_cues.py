@@ -73,7 +73,7 @@ def slow_regions(xy, visible, image_size, size):
     size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
     shown=st.floats(0, 1),
 )
-def test_regions_are_those_of_the_slow_reading(seed, images, size, shown):
+def test_part_regions_equals_the_slow_reading(seed, images, size, shown):
     rng = np.random.default_rng(seed)
     sizes = rng.integers(5, 60, (images, 2))
     # Whole and half pixels, so that ties between points are common.
@@ -88,7 +88,7 @@ def test_regions_are_those_of_the_slow_reading(seed, images, size, shown):
 
 
 @pytest.mark.parametrize("far", [10.0, 3e3, 1e5, 1e7])
-def test_points_far_outside_the_image_keep_their_order(far):
+def test_part_regions_keeps_the_order_of_points_far_outside(far):
     xy, visible = torch.zeros(1, 15, 2, dtype=torch.float64), torch.zeros(1, 15, dtype=torch.bool)
     for part, x in (
         (9, -far),
@@ -100,7 +100,7 @@ def test_points_far_outside_the_image_keep_their_order(far):
     assert regions[0].tolist() == [[6, 6, 5, 5, 5]] * 2
 
 
-def test_the_first_group_wins_a_tie_and_pixels_outside_belong_to_none():
+def test_part_regions_gives_a_tie_to_the_first_group():
     xy, visible = torch.zeros(1, 15, 2, dtype=torch.float64), torch.zeros(1, 15, dtype=torch.bool)
     for part, x in ((14, 0), (3, 4)):  # tail left, belly right: column 2 is as far from both
         xy[0, part - 1], visible[0, part - 1] = torch.tensor([x, 0]), True
@@ -112,7 +112,7 @@ def test_the_first_group_wins_a_tie_and_pixels_outside_belong_to_none():
     assert points.visible_groups().tolist() == [[False, False, True, False, True, False, False]]
 
 
-def test_an_attribute_votes_by_the_words_in_its_name():
+def test_group_votes_follow_the_words_in_a_name():
     names = [
         "has_throat_color::red",
         "has_size::small",
@@ -124,7 +124,7 @@ def test_an_attribute_votes_by_the_words_in_its_name():
     assert tuple(group.name for group in CUB_GROUPS) == GROUPS
 
 
-def test_pairs_are_those_that_differ_in_the_asked_number_of_groups():
+def test_class_pairs_differ_in_the_given_number_of_groups():
     votes = torch.tensor([[True, False], [True, False], [False, True], [False, False]])
     present = torch.tensor([[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 1], [0, 1, 1, 0]], dtype=torch.bool)
     pairs = {(pair.first, pair.second): pair.groups for pair in class_pairs(present, votes)}
@@ -133,13 +133,13 @@ def test_pairs_are_those_that_differ_in_the_asked_number_of_groups():
 
 
 @pytest.mark.skipif(not SAMPLES, reason="CALM_SAMPLE_DATA names no folder with the official CUB files")
-def test_the_official_files_give_31_64_and_96_pairs():
+def test_read_pairs_finds_31_64_and_96_pairs_in_the_official_files():
     pairs = read_pairs(Path(SAMPLES or "") / "cub-meta")
     assert Counter(len(pair.groups) for pair in pairs) == {1: 31, 2: 64, 3: 96}
 
 
 @pytest.mark.skipif(not SAMPLES, reason="CALM_SAMPLE_DATA names no folder with the official CUB files")
-def test_the_vote_of_long_legged_birds_changes_no_pair_of_the_official_files():
+def test_class_pairs_do_not_depend_on_the_vote_of_long_legged_birds():
     names, present = read_class_attributes(Path(SAMPLES or "") / "cub-meta")
     votes = group_votes(names)
     voted = class_pairs(present, votes)
@@ -147,7 +147,7 @@ def test_the_vote_of_long_legged_birds_changes_no_pair_of_the_official_files():
     assert class_pairs(present, votes) == voted
 
 
-def test_pairs_of_birds_differ_in_the_groups_in_which_they_were_made_to_differ(birds):
+def test_read_pairs_finds_the_groups_in_which_birds_were_made_to_differ(birds):
     species = choose_species(6)
     expected = {
         (i, j): species[i].differing_groups(species[j])
@@ -158,7 +158,7 @@ def test_pairs_of_birds_differ_in_the_groups_in_which_they_were_made_to_differ(b
     assert 1 in Counter(map(len, found.values()))
 
 
-def test_a_visible_point_of_a_bird_lies_in_its_own_region_and_inside_the_bird(birds):
+def test_part_regions_hold_their_own_visible_points_inside_the_bird(birds):
     points = read_part_points(birds)
     masks = torch.stack(
         [
@@ -174,7 +174,7 @@ def test_a_visible_point_of_a_bird_lies_in_its_own_region_and_inside_the_bird(bi
             assert regions[image, y, x] == group
 
 
-def test_select_takes_images_in_the_order_asked_and_names_one_that_is_missing(birds):
+def test_select_keeps_the_order_and_names_a_missing_image(birds):
     points = read_part_points(birds)
     some = points.select([points.ids[3], points.ids[0]])
     assert some.ids == (points.ids[3], points.ids[0])
@@ -183,7 +183,7 @@ def test_select_takes_images_in_the_order_asked_and_names_one_that_is_missing(bi
         points.select(["nowhere.jpg"])
 
 
-def test_a_segmentation_is_resized_by_bicubic_and_counts_above_zero(tmp_path):
+def test_read_segmentation_resizes_by_bicubic_and_counts_above_zero(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 2, (9, 7)).astype(np.uint8) * 255
     Image.fromarray(pixels).save(tmp_path / "a.png")
     expected = np.array(Image.fromarray(pixels).resize((30, 20), Image.Resampling.BICUBIC)) > 0
@@ -205,7 +205,7 @@ def test_a_segmentation_is_resized_by_bicubic_and_counts_above_zero(tmp_path):
         ("parts/part_locs.txt", "1 2 3.0 4.0 1\n", r"no part 2"),
     ],
 )  # fmt: skip
-def test_a_wrong_line_is_named(tmp_path, file, text, message):
+def test_readers_of_cues_name_a_wrong_line(tmp_path, file, text, message):
     sound = {
         "attributes/attributes.txt": "1 has_eye\n",
         "attributes/class_attribute_labels_continuous.txt": "50.0\n49.9\n",
@@ -220,7 +220,7 @@ def test_a_wrong_line_is_named(tmp_path, file, text, message):
         (read_class_attributes if file.startswith("attributes") else read_part_points)(tmp_path)
 
 
-def test_the_table_is_cut_at_fifty_percent_and_attribute_names_may_lie_beside_the_folder(tmp_path):
+def test_read_class_attributes_cuts_at_fifty_percent_and_finds_names_beside_the_folder(tmp_path):
     (tmp_path / "attributes.txt").write_text("1 has_eye\n2 has_leg\n")
     folder = tmp_path / "CUB" / "attributes"
     folder.mkdir(parents=True)
@@ -230,7 +230,7 @@ def test_the_table_is_cut_at_fifty_percent_and_attribute_names_may_lie_beside_th
     assert present.tolist() == [[True, False], [False, True]]
 
 
-def test_the_example_in_the_documentation_is_read_as_it_says(tmp_path):
+def test_readers_of_cues_read_the_example_of_the_documentation(tmp_path):
     text = (Path(__file__).parents[1] / "docs" / "cue-data.md").read_text()
     blocks = [
         "\n".join(line[4:] for line in block.splitlines()) + "\n"
