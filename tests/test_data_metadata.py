@@ -20,7 +20,7 @@ from calm.data.metadata import (
     read_localization,
     read_sizes,
 )
-from calm.data.records import ProblemLog
+from calm.data.records import ProblemLog, whole_number
 from calm.errors import CalmError
 
 part = st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="/\\"), min_size=1).filter(
@@ -100,6 +100,12 @@ def test_readers_of_lists_read_any_text_without_failing(text: str) -> None:
                 else len(found)
             )
             assert count == lines
+
+
+def test_whole_number_ignores_every_white_space_of_regular_expressions() -> None:
+    """A file separator is white space for `re`, and not for `int`."""
+    assert whole_number("\x1c 2") == 2
+    assert whole_number("2\x1c3") is None
 
 
 def test_load_split_reads_masks_and_the_ignore_mask(tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def _counted(number: int, noun: str) -> str:
 MAX_LINE = 1_000_000
 """Most characters of a line."""
 
-_WHOLE = re.compile(r"\s*[+-]?[0-9]{1,18}\s*")
+_WHOLE = re.compile(r"\s*([+-]?[0-9]{1,18})\s*")
 T = TypeVar("T")
 
 
@@ -370,7 +370,8 @@ def whole_number(text: str) -> int | None:
     >>> whole_number(" -3"), whole_number("1.0"), whole_number("1_000"), whole_number("--1")
     (-3, None, None, None)
     """
-    return int(text) if _WHOLE.fullmatch(text) else None
+    match = _WHOLE.fullmatch(text)
+    return int(match[1]) if match else None
 
 
 def is_text(name: str) -> bool:
