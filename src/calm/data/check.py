@@ -62,7 +62,7 @@ def check(
     )
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
     names = next(iter(splits.values())).class_names
-    problems, cues = check_cue_files(Path(root), splits, None if present_classes_only else len(names))
+    problems, cues = check_cue_files(Path(root), splits)
     first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
     found = (f"layout {source.layout}: {LAYOUTS[source.layout]}", f"classes: {first}", *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), found=found)
@@ -215,15 +215,12 @@ def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
         yield lambda: bar.advance(task)
 
 
-def check_cue_files(
-    root: Path, splits: Mapping[str, Split], num_classes: int | None
-) -> tuple[list[Problem], str]:
+def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
     """Check the class attributes, part groups and part points of a data set, if it has any.
 
     Args:
         root: folder of the data set.
         splits: all that it has.
-        num_classes: number of classes that the attributes should describe; None: any.
 
     Returns:
         The problems, and a line about the files if there is no problem; neither for a data set without such files.
@@ -255,8 +252,9 @@ def check_cue_files(
     if points is not None:
         ids = [record.id for split in splits.values() for record in split.records]
         read(root / "images.txt", lambda: points.select(ids))
-    if attributes is not None and len(attributes[1]) != (num_classes or len(attributes[1])):
-        message = f"describes {len(attributes[1])} classes, the data set has {num_classes}"
+    classes = next(iter(splits.values())).num_classes
+    if attributes is not None and len(attributes[1]) != classes:
+        message = f"describes {len(attributes[1])} classes, the data set has {classes}"
         log.add("cue-file", root / "attributes", message)
     if log.problems or groups is None or attributes is None or points is None:
         return log.problems, ""
