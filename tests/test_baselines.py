@@ -104,7 +104,7 @@ def oracle(name: str, model: CalmModel, image: Tensor, target: int, count: int, 
 
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("batch_size", [1, 2, 16])
-def test_gradient_methods_equal_their_formulas(
+def test_attribute_gradient_family_equals_its_formulas(
     name: str, batch_size: int, model: CalmModel, images: Tensor
 ) -> None:
     options: dict[str, int] = {}
@@ -123,7 +123,7 @@ def test_gradient_methods_equal_their_formulas(
     torch.testing.assert_close(maps, expected, rtol=tolerance, atol=tolerance * 1e-2)
 
 
-def test_defaults_are_the_papers(model: CalmModel, images: Tensor) -> None:
+def test_attribute_defaults_are_those_of_the_paper(model: CalmModel, images: Tensor) -> None:
     one, target = images[:1], TARGETS[:1]
     for name, options in {
         "integrated-gradients": {"steps": 50},
@@ -136,7 +136,7 @@ def test_defaults_are_the_papers(model: CalmModel, images: Tensor) -> None:
     torch.testing.assert_close(attribute(model, one, target)[0], expected)
 
 
-def test_integrated_gradients_are_complete(model: CalmModel) -> None:
+def test_integrated_gradients_sum_to_the_gain_in_score(model: CalmModel) -> None:
     """On an image with one colour and a score that grows with it, no sign or channel is lost: the map sums
     up."""
     image = torch.zeros(1, 3, 12, 16, dtype=torch.float64)
@@ -152,7 +152,7 @@ def test_integrated_gradients_are_complete(model: CalmModel) -> None:
     torch.testing.assert_close(total, gained.detach(), rtol=1e-6, atol=0)
 
 
-def test_smoothgrad_of_one_image_is_captums(model: CalmModel, images: Tensor) -> None:
+def test_smoothgrad_of_one_image_equals_captum(model: CalmModel, images: Tensor) -> None:
     from captum.attr import NoiseTunnel, Saliency
 
     from calm.baselines import class_scores
@@ -170,7 +170,7 @@ def test_smoothgrad_of_one_image_is_captums(model: CalmModel, images: Tensor) ->
 
 
 @pytest.mark.parametrize("name", ["smoothgrad", "vargrad"])
-def test_noise_follows_the_seed_and_not_the_neighbours(name: str, images: Tensor) -> None:
+def test_attribute_noise_depends_on_the_seed_and_not_on_the_batch(name: str, images: Tensor) -> None:
     model = make("calm-em")
     first = attribute(model, images, TARGETS, name, samples=4, seed=1)
     assert torch.equal(first, attribute(model, images, TARGETS, name, samples=4, seed=1))
@@ -212,7 +212,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", FORMULAS)
-def test_gradcam_family_equals_its_formulas(name: str, model: CalmModel, images: Tensor) -> None:
+def test_attribute_gradcam_family_equals_its_formulas(name: str, model: CalmModel, images: Tensor) -> None:
     maps = attribute(model, images, TARGETS, name, size=(3, 4))
     for got, image, target in zip(maps, images, TARGETS, strict=True):
         expected = FORMULAS[name](*features_and_slopes(model, image, int(target)))
@@ -227,7 +227,7 @@ def test_gradcam_of_a_cam_model_is_its_cam_without_bias(images: Tensor) -> None:
     torch.testing.assert_close(attribute(model, images, TARGETS, "gradcam", size=(3, 4)), cams.relu() / 12)
 
 
-def test_scorecam_weighs_masks_by_the_score_they_keep(model: CalmModel, images: Tensor) -> None:
+def test_scorecam_weights_masks_by_the_score_they_keep(model: CalmModel, images: Tensor) -> None:
     maps = attribute(model, images, TARGETS, "scorecam", size=(3, 4), batch_size=4)
     for got, image, target in zip(maps, images, TARGETS, strict=True):
         features = model.encode(image[None])[0].detach()
@@ -241,7 +241,7 @@ def test_scorecam_weighs_masks_by_the_score_they_keep(model: CalmModel, images: 
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
 
 
-def test_an_earlier_layer_can_be_read(model: CalmModel, images: Tensor) -> None:
+def test_gradcam_reads_an_earlier_layer(model: CalmModel, images: Tensor) -> None:
     by_name = attribute(model, images, TARGETS, "gradcam", target_layer="backbone.second", size=(3, 4))
     module = model.backbone.second
     assert torch.equal(
@@ -250,7 +250,7 @@ def test_an_earlier_layer_can_be_read(model: CalmModel, images: Tensor) -> None:
     assert not torch.allclose(by_name, attribute(model, images, TARGETS, "gradcam", size=(3, 4)))
 
 
-def test_a_layer_followed_by_one_that_works_in_place_is_read_before_it(images: Tensor) -> None:
+def test_layercam_reads_a_layer_before_an_in_place_one(images: Tensor) -> None:
     maps = []
     for in_place in (False, True):
         model = make("calm-em")
@@ -278,7 +278,7 @@ class Tokens(nn.Module):
         return tokens[:, 1:].transpose(1, 2).unflatten(2, grid.shape[2:])
 
 
-def test_tokens_of_a_transformer_become_a_grid(images: Tensor) -> None:
+def test_gradcam_reads_tokens_of_a_transformer_as_a_grid(images: Tensor) -> None:
     model = CalmModel(ModelConfig("custom", CLASSES, "cam"), Tokens(), CamHead(CHANNELS, CLASSES)).double()
     grid = attribute(model, images, TARGETS, "gradcam++", size=(3, 4))
     tokens = attribute(model, images, TARGETS, "gradcam++", target_layer="backbone.block", size=(3, 4))
@@ -300,9 +300,7 @@ def cheap(name: str) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_gives_a_map_per_image_at_image_size(
-    name: str, model: CalmModel, images: Tensor
-) -> None:
+def test_attribute_gives_a_map_per_image_at_image_size(name: str, model: CalmModel, images: Tensor) -> None:
     if not fits(name, model):
         with pytest.raises(CalmError, match="cannot be read from"):
             attribute(model, images, TARGETS, name)
@@ -318,7 +316,7 @@ def test_every_method_gives_a_map_per_image_at_image_size(
 
 
 @pytest.mark.parametrize("name", ["gradient", "smoothgrad", "gradcam", "scorecam", "eigencam"])
-def test_float32_models_and_inference_mode_work(name: str) -> None:
+def test_attribute_works_in_float32_and_inference_mode(name: str) -> None:
     model = make("calm-em", torch.float32)
     options = cheap(name)
     with torch.inference_mode():
@@ -342,7 +340,7 @@ class Breaks(nn.Module):
 
 @pytest.mark.parametrize("failing", [False, True])
 @pytest.mark.parametrize("name", [*BASELINES, "joint"])
-def test_everything_is_left_as_found(name: str, failing: bool, images: Tensor) -> None:
+def test_attribute_restores_all_state(name: str, failing: bool, images: Tensor) -> None:
     model = make("calm-em")
     breaks = Breaks()
     model.backbone.drop = nn.Sequential(nn.Dropout(0.5), breaks)
@@ -388,7 +386,7 @@ def test_everything_is_left_as_found(name: str, failing: bool, images: Tensor) -
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_method_names_the_close_one(model: CalmModel, images: Tensor) -> None:
+def test_attribute_names_the_closest_method(model: CalmModel, images: Tensor) -> None:
     with pytest.raises(CalmError, match="did you mean 'integrated-gradients'"):
         attribute(model, images, TARGETS, "integrated-gradient")
 
@@ -410,7 +408,9 @@ OPTIONS = {
 
 @pytest.mark.parametrize("name", [*BASELINES, "joint"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_an_option_that_a_method_does_not_read_is_refused(name: str, option: str, images: Tensor) -> None:
+def test_attribute_refuses_an_option_that_the_method_does_not_read(
+    name: str, option: str, images: Tensor
+) -> None:
     read = BASELINES[name].options if name in BASELINES else {"superclass"}
     if option in read:
         return
@@ -429,12 +429,14 @@ def test_an_option_that_a_method_does_not_read_is_refused(name: str, option: str
         ("gradcam", {"target_layer": nn.Identity()}, "not part of the model"),
     ],
 )
-def test_wrong_values_are_refused(name: str, wrong: dict[str, object], message: str, images: Tensor) -> None:
+def test_attribute_refuses_wrong_values(
+    name: str, wrong: dict[str, object], message: str, images: Tensor
+) -> None:
     with pytest.raises(CalmError, match=message):
         attribute(make("cam"), images, TARGETS, name, **wrong)  # type: ignore[arg-type]
 
 
-def test_images_and_targets_are_checked(images: Tensor) -> None:
+def test_attribute_checks_images_and_targets(images: Tensor) -> None:
     model = make("cam")
     for wrong_images, wrong_targets, message in [
         (images[0], TARGETS, "images must be floats of shape"),
@@ -449,7 +451,7 @@ def test_images_and_targets_are_checked(images: Tensor) -> None:
             attribute(model, wrong_images, wrong_targets, "gradient")
 
 
-def test_without_pytorch_grad_cam_the_error_says_how_to_get_it(
+def test_attribute_without_pytorch_grad_cam_names_the_extra(
     monkeypatch: pytest.MonkeyPatch, images: Tensor
 ) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)

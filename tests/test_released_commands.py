@@ -70,7 +70,7 @@ def model_of(project: Project) -> calm.CalmModel:
     return model
 
 
-def test_training_leaves_the_files_of_the_released_code(project: Project) -> None:
+def test_main_leaves_the_files_of_the_released_code(project: Project) -> None:
     names = {path.name for path in project.folder.iterdir()}
     assert names == {
         "log.log",
@@ -86,7 +86,7 @@ def test_training_leaves_the_files_of_the_released_code(project: Project) -> Non
     }
 
 
-def test_the_checkpoint_is_the_last_epoch_in_the_released_format(project: Project) -> None:
+def test_main_writes_the_last_epoch_in_the_released_format(project: Project) -> None:
     path = project.folder / "last_checkpoint.pth.tar"
     content = torch.load(path, weights_only=True)
     assert (content["architecture"], content["epoch"]) == ("resnet50", 1)
@@ -100,7 +100,7 @@ def test_the_checkpoint_is_the_last_epoch_in_the_released_format(project: Projec
         torch.testing.assert_close(loaded[name], weight, rtol=0, atol=0)
 
 
-def test_the_performance_log_holds_what_was_printed(project: Project) -> None:
+def test_performance_log_holds_what_was_printed(project: Project) -> None:
     with (project.folder / "performance_log.pickle").open("rb") as file:
         log = pickle.load(file)
     assert log == json.loads((project.folder / "performance_log.json").read_text())
@@ -118,14 +118,14 @@ def test_the_performance_log_holds_what_was_printed(project: Project) -> None:
     assert reports[2]["test/cls"] == log["test"]["cls"]["current_value"]
 
 
-def test_log_holds_what_the_commands_said(project: Project) -> None:
+def test_log_holds_what_the_commands_printed(project: Project) -> None:
     log = (project.folder / "log.log").read_text()
     assert project.removed in log
     assert project.cued in log
     assert "Final epoch evaluation on test set" in log
 
 
-def test_measures_are_those_of_the_released_pickle(project: Project) -> None:
+def test_remove_and_classify_writes_the_released_pickle(project: Project) -> None:
     with (project.folder / "measure_jointll.pickle").open("rb") as file:
         measures = pickle.load(file)
     shares = [0.1, 0.3, 0.5, 0.7, 0.9]
@@ -145,7 +145,7 @@ def test_measures_are_those_of_the_released_pickle(project: Project) -> None:
         assert f"erase_k: {share}, prediction ratio w.r.t. random erase: {ratio}\n" in project.removed
 
 
-def test_the_cue_figures_are_those_of_the_official_folder(project: Project) -> None:
+def test_cue_location_prints_the_figures_of_the_benchmark(project: Project) -> None:
     cub = project.root / "dataset" / "CUB"
     splits, _ = load_checked(cub, ("test",), layout="cub")
     subject = model_subject(model_of(project), normalization="clipping", thresholds="log")
@@ -159,7 +159,7 @@ def test_the_cue_figures_are_those_of_the_official_folder(project: Project) -> N
     assert areas == len(result.details["pairs"]) > 0
 
 
-def test_testing_alone_keeps_the_figures_of_training(project: Project) -> None:
+def test_main_without_training_keeps_the_figures_of_training(project: Project) -> None:
     before = json.loads((project.folder / "performance_log.json").read_text())
     code, text = call(project.root, "main.py", *EVALUATE, "--is_train=False")
     assert code == 0, text
@@ -169,7 +169,7 @@ def test_testing_alone_keeps_the_figures_of_training(project: Project) -> None:
     assert (project.folder / "last_checkpoint.pth.tar").is_file()
 
 
-def test_a_finished_experiment_is_not_trained_again(project: Project) -> None:
+def test_main_does_not_train_a_finished_experiment_again(project: Project) -> None:
     code, text = call(project.root, "main.py", *TRAIN)
     assert code == 2
     assert "experiment with the same name exists" in text
@@ -195,14 +195,14 @@ def test_a_finished_experiment_is_not_trained_again(project: Project) -> None:
         ("--experiment_name=..", "no folder below --save_root"),
     ],
 )
-def test_an_evaluation_that_cannot_work_is_refused(project: Project, flag: str, complaint: str) -> None:
+def test_remove_and_classify_refuses_what_cannot_work(project: Project, flag: str, complaint: str) -> None:
     code, text = call(project.root, "eval_remove_classify.py", *EVALUATE, flag)
     assert code == 2
     assert complaint in text
     assert text.count("\n") < 5, "a message, no traceback"
 
 
-def test_pretrained_without_a_network_names_the_flag_and_makes_no_folder(
+def test_main_pretrained_without_a_network_names_the_flag_and_makes_no_folder(
     project: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -216,7 +216,7 @@ def test_pretrained_without_a_network_names_the_flag_and_makes_no_folder(
     assert not (project.root / "save" / "other").exists()
 
 
-def test_only_what_the_commands_wrote_is_ever_deleted(tmp_path: Path) -> None:
+def test_clear_deletes_only_what_the_commands_wrote(tmp_path: Path) -> None:
     flags = parse("main.py", [*MODEL, f"--save_root={tmp_path}", "--experiment_name=mine"])
     clear(flags)  # nothing there
     (flags.folder / "run" / "last").mkdir(parents=True)

@@ -72,13 +72,13 @@ def flags(*given: str) -> Flags:
     return parse("main.py", [RESNET, *given])
 
 
-def test_defaults_are_the_released_ones() -> None:
+def test_build_parser_has_the_released_defaults() -> None:
     assert vars(build_parser("main.py").parse_args([])) == DEFAULTS
     with pytest.raises(CalmError, match=r"resnet18.*allowed are resnet50"):
         parse("main.py", [])
 
 
-def test_every_spelling_of_the_released_readme_is_taken() -> None:
+def test_parse_takes_every_spelling_of_the_released_readme() -> None:
     assert flags("--dataset=ILSVRC").dataset_name == "ILSVRC"
     assert flags("--dataset_name", "OpenImages").dataset_name == "OpenImages"
     assert flags("--iou", "30", "50").iou_thresholds == [30, 50]  # type: ignore[attr-defined]
@@ -105,7 +105,9 @@ def test_every_spelling_of_the_released_readme_is_taken() -> None:
         "--no_such_flag=1",
     ],
 )
-def test_what_the_released_parser_refuses_is_refused(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_parse_refuses_what_the_released_parser_refuses(
+    wrong: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as end:
         flags(wrong)
     assert end.value.code == 2
@@ -123,12 +125,12 @@ def test_what_the_released_parser_refuses_is_refused(wrong: str, capsys: pytest.
         "--cam_curve_interval=1",
     ],
 )
-def test_values_that_cannot_work_are_named(wrong: str) -> None:
+def test_parse_names_values_that_cannot_work(wrong: str) -> None:
     with pytest.raises(CalmError, match=wrong):
         flags(wrong)
 
 
-def test_the_recipe_is_the_released_preset_with_the_flags_on_it() -> None:
+def test_train_config_is_the_released_preset_with_the_flags() -> None:
     given = ("--attribution_method=CALM-ML", "--lr=0.02", "--lr_decay_frequency=7", "--lr_classifier_ratio=3")
     config = train_config(flags(*given, "--momentum=0.8", "--weight_decay=0.5"), lists=Path("metadata/CUB"))
     assert (config.data, config.run_dir) == (Path("dataset"), Path("save/result/run"))
@@ -159,7 +161,7 @@ def tiny(method: str = "calm-em", classes: int = 3) -> CalmModel:
     return model.eval()
 
 
-def test_measures_add_up_to_the_benchmark(tmp_path: Path) -> None:
+def test_measure_adds_up_to_the_benchmark(tmp_path: Path) -> None:
     project = write_released_cub(tmp_path, images=8)
     split = load_split(project / "dataset" / "CUB", "test")
     subject = model_subject(tiny())
@@ -185,7 +187,7 @@ def gradient(model: CalmModel, images: Tensor, classes: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("method", ["cam", "calm-em"])
-def test_gradient_names_mean_what_the_released_code_does(method: str) -> None:
+def test_released_subject_gradients_are_those_of_the_released_code(method: str) -> None:
     model = tiny(method)
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     classes = torch.tensor([2, 0])
@@ -205,13 +207,13 @@ def test_gradient_names_mean_what_the_released_code_does(method: str) -> None:
         assert not torch.equal(maps(*given), maps(*given, "--smooth_grad_sigma=8"))
 
 
-def test_a_map_of_an_untrained_layer_is_refused() -> None:
+def test_released_subject_refuses_a_map_of_an_untrained_layer() -> None:
     for method, process, kind in (("cam", "jointll", "joint"), ("calm-em", "vanilla", "cam")):
         with pytest.raises(CalmError, match=kind):
             released_subject(flags(f"--score_map_process={process}"), tiny(method))
 
 
-def test_other_classes_keep_everything_but_the_classifier() -> None:
+def test_transplant_keeps_everything_but_the_classifier() -> None:
     before = tiny().state_dict()
     after = transplant(tiny(), 7, seed=1).state_dict()
     for name in before.keys() - {"head.conv_last.weight", "head.conv_last.bias"}:
@@ -239,7 +241,7 @@ def test_proxy_lists_keep_the_named_training_images_only(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("text", ["[]", "1", '{"train": 3}', '{"train": {"cls": {}}}', '{"more": {}}'])
-def test_a_damaged_log_of_performance_is_named(tmp_path: Path, text: str) -> None:
+def test_performance_read_names_a_damaged_log(tmp_path: Path, text: str) -> None:
     (tmp_path / "performance_log.json").write_text(text)
     with pytest.raises(CalmError, match=r"performance_log\.json"):
         Performance.read(tmp_path)

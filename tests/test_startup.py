@@ -31,15 +31,15 @@ def imported(code: str) -> set[str]:
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_help_imports_no_library_that_takes_long(name: str) -> None:
+def test_main_help_imports_no_slow_library(name: str) -> None:
     assert not imported(f"from calm.cli import main\nassert main({[*name.split(), '--help']}) == 0") & HEAVY
 
 
-def test_importing_calm_imports_no_library_at_all() -> None:
+def test_import_calm_imports_no_library() -> None:
     assert not imported("import calm") & (HEAVY | {"numpy", "cv2", "PIL", "rich", "jsonargparse"})
 
 
-def test_a_model_needs_pytorch_and_nothing_that_only_commands_need() -> None:
+def test_import_of_models_imports_no_library_of_commands() -> None:
     found = imported("import calm\ncalm.create_model, calm.load, calm.attribute, calm.normalize")
     assert "torch" in found
     assert not found & NEVER

@@ -174,27 +174,30 @@ def _explained(parser: ArgumentParser, words: Sequence[str], error: argparse.Arg
 
 
 def _given(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The words that each argument got, by its ``dest``, and the words left over: argparse alone, without types."""
+    """The words that each argument gets, by its ``dest``, and the words left over: argparse alone, without types."""
     untyped = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for action in parser._actions:
-        several = action.nargs in ("+", "*")
         if action.nargs == 0:
             untyped.add_argument(*action.option_strings, action="store_const", const=[], dest=action.dest)
         elif action.option_strings:
-            nargs = "*" if several else "?"
+            nargs = "*" if action.nargs in ("+", "*") else "?"
             untyped.add_argument(*action.option_strings, action="append", nargs=nargs, dest=action.dest)
-        else:
-            untyped.add_argument(action.dest, nargs="*" if several else "?")
-    namespace, surplus = untyped.parse_known_intermixed_args(list(words))
-    given: dict[str, list[str]] = {}
-    for name, value in vars(namespace).items():
-        if value not in (None, []):
-            given[name] = [word for word in _flat(value) if word is not None]
-    return given, surplus
+    namespace, positional = untyped.parse_known_args(list(words))
+    given = {name: _flat(value) for name, value in vars(namespace).items() if value not in (None, [])}
+    actions = [action for action in parser._actions if not action.option_strings]
+    for number, action in enumerate(actions, start=1):
+        rest = len(actions) - number
+        count = max(1, len(positional) - rest) if action.nargs in ("+", "*") else 1
+        if positional:
+            given[action.dest], positional = positional[:count], positional[count:]
+    return given, positional
 
 
-def _flat(value: Any) -> list[Any]:
-    return [word for member in value for word in _flat(member)] if isinstance(value, list) else [value]
+def _flat(value: Any) -> list[str]:
+    """The words in nested lists; None stands for a flag without a value."""
+    if isinstance(value, list):
+        return [word for member in value for word in _flat(member)]
+    return [] if value is None else [value]
 
 
 def _name(action: argparse.Action) -> str:

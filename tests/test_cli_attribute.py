@@ -1,0 +1,208 @@
+"""``calm attribute``: what is written, what is printed, and what happens to bad input."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from explain_cases import NAMES, make_model, write_picture
+from PIL import Image
+from torch import Tensor
+
+import calm.cli.attribute
+from calm.cli.attribute import attribute_files, find_images
+from calm.errors import CalmError
+from calm.heatmaps import resize_maps
+from calm.model import CalmModel
+
+
+@pytest.fixture(params=["calm-em", "cam"])
+def model(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CalmModel:
+    made = make_model(request.param)
+    monkeypatch.setattr(calm.cli.attribute, "_load", lambda source, device: made)
+    return made
+
+
+@pytest.fixture
+def calm_model(monkeypatch: pytest.MonkeyPatch) -> CalmModel:
+    made = make_model("calm-em")
+    monkeypatch.setattr(calm.cli.attribute, "_load", lambda source, device: made)
+    return made
+
+
+def test_attribute_files_writes_what_the_model_computes(
+    calm_model: CalmModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write_picture(tmp_path / "in" / "a.png"), tmp_path / "out"
+    results = attribute_files([str(file)], model="m", out=out, grid=True)
+    assert results == out / "results.json"
+    with torch.no_grad():
+        output = calm_model(calm_model.preprocess(file))
+    best = int(output.probs.argmax())
+    grid = output.joint[0, best]
+    np.testing.assert_allclose(np.load(out / "a.joint.grid.npy"), grid, rtol=1e-6)
+    values = np.load(out / "a.joint.npy")
+    assert values.dtype == np.float32
+    assert values.shape == (24, 40)
+    np.testing.assert_allclose(values, resize_maps(grid, (24, 40)), rtol=1e-6)
+    record = json.loads(results.read_text())["images"][0]
+    assert record["grid_sum"] == pytest.approx(float(output.probs[0, best]), rel=1e-5)
+    assert record["target"] == {
+        "index": best, "name": NAMES[best], "probability": pytest.approx(record["grid_sum"], rel=1e-5)
+    }  # fmt: skip
+    assert [entry["index"] for entry in record["top"]] == output.probs[0].topk(5).indices.tolist()
+    y, x = np.unravel_index(values.argmax(), values.shape)
+    assert (record["place"]["x"], record["place"]["y"]) == (x, y)
+    assert all((out / name).is_file() for name in record["files"].values())
+    with Image.open(out / record["files"]["overlay"]) as overlay:
+        assert overlay.size == (400, 240), "enlarged ten times, to 224 pixels or more"
+    said = capsys.readouterr().out
+    assert "a.png" in said
+    assert f"{float(output.probs[0, best]):.3f}" in said
+    assert record["place"]["words"] in said
+
+
+def test_attribute_files_prints_markup_in_names_as_it_is(
+    calm_model: CalmModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write_picture(tmp_path / "[red]a.png")
+    attribute_files([str(file)], model="m", out=tmp_path / "out", target="5")
+    said = capsys.readouterr().out
+    assert "[bold]Wren" in said
+    assert "[red]a.png" in said
+
+
+@pytest.mark.parametrize("method", ["integrated-gradients", "gradcam"])
+def test_attribute_files_writes_the_same_files_for_baselines(
+    method: str, model: CalmModel, tmp_path: Path
+) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    attribute_files([str(file)], model="m", method=method, target="owl", out=out)
+    assert np.load(out / f"a.{method}.npy").shape == (24, 40)
+    record = json.loads((out / "results.json").read_text())["images"][0]
+    assert record["target"]["name"] == "004.Owl"
+
+
+def test_attribute_files_versus_is_the_difference_of_the_model(model: CalmModel, tmp_path: Path) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    attribute_files([str(file)], model="m", target="Owl", versus="Auk", out=out)
+    image = model.preprocess(file)
+    expected = model.difference(image, torch.tensor([3]), torch.tensor([4]), size=(24, 40))[0]
+    name = f"a.{model.map_kind()}-difference"
+    np.testing.assert_allclose(np.load(out / f"{name}.npy"), expected, rtol=1e-5, atol=1e-7)
+    assert (out / f"{name}.png").is_file()
+
+
+def test_attribute_files_superclass_sums_its_classes(calm_model: CalmModel, tmp_path: Path) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    attribute_files([str(file)], model="m", superclass="red finch,green finch", out=out, grid=True)
+    joint = calm_model(calm_model.preprocess(file)).joint[0].detach()
+    np.testing.assert_allclose(np.load(out / "a.joint-superclass.grid.npy"), joint[0] + joint[2], rtol=1e-5)
+    (record,) = json.loads((out / "results.json").read_text())["images"]
+    assert [member["index"] for member in record["superclass"]] == [0, 2]
+
+
+def test_attribute_files_batches_pictures_of_any_size(calm_model: CalmModel, tmp_path: Path) -> None:
+    for i, size in enumerate([(40, 24), (17, 300), (16, 16)]):
+        write_picture(tmp_path / "in" / f"{i}.png", size, seed=i)
+    together, apart = tmp_path / "together", tmp_path / "apart"
+    attribute_files([str(tmp_path / "in")], model="m", out=together)
+    attribute_files([str(tmp_path / "in")], model="m", out=apart, batch_size=1)
+    for i, shape in enumerate([(24, 40), (300, 17), (16, 16)]):
+        one, other = (np.load(folder / f"{i}.joint.npy") for folder in (together, apart))
+        assert one.shape == shape
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_attribute_files_names_bad_images_and_explains_the_others(
+    calm_model: CalmModel, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    good = [write_picture(folder / f"{name}.png", seed=ord(name)) for name in "ac"]
+    (folder / "b.jpg").write_text("not an image")
+    with pytest.raises(CalmError, match="2 of 4 images") as caught:
+        attribute_files([str(folder), "nowhere.png"], model="m", out=tmp_path / "out")
+    assert "b.jpg" in str(caught.value)
+    assert "nowhere.png" in str(caught.value)
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [Path(entry["file"]) for entry in results["images"]] == good
+    assert len(results["failed"]) == 2
+    assert all((tmp_path / "out" / f"{name}.joint.npy").is_file() for name in "ac")
+
+
+def test_attribute_files_never_overwrites_an_input(calm_model: CalmModel, tmp_path: Path) -> None:
+    first = write_picture(tmp_path / "a.png")
+    second = write_picture(tmp_path / "a.joint.png", seed=1)
+    before = second.read_bytes()
+    with pytest.raises(CalmError, match="would overwrite the input"):
+        attribute_files([str(first), str(second)], model="m", out=tmp_path)
+    assert second.read_bytes() == before
+    assert not (tmp_path / "a.joint.npy").exists()
+
+
+def test_attribute_files_does_not_read_its_results(calm_model: CalmModel, tmp_path: Path) -> None:
+    write_picture(tmp_path / "a.png")
+    for _ in range(2):
+        attribute_files([str(tmp_path)], model="m", out=tmp_path / "maps")
+    results = json.loads((tmp_path / "maps" / "results.json").read_text())
+    assert len(results["images"]) == 1
+
+
+def test_find_images_finds_each_once_under_a_unique_name(tmp_path: Path) -> None:
+    one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg")
+    (tmp_path / "x" / "notes.txt").write_text("no image")
+    found, missing = find_images(
+        [str(one), str(tmp_path / "x"), str(tmp_path / "*" / "*.jpg"), str(tmp_path / "z*.png")],
+        tmp_path / "out",
+    )
+    assert [entry.path for entry in found] == [one, two]
+    assert [entry.name for entry in found] == ["a", "A-2"]
+    assert missing == [str(tmp_path / "z*.png")]
+    nested, _ = find_images([str(tmp_path)], tmp_path / "out")
+    assert [entry.name for entry in nested] == ["x/a", "y/A"]
+    with pytest.raises(CalmError, match=r"no image found in 'nothing.png'"):
+        find_images(["nothing.png"], tmp_path)
+
+
+def test_attribute_files_finds_mistakes_before_writing(calm_model: CalmModel, tmp_path: Path) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    for options in (
+        {"target": "nobody"},
+        {"batch_size": 0},
+        {"method": "gradient", "grid": True},
+        {"out": file},
+    ):
+        with pytest.raises(CalmError):
+            attribute_files([str(file)], model="m", **{"out": out} | options)  # type: ignore[arg-type]
+    assert not out.exists()
+
+
+def test_attribute_files_names_an_unusable_device(tmp_path: Path) -> None:
+    file = write_picture(tmp_path / "a.png")
+    with pytest.raises(CalmError, match="device 'gpu'"):
+        attribute_files([str(file)], model="m", device="gpu", out=tmp_path / "out")
+
+
+def test_attribute_files_splits_batches_of_large_pictures(
+    calm_model: CalmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 2,880 bytes; a batch is full above the limit."""
+    for i in range(5):
+        write_picture(tmp_path / "in" / f"{i}.png", seed=i)
+    batches: list[int] = []
+    preprocess = calm_model.preprocess
+
+    def counted(pictures: list[np.ndarray]) -> Tensor:
+        batches.append(len(pictures))
+        return preprocess(pictures)
+
+    object.__setattr__(calm_model, "preprocess", counted)
+    for limit, expected in ((10_000, [4, 1]), (4_000, [2, 2, 1]), (1, [1] * 5)):
+        monkeypatch.setattr(calm.cli.attribute, "BATCH_BYTES", limit)
+        batches.clear()
+        results = attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out")
+        assert batches == expected
+        assert len(json.loads(results.read_text())["images"]) == 5

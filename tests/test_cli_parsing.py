@@ -1,0 +1,127 @@
+"""Parsers made from signatures: help pages, values, and what a mistyped command line is answered."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Literal
+
+import pytest
+
+from calm.cli import COMMANDS, main
+from calm.cli.parsing import build_parser, parse
+from calm.errors import CalmError
+
+
+def stand_in(
+    files: list[Path],
+    size: int,
+    *,
+    model: str,
+    kind: Literal["a", "b"] = "a",
+    deep: bool = False,
+    lr: float = 0.1,
+) -> None:
+    """Do something.
+
+    A longer text about ``it`` and :func:`that`.
+
+    Args:
+        files: what to read.
+        size: how large.
+        model: which.
+        kind: one of two.
+        deep: go deep.
+        lr: a rate.
+    """
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dta birds x", "unknown command 'dta birds': .*; did you mean 'data birds'[?]"),
+        ("data chek x", "unknown command 'data chek': .*; did you mean 'data check'[?]"),
+        ("attribute a.jpg --modle x", "unknown flag --modle; did you mean --model[?]"),
+        ("attribute a.jpg --modle=x", "unknown flag --modle; did you mean --model[?]"),
+        ("attribute a.jpg --zzzzzzzz", "unknown flag --zzzzzzzz; see calm attribute --help"),
+        ("attribute", "missing: images, --model; see calm attribute --help"),
+        ("attribute a.jpg --model x --batch_size 1.5", "--batch_size is '1.5': give a whole number; see"),
+        ("attribute a.jpg --model x --grid perhaps", "--grid is 'perhaps': give true or false; see"),
+        ("train --metod cam", "unknown flag --metod; did you mean --method[?]"),
+        ("train --data x --loss.tempertaure 1", "unknown flag .*; did you mean --loss.temperature[?]"),
+        ("train --data x --method caml", "unknown value 'caml' in --method: .*; did you mean 'cam'[?]"),
+        ("train --data x --lr high", "--lr is 'high': give a number; see calm train --help"),
+        ("train --data x --method", "argument --method: expected one argument; see calm train --help"),
+        ("data birds a b", "nothing is known to do with b; see calm data birds --help"),
+        ("data check x --layout cubs", "unknown value 'cubs' in --layout: .*; did you mean 'cub'[?]"),
+        ("data prepare cub --form x", "unknown flag --form; did you mean --from[?]"),
+        ("data prepare cub", "missing: --from, --out; see calm data prepare --help"),
+        ("data prepare cubb --from x --out y", "unknown value 'cubb' in name: .*; did you mean 'cub'[?]"),
+        ("attribute a.jpg --model x b.jpg", ".*b.jpg; see calm attribute --help"),
+        ("evaluate all --modle x", "unknown flag --modle; did you mean --model[?]"),
+    ],
+)
+def test_parse_names_the_fix_of_a_mistyped_line(
+    line: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(line.split()) == 2
+    said = capsys.readouterr().err
+    assert re.fullmatch(f"calm: {message}.*\n", said), said
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.own_parser])
+def test_build_parser_gives_each_flag_a_help_text(name: str) -> None:
+    parser = COMMANDS[name].parser(name)
+    bare = [action.dest for action in parser._actions if not (action.help or "").strip()]
+    assert not bare
+
+
+@pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.own_parser])
+def test_parse_accepts_the_examples(name: str) -> None:
+    command = COMMANDS[name]
+    parser = command.parser(name)
+    for line in command.examples.strip().splitlines():
+        words = shlex.split(line)
+        assert words[: 1 + len(name.split())] == ["calm", *name.split()]
+        parse(parser, words[1 + len(name.split()) :])
+
+
+def test_format_help_shows_values_and_no_types() -> None:
+    help_text = build_parser(stand_in, prog="calm test", examples="  calm test\n").format_help()
+    assert "class '" not in help_text
+    assert "type:" not in help_text
+    assert "None" not in help_text
+    assert "about it and that." in help_text
+    assert "FILE [FILE ...] size" in help_text
+    assert "(default: 0.1)" in help_text
+    assert "{a,b}" in help_text
+    assert help_text.rstrip().endswith("calm test")
+
+
+def test_build_parser_makes_no_flag_of_fixed_parameters() -> None:
+    parser = build_parser(stand_in, prog="p", examples="", fixed=["lr"])
+    assert "--lr" not in parser.format_help()
+    with pytest.raises(CalmError, match="--lr"):
+        parse(parser, ["a", "3", "--model", "m", "--lr", "2"])
+    assert "lr" not in parse(parser, ["a", "3", "--model", "m"])
+
+
+def test_parse_reads_lists_of_flags_and_bare_switches() -> None:
+    def copy(sources: list[str], out: Path, *, deep: bool = False) -> None:
+        """Copy.
+
+        Args:
+            sources: from where.
+            out: where to.
+            deep: all levels.
+        """
+
+    parser = build_parser(copy, prog="p", examples="", flags={"sources": "--from", "out": "--out"})
+    assert parse(parser, ["--from", "a", "b", "--deep", "--out", "c"]) == {
+        "sources": ["a", "b"],
+        "out": Path("c"),
+        "deep": True,
+    }
+    with pytest.raises(CalmError, match="missing: --from; see p --help"):
+        parse(parser, ["--out", "c"])
