@@ -11,7 +11,7 @@ from markupsafe import Markup
 from calm.evaluate.result import Curve, Result, figure_order, figure_spec
 from calm.metrics.bootstrap import Estimate
 from calm.report.charts import Line, chart, dot_chart
-from calm.report.found import Group, Published, Style, published
+from calm.report.found import PUBLISHED, Group, Published, Style
 from calm.report.page import Column, Row, Section, Table, species_name
 
 __all__ = ["benchmark_section", "main_figure"]
@@ -47,10 +47,9 @@ def benchmark_section(
         gallery: images with the methods' maps (`calm.report.gallery`).
         fold: the images are folded away at first.
     """
-    paper = published(group.benchmark, group.published_data)
+    paper = PUBLISHED.get((group.benchmark, group.published_data or ""))
     names = _figure_names(group, paper)
-    in_paper = {name for figures in (paper.rows.values() if paper else ()) for name in figures}
-    main = [name for name in names if name in in_paper or figure_spec(name).main]
+    main = [name for name in names if (paper and name in paper.figures) or figure_spec(name).main]
     images = group.data.get("images")
     caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
     lines, curves = _curves(group, style)
@@ -89,8 +88,8 @@ def main_figure(group: Group) -> tuple[str, str, str] | None:
 
 def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
     """The figures that any result or the paper has: those that are described in that order, then the others."""
-    rows = [result.figures for result in group.results] + list(paper.rows.values() if paper else ())
-    return figure_order(name for figures in rows for name in figures)
+    names = [name for result in group.results for name in result.figures]
+    return figure_order([*names, *(paper.figures if paper else ())])
 
 
 def _column(name: str) -> Column:

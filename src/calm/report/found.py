@@ -33,7 +33,6 @@ __all__ = [
     "find_runs",
     "is_number",
     "own_maps",
-    "published",
     "read_run",
     "styles",
     "subject",
@@ -47,59 +46,48 @@ DATA_SETS = {(200, 5794): CUB, (1000, 50000): IMAGENET, (100, 5000): OPENIMAGES}
 
 @dataclass(frozen=True)
 class Published:
-    """A table of the paper.
+    """A table of the paper: names of figures (as in ``Result.figures``), by method their values in percent, and a note
+    on what one has to know to compare."""
 
-    Attributes:
-        benchmark: as in ``Result.benchmark``.
-        data: a value of `DATA_SETS`.
-        rows: method to figures, fractions under the names of ``Result.figures``.
-        note: what one has to know to compare.
-    """
+    figures: Sequence[str]
+    percent: Mapping[str, Sequence[float]]
+    note: str = "The paper gives top-1 accuracy without intervals."
 
-    benchmark: str
-    data: str
-    rows: Mapping[str, Mapping[str, float]]
-    note: str
+    @property
+    def rows(self) -> dict[str, dict[str, float]]:
+        """The figures of each method as fractions."""
+        return {
+            method: {name: value / 100 for name, value in zip(self.figures, values, strict=True)}
+            for method, values in self.percent.items()
+        }
 
 
-_CUE_COLUMNS = ("mpxap_published_1", "mpxap_published_2", "mpxap_published_3", "mpxap_published")
-_CUE_ROWS = {
-    "vanilla gradient": (10.0, 13.7, 15.3, 13.9),
-    "integrated gradients": (12.0, 15.1, 17.3, 15.7),
-    "SmoothGrad": (11.8, 15.5, 18.6, 16.5),
-    "VarGrad": (16.7, 21.1, 23.1, 21.4),
-    "CAM": (24.1, 28.3, 32.2, 29.6),
-    "CALM-ML": (23.6, 26.7, 28.8, 27.3),
-    "CALM-EM": (30.4, 33.3, 36.3, 34.3),
-}
-_ACCURACY = {
-    CUB: {"CALM-ML": 59.6, "CALM-EM": 71.8},
-    OPENIMAGES: {"CALM-ML": 70.9, "CALM-EM": 70.1},
-    IMAGENET: {"CALM-ML": 70.6, "CALM-EM": 70.4},
-}
-
-PUBLISHED = (
-    Published(
-        "cue-localization",
-        CUB,
+PUBLISHED = {
+    ("cue-localization", CUB): Published(
+        ("mpxap_published_1", "mpxap_published_2", "mpxap_published_3", "mpxap_published"),
         {
-            name: {column: value / 100 for column, value in zip(_CUE_COLUMNS, values, strict=True)}
-            for name, values in _CUE_ROWS.items()
+            "vanilla gradient": (10.0, 13.7, 15.3, 13.9),
+            "integrated gradients": (12.0, 15.1, 17.3, 15.7),
+            "SmoothGrad": (11.8, 15.5, 18.6, 16.5),
+            "VarGrad": (16.7, 21.1, 23.1, 21.4),
+            "CAM": (24.1, 28.3, 32.2, 29.6),
+            "CALM-ML": (23.6, 26.7, 28.8, 27.3),
+            "CALM-EM": (30.4, 33.3, 36.3, 34.3),
         },
-        "The paper's figures of cue localization count cumulatively: the released code never empties its histogram,"
-        " so that each pair's figure includes all pairs before it. They stand in the columns that count so."
-        " Its network is a ResNet-50 with a 28x28 grid.",
+        "The paper's figures of cue localization count cumulatively: the released code never empties its histogram, so"
+        " that each pair's figure includes all pairs before it. They stand in the columns that count so. Its network is"
+        " a ResNet-50 with a 28x28 grid.",
     ),
-    *(
-        Published(
-            "classification",
-            data,
-            {name: {"top1": value / 100} for name, value in rows.items()},
-            "The paper gives top-1 accuracy without intervals.",
-        )
-        for data, rows in _ACCURACY.items()
-    ),
-)
+    ("classification", CUB): Published(["top1"], {"CALM-ML": [59.6], "CALM-EM": [71.8]}),
+    ("classification", OPENIMAGES): Published(["top1"], {"CALM-ML": [70.9], "CALM-EM": [70.1]}),
+    ("classification", IMAGENET): Published(["top1"], {"CALM-ML": [70.6], "CALM-EM": [70.4]}),
+}
+"""The paper's tables by benchmark and data set."""
+
+LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
+"""Names of the training methods."""
+CALM = ("calm-em", "calm-ml")
+"""Those of CALM, the more important first."""
 
 
 def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
@@ -110,17 +98,6 @@ def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
     """
     name = DATA_SETS.get((classes, images))
     return None if name == CUB and not any("Black_footed_Albatross" in own for own in names) else name
-
-
-def published(benchmark: str, data: str | None) -> Published | None:
-    """The paper's table of a benchmark on a data set, if it has one."""
-    return next((table for table in PUBLISHED if (table.benchmark, table.data) == (benchmark, data)), None)
-
-
-LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
-"""Names of the training methods."""
-CALM = ("calm-em", "calm-ml")
-"""Those of CALM, the more important first."""
 
 
 @dataclass(frozen=True)
@@ -170,21 +147,22 @@ def read_run(folder: Path) -> Run:
     for name in ("config.yaml", "result.json", "metrics.csv", "versions.json"):
         if not (folder / name).is_file():
             raise CalmError(f"{folder} is no finished run of calm train: it has no {name}")
-    config = _mapping(folder / "config.yaml", read_yaml(folder / "config.yaml"))
+    config, result, versions = (
+        _mapping(folder / name) for name in ("config.yaml", "result.json", "versions.json")
+    )
     if config.get("method") not in tuple(LABELS):
         raise CalmError(
             f"{folder / 'config.yaml'}: method is {shown(config.get('method'))}: allowed are {', '.join(LABELS)}"
         )
-    result = _mapping(folder / "result.json", read_json(folder / "result.json"))
     best = result.get("best")
     if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
         raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
     history = read_columns(folder / "metrics.csv", need=("epoch",))
-    versions = _mapping(folder / "versions.json", read_json(folder / "versions.json"))
     return Run(folder, config, result, history, versions, LABELS[config["method"]])
 
 
-def _mapping(path: Path, content: Any) -> dict[str, Any]:
+def _mapping(path: Path) -> dict[str, Any]:
+    content = read_yaml(path) if path.suffix == ".yaml" else read_json(path)
     if not isinstance(content, dict):
         raise CalmError(f"{path} holds {shown(content)}, not names with values")
     return content
@@ -208,12 +186,12 @@ def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
             runs.append(read_run(folder))
         except CalmError as error:
             problems.append(str(error))
-    labels = Counter(run.label for run in runs)
-    alike = [
-        replace(run, label=f"{run.label} ({run.folder.name})") if labels[run.label] > 1 else run
+    alike = Counter(run.label for run in runs)
+    runs = [
+        replace(run, label=f"{run.label} ({run.folder.name})") if alike[run.label] > 1 else run
         for run in runs
     ]
-    return sorted(alike, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
+    return sorted(runs, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
 
 
 Style = tuple[str, bool]
@@ -300,10 +278,10 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
         )
     found: dict[tuple[str, str], list[Result]] = {}
     for result in map(Result.load, files):
-        key = result.benchmark, json.dumps(_data(result).get("fingerprint"))
+        key = result.benchmark, json.dumps(_about(result, "data").get("fingerprint"))
         found.setdefault(key, []).append(result)
     groups = [
-        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _data(members[0]))
+        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _about(members[0], "data"))
         for (benchmark, _), members in sorted(found.items(), key=lambda item: _order(item[0]))
     ]
     headings = Counter(group.heading for group in groups)
@@ -319,20 +297,22 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
     """How each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
     results = sorted((result for group in groups for result in group.results), key=_rank)
     labels = list(dict.fromkeys(result.label for result in results))
-    own = {
-        name: next((label for label in labels if label.startswith(name)), None) for name in ("CALM", "CAM")
-    }
-    chosen = {label: (name.lower(), False) for name, label in own.items() if label is not None}
+    chosen: dict[str, Style] = {}
+    for name in ("CALM", "CAM"):
+        chosen |= {label: (name.lower(), False) for label in [x for x in labels if x.startswith(name)][:1]}
     taken = {colour for colour, _ in chosen.values()}
     pool = [(c, dashed) for dashed in (False, True) for c in PALETTE if dashed or c not in taken]
-    for number, label in enumerate(label for label in labels if label not in chosen):
-        chosen[label] = pool[number % len(pool)]
-    return chosen
+    others = [label for label in labels if label not in chosen]
+    return chosen | {label: pool[number % len(pool)] for number, label in enumerate(others)}
 
 
 def subject(result: Result) -> Mapping[str, Any]:
     """What the provenance says about the model and the method."""
-    about = result.provenance.get("subject", {})
+    return _about(result, "subject")
+
+
+def _about(result: Result, name: str) -> Mapping[str, Any]:
+    about = result.provenance.get(name, {})
     return about if isinstance(about, Mapping) else {}
 
 
@@ -341,11 +321,6 @@ def own_maps(result: Result) -> str | None:
     about = subject(result)
     config = about.get("model_config")
     return config.get("method") if isinstance(config, Mapping) and about.get("method") in MAP_KINDS else None
-
-
-def _data(result: Result) -> Mapping[str, Any]:
-    data = result.provenance.get("data", {})
-    return data if isinstance(data, Mapping) else {}
 
 
 _ORDER = ("cue-localization", "remove-and-classify", "localization", "classification")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from calm.errors import CalmError
 from calm.evaluate.result import Result
@@ -110,7 +107,7 @@ def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, se
             images = images_of(group, seed=seed) if scored else None
             section = benchmark_section(group, style, images, fold=bool(story))
             sections.append(replace(section, short=group.title) if len(data_sets) == 1 else section)
-    sections.append(_making(groups, runs, problems, sources, base))
+    sections.append(_making(data_sets, runs, problems, sources, base))
     footer = f"{PAPER} Made {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
     for data in data_sets:
         accuracy = {"calm": data.figure("top1", CALM), "cam": data.figure("top1", ["cam"])}
@@ -168,19 +165,18 @@ def _numbers(data: DataSet) -> list[Section]:
 
 def _classification_table(runs: Sequence[Run]) -> Table:
     """Test figures of the best weights of some runs, as their result.json has them."""
-    columns = [
-        Column("accuracy", "%", "higher"),
-        Column("nll", ".3f", "lower"),
-        Column("calibration error", ".3f", "lower"),
-        Column("images/s in training", ".0f", "higher"),
-        Column("seconds of training", ".0f", "lower"),
-    ]
+    columns = {
+        "accuracy": Column("accuracy", "%", "higher"),
+        "nll": Column("nll", ".3f", "lower"),
+        "ece": Column("calibration error", ".3f", "lower"),
+        "images_per_second": Column("images/s in training", ".0f", "higher"),
+        "seconds": Column("seconds of training", ".0f", "lower"),
+    }
     rows = []
     for run in runs:
-        values = [run.test.get(name) for name in ("accuracy", "nll", "ece")]
-        values += [run.result.get(name) for name in ("images_per_second", "seconds")]
+        values = [(run.result | run.test).get(name) for name in columns]
         rows.append(Row(run.label, [value if is_number(value) else None for value in values]))
-    return Table(columns, rows, "Classification of the test images", "model")
+    return Table(list(columns.values()), rows, "Classification of the test images", "model")
 
 
 def _pointing_table(results: Sequence[Result]) -> Table:
@@ -190,26 +186,20 @@ def _pointing_table(results: Sequence[Result]) -> Table:
         rows.append(
             Row(result.label, [figure.value for figure in figures], [figure[1:] for figure in figures])
         )
-    for name, figure in (("object", "part_of_object"), ("picture", "part_of_image")):
-        level = results[0].figures[figure].value
-        rows.append(Row(f"by chance, in the {name}", [level, level], competes=False))
-    columns = [Column("peak in the part", "%", "higher"), Column("map in the part", "%", "higher")]
+    for place, figure in (("object", "part_of_object"), ("picture", "part_of_image")):
+        rows.append(Row(f"by chance, in the {place}", [results[0].figures[figure].value] * 2, competes=False))
+    columns = [Column(f"{what} in the part", "%", "higher") for what in ("peak", "map")]
     return Table(columns, rows, "Difference maps of species that differ in one part", "method")
 
 
 def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
     """Peak in the part by pair."""
-    labels = list(singles[0]["peaks"])
-    columns = [
-        Column("part"),
-        Column("maps"),
-        *[Column(label, "%") for label in labels],
-        Column("chance", "%"),
-    ]
+    shares = [*singles[0]["peaks"], "chance"]
     rows = [
         Row(f"{s['first']} / {s['second']}", [s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]])
         for s in singles
     ]
+    columns = [Column("part"), Column("maps"), *[Column(label, "%") for label in shares]]
     return Table(columns, rows, "Peak in the part, pair by pair", "pair")
 
 
@@ -257,32 +247,22 @@ def _training(runs: Sequence[Run]) -> Section:
 
 
 def _making(
-    groups: Sequence[Group], runs: Sequence[Run], problems: Sequence[str], sources: Sequence[Path], base: Path
+    data_sets: Sequence[DataSet],
+    runs: Sequence[Run],
+    problems: Sequence[str],
+    sources: Sequence[Path],
+    base: Path,
 ) -> Section:
     """Commands, data, versions and options of every run and result: enough to make the page again."""
-    roots = {str(_relative(str(group.root), base)): birds_config(group.root) for group in groups}
-    results = [result for group in groups for result in group.results]
+    results = [result for data in data_sets for group in data.groups for result in group.results]
     values = {
-        "birds": {root: config for root, config in roots.items() if config},
-        "runs": [
-            (
-                run,
-                _relative(str(run.folder), base),
-                yaml.safe_dump(_relative(run.config, base), sort_keys=False),
-            )
-            for run in runs
-        ],
-        "sources": [_relative(str(source.resolve()), base) for source in sources],
+        "data_sets": data_sets,
+        "runs": runs,
+        "sources": [str(source.absolute()) for source in sources],
         "seconds": sum(r.provenance["seconds"] for r in results if is_number(r.provenance.get("seconds"))),
         "problems": [problem.replace(f"{base.resolve()}/", "") for problem in problems],
-        "groups": [
-            (
-                group.heading,
-                {k: str(_relative(v, base)) for k, v in group.data.items() if isinstance(v, (str, int))},
-                {result.label: _json(_relative(result.provenance, base)) for result in group.results},
-            )
-            for group in groups
-        ],
+        "relative": partial(_relative, base=base.resolve()),
+        "birds_config": birds_config,
     }
     return Section("How it was made", "making", values, "Making")
 
@@ -293,11 +273,6 @@ def _relative(value: Any, base: Path) -> Any:
         return {name: _relative(member, base) for name, member in value.items()}
     if isinstance(value, (list, tuple)):
         return [_relative(member, base) for member in value]
-    if isinstance(value, str) and Path(value).is_absolute():
-        path, base = Path(value), base.resolve()
+    if isinstance(value, (str, Path)) and (path := Path(value)).is_absolute():
         return str(path.relative_to(base)) if path.is_relative_to(base) else path.name
     return value
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, default=str)

@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
@@ -209,9 +211,10 @@ def _environment() -> Environment:
     environment.filters |= {
         "counted": counted,
         "data_uri": data_uri,
+        "json": partial(json.dumps, indent=2, ensure_ascii=False, default=str),
         "listed": listed,
         "percent": percent,
-        "species": species_name,
+        "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     }
     environment.globals |= {**FORMULAS, "colour_bar_picture": _colour_bar}
     return environment
