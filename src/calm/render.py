@@ -199,7 +199,7 @@ def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None 
     Args:
         image: the picture, or the overlay of the map.
         values: the map, (h, w), of any size; it is resized to the picture first.
-        radius: of the ring, in pixels of the picture; None: a twentieth of its shorter side.
+        radius: of the ring, in pixels of the picture; None: a sixteenth of its shorter side.
 
     Returns:
         A new picture; without a ring if the map is constant or has NaN, for then no place is the highest.
@@ -209,7 +209,7 @@ def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None 
     if not bool(grid.amax() > grid.amin()):
         return image.copy()
     y, x = divmod(int(resize_maps(grid, (height, width)).argmax()), width)
-    return draw_point(image, x, y, radius=radius or max(4, min(height, width) // 20))
+    return draw_point(image, x, y, radius=radius or max(4, min(height, width) // 16))
 
 
 def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
