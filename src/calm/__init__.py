@@ -6,7 +6,6 @@ Every public name is listed here once and imported when first used, so that ``im
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -47,6 +46,10 @@ __all__ = [*_HOMES]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
+        from importlib.metadata import (
+            version,  # here, as its import takes longer than all the rest of this file
+        )
+
         return version("calm")
     if name not in _HOMES:
         raise AttributeError(f"module 'calm' has no attribute {name!r}")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from calm.cli import run
 from calm.errors import CalmError
-from calm_birds import BirdsConfig
 
 __all__ = ["demo"]
 
@@ -61,6 +60,8 @@ def _commands(
     out: Path, species: int, images_per_species: int, size: int, epochs: int | None, seed: int
 ) -> list[list[str]]:
     """The command lines, each as its words."""
+    from calm_birds import BirdsConfig
+
     birds, runs, evaluation = (
         str(out / "birds"),
         [str(out / "runs" / m) for m in ("calm-em", "cam")],

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from calm.data.cub import CUB_FILES
 from calm.data.prepare.archives import PUBLISHED, Prepared, find, merge, staged, unpack
 from calm.data.records import numbered_lines
 from calm.errors import CalmError, unknown
@@ -57,7 +56,7 @@ def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None
         archive = _required("cub", "CUB_200_2011.tgz", archives, prepared)[0]
         with staged(final) as (work, result):
             unpack(archive, work / "archive")
-            base = next((path.parent for path in sorted((work / "archive").rglob(CUB_FILES[0]))), None)
+            base = next((path.parent for path in sorted((work / "archive").rglob("images.txt"))), None)
             if base is None:
                 raise CalmError(f"{archive} has no images.txt: it is not CUB_200_2011")
             # The archive has attributes.txt beside the folder; it belongs to the table whose columns it names.
@@ -91,10 +90,9 @@ def _unpack_extra(key: str, folder: str, final: Path, archives: Sequence[Path], 
 
 def _verify_cub(base: Path, prepared: Prepared) -> None:
     """Compare the counts with those of the official data set."""
-    from calm.data.cues import (
-        read_class_attributes,
-        read_pairs,
-    )  # here, since it imports torch: help pages are quick
+    # Here, as they import NumPy and PyTorch, for which the help page would have to wait.
+    from calm.data.cub import CUB_FILES
+    from calm.data.cues import read_class_attributes, read_pairs
 
     where = PUBLISHED["cub"].where
     if missing := [name for name in CUB_FILES if not (base / name).is_file()]:
