@@ -1,4 +1,4 @@
-"""Checkpoints that nobody vouches for: a model, or CalmError with the file's name; no code, no memory, no hang."""
+"""Untrusted and damaged checkpoints: a model, or CalmError that names the file; no code in it is run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def work(saved: Path) -> Path:
 
 
 def sign(folder: Path) -> None:
-    """Let the card vouch for the weights as they are now, so that their content is looked at."""
+    """Write the digest of the weights as they are now to the card, so that their content is read."""
     card = json.loads((folder / CARD).read_text())
     card["weights_sha256"] = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     (folder / CARD).write_text(json.dumps(card))

@@ -1,4 +1,4 @@
-"""YAML configurations that nobody vouches for: a configuration that can be written and read again, or CalmError."""
+"""Untrusted YAML configurations: one that can be written and read again, or CalmError that names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Data sets that nobody vouches for: lists, labels, boxes, attributes, part points, groups, class names, odd trees of
+"""Untrusted and damaged data sets: lists, labels, boxes, attributes, part points, groups, class names, odd trees of
 folders. Each is read right, or refused by CalmError that names the file."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Image files that nobody vouches for: a picture, or CalmError with the file's name; no hang, no memory, no code."""
+"""Untrusted and damaged image files: a picture, or CalmError that names the file."""
 
 from __future__ import annotations
 

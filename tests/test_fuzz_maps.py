@@ -1,4 +1,4 @@
-"""Folders of `.npy` maps that nobody vouches for: read right, or refused by CalmError that names the file."""
+"""Untrusted folders of `.npy` maps: read right, or refused by CalmError that names the file."""
 
 from __future__ import annotations
 

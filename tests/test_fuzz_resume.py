@@ -1,4 +1,4 @@
-"""Run folders that nobody vouches for: `calm train` goes on as it must, or CalmError names the file."""
+"""Untrusted run folders: `calm train` resumes as it must, or CalmError names the file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run folders that nobody vouches for: read right for a report, or refused by CalmError that names the damaged file."""
+"""Untrusted run folders: read right for a report, or refused by CalmError that names the damaged file."""
 
 from __future__ import annotations
 
