@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from PIL import Image
 
-from calm.data.loading import LAYOUTS, load_splits, open_source
+from calm.data.loading import LAYOUTS, open_source, read_splits
 from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
@@ -50,16 +50,8 @@ def check(
     Raises:
         CalmError: the data set cannot be read at all.
     """
-    source = open_source(Path(root), layout, None if metadata_root is None else Path(metadata_root))
-    splits = load_splits(
-        root,
-        source.splits,
-        layout=source.layout,
-        metadata_root=metadata_root,
-        val_fraction=0.0,
-        present_classes_only=present_classes_only,
-        strict=False,
-    )
+    source = open_source(root, layout, metadata_root)
+    splits = read_splits(source, source.splits, 0.0, 0, present_classes_only, strict=False)
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
     names = next(iter(splits.values())).class_names
     problems, cues = check_cue_files(Path(root), splits)
@@ -95,16 +87,8 @@ def load_checked(
     Raises:
         CalmError: without ``skip_bad``, any error, all in one report; or no image is left.
     """
-    splits = load_splits(
-        root,
-        names,
-        layout=layout,
-        metadata_root=metadata_root,
-        val_fraction=val_fraction,
-        seed=seed,
-        present_classes_only=present_classes_only,
-        strict=False,
-    )
+    source = open_source(root, layout, metadata_root)
+    splits = read_splits(source, names, val_fraction, seed, present_classes_only, strict=False)
     report = check_splits(splits, decode=decode, progress=progress)
     if not skip_bad and not report.ok:
         raise CalmError(f"{report}\n`calm train --skip-bad` goes on without the images named in errors")

@@ -54,18 +54,8 @@ def load_split(
     strict: bool = True,
 ) -> Split:
     """Read one split of a data set; see `load_splits` for the arguments and the errors."""
-    if split not in SPLITS:
-        raise unknown("split", split, SPLITS)
-    return load_splits(
-        root,
-        (split,),
-        layout=layout,
-        metadata_root=metadata_root,
-        val_fraction=val_fraction,
-        seed=seed,
-        present_classes_only=present_classes_only,
-        strict=strict,
-    )[split]
+    source = open_source(root, layout, metadata_root)
+    return read_splits(source, (split,), val_fraction, seed, present_classes_only, strict)[split]
 
 
 def load_splits(
@@ -104,13 +94,25 @@ def load_splits(
         CalmError: no such folder; no known layout; an essential file missing; no image in a split; with ``strict``,
             wrong lines, all of them in one report.
     """
+    source = open_source(root, layout, metadata_root)
+    return read_splits(source, names, val_fraction, seed, present_classes_only, strict)
+
+
+def read_splits(
+    source: Source,
+    names: Iterable[str],
+    val_fraction: float,
+    seed: int,
+    present_classes_only: bool,
+    strict: bool,
+) -> dict[str, Split]:
+    """Read splits of an open data set; see `load_splits` for the arguments and the errors."""
     wanted = tuple(names)
     for name in wanted:
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
     if not 0 <= val_fraction < 0.5:
         raise CalmError(f"val_fraction is {val_fraction}: give a share of train from 0 to below 0.5")
-    source = open_source(Path(root), layout, None if metadata_root is None else Path(metadata_root))
     lacking = [name for name in ("test", "val") if name not in source.splits] if val_fraction else []
     needed = set(source.splits) if present_classes_only else set(wanted)
     if lacking and needed & {"train", *lacking}:
@@ -128,7 +130,7 @@ def load_splits(
             own = ", ".join(source.splits) or "none"
             where = f" (listed by {source.listing(name)})" if name in source.splits else ""
             others = f"splits with files of their own: {own}"
-            raise CalmError(f"{root} has no image for split {name!r}{where}; {others}")
+            raise CalmError(f"{source.root} has no image for split {name!r}{where}; {others}")
     return {name: splits[name] for name in wanted}
 
 
@@ -252,6 +254,10 @@ class Source(Protocol):
     """A data set on disk whose layout is known."""
 
     @property
+    def root(self) -> Path:
+        """The folder of the data set."""
+
+    @property
     def layout(self) -> Layout:
         """The key of `LAYOUTS`."""
 
@@ -345,12 +351,13 @@ def _class_folders(base: Path) -> int:
     return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))
 
 
-def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None = None) -> Source:
+def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> Source:
     """Return the data set in ``root``, of the given layout or, for "auto", the one detected.
 
     Raises:
         CalmError: no such folder; no layout of that name, or one that has no metadata folder; see `detect_layout`.
     """
+    root = Path(root)
     if not root.is_dir():
         raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
     if layout == "auto":
@@ -358,7 +365,7 @@ def open_source(root: Path, layout: Layout = "auto", metadata_root: Path | None 
     if layout not in LAYOUTS:
         raise unknown("layout", layout, ["auto", *LAYOUTS])
     if layout == "metadata":
-        return _open_metadata(root, root / "metadata" if metadata_root is None else metadata_root)
+        return _open_metadata(root, root / "metadata" if metadata_root is None else Path(metadata_root))
     if metadata_root is not None:
         lists = f"metadata_root is given ({metadata_root})"
         raise CalmError(f"{lists}, but the layout {layout!r} has no such folder")

@@ -49,7 +49,7 @@ def prepare(
         metadata_url: https address of an archive of the released metadata, or ``published`` for that of the published
             evaluator. Nothing is fetched without it.
         metadata_sha256: SHA-256 of that archive.
-        partial: whether wrong sizes, checksums and counts are notes instead of errors.
+        partial: whether wrong checksums and counts are notes instead of errors.
 
     Raises:
         CalmError: see `calm.data.prepare.sets`; the message says what to get where.

@@ -39,14 +39,12 @@ class Published:
         patterns: its file names, in lower case, with ``*``.
         where: where to get it.
         md5: published checksum; empty if none is.
-        size: published size in bytes; 0 if none is.
         url: address of the archive itself, if `calm data prepare` can fetch it.
     """
 
     patterns: tuple[str, ...]
     where: str
     md5: str = ""
-    size: int = 0
     url: str = ""
 
 
@@ -60,7 +58,6 @@ PUBLISHED: dict[str, Published] = {
         ("segmentations.*",),
         "https://data.caltech.edu/records/w9d68-gec53 (segmentations.tgz)",
         "4d47ba1228eae64f2fa547c47bc65255",
-        39272883,
     ),
     "cubv2": Published(("cubv2.*",), "https://github.com/clovaai/wsolevaluation (CUBV2)"),
     "ilsvrc-train": Published(
@@ -81,7 +78,6 @@ PUBLISHED: dict[str, Published] = {
         ("tiny-imagenet-200.*",),
         "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
         "90528d7ca1a48142e341f4ef8d21d0de",
-        248100043,
     ),
     "metadata": Published(
         ("*metadata*", "wsolevaluation*"),
@@ -158,10 +154,10 @@ def list_archives(sources: Sequence[Path]) -> list[Path]:
 
 
 def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
-    """Return the archives that are ``PUBLISHED[key]`` by their names; sizes and checksums are compared.
+    """Return the archives that are ``PUBLISHED[key]`` by their names; checksums are compared.
 
     Raises:
-        CalmError: size or checksum is wrong, and the preparation is not partial.
+        CalmError: a checksum is wrong, and the preparation is not partial.
     """
     published = PUBLISHED[key]
     found = [
@@ -170,13 +166,7 @@ def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
     if key == "openimages":
         found = [path for path in found if "metadata" not in path.name.lower()]
     for path in found:
-        size = path.stat().st_size
-        wrong = ""
-        if published.size and size != published.size:
-            wrong = f"{path} has {size:,} bytes, the published one {published.size:,}"
-        elif published.md5:
-            wrong = check_digest(path, "md5", published.md5)
-        if wrong:
+        if published.md5 and (wrong := check_digest(path, "md5", published.md5)):
             prepared.complain(f"{wrong}: get it from {published.where}")
     return found
 
