@@ -52,6 +52,16 @@ def test_unpack_refuses_members_that_leave_the_folder(tmp_path, kind, name):
     assert not list(tmp_path.rglob("outside"))
 
 
+def test_unpack_refuses_a_member_that_is_there_twice(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w") as archive:
+        for data in (b"1", b"2"):
+            member = tarfile.TarInfo("a")
+            member.size = 1
+            archive.addfile(member, io.BytesIO(data))
+    with pytest.raises(CalmError, match="'a' is there twice"):
+        unpack(tmp_path / "x.tar", tmp_path / "out")
+
+
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE])
 def test_unpack_refuses_links_and_devices(tmp_path, kind):
     with tarfile.open(tmp_path / "x.tar", "w") as archive:

@@ -18,10 +18,10 @@ class Augmentation:
     The defaults are the published recipe. All sizes follow the size that the model's preprocessing has.
 
     Attributes:
-        crop: "resize-crop" resizes to ``resize_ratio`` times the model's size without regard to aspect and cuts a random
-            window; "pad-shift" resizes to the model's size and shifts by up to ``shift`` of a side, mirroring at the
-            edges; "random-resized-crop" cuts a window of a random share ``area`` and aspect ``aspect`` and resizes it;
-            "none" only resizes.
+        crop: "resize-crop" resizes to ``resize_ratio`` times the model's size without regard to aspect and cuts a
+            random window; "pad-shift" resizes to the model's size and shifts by up to ``shift`` of a side, mirroring at
+            the edges; "random-resized-crop" cuts a window of a random share ``area`` and aspect ``aspect`` and resizes
+            it; "none" only resizes.
         resize_ratio: side of the resized image over the side of the window, at least 1; published: 256 / 224.
         shift: largest shift as a share of a side, in [0, 1): 1/16 is 4 pixels of 64.
         area: smallest and largest share of the image in a random resized crop, in (0, 1].

@@ -179,6 +179,9 @@ def check_digest(path: Path, algorithm: str, expected: str) -> str:
     return "" if digest == expected.lower() else message
 
 
+_ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
+
+
 def unpack(
     path: Path, folder: Path, *, max_bytes: int | None = None, wanted: Callable[[str], bool] | None = None
 ) -> int:
@@ -194,38 +197,31 @@ def unpack(
         The number of files written.
 
     Raises:
-        CalmError: the archive is missing, empty, truncated or damaged; a member is a link, a device or encrypted, or
-            leaves ``folder``; a limit is passed.
+        CalmError: the archive is missing, empty, truncated or damaged; a member is a link, a device or encrypted, is
+            there twice, or leaves ``folder``; a limit is passed.
     """
     if not path.is_file():
         raise CalmError(f"{path} is no file")
     folder.mkdir(parents=True, exist_ok=True)
-    limit, size, files, written = max_bytes or MAX_BYTES, 0, 0, 0
+    limit, size, written = max_bytes or MAX_BYTES, 0, 0
+    seen: set[str] = set()
     try:
         is_zip = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
         for name, member_size, extract in (_zip_members if is_zip else _tar_members)(path):
-            if (
-                PurePosixPath(name).is_absolute()
-                or ".." in PurePosixPath(name).parts
-                or "\\" in name
-                or ":" in name[:2]
-            ):
+            parts = PurePosixPath(name).parts
+            if name.startswith("/") or ".." in parts or "\\" in name or ":" in name[:2]:
                 raise CalmError(f"{path}: member {name!r} leaves the folder: archive refused")
-            size, files = size + member_size, files + 1
-            if size > limit or files > MAX_FILES:
+            if name in seen:
+                raise CalmError(f"{path}: member {name!r} is there twice: archive refused")
+            seen.add(name)
+            size += member_size
+            if size > limit or len(seen) > MAX_FILES:
                 most = f"{limit:,} bytes" if size > limit else f"{MAX_FILES:,} files"
                 raise CalmError(f"{path} unpacks to more than {most}: archive refused")
             if wanted is None or wanted(name):
                 extract(folder)
                 written += 1
-    except (
-        tarfile.TarError,
-        zipfile.BadZipFile,
-        EOFError,
-        zlib.error,
-        OSError,
-        NotImplementedError,
-    ) as error:
+    except (*_ARCHIVE_ERRORS, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, not a damaged archive
             raise
         raise CalmError(f"{path} is damaged, truncated or no archive ({error}): download it again") from error
