@@ -1,9 +1,9 @@
-"""Every figure with its interval, in one pass over the data and in constant memory: the Poisson bootstrap.
+"""The Poisson bootstrap: confidence intervals in one pass over the data and in constant memory.
 
-A bootstrap sample of a large data set holds each image a number of times that is very nearly Poisson(1)
-distributed, independently of the others. So every metric keeps its sums R + 1 times, each image weighted by R such
-numbers (and once by 1, which is the figure itself). Nothing about single images is kept, batches may come in any
-order, and processes add their sums.
+In a bootstrap sample of a large data set the number of times that an image occurs is very nearly Poisson(1)
+distributed, independently of the other images. So each metric keeps its sums R + 1 times: once with every image
+weighted by 1, which gives the figure itself, and R times with Poisson(1) weights. Nothing about single images is kept,
+batches may come in any order, and processes add their sums.
 
 Source: Hanley and MacGibbon, Creating non-parametric bootstrap samples using Poisson frequencies, 2006.
 """
@@ -24,7 +24,7 @@ __all__ = ["REPLICATES", "Estimate", "band", "bootstrap_mean", "estimate", "weig
 
 
 class Estimate(NamedTuple):
-    """A figure and its 95 percent bootstrap interval, all in the figure's own unit; NaN where it is undefined."""
+    """A figure and the ends of its 95 percent bootstrap interval, in the figure's unit; NaN where undefined."""
 
     value: float
     low: float
@@ -35,9 +35,9 @@ class Estimate(NamedTuple):
 
 
 def weights(keys: Int[Tensor, " b"], replicates: int, seed: int = 0) -> Float[Tensor, "r b"]:
-    """How often each image stands in each bootstrap sample; row 0 is the data set itself, all ones.
+    """Return how often each image occurs in each bootstrap sample; row 0 is the data set itself, all ones.
 
-    A pure function of (seed, key, replicate): the same in any batch, in any process and on any device.
+    The result is a function of (seed, key, replicate) alone: the same in any batch, process and device.
 
     Args:
         keys: the index of each image in its data set.
@@ -61,7 +61,7 @@ def weights(keys: Int[Tensor, " b"], replicates: int, seed: int = 0) -> Float[Te
 
 
 def estimate(values: Float[Tensor, " r"]) -> Estimate:
-    """The estimate of a figure from its value in each sample, the data set itself first.
+    """Return the estimate of a figure from its value in the data set, first, and in each bootstrap sample.
 
     Samples in which the figure is undefined (NaN) are left out of the interval.
     """
@@ -74,10 +74,10 @@ def estimate(values: Float[Tensor, " r"]) -> Estimate:
 
 
 def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Lower and upper ends of the 95 percent intervals along a curve, NaN where it is undefined.
+    """Return the lower and upper ends of the 95 percent intervals along a curve, NaN where it is undefined.
 
     Args:
-        values: the curve in each sample, that of the data set itself first. Undefined points (NaN) are left out.
+        values: the curve in the data set, first, and in each bootstrap sample. Undefined points (NaN) are left out.
     """
     drawn = values[1:].double()
     if not len(drawn):
@@ -88,7 +88,7 @@ def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, 
 
 
 def bootstrap_mean(values: Float[Tensor, " n"], replicates: int = REPLICATES, seed: int = 0) -> Estimate:
-    """Mean of values at hand, and its interval.
+    """Return the mean of values and its interval.
 
     Raises:
         CalmError: no value.
@@ -104,12 +104,12 @@ _CUMULATIVE = torch.tensor([1 / math.factorial(n) for n in range(21)], dtype=tor
 
 
 def _mix(bits: Tensor) -> Tensor:
-    """The finaliser of splitmix64: every bit of the input flips every bit of the output with probability 1/2."""
-    bits = (bits ^ _shifted(bits, 30)) * -4658895280553007687
-    bits = (bits ^ _shifted(bits, 27)) * -7723592293110705685
-    return bits ^ _shifted(bits, 31)
+    """Apply the finaliser of splitmix64: each input bit flips each output bit with probability 1/2."""
+    bits = (bits ^ _logical_shift(bits, 30)) * -4658895280553007687
+    bits = (bits ^ _logical_shift(bits, 27)) * -7723592293110705685
+    return bits ^ _logical_shift(bits, 31)
 
 
-def _shifted(bits: Tensor, by: int) -> Tensor:
-    """Logical shift to the right; that of signed numbers would copy the sign."""
+def _logical_shift(bits: Tensor, by: int) -> Tensor:
+    """Shift right and fill with zeros; the shift of signed integers would copy the sign."""
     return (bits >> by) & ((1 << (64 - by)) - 1)

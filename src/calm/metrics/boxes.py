@@ -1,10 +1,8 @@
-"""MaxBoxAcc: do the boxes around what a map leaves above a threshold fit the object's boxes?
+"""MaxBoxAcc: how well boxes around the foreground of a thresholded map fit the object's boxes.
 
-Boxes around what a score map leaves above each threshold, and how well they fit the true ones.
-
-A map is cut as 8-bit grey, so a thousand thresholds make at most 255 different pictures. Contours are found once
-for each picture that differs from the one below it, in the part of the map that is not yet empty; all the boxes of
-a map are then compared with the truth in one go.
+A map is thresholded as an 8-bit image, so a thousand thresholds give at most 255 different binary images. Contours are
+found once for each of them, within the bounding box of the foreground of the one before; all boxes of a map are then
+compared with the true ones in one call.
 """
 
 from __future__ import annotations
@@ -21,7 +19,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from calm.errors import CalmError
-from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
+from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
 from calm.metrics.pixels import Thresholds, check_maps, thresholds
 
 __all__ = [
@@ -40,31 +38,31 @@ Boxes: TypeAlias = NDArray[np.int64]
 
 
 MANY = 400
-"""Contours of a picture from which on it is quicker to count spots in the next than to trace them."""
+"""Above this many contours, connected components are faster than contour tracing for the next threshold."""
 
 
 class MapBoxes(NamedTuple):
-    """The boxes of a map at every cut that makes a picture of its own.
+    """The boxes of a map for every distinct binary image that the thresholds make of it ("level").
 
     Attributes:
-        boxes: (n, 4), cut by cut; a cut that leaves nothing has the box 0, 0, 0, 0.
-        starts: (c,) place of each cut's first box.
-        largest: (c,) place of the box of each cut's largest contour, by the area that the contour encloses.
-        cut: (t,) the cut that each threshold makes.
+        boxes: (n, 4), level by level; a level without foreground has the box 0, 0, 0, 0.
+        starts: (l,) index of each level's first box.
+        largest: (l,) index of the box of each level's largest contour, by enclosed area.
+        level: (t,) the level of each threshold.
     """
 
     boxes: Boxes
     starts: NDArray[np.int64]
     largest: NDArray[np.int64]
-    cut: NDArray[np.int64]
+    level: NDArray[np.int64]
 
 
 def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]) -> MapBoxes:
-    """The boxes of all contours at all thresholds, as the published evaluator of MaxBoxAcc finds them.
+    """Return the boxes of all contours at all thresholds, as the published evaluator of MaxBoxAcc finds them.
 
-    The map becomes 8-bit grey by truncation; a threshold t becomes the whole part of t times the brightest grey;
-    what is brighter than that is the foreground. Its contours include the borders of holes. A box goes from a
-    contour's first pixel to one beyond its last, cut off at the last pixel of the map.
+    The map is quantised to 8 bits by truncation; a threshold t becomes the integer part of t times the largest value;
+    values above that are foreground. Contours include the borders of holes. A box goes from a contour's first pixel to
+    one beyond its last, clipped to the last pixel of the map.
 
     Args:
         scores: (h, w) in [0, 1], not checked.
@@ -75,9 +73,9 @@ def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]
     grey = (scores * 255).astype(np.uint8)
     shades = np.flatnonzero(np.bincount(grey.ravel(), minlength=256))
     levels = (thresholds * int(shades[-1])).astype(np.int64)
-    removed = np.searchsorted(shades, levels, side="right")  # shades that a threshold takes away
-    removed, first, cut = np.unique(removed, return_index=True, return_inverse=True)
-    boxes, areas, counts = _found(grey, levels[first].tolist())
+    removed = np.searchsorted(shades, levels, side="right")  # how many shades a threshold makes background
+    removed, first, level = np.unique(removed, return_index=True, return_inverse=True)
+    boxes, areas, counts = _contour_boxes(grey, levels[first].tolist())
     if removed[-1] == len(shades):
         boxes[-1] = 0
     height, width = grey.shape
@@ -86,11 +84,11 @@ def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]
     top = np.repeat(np.maximum.reduceat(areas, starts), counts)
     candidates = np.flatnonzero(areas == top)  # the first of equals is the largest, as Python's max has it
     largest = candidates[np.searchsorted(candidates, starts)]
-    return MapBoxes(boxes, starts, largest, cut.reshape(-1))
+    return MapBoxes(boxes, starts, largest, level.reshape(-1))
 
 
 def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
-    """Intersection over union of every box with every true one, (n, m); pixels counted, both corners inside."""
+    """Return the intersection over union of every box with every true box, (n, m), in pixels, both corners inside."""
     left, top, right, bottom = np.ascontiguousarray(boxes.T)
     columns = np.ascontiguousarray(truth.T)[:, :, None]
     wide = np.maximum(np.minimum(right, columns[2]) - np.maximum(left, columns[0]) + 1, 0)
@@ -104,7 +102,7 @@ def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
 def threshold_ious(
     scores: NDArray[np.floating[Any]], truth: Boxes, thresholds: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """How well the boxes of a map fit, at each threshold: with the best of the true boxes.
+    """Return the overlap of a map's boxes with the best-fitting true box, at each threshold.
 
     Args:
         scores: (h, w) in [0, 1], not checked.
@@ -122,21 +120,20 @@ def threshold_ious(
     if (truth[:, 2:] < truth[:, :2]).any():
         wrong = truth[(truth[:, 2:] < truth[:, :2]).any(axis=1)][0].tolist()
         raise CalmError(f"true box {wrong} ends before it starts: give x0, y0, x1, y1")
-    found = map_boxes(scores, thresholds)
-    fits = box_ious(found.boxes, truth).max(axis=1)
-    return fits[found.largest][found.cut], np.maximum.reduceat(fits, found.starts)[found.cut]
+    own = map_boxes(scores, thresholds)
+    ious = box_ious(own.boxes, truth).max(axis=1)
+    return ious[own.largest][own.level], np.maximum.reduceat(ious, own.starts)[own.level]
 
 
-def _found(
+def _contour_boxes(
     grey: NDArray[np.uint8], levels: Sequence[int]
 ) -> tuple[Boxes, NDArray[np.int64], NDArray[np.int64]]:
-    """Boxes of what is brighter than each of the ascending levels, twice their contours' areas, and how many each
-    level has; of levels that were not traced, areas tell only which is the largest.
+    """Return the boxes of the contours above each of the ascending levels, twice their areas, and each level's number.
 
-    Where nothing is left, a single point stands for the contour that there is not.
+    For levels that were not traced, areas only tell which contour is the largest. An empty level has one dummy box.
     """
     traced: list[Any] = []
-    counted: dict[int, tuple[Boxes, NDArray[np.int64]]] = {}
+    untraced: dict[int, tuple[Boxes, NDArray[np.int64]]] = {}
     counts = np.ones(len(levels), dtype=np.int64)
     part, left, top = grey, 0, 0
     for place, level in enumerate(levels):
@@ -148,8 +145,8 @@ def _found(
         window = np.s_[y : y + height, x : x + width]
         part, picture, left, top = part[window], picture[window], left + x, top + y
         if place and counts[place - 1] > MANY:
-            counted[place] = _spots(picture, left, top)
-            counts[place] = len(counted[place][1])
+            untraced[place] = _component_boxes(picture, left, top)
+            counts[place] = len(untraced[place][1])
         else:
             mode, offset = cv2.RETR_TREE, (left, top)
             contours = cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
@@ -159,7 +156,7 @@ def _found(
     areas = np.empty(len(boxes), dtype=np.int64)
     starts = np.cumsum(counts) - counts
     was_traced = np.ones(len(boxes), dtype=bool)
-    for place, (own, marks) in counted.items():
+    for place, (own, marks) in untraced.items():
         here = np.s_[starts[place] : starts[place] + counts[place]]
         boxes[here], areas[here], was_traced[here] = own, marks, False
     if traced:
@@ -167,13 +164,12 @@ def _found(
     return boxes, areas, counts
 
 
-def _spots(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, NDArray[np.int64]]:
-    """Boxes of the contours of a picture without tracing all, and a mark on that of the largest: 1, the others 0.
+def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, NDArray[np.int64]]:
+    """Return the boxes of the contours of a binary image from its connected components, and 1 for the largest, else 0.
 
     An outer contour has the box of its connected component. A hole's contour runs through the pixels around the hole,
     so its box is one pixel larger on each side, and it cuts the box's corners. A contour's area is at most that of the
-    polygon through its box's outermost pixels: spots too small for the largest contour are left out, and holes, unless
-    one is large enough to be the largest.
+    polygon through its box's outermost pixels: only components, and holes, that can have the largest area are traced.
     """
     labels, stats = cv2.connectedComponentsWithStats(picture, connectivity=8)[1:3]
     outer = stats[1:, :4].T
@@ -201,7 +197,7 @@ def _outlines(mask: NDArray[np.bool_], holes: bool = False) -> Sequence[Any]:
 
 
 def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]:
-    """Boxes (n, 4), the second corner one beyond the last pixel, and twice the enclosed areas (n,)."""
+    """Return boxes (n, 4), the second corner one beyond the last pixel, and twice the enclosed areas (n,)."""
     ends = np.cumsum([len(contour) for contour in contours])
     starts = np.concatenate([[0], ends[:-1]])
     points = np.concatenate(contours)[:, 0]
@@ -221,10 +217,11 @@ def _pixels(boxes: Boxes) -> NDArray[np.int64]:
 
 
 V1_IOU = 0.5
+"""The overlap at which MaxBoxAcc counts a box as right."""
 
 
 class BoxCurve(NamedTuple):
-    """Accuracy at each threshold, and its 95 percent interval, (t,) each, in [0, 1]."""
+    """Accuracy at each threshold and the ends of its 95 percent interval, (t,) each, in [0, 1]."""
 
     value: tuple[float, ...]
     low: tuple[float, ...]
@@ -232,20 +229,20 @@ class BoxCurve(NamedTuple):
 
 
 class MaxBoxAccResult(NamedTuple):
-    """Shares of images in [0, 1], each at the threshold that is best for it, higher is better.
+    """Shares of images in [0, 1], each figure at its best threshold; higher is better.
 
     Attributes:
-        v1: MaxBoxAcc: the box of the largest contour overlaps a true box by half. The true class's map is
-            looked at, so this is the figure also called GT-known localization.
+        v1: MaxBoxAcc: the box of the largest contour has an IoU of at least 0.5 with a true box. It is also called
+            GT-known localization, since the map is that of the true class.
         v2: MaxBoxAccV2: mean of ``per_iou``.
-        per_iou: by the overlap asked for, with the best of all contours.
-        top1: as v1, and the class predicted is right; None where no prediction was given.
+        per_iou: by required IoU, with the best of all contours.
+        top1: as v1, and the predicted class is right; None if no predictions were given.
         top5: as v1, and the class is among the five most probable.
         thresholds: (t,) ascending.
         best_threshold: the lowest of the thresholds at which v1 is reached.
         v1_curve: of v1 over the thresholds.
         curves: of ``per_iou``.
-        images: how many were counted.
+        images: number of images.
     """
 
     v1: Estimate
@@ -261,23 +258,23 @@ class MaxBoxAccResult(NamedTuple):
 
     @property
     def gt_known(self) -> Estimate:
-        """Localization of the class known to be there: ``v1``."""
+        """GT-known localization, the other name of ``v1``."""
         return self.v1
 
 
 class MaxBoxAcc(Metric):
     """Box accuracy at the best threshold, versions 1 and 2, with Top-1 and Top-5 localization.
 
-    Higher is better, from 0 to 1. Since the threshold is chosen on the images it is reported for, the figure is an
-    upper bound of what a user gets, and a box around the whole image scores well on large objects. Intervals take
-    the maximum anew in every bootstrap sample.
+    Higher is better, from 0 to 1. The threshold is chosen on the images that the figure is reported for, so it is an
+    upper bound of what a user gets; and a box around the whole image scores well on large objects. Each bootstrap
+    sample has its own best threshold.
 
-    Memory depends on the number of thresholds alone. Boxes are found on the CPU, with OpenCV; sums are kept
-    on the metric's device.
+    Memory depends on the number of thresholds only. Boxes are found on the CPU, with OpenCV; sums are kept on the
+    metric's device.
 
     Args:
         which: thresholds, see `calm.metrics.pixels`.
-        ious: overlaps asked for in version 2.
+        ious: IoUs required in version 2.
         replicates: bootstrap samples of images.
         seed: of the bootstrap.
 
@@ -311,7 +308,7 @@ class MaxBoxAcc(Metric):
         self.ious, self.replicates, self.seed = tuple(ious), replicates, seed
         self.register_buffer("thresholds", thresholds(which))
         self.latest = torch.empty(0)
-        """(b,) per image of the last batch: the overlap of the largest contour's box at the image's best threshold."""
+        """(b,) IoU of the largest contour's box at the image's best threshold, for each image of the last batch."""
         zeros = torch.zeros(replicates + 1, len(self.thresholds), dtype=torch.float64)
         for name in ("largest", "top1", "top5"):
             self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
@@ -332,7 +329,7 @@ class MaxBoxAcc(Metric):
         Args:
             maps: of each image's true class, values in [0, 1].
             boxes: of each image, x0, y0, x1, y1 in pixels of the map, corners inside, any number from 1.
-            keys: the index of each image in its data set: which bootstrap samples it is in.
+            keys: the index of each image in its data set, which decides in which bootstrap samples it is.
             predictions: classes by falling probability; five, or all where there are fewer.
             labels: the true classes, with ``predictions``.
 
@@ -357,14 +354,14 @@ class MaxBoxAcc(Metric):
         if not len(maps):
             self.latest = torch.empty(0)
             return
-        cuts = self.thresholds.cpu().numpy()
+        levels = self.thresholds.cpu().numpy()
         arrays = (maps.float() if maps.dtype in (torch.float16, torch.bfloat16) else maps).cpu().numpy()
-        found = [
-            threshold_ious(scores, truth.cpu().numpy().astype(np.int64), cuts)
+        ious = [
+            threshold_ious(scores, truth.cpu().numpy().astype(np.int64), levels)
             for scores, truth in zip(arrays, boxes, strict=True)
         ]
         device = self.largest.device
-        largest, best = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*found, strict=True))
+        largest, best = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*ious, strict=True))
         drawn = weights(keys.to(device), self.replicates, self.seed)
         hit = (largest >= V1_IOU).double()
         self.largest += drawn @ hit
@@ -379,7 +376,7 @@ class MaxBoxAcc(Metric):
             self.predicted += len(maps)
 
     def compute(self) -> MaxBoxAccResult:
-        """The figures with intervals, and the curves.
+        """Return the figures with intervals, and the curves.
 
         Raises:
             CalmError: no image; predictions for some of the images only.
@@ -405,14 +402,9 @@ class MaxBoxAcc(Metric):
         )
 
     def _share(self, hits: Float[Tensor, "r t"]) -> Float[Tensor, "r t"]:
-        """Hits per image, in each bootstrap sample; NaN in a sample without images."""
+        """Return the hits per image in each bootstrap sample; NaN in a sample without images."""
         return hits / self.images[:, None]
 
 
 def _curve(share: Float[Tensor, "r t"]) -> BoxCurve:
-    drawn = share[1:][share[1:].isfinite().all(dim=1)]
-    if not len(drawn):
-        nothing = (float("nan"),) * share.shape[1]
-        return BoxCurve(tuple(share[0].tolist()), nothing, nothing)
-    ends = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype, device=drawn.device), dim=0)
-    return BoxCurve(tuple(share[0].tolist()), tuple(ends[0].tolist()), tuple(ends[1].tolist()))
+    return BoxCurve(tuple(share[0].tolist()), *band(share))

@@ -1,7 +1,4 @@
-"""Do two maps rank the places alike?
-
-Classification: is the prediction right, and is its probability worth its name?
-"""
+"""Classification metrics with bootstrap intervals, and the rank correlation of maps."""
 
 from __future__ import annotations
 
@@ -18,6 +15,7 @@ from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 __all__ = ["BINS", "Classification", "ClassificationResult", "rank_correlation"]
 
 BINS = 15
+"""Bins of the calibration error."""
 
 
 class ClassificationResult(NamedTuple):
@@ -42,9 +40,9 @@ class ClassificationResult(NamedTuple):
 class Classification(Metric):
     """Top-1, top-5, negative log-likelihood and expected calibration error of p(y | x).
 
-    The same figures as torchmetrics' ``MulticlassAccuracy`` (micro) and ``MulticlassCalibrationError`` (15 bins, l1),
-    from sums that also carry bootstrap samples. Calibration error is biased upward when images are few: compare
-    intervals, not figures; a resampled one is a little higher still.
+    The figures equal those of torchmetrics' ``MulticlassAccuracy`` (micro) and ``MulticlassCalibrationError``
+    (15 bins, l1); the sums also carry the bootstrap samples. With few images the calibration error is biased upward,
+    and slightly more so in bootstrap samples: compare intervals, not figures.
 
     Args:
         replicates: bootstrap samples of images, for the intervals.
@@ -60,9 +58,9 @@ class Classification(Metric):
     def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
         super().__init__()
         self.replicates, self.seed = replicates, seed
-        # images, right, right in five, nll | by bin: images, confidence, right
+        # Columns: images, label is the most probable class, label is among the first five, nll.
         self.add_state("sums", torch.zeros(replicates + 1, 4, dtype=torch.float64), dist_reduce_fx="sum")
-        # torchmetrics gives a confidence of exactly 1 a bin of its own, the last one here
+        # By bin: images, confidence, right. torchmetrics gives a confidence of exactly 1 a bin of its own, the last.
         binned = torch.zeros(replicates + 1, BINS + 1, 3, dtype=torch.float64)
         self.add_state("binned", binned, dist_reduce_fx="sum")
 
@@ -103,7 +101,7 @@ class Classification(Metric):
         self.binned += (drawn @ spread.flatten(1)).view_as(self.binned)
 
     def compute(self) -> ClassificationResult:
-        """The figures with their intervals.
+        """Return the figures with their intervals.
 
         Raises:
             CalmError: no image.
@@ -112,30 +110,29 @@ class Classification(Metric):
             raise CalmError("no image was classified: the split is empty")
         images = self.sums[:, :1]
         top1, top5, nll = (self.sums[:, 1:] / images).unbind(1)
-        gap = (self.binned[..., 2] - self.binned[..., 1]).abs().sum(dim=1) / images.squeeze(1)
-        bins = self.binned[0].clone()
-        bins[BINS - 1] += bins[BINS]
-        bins = bins[:BINS]
+        ece = (self.binned[..., 2] - self.binned[..., 1]).abs().sum(dim=1) / images.squeeze(1)
+        bins = self.binned[0, :BINS].clone()
+        bins[-1] += self.binned[0, BINS]
         shares = torch.cat([bins[:, :1] / images[0], bins[:, 1:] / bins[:, :1]], dim=1)
-        return ClassificationResult(estimate(top1), estimate(top5), estimate(nll), estimate(gap), shares)
+        return ClassificationResult(estimate(top1), estimate(top5), estimate(nll), estimate(ece), shares)
 
 
 def rank_correlation(first: Float[Tensor, "*n p"], second: Float[Tensor, "*n p"]) -> Float[Tensor, "*n"]:
-    """Spearman's rank correlation over the last axis, float64, in [-1, 1].
+    """Return Spearman's rank correlation over the last axis, float64, in [-1, 1].
 
-    Equal values share the mean of their ranks. NaN where one of the two is constant or has NaN.
+    Equal values share the mean of their ranks. The result is NaN where one of the two rows is constant or has NaN.
     """
+    # torchmetrics' spearman_corrcoef sums ranks in int32, which overflows on a 384x384 map that is half zeros.
     one, two = (_centred_ranks(values) for values in (first, second))
     scale = (one.square().sum(-1) * two.square().sum(-1)).sqrt()
-    correlation = (one * two).sum(-1) / scale
-    return torch.where(scale > 0, correlation.clamp(-1, 1), torch.nan)
+    return torch.where(scale > 0, ((one * two).sum(-1) / scale).clamp(-1, 1), torch.nan)
 
 
 def _centred_ranks(values: Tensor) -> Tensor:
+    """Ranks less their mean; all zero for a row with NaN."""
     values = values.double().contiguous()
     ordered = values.sort(dim=-1).values
     below = torch.searchsorted(ordered, values, right=False)
     reached = torch.searchsorted(ordered, values, right=True)
-    ranks = (below + reached - 1).double() / 2
-    unusable = values.isnan().any(dim=-1, keepdim=True)
-    return (ranks - (values.shape[-1] - 1) / 2).masked_fill(unusable, 0.0)
+    ranks = (below + reached - 1).double() / 2 - (values.shape[-1] - 1) / 2
+    return ranks.masked_fill(values.isnan().any(dim=-1, keepdim=True), 0.0)

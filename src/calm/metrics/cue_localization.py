@@ -1,4 +1,4 @@
-"""Cue localization: does the difference of two classes' maps find the part that tells them apart?"""
+"""mPxAP: how well the difference of two classes' maps finds the parts in which the classes differ."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
 from calm.metrics.pixels import (
     COUNTINGS,
+    Bucketize,
     Counting,
-    Cuts,
     Thresholds,
     check_maps,
     histograms,
@@ -27,19 +27,19 @@ __all__ = ["ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationR
 
 Accumulation = Literal["pair", "cumulative"]
 ACCUMULATIONS: tuple[Accumulation, ...] = ("pair", "cumulative")
-"""``pair``: each pair by its own pixels. ``cumulative``: as the released code does, which never empties its
-histogram: each pair's figure includes the pixels of all pairs before it, by number of differing groups."""
+"""``pair`` scores each pair by its own pixels. ``cumulative`` adds the pixels of all pairs with fewer differing groups
+and of those before it, as the released code does, which never resets its histogram."""
 
 
 class CueLocalizationResult(NamedTuple):
     """PxAP of class pairs, in [0, 1].
 
     Attributes:
-        per_pair: of each pair, NaN for pairs of which no image shows a differing part. 0 if counting leaves out all
-            pixels of the parts, as "released" does of zeros (the released code gets NaN there).
+        per_pair: of each pair; NaN if no image of the pair shows a differing part, and 0 if its parts have pixels but
+            "released" counting leaves all of them out (the released code gets NaN there).
         by_groups: mean over the pairs that differ in this many part groups.
         mean: over all pairs: mPxAP.
-        empty: pairs of which no image shows a differing part; they are in no mean.
+        empty: number of pairs of which no image shows a differing part; they are in no mean.
     """
 
     per_pair: tuple[float, ...]
@@ -51,9 +51,9 @@ class CueLocalizationResult(NamedTuple):
 class CueLocalization(Metric):
     """Mean over class pairs of the PxAP of their difference maps (mPxAP), with intervals over pairs.
 
-    Higher is better, from 0 to 1; a random map scores the share of pixels of the differing parts, a few percent, and a
-    map of zeros the same with even thresholds but 0 with log ones, which begin above 0. It says nothing about whether
-    the classifier tells the classes apart.
+    Higher is better, from 0 to 1. A random map scores the share of pixels of the differing parts, a few percent; a map
+    of zeros scores the same with even thresholds and 0 with log ones, which begin above 0. The figure does not say
+    whether the classifier can tell the classes apart.
 
     Args:
         groups: the number of part groups in which each pair differs, (p,).
@@ -90,18 +90,18 @@ class CueLocalization(Metric):
         self.groups = tuple(groups)
         self.counting, self.accumulation = counting, accumulation
         self.replicates, self.seed = replicates, seed
-        self.cuts = Cuts(pixel_edges(which))
-        zeros = torch.zeros(len(groups), len(self.cuts) + 1, 2, dtype=torch.float64)
+        self.bucketize = Bucketize(pixel_edges(which))
+        zeros = torch.zeros(len(groups), len(self.bucketize) + 1, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 
     def update(
         self, maps: Float[Tensor, "s h w"], positive: Bool[Tensor, "s h w"], pair: Int[Tensor, " s"]
     ) -> None:
-        """Add samples: an image and a pair each.
+        """Add samples, each the map of one image for one pair.
 
         Args:
             maps: normalised difference maps, in [0, 1].
-            positive: the pixels of the parts that differ.
+            positive: True at the pixels of the parts that differ.
             pair: index of each sample's pair.
 
         Raises:
@@ -114,11 +114,11 @@ class CueLocalization(Metric):
                 f"indices of pairs go from {int(pair.min())} to {int(pair.max())}, allowed are 0 to"
                 f" {len(self.groups) - 1}: groups has {len(self.groups)} pairs"
             )
-        counts = histograms(maps, positive, self.cuts).double()
+        counts = histograms(maps, positive, self.bucketize).double()
         self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
 
     def compute(self) -> CueLocalizationResult:
-        """The figures.
+        """Return the figures.
 
         Raises:
             CalmError: no pair has a positive pixel.
@@ -131,15 +131,16 @@ class CueLocalization(Metric):
             order = torch.tensor(sorted(range(len(self.groups)), key=lambda pair: self.groups[pair]))
             histogram = torch.empty_like(histogram)
             histogram[order] = self.histogram[order].cumsum(0)
-        per_pair = precision_recall(histogram, self.counting)[2].nan_to_num()
-        per_pair = per_pair.masked_fill(positives == 0, torch.nan)
+        per_pair = precision_recall(histogram, self.counting)[2]
+        per_pair = per_pair.masked_fill(positives == 0, torch.nan)  # in ``cumulative``, others may have some
         groups = torch.tensor(self.groups, device=per_pair.device)
-        seen = per_pair.isfinite()
+        defined = per_pair.isfinite()
 
-        def mean(wanted: Tensor) -> Estimate:
-            return bootstrap_mean(per_pair[wanted & seen], self.replicates, self.seed)
+        def mean(chosen: Tensor) -> Estimate:
+            return bootstrap_mean(per_pair[chosen & defined], self.replicates, self.seed)
 
-        numbers = sorted(set(groups[seen].tolist()))
+        numbers = sorted(set(groups[defined].tolist()))
+        by_groups = {n: mean(groups == n) for n in numbers}
         return CueLocalizationResult(
-            tuple(per_pair.tolist()), {n: mean(groups == n) for n in numbers}, mean(seen), int((~seen).sum())
+            tuple(per_pair.tolist()), by_groups, mean(defined), int((~defined).sum())
         )

@@ -1,13 +1,9 @@
-"""Insertion and deletion: how fast the target's probability comes and goes with the pixels a map calls evidence.
+"""Metrics that erase pixels and classify again: remove-and-classify, insertion and deletion.
 
-Which pixels to erase, and what to put in their place.
-
-A pixel's place in the order of erasure is one 64-bit number: the map's value in the upper half, a random number in
-the lower half. The random numbers of an image are all different, so there are no ties left to the whims of a sorting
-algorithm: pixels of equal value go in the image's own random order. That is also the order of the random erasure it
-is compared with, so a map that says nothing (constant) erases exactly the random pixels.
-
-Remove-and-classify: does the classifier lose what the map calls evidence?
+The order of erasure is one 64-bit integer per pixel: the map's value in the upper half, a random number in the lower
+half. The random numbers of an image are all different, so pixels of equal value are erased in the image's own random
+order and not as a sorting algorithm happens to leave them. Random erasure uses that same order: a constant map erases
+exactly the random pixels.
 """
 
 from __future__ import annotations
@@ -23,12 +19,14 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import Metric
+from torchvision.transforms.functional import gaussian_blur
 
 from calm.config import Fill
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 
 __all__ = [
+    "DRAWS",
     "FILLS",
     "FRACTIONS",
     "Fill",
@@ -53,19 +51,28 @@ FILLS: dict[Fill, str] = {
 }
 """What erased pixels become."""
 
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The paper's shares of erased pixels."""
+
+DRAWS = 3
+"""Random erasures of each image that the denominator of R_k averages."""
+
 _LOW = 0xFFFFFFFF
 
 
-def random_order(keys: Int[Tensor, " b"], pixels: int, seed: int = 0) -> Int[Tensor, "b n"]:
-    """A random number for each pixel of each image, all those of an image different.
+# --- orders and masks ----------------------------------------------------------------------------------------
 
-    A pure function of (seed, key): the same in any batch, in any process, on any device. Two rounds of a bijection
+
+def random_order(keys: Int[Tensor, " b"], pixels: int, seed: int = 0) -> Int[Tensor, "b n"]:
+    """Return a random number for each pixel of each image, all those of an image different.
+
+    The result is a function of (seed, key) alone: the same in any batch, process and device. Two rounds of a bijection
     of 32-bit numbers (the finaliser of MurmurHash3) take the pixel's index to its number.
 
     Args:
         keys: the index of each image in its data set.
         pixels: n, of an image.
-        seed: of the order.
+        seed: of the order; its lower 32 bits count.
 
     Returns:
         (B, n) int64, from 0 to below 2^32; the pixels with the largest numbers are erased first.
@@ -76,8 +83,15 @@ def random_order(keys: Int[Tensor, " b"], pixels: int, seed: int = 0) -> Int[Ten
     return _mix(_mix((indices + own[:, None]) & _LOW) ^ other[:, None])
 
 
+def _mix(bits: Tensor) -> Tensor:
+    """Apply MurmurHash3's finaliser, a bijection of the integers from 0 to below 2^32."""
+    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _LOW
+    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _LOW
+    return bits ^ (bits >> 16)
+
+
 def erasing_order(maps: Float[Tensor, "b h w"], random: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
-    """The order in which a map erases pixels, row by row: larger numbers first, no two of an image equal.
+    """Return the order in which a map erases pixels, row by row: larger numbers first, no two of an image equal.
 
     Args:
         maps: scores in any unit; read as float32.
@@ -100,10 +114,7 @@ def erasing_order(maps: Float[Tensor, "b h w"], random: Int[Tensor, "b n"]) -> I
 
 
 def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tensor, "k b n"]:
-    """Masks of the first pixels of an order, for several counts; each contains those of smaller counts.
-
-    On the CPU one selection (NumPy's introselect) finds the last pixel of every count at once, in a fifth of the
-    time of a sort; elsewhere one sort does. From there on, everything is in the mask.
+    """Return masks of the first pixels of an order, one for each count; each contains those of smaller counts.
 
     Raises:
         CalmError: a count below 0 or above the number of pixels.
@@ -115,6 +126,7 @@ def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tenso
     places = [pixels - count for count in counts]
     inner = sorted({place for place in places if place < pixels})
     if order.device.type == "cpu" and inner:
+        # One introselect finds the last pixel of every count, in a fifth of the time of a sort.
         ranked = torch.from_numpy(np.partition(order.numpy(), inner, axis=1))
     else:
         ranked = order.sort(dim=1).values
@@ -125,15 +137,19 @@ def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tenso
     return masks
 
 
+# --- what erased pixels become -------------------------------------------------------------------------------
+
+
 def filling(
     images: Float[Tensor, "b c H W"], how: Fill = "zero", *, keys: Int[Tensor, " b"], seed: int = 0
 ) -> Float[Tensor, "b c H W"]:
-    """What erased pixels become, for every pixel of normalised images.
+    """Return what erased pixels become, for every pixel of normalised images.
 
     Args:
         images: normalised input of the model.
         how: one of ``FILLS``.
         keys: the index of each image in its data set; with ``seed`` decides the noise.
+        seed: of the noise.
 
     Raises:
         CalmError: an unknown fill.
@@ -153,35 +169,24 @@ def filling(
     return noisy
 
 
+def _blurred(images: Tensor) -> Tensor:
+    """Blur by a Gaussian, as if the border's pixels went on beyond the border."""
+    sigma = max(images.shape[-2:]) / 20
+    radius = math.ceil(3 * sigma)
+    blurred = F.pad(images, (radius, radius, radius, radius), mode="replicate")
+    for kernel in ([2 * radius + 1, 1], [1, 2 * radius + 1]):  # one axis at a time: a square kernel takes 14 times as long
+        blurred = gaussian_blur(blurred, kernel, [sigma, sigma])
+    return blurred[..., radius:-radius, radius:-radius]
+
+
 def erase(
     images: Float[Tensor, "b c H W"], mask: Bool[Tensor, "b n"], fill: Float[Tensor, "b c H W"]
 ) -> Float[Tensor, "b c H W"]:
-    """Images with the pixels of ``mask`` (row by row) taken from ``fill``."""
+    """Return images whose pixels in ``mask`` (row by row) are taken from ``fill``."""
     return torch.where(mask.view(len(images), 1, *images.shape[-2:]), fill, images)
 
 
-def _blurred(images: Tensor) -> Tensor:
-    """Gaussian blur, one axis after the other; beyond the border the border's pixels go on."""
-    sigma = max(images.shape[-2:]) / 20
-    radius = math.ceil(3 * sigma)
-    at = torch.arange(-radius, radius + 1, device=images.device, dtype=images.dtype)
-    kernel = torch.exp(-((at / sigma) ** 2) / 2)
-    kernel = kernel / kernel.sum()
-    planes = images.flatten(0, 1).unsqueeze(1)
-    padded = F.pad(planes, (radius, radius, radius, radius), mode="replicate")
-    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return F.conv2d(rows, kernel.view(1, 1, -1, 1)).view_as(images)
-
-
-def _mix(bits: Tensor) -> Tensor:
-    """MurmurHash3's finaliser: a bijection of the numbers from 0 to below 2^32."""
-    bits = ((bits ^ (bits >> 16)) * 0x85EBCA6B) & _LOW
-    bits = ((bits ^ (bits >> 13)) * 0xC2B2AE35) & _LOW
-    return bits ^ (bits >> 16)
-
-
-FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The paper's shares of erased pixels."""
+# --- remove-and-classify -------------------------------------------------------------------------------------
 
 
 class RemoveAndClassifyResult(NamedTuple):
@@ -190,9 +195,9 @@ class RemoveAndClassifyResult(NamedTuple):
     Attributes:
         fractions: shares of the pixels, in (0, 1].
         ratio: R_k, images that are still right without their highest-scored pixels over images that are still
-            right without as many random ones. NaN where no image is right without random ones.
+            right without as many random ones, mean over draws. NaN where no image is right without random ones.
         topk: accuracy without the highest-scored pixels, in [0, 1].
-        random: accuracy without random pixels, in [0, 1].
+        random: accuracy without random pixels, mean over draws, in [0, 1].
         accuracy: with all pixels.
         ratio_area: mean height of the curve of R_k from 0 (where it is 1) to the largest fraction.
         topk_area: mean height of the curve ``topk`` from 0 (``accuracy``) to the largest fraction.
@@ -212,13 +217,16 @@ class RemoveAndClassifyResult(NamedTuple):
 class RemoveAndClassify(Metric):
     """R_k of the paper: accuracy without the k percent highest-scored pixels, over that without k percent random ones.
 
-    Lower is better: 1 says that the map picks pixels no better than chance. Compare methods for one classifier, or
-    classifiers of similar accuracy. Erased images are unlike any image the classifier learnt from, and the
+    Lower is better: 1 means that the map picks pixels no better than chance. Compare methods for one classifier, or
+    classifiers of similar accuracy. Erased images are unlike any image that the classifier was trained on, and the
     highest-scored pixels form blobs where random ones are salt and pepper: the ratio mixes relevance with that.
+
+    The random pixels of an image are drawn independently of those of other images. A bootstrap sample of images is
+    therefore one of images and draws, and the intervals cover both.
 
     Args:
         fractions: shares of pixels erased, ascending.
-        replicates: bootstrap samples of images, for the intervals.
+        replicates: bootstrap samples of images with their draws, for the intervals.
         seed: of the bootstrap.
 
     Source: paper, section 5.3 (remove-and-classify).
@@ -248,7 +256,7 @@ class RemoveAndClassify(Metric):
     def update(
         self,
         correct_topk: Bool[Tensor, "b k"],
-        correct_random: Bool[Tensor, "b k"],
+        correct_random: Bool[Tensor, "b k"] | Float[Tensor, "b k"],
         correct: Bool[Tensor, " b"],
         keys: Int[Tensor, " b"],
     ) -> None:
@@ -256,18 +264,18 @@ class RemoveAndClassify(Metric):
 
         Args:
             correct_topk: whether each image is classified right without its highest-scored pixels, by fraction.
-            correct_random: the same without random pixels.
+            correct_random: the same without random pixels; or, of several draws, the share that is right.
             correct: the same with all pixels.
             keys: the index of each image in its data set.
 
         Raises:
             CalmError: not one column per fraction.
         """
-        wanted = (len(keys), len(self.fractions))
+        expected = (len(keys), len(self.fractions))
         for name, values in (("correct_topk", correct_topk), ("correct_random", correct_random)):
-            if values.shape != wanted:
+            if values.shape != expected:
                 raise CalmError(
-                    f"{name} has shape {tuple(values.shape)}, needed is {wanted}: (images, fractions)"
+                    f"{name} has shape {tuple(values.shape)}, needed is {expected}: (images, fractions)"
                 )
         drawn = weights(keys.to(correct.device), self.replicates, self.seed)
         self.right_topk += drawn @ correct_topk.double()
@@ -276,41 +284,39 @@ class RemoveAndClassify(Metric):
         self.images += drawn.sum(dim=1)
 
     def compute(self) -> RemoveAndClassifyResult:
-        """The figures with their intervals.
+        """Return the figures with their intervals.
 
         Raises:
             CalmError: no image.
         """
         if not self.images[0]:
             raise CalmError("no image was classified: the split is empty")
-        undefined = torch.full_like(self.right_random, torch.nan)
-        ratio = torch.where(self.right_random > 0, self.right_topk / self.right_random, undefined)
+        ratio = (self.right_topk / self.right_random).where(self.right_random > 0, torch.nan)
         whole = self.right / self.images
         topk, random = self.right_topk / self.images[:, None], self.right_random / self.images[:, None]
-        ones = torch.ones_like(whole)
-
-        def columns(values: Tensor) -> tuple[Estimate, ...]:
-            return tuple(estimate(column) for column in values.unbind(1))
-
         return RemoveAndClassifyResult(
             fractions=self.fractions,
-            ratio=columns(ratio),
-            topk=columns(topk),
-            random=columns(random),
+            ratio=_columns(ratio),
+            topk=_columns(topk),
+            random=_columns(random),
             accuracy=estimate(whole),
-            ratio_area=estimate(self._height(ones, ratio)),
+            ratio_area=estimate(self._height(torch.ones_like(whole), ratio)),
             topk_area=estimate(self._height(whole, topk)),
             random_area=estimate(self._height(whole, random)),
         )
 
     def _height(self, start: Float[Tensor, " r"], curve: Float[Tensor, "r k"]) -> Float[Tensor, " r"]:
-        """Mean height of a curve that starts at fraction 0 (trapezoids)."""
+        """Return the mean height of a curve that starts at fraction 0, by trapezoids."""
         at = torch.tensor((0.0, *self.fractions), dtype=torch.float64, device=curve.device)
         return torch.trapezoid(torch.cat([start[:, None], curve], dim=1), at, dim=1) / at[-1]
 
 
+def _columns(curve: Float[Tensor, "r k"]) -> tuple[Estimate, ...]:
+    return tuple(estimate(point) for point in curve.unbind(1))
+
+
 def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
-    """The fractions as a tuple.
+    """Return the fractions as a tuple.
 
     Raises:
         CalmError: none, one outside (0, 1], or not ascending.
@@ -320,6 +326,9 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     if not given or not ascending or not (given[0] > 0 and given[-1] <= 1):
         raise CalmError(f"fractions are {given}: give ascending shares of the pixels, above 0 and at most 1")
     return given
+
+
+# --- insertion and deletion ----------------------------------------------------------------------------------
 
 
 def insertion_deletion_curves(
@@ -333,15 +342,15 @@ def insertion_deletion_curves(
     whole: Float[Tensor, "b c"],
     steps: int = 20,
 ) -> tuple[Float[Tensor, "b s1"], Float[Tensor, "b s1"]]:
-    """The target's probability after 0, 1/S, ..., 1 of the pixels, highest score first.
+    """Return the target's probability after 0, 1/S, ..., 1 of the pixels, highest score first.
 
     Args:
         classify: p(y | x) of a batch.
         images: normalised input of the model.
-        order: `calm.metrics.erasing.erasing_order` of the maps.
+        order: `erasing_order` of the maps.
         targets: the class that each map explains.
-        inserted_into: where insertion starts (`calm.metrics.erasing.filling`, by custom the blurred image).
-        deleted_to: where deletion ends (by custom zeros).
+        inserted_into: where insertion starts, by custom the blurred image (`filling`).
+        deleted_to: where deletion ends, by custom zeros.
         whole: p(y | x) of ``images``, the last point of insertion and the first of deletion.
         steps: S; 2 S forward passes of the batch.
 
@@ -387,7 +396,7 @@ class InsertionDeletion(Metric):
     """Area under the insertion and the deletion curve, averaged over images.
 
     Both depend on the classifier's confidence as well as on the map: compare maps of one classifier. As in
-    remove-and-classify, the images on the way are unlike any that the classifier learnt from.
+    remove-and-classify, the intermediate images are unlike any that the classifier was trained on.
 
     Args:
         steps: S of the curves.
@@ -428,7 +437,7 @@ class InsertionDeletion(Metric):
         self.images += drawn.sum(dim=1)
 
     def compute(self) -> InsertionDeletionResult:
-        """The mean curves and their areas.
+        """Return the mean curves and their areas.
 
         Raises:
             CalmError: no image.
@@ -437,13 +446,10 @@ class InsertionDeletion(Metric):
             raise CalmError("no image was classified: the split is empty")
         mean = self.curves / self.images[:, None, None]
         areas = torch.trapezoid(mean, dx=1 / self.steps, dim=2)
-        insertion, deletion = (
-            tuple(estimate(point) for point in curve.unbind(1)) for curve in mean.unbind(1)
-        )
         return InsertionDeletionResult(
             fractions=tuple(step / self.steps for step in range(self.steps + 1)),
-            insertion=insertion,
-            deletion=deletion,
+            insertion=_columns(mean[:, 0]),
+            deletion=_columns(mean[:, 1]),
             insertion_area=estimate(areas[:, 0]),
             deletion_area=estimate(areas[:, 1]),
         )

@@ -1,4 +1,4 @@
-"""Where a map points: its peak and its mass against the truth."""
+"""Pointing game and energy inside: where a map's peak and its mass lie."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from calm.errors import CalmError
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.pixels import check_maps
 
-__all__ = ["EnergyInside", "PointingGame", "PointingResult", "energy_inside", "peak_hits", "pixels"]
+__all__ = ["EnergyInside", "PointingGame", "PointingResult", "count_pixels", "energy_inside", "peak_hits"]
 
 
 class PointingResult(NamedTuple):
@@ -23,9 +23,9 @@ class PointingResult(NamedTuple):
 
     Attributes:
         mean: in [0, 1].
-        images: how many images it is the mean of.
-        left_out: images without a true pixel: there is nothing to find in them, they are in no mean.
-        blank: images among ``images`` whose map is zero everywhere; they count as 0.
+        images: number of images that the mean is over.
+        left_out: number of images without a true pixel, which have nothing to find and are not in the mean.
+        blank: number of images in the mean whose map is zero everywhere; they count as 0.
     """
 
     mean: Estimate
@@ -41,27 +41,27 @@ def peak_hits(
     *,
     tolerance: int = 0,
 ) -> Float[Tensor, " b"]:
-    """Is the highest-scored pixel in the truth? float64, in [0, 1].
+    """Return whether each map's highest-scored pixel is a true one: float64, in [0, 1].
 
-    Pixels that share the highest score share the answer: the value is the part of them that hits, which is what a
-    random choice among them hits on average. A map of zeros points nowhere and gets 0.
+    Where several pixels share the highest score, the value is the share of them that hit, the expectation of a random
+    choice among them. A map of zeros points nowhere and gets 0.
 
     Args:
         maps: scores, zero or more.
         truth: the object's pixels.
-        ignore: pixels that can be no peak.
-        tolerance: radius in pixels around the peak in which a true pixel is a hit; 0 is the peak itself.
+        ignore: True at pixels that cannot be the peak.
+        tolerance: distance in pixels at which a true pixel still counts as a hit; 0: the peak itself.
     """
     if ignore is not None:
         maps, truth = maps.masked_fill(ignore, 0), truth & ~ignore
     top = maps.amax(dim=(1, 2), keepdim=True)
-    peak = ~(maps - top).to(torch.bool)  # much faster than to compare
-    found = pixels(peak & _grown(truth, tolerance)).double() / pixels(peak).clamp(min=1)
-    return torch.where(top.flatten() > 0, found, 0.0)
+    peak = ~(maps - top).to(torch.bool)  # much faster on a CPU than ==
+    share = count_pixels(peak & _dilated(truth, tolerance)).double() / count_pixels(peak).clamp(min=1)
+    return torch.where(top.flatten() > 0, share, 0.0)
 
 
-def pixels(mask: Bool[Tensor, "b h w"]) -> Int[Tensor, " b"]:
-    """Number of pixels that are True."""
+def count_pixels(mask: Bool[Tensor, "b h w"]) -> Int[Tensor, " b"]:
+    """Return the number of True pixels of each mask."""
     return mask.view(torch.uint8).sum(dim=(1, 2), dtype=torch.int32)
 
 
@@ -70,21 +70,21 @@ def energy_inside(
     truth: Bool[Tensor, "b h w"],
     ignore: Bool[Tensor, "b h w"] | None = None,
 ) -> Float[Tensor, " b"]:
-    """Share of each map's sum that lies in the truth; float64, in [0, 1]. A map of zeros has none of it there: 0.
+    """Return the share of each map's sum that lies at true pixels: float64, in [0, 1]; 0 for a map of zeros.
 
     Args:
         maps: scores, zero or more.
         truth: the object's pixels.
-        ignore: pixels whose scores do not count.
+        ignore: True at pixels whose scores are not counted.
     """
     scores = maps if ignore is None else maps.masked_fill(ignore, 0)
     whole = scores.sum(dim=(1, 2), dtype=torch.float64)
-    shown = truth.view(torch.uint8).to(scores.dtype).mul_(scores)
-    return torch.where(whole > 0, shown.sum(dim=(1, 2), dtype=torch.float64) / whole, 0.0)
+    inside = truth.view(torch.uint8).to(scores.dtype).mul_(scores)
+    return torch.where(whole > 0, inside.sum(dim=(1, 2), dtype=torch.float64) / whole, 0.0)
 
 
-class _Sums(Metric):
-    """Sums of a per-image figure over images, in every bootstrap sample."""
+class _ImageMean(Metric):
+    """Mean of a per-image figure, with its bootstrap interval."""
 
     full_state_update = False
     higher_is_better = True
@@ -94,9 +94,9 @@ class _Sums(Metric):
     def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
         super().__init__()
         self.replicates, self.seed = replicates, seed
-        # (replicates + 1) by: sum of the figure, images with a true pixel
+        # Columns: sum of the figure, images with a true pixel.
         self.add_state("sums", torch.zeros(replicates + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
-        # left out, blank
+        # Images left out, and images with a blank map.
         self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
@@ -111,8 +111,8 @@ class _Sums(Metric):
         Args:
             maps: values in [0, 1].
             truth: the object's pixels.
-            keys: the index of each image in its data set: which bootstrap samples it is in.
-            ignore: pixels that do not count.
+            keys: the index of each image in its data set, which decides in which bootstrap samples it is.
+            ignore: True at pixels that are not counted.
 
         Raises:
             CalmError: a map with NaN or values outside [0, 1], or of another shape than ``truth``; numbers of
@@ -129,7 +129,7 @@ class _Sums(Metric):
         self.counts += torch.stack([(~seen).sum(), blank.sum()]).double()
 
     def compute(self) -> PointingResult:
-        """The mean with its interval.
+        """Return the mean with its interval.
 
         Raises:
             CalmError: no positive pixel.
@@ -142,22 +142,22 @@ class _Sums(Metric):
 
     @abstractmethod
     def _figure(self, maps: Tensor, truth: Tensor) -> Tensor:
-        """The figure of each image, (b,) float64; ignored pixels are zero in both."""
+        """Return the figure of each image, (b,) float64; ignored pixels are zero in both arguments."""
 
 
-class PointingGame(_Sums):
-    """Pointing game: share of images whose highest-scored pixel lies in the truth.
+class PointingGame(_ImageMean):
+    """Pointing game: share of images whose highest-scored pixel is a true one.
 
-    Higher is better, from 0 to 1; a map without information scores the truth's mean share of the image. It looks at
-    one pixel: it says nothing about the map's extent, and a truth that fills the picture is hit by anything.
+    Higher is better, from 0 to 1; a map without information scores the mean share of true pixels. The figure depends on
+    one pixel per image: it does not measure the map's extent, and any map hits a truth that fills the image.
 
     Args:
-        tolerance: radius in pixels in which a near miss is a hit, see `peak_hits`. The source takes 15.
+        tolerance: distance in pixels at which a near miss is a hit, see `peak_hits`. The source takes 15.
         replicates: bootstrap samples of images, for the interval.
         seed: of the bootstrap.
 
-    Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, 2018, section 4.1. There the mean is over
-    classes of one data set; here it is over images.
+    Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, 2018, section 4.1. There the mean is
+    over the classes of a data set; here it is over images.
     """
 
     def __init__(self, *, tolerance: int = 0, replicates: int = REPLICATES, seed: int = 0) -> None:
@@ -170,12 +170,12 @@ class PointingGame(_Sums):
         return peak_hits(maps, truth, tolerance=self.tolerance)
 
 
-class EnergyInside(_Sums):
+class EnergyInside(_ImageMean):
     """Energy inside: mean share of a map's sum that lies in the truth.
 
-    Higher is better, from 0 to 1; a constant map scores the truth's mean share of the image. It depends on how the
-    maps were normalised (an offset adds mass everywhere), rewards maps that are a single dot in the truth, and says
-    nothing about whether the truth is covered.
+    Higher is better, from 0 to 1; a constant map scores the mean share of true pixels. The figure depends on how the
+    maps were normalised (an offset adds mass everywhere), is highest for a map that is a single dot in the truth, and
+    does not measure whether the truth is covered.
 
     Args:
         replicates: bootstrap samples of images, for the interval.
@@ -188,8 +188,8 @@ class EnergyInside(_Sums):
         return energy_inside(maps, truth)
 
 
-def _grown(truth: Bool[Tensor, "b h w"], radius: int) -> Bool[Tensor, "b h w"]:
-    """Pixels at most ``radius`` from a true one, by Euclidean distance of their centres."""
+def _dilated(truth: Bool[Tensor, "b h w"], radius: int) -> Bool[Tensor, "b h w"]:
+    """Return the pixels at most ``radius`` from a true one, by the Euclidean distance of their centres."""
     if not radius:
         return truth
     steps = torch.arange(-radius, radius + 1, device=truth.device)
