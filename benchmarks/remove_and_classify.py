@@ -35,21 +35,23 @@ SETTINGS = [("small_resnet", 96, 8), ("resnet50", 224, 2)]
 def passes(subject, images, labels):
     """The forward passes alone: one for map and prediction, two per share."""
     for _ in range(1 + 2 * len(FRACTIONS)):
-        _ = subject.look(images).probs
+        _ = subject.predict(images).probs
 
 
 def ours(subject, images, labels):
     """A batch, as `calm.evaluate.erasing` treats it."""
     metric = RemoveAndClassify()
     keys = torch.arange(len(images))
-    looked = subject.look(images)
-    whole = looked.probs.argmax(1) == labels
-    maps = maps_to_rank(looked.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization)
+    prediction = subject.predict(images)
+    whole = prediction.probs.argmax(1) == labels
+    maps = maps_to_rank(
+        prediction.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization
+    )
     random = random_order(keys, maps[0].numel())
     filler = filling(images, "zero", keys=keys)
 
     def classify(batch):
-        return subject.look(batch).probs
+        return subject.predict(batch).probs
 
     topk, _ = after_erasing(classify, images, erasing_order(maps, random), filler, labels, FRACTIONS)
     chance, _ = after_erasing(classify, images, random, filler, labels, FRACTIONS)
@@ -58,8 +60,8 @@ def ours(subject, images, labels):
 
 def straightforward(subject, images, labels):
     """Image by image and share by share, each with a sort, the erased images classified in a batch."""
-    _ = subject.look(images).probs
-    grid = subject.look(images).maps(labels[:, None])[:, 0]
+    _ = subject.predict(images).probs
+    grid = subject.predict(images).maps(labels[:, None])[:, 0]
     maps = maps_to_rank(grid, tuple(images.shape[-2:]), subject.normalization)
     pixels = maps[0].numel()
     for share in FRACTIONS:
@@ -68,7 +70,7 @@ def straightforward(subject, images, labels):
             for i in range(len(images)):
                 order = maps[i].flatten().argsort(descending=True) if by_map else torch.randperm(pixels)
                 erased[i].flatten(1)[:, order[: round(share * pixels)]] = 0
-            _ = subject.look(erased).probs
+            _ = subject.predict(erased).probs
 
 
 def selection(order, rounds):

@@ -9,17 +9,17 @@ import sys
 import torch
 
 from calm.cli import main
-from calm.evaluate.reading import gathered, rank, together
+from calm.evaluate.distributed import all_gather, process_group, rank
 
 
 def crash() -> int:
     """What a programmer's mistake in the second process does to both."""
     try:
-        with together():
-            gathered(0)
+        with process_group():
+            all_gather(0)
             if rank() == 1:
                 raise KeyError("lost")
-            gathered(1)
+            all_gather(1)
     except SystemExit as stop:
         return int(str(stop.code))
     return 0

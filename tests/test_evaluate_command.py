@@ -23,7 +23,7 @@ from calm.data.loading import load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
 from calm.evaluate.result import FIGURES, FigureSpec
-from calm.evaluate.tables import markdown, print_tables, written
+from calm.evaluate.tables import format_estimate, markdown, print_tables
 from calm.metrics.bootstrap import Estimate
 from calm.report.found import Group
 from calm.report.gallery import scenes
@@ -109,9 +109,9 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
     assert other.label == "CAM cam, fill mean, fractions 0.05 0.5, explain prediction"
     assert usual.label == "CAM cam"
     common = {"replicates": 20, "seed": 0}
-    chosen = {"fill": "mean", "fractions": (0.05, 0.5), "explain": "prediction"}
+    chosen = {"fill": "mean", "fractions": (0.05, 0.5), "draws": 3, "explain": "prediction"}
     assert other.provenance["options"] == {**common, **chosen}
-    default = {"fill": "zero", "fractions": (0.1, 0.3, 0.5, 0.7, 0.9), "explain": "label"}
+    default = {"fill": "zero", "fractions": (0.1, 0.3, 0.5, 0.7, 0.9), "draws": 3, "explain": "label"}
     assert usual.provenance["options"] == {**common, **default}
     head = (tmp_path / "table.md").read_text().splitlines()[2]
     assert [cell.split()[0] for cell in head.strip("| ").split(" | ")] == [
@@ -123,7 +123,7 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
     ]
     split = calm.data.load_split(place / "birds", "test")
     told = [
-        runner.place(
+        runner.result_path(
             "remove-and-classify",
             calm.evaluate.model_subject(calm.load(place / "cam")),
             runner.Data.of(split, place / "birds"),
@@ -161,7 +161,9 @@ def test_other_annotation_is_another_result(place, tmp_path):
     subject = calm.evaluate.model_subject(calm.load(place / "cam"))
 
     def places(data):
-        return {name: runner.place(name, subject, data, tmp_path, {}) for name in calm.evaluate.BENCHMARKS}
+        return {
+            name: runner.result_path(name, subject, data, tmp_path, {}) for name in calm.evaluate.BENCHMARKS
+        }
 
     def changed(one, two):
         return {name for name in one if one[name] != two[name]}
@@ -211,15 +213,22 @@ def test_another_model_of_the_same_weights_has_results_of_its_own(place, tmp_pat
     data = runner.Data.of(split, place / "birds")
     model = calm.load(place / "cam")
     subject = calm.evaluate.model_subject(model)
-    first = runner.place("classification", subject, data, tmp_path, {})
+    first = runner.result_path("classification", subject, data, tmp_path, {})
     config = model.config
     for change in ({"large_feature_map": False}, {"prior_activation": "relu"}):
         model.config = replace(config, **change)
-        assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
+        assert (
+            runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {})
+            != first
+        )
     model.config = config
-    assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) == first
+    assert (
+        runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) == first
+    )
     model.preprocessing = replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
-    assert runner.place("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
+    assert (
+        runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
+    )
 
 
 def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path):
@@ -285,8 +294,9 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
         ("classification", ["--norm", "minmax"], "classification does not read --norm"),
         ("remove-and-classify", ["--thresholds", "log"], "remove-and-classify does not read --thresholds"),
         ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
-        ("classification", ["--steps", "5"], "no --method reads --steps"),
-        ("classification", ["--split", "tset"], "--split tset"),
+        ("classification", ["--steps", "5"], "classification does not read --steps"),
+        ("localization", ["--steps", "5"], "no --method reads --steps"),
+        ("classification", ["--split", "tset"], "unknown value 'tset' in --split: allowed are train, val, test"),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
         ("classification", ["--models", "x"], "unknown flag --models; did you mean --model?"),
         ("classification", ["--fill", "blur"], "classification does not read --fill"),
@@ -336,11 +346,13 @@ def test_a_model_of_other_classes_is_refused(place, tmp_path):
 
 def test_figures_are_written_in_their_unit():
     half = Estimate(0.5, 0.4, 0.625)
-    assert written(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
-    assert written(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
-    assert written(Estimate(0.25, math.nan, math.nan), FigureSpec("x")) == "25.0"
-    assert written(Estimate(-0.1, -0.2, -0.05), FigureSpec("x", "ratio")) == "-0.100 (-0.200 to -0.050)"
-    assert written(None, FigureSpec("x")) == "-"
+    assert format_estimate(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
+    assert format_estimate(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
+    assert format_estimate(Estimate(0.25, math.nan, math.nan), FigureSpec("x")) == "25.0"
+    assert (
+        format_estimate(Estimate(-0.1, -0.2, -0.05), FigureSpec("x", "ratio")) == "-0.100 (-0.200 to -0.050)"
+    )
+    assert format_estimate(None, FigureSpec("x")) == "-"
 
 
 def test_the_best_of_a_column_is_bold_and_lower_can_be_better():
@@ -383,7 +395,7 @@ def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
     flags = words(place, "--maps", str(tmp_path / "maps"), "--out", str(tmp_path / "out"), models=("cam",))
     results = evaluate(["localization", *flags])
     assert [result.label for result in results] == ["CAM cam", "maps"]
-    with pytest.raises(CalmError, match="by localization only"):
+    with pytest.raises(CalmError, match="--maps can be scored by localization only"):
         evaluate(["classification", *flags])
     for flag in (["--norm", "max"], ["--method", "gradcam"]):
         with pytest.raises(CalmError, match=f"{flag[0]} is about models"):

@@ -159,11 +159,11 @@ def test_each_image_is_looked_at_once(birds, models):
     root, split = birds
     subject, seen = model_subject(models["calm-em"]), []
 
-    def look(images):
+    def predict(images):
         seen.append(len(images))
-        return subject.look(images)
+        return subject.predict(images)
 
-    counting = type(subject)(**{**vars(subject), "look": look})
+    counting = type(subject)(**{**vars(subject), "predict": predict})
     result = cue_localization(counting, split, root, batch_size=4, replicates=5)
     assert sum(seen) == result.details["images"]
 

@@ -54,18 +54,18 @@ def model_of(method: str = "calm-em"):
 
 
 class Counting:
-    """A subject's look that counts its passes."""
+    """A subject's predict that counts its passes."""
 
-    def __init__(self, look) -> None:
-        self.look, self.passes = look, 0
+    def __init__(self, predict) -> None:
+        self.predict, self.passes = predict, 0
 
     def __call__(self, images):
         self.passes += 1
-        return self.look(images)
+        return self.predict(images)
 
 
-def with_look(subject: Subject, look) -> Subject:
-    return Subject(**{**vars(subject), "look": look})
+def with_predict(subject: Subject, predict) -> Subject:
+    return Subject(**{**vars(subject), "predict": predict})
 
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "noise", "blur"])
@@ -124,9 +124,11 @@ def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_p
 
 def test_map_and_whole_prediction_come_from_one_pass(split):
     subject = model_subject(model_of())
-    counting = Counting(subject.look)
+    counting = Counting(subject.predict)
     told = []
-    remove_and_classify(with_look(subject, counting), split, batch_size=7, replicates=0, progress=told.append)
+    remove_and_classify(
+        with_predict(subject, counting), split, batch_size=7, replicates=0, progress=told.append
+    )
     assert counting.passes == 1 + 2 * 5
     assert told == [7]
 
@@ -141,7 +143,7 @@ def test_a_constant_map_is_as_good_as_chance(split):
         def maps(self, classes):
             return torch.full((*classes.shape, 4, 5), 0.2)
 
-    found = remove_and_classify(with_look(model_subject(model), Flat), split, replicates=10)
+    found = remove_and_classify(with_predict(model_subject(model), Flat), split, replicates=10)
     assert found.curves["topk"].y == found.curves["random"].y
     assert set(found.scores.values()) == {0.0}
     assert found.details["constant_maps"] == 7
@@ -194,7 +196,7 @@ def test_fractions_of_any_size_have_a_name_of_their_own(split):
 
 def test_impossible_options_are_refused_before_any_pass(split):
     subject = model_subject(model_of())
-    counting = Counting(subject.look)
+    counting = Counting(subject.predict)
     for benchmark, options, message in (
         (remove_and_classify, {"fill": "zeros"}, "did you mean 'zero'"),
         (remove_and_classify, {"explain": "labels"}, "did you mean 'label'"),
@@ -203,7 +205,7 @@ def test_impossible_options_are_refused_before_any_pass(split):
         (insertion_deletion, {"points": 0}, "steps is 0"),
     ):
         with pytest.raises(CalmError, match=message):
-            benchmark(with_look(subject, counting), split, **options)
+            benchmark(with_predict(subject, counting), split, **options)
     assert not counting.passes
 
 
@@ -236,7 +238,7 @@ def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_ot
 
     class Off:
         def __init__(self, images) -> None:
-            self.seen = subject.look(images)
+            self.seen = subject.predict(images)
             self.probs = self.seen.probs
 
         def maps(self, classes):
@@ -244,7 +246,7 @@ def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_ot
             maps[0, 0, 0, 0] += 0.125
             return maps
 
-    found = classification(with_look(subject, Off), split, replicates=0)
+    found = classification(with_predict(subject, Off), split, replicates=0)
     assert found.details["agreement"] == pytest.approx(0.125, abs=1e-5)
     assert classification(model_subject(model_of("cam")), split, replicates=0).details["agreement"] is None
 
@@ -281,7 +283,7 @@ def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split)
         def maps(self, classes):
             return self.images.mean(1)[:, None].expand(-1, classes.shape[1], -1, -1)
 
-    edges = replace(model_subject(model_of()), look_with=Brightness)
+    edges = replace(model_subject(model_of()), predict_with=Brightness)
     assert randomisation(edges, split, order="all", replicates=5).figures["randomisation"].value == 1
     own = randomisation(model_subject(model_of(), method="posterior"), split, order="all", replicates=5)
     assert own.figures["randomisation"].value < 0.9
@@ -330,7 +332,7 @@ def test_randomisation_of_what_cannot_be_compared_is_refused(split):
             return torch.zeros(*classes.shape, 2, 2)
 
     with pytest.raises(CalmError, match="constant"):
-        randomisation(replace(model_subject(model_of()), look_with=Flat), split)
+        randomisation(replace(model_subject(model_of()), predict_with=Flat), split)
 
 
 def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_split(split):
@@ -339,10 +341,10 @@ def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_spl
     class Noting:
         def __init__(self, model, images) -> None:
             read.append(len(images))
-            self.seen = subject.look_with(model, images)
+            self.seen = subject.predict_with(model, images)
             self.probs, self.maps = self.seen.probs, self.seen.maps
 
-    found = randomisation(replace(subject, look_with=Noting), split, order="all", images=3, replicates=5)
+    found = randomisation(replace(subject, predict_with=Noting), split, order="all", images=3, replicates=5)
     assert read == [3, 3]
     rows = []
     anew = copy.deepcopy(subject.model)

@@ -136,13 +136,13 @@ def test_a_folder_scores_as_the_subject_that_made_it(tmp_path):
     split = write_split(tmp_path, "boxes")
 
     def write(images):
-        looked = Bright(images)
+        prediction = Bright(images)
         low, high = images.mean(1).amin((1, 2), True), images.mean(1).amax((1, 2), True)
         kept.extend(((images.mean(1) - low) / (high - low)).numpy())
-        return looked
+        return prediction
 
     kept = []
-    model = localization(replace(bright(), look=write), split, **FAST)
+    model = localization(replace(bright(), predict=write), split, **FAST)
     for record, scores in zip(split.records, kept, strict=True):
         path = tmp_path / "maps" / record.id.replace(".png", ".npy")  # the other way to name them
         path.parent.mkdir(parents=True, exist_ok=True)

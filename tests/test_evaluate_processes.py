@@ -22,8 +22,8 @@ import calm
 import calm_birds
 from calm.cli import main
 from calm.errors import CalmError
-from calm.evaluate import reading
-from calm.evaluate.reading import gathered, in_order, share, together
+from calm.evaluate import distributed
+from calm.evaluate.distributed import all_gather, gather_dict, process_group, share
 from calm_birds import write_birds
 
 SCRIPT = Path(__file__).parent / "evaluate_process.py"
@@ -191,32 +191,36 @@ def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(CalmError, match=r"WORLD_SIZE is 2, .*RANK.*: start them with torchrun"), together():
+    with (
+        pytest.raises(CalmError, match=r"WORLD_SIZE is 2, .*RANK.*: start them with torchrun"),
+        process_group(),
+    ):
         pytest.fail("ran")
 
 
 def test_one_process_has_everything():
-    with together():
+    with process_group():
         assert share([1, 2, 3]) == [1, 2, 3]
-        assert gathered("x") == ["x"]
-        assert in_order({2: "b", 0: "a"}) == {0: "a", 2: "b"}
+        assert all_gather("x") == ["x"]
+        assert gather_dict({2: "b", 0: "a"}) == {0: "a", 2: "b"}
 
 
 def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
-    monkeypatch.setattr(reading, "size", lambda: 6)
-    monkeypatch.setattr(reading, "rank", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 6)
+    monkeypatch.setattr(distributed, "rank", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(distributed, "resolve_device", lambda name: name)
     monkeypatch.setenv("LOCAL_RANK", "1")  # of the second machine, perhaps
-    assert reading.own_gpu() == "cuda:1"
+    assert distributed.device_of_process("cuda") == "cuda:1"
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(CalmError, match="process 2 of this machine has no GPU of its own, 2 are visible"):
-        reading.own_gpu()
+        distributed.device_of_process("cuda")
 
 
 def test_every_item_falls_to_one_process(monkeypatch):
-    monkeypatch.setattr(reading, "size", lambda: 3)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
     dealt = []
     for rank in range(3):
-        monkeypatch.setattr(reading, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         dealt.append(list(share(range(8))))
     assert dealt == [[0, 3, 6], [1, 4, 7], [2, 5]]

@@ -104,7 +104,7 @@ def all_boxes(scores, threshold):
 def same_as_all_traced(scores, thresholds):
     got = map_boxes(scores, thresholds)
     ends = [*got.starts[1:], len(got.boxes)]
-    for threshold, cut in zip(thresholds, got.cut, strict=True):
+    for threshold, cut in zip(thresholds, got.level, strict=True):
         found, largest = all_boxes(scores, threshold)
         if found:
             assert sorted(got.boxes[got.starts[cut] : ends[cut]].tolist()) == sorted(found)

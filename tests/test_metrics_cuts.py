@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from calm.metrics.pixels import Cuts, histograms, pixel_edges
+from calm.metrics.pixels import Bucketize, histograms, pixel_edges
 
 KINDS = {
     "even": pixel_edges("even"),
@@ -49,7 +49,7 @@ def test_scores_at_and_beside_thresholds_are_counted_as_a_search_in_float64_coun
     scores = near(edges).to(dtype)
     if dtype == torch.float64:
         scores = torch.cat([scores, edges, torch.nextafter(edges, torch.zeros_like(edges))])
-    found = Cuts(edges)(scores)
+    found = Bucketize(edges)(scores)
     assert found.dtype == torch.int32
     assert (found.numpy() == searched(scores, edges)).all()
 
@@ -64,19 +64,19 @@ def test_any_thresholds_and_scores_are_counted_as_a_search_counts_them(rows, sco
     # Thresholds that float32 cannot hold, scores that are some of them.
     edges = (torch.tensor(rows, dtype=torch.float64).abs() * (1 - step * 1e-12)).unique()
     values = torch.tensor([*scores, *rows], dtype=torch.float32)
-    assert (Cuts(edges)(values).numpy() == searched(values, edges)).all()
+    assert (Bucketize(edges)(values).numpy() == searched(values, edges)).all()
 
 
 def test_the_published_thresholds_need_no_search():
-    assert all(len(Cuts(pixel_edges(which)).table) for which in ("even", "log"))
-    assert not len(Cuts(KINDS["closer than float32"]).table)
+    assert all(Bucketize(pixel_edges(which)).shift is not None for which in ("even", "log"))
+    assert Bucketize(KINDS["closer than float32"]).shift is None
 
 
 def test_a_transposed_or_sliced_map_is_counted_in_its_own_order():
     maps = torch.rand(4, 5, 6)
-    cuts = Cuts(pixel_edges("even"))
+    bucketize = Bucketize(pixel_edges("even"))
     for view in (maps.transpose(1, 2), maps[::2, 1:, ::3]):
-        assert (cuts(view).numpy() == searched(view, cuts.thresholds)).all()
+        assert (bucketize(view).numpy() == searched(view, bucketize.thresholds)).all()
 
 
 @pytest.mark.parametrize("which", ["even", "log"])
@@ -87,7 +87,7 @@ def test_histograms_are_counts_of_pixels_one_by_one(which):
     maps[:, ::4] = edges[torch.randint(len(edges), (3, 5, 30), generator=generator)].float()
     positive, ignore = (torch.rand(3, 20, 30, generator=generator) < share for share in (0.3, 0.2))
     for left_out in (None, ignore):
-        got = histograms(maps, positive, Cuts(edges), left_out)
+        got = histograms(maps, positive, Bucketize(edges), left_out)
         expected = np.zeros((3, len(edges) + 1, 2), dtype=int)
         place = searched(maps, edges)
         for image, y, x in np.ndindex(3, 20, 30):

@@ -10,7 +10,7 @@ import pytest
 
 from calm.cli import COMMANDS
 from calm.cli import train as train_command
-from calm.cli.evaluate import flags as evaluate_flags
+from calm.cli.evaluate import read_config
 from calm.cli.parsing import parse
 
 ROOT = Path(__file__).parent.parent
@@ -50,7 +50,7 @@ def test_the_readmes_commands_parse():
             train_command.parse(words[1:])
             continue
         if words[0] == "evaluate":
-            evaluate_flags().parse_args(words[1:])
+            read_config(words[1:])
             continue
         name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
         parse(COMMANDS[name].parser(name), words[len(name.split()) :])

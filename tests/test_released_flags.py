@@ -193,7 +193,7 @@ def test_released_subject_gradients_are_those_of_the_released_code(method: str) 
     classes = torch.tensor([2, 0])
 
     def maps(*given: str) -> Tensor:
-        return released_subject(flags(*given), model).look(images).maps(classes[:, None])[:, 0]
+        return released_subject(flags(*given), model).predict(images).maps(classes[:, None])[:, 0]
 
     plain = gradient(model, images, classes)
     for given in (["--score_map_process=input_grad"], ["--score_map_method=backprop"]):

@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias, get_args
 from calm.errors import CalmError, unknown
 
 __all__ = [
+    "DRAWS",
+    "FRACTIONS",
     "REPLICATES",
     "Explain",
     "Fill",
@@ -30,6 +32,12 @@ Explain: TypeAlias = Literal["label", "prediction"]
 
 Order: TypeAlias = Literal["cascading", "all"]
 """How weights are drawn anew: see `calm.evaluate.randomisation`."""
+
+FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The paper's shares of erased pixels, of remove-and-classify."""
+
+DRAWS = 3
+"""Random erasures of each image that R_k is relative to: see `calm.metrics.erasing`."""
 
 REPLICATES = 1000
 """Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""

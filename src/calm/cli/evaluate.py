@@ -1,24 +1,23 @@
-"""``calm evaluate``: benchmarks of trained models, as tables with intervals.
-
-The flags of ``calm evaluate``. Without PyTorch, so that the help page need not wait for it.
-"""
+"""``calm evaluate``: a parser for each benchmark, with the flags that the benchmark reads."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any
 
-from calm.cli.parsing import Parser
-from calm.config import REPLICATES, Explain, Fill, Order
-from calm.data.loading import LAYOUTS
-from calm.evaluate.registry import BENCHMARKS
+from calm.cli.parsing import Parser, help_texts, parse
+from calm.errors import CalmError
+from calm.evaluate.registry import BENCHMARKS, EvaluateConfig, chosen_benchmarks, options_of
 
 if TYPE_CHECKING:
     from calm.evaluate.result import Result
 
-__all__ = ["flags", "main"]
+__all__ = ["build_parser", "main", "read_config"]
+
+_LISTS: dict[str, Any] = {"model": str, "method": str, "maps": Path, "fractions": float}
+"""Flags that take several values, and that may be repeated."""
 
 _EXAMPLES = """examples:
   calm evaluate cue-localization --model runs/calm runs/cam --data birds
@@ -30,91 +29,94 @@ _EXAMPLES = """examples:
 """
 
 
-def flags() -> Parser:
-    """The command's parser."""
-    listed = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
-    apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
+def build_parser(benchmark: str) -> Parser:
+    """Return the parser of a benchmark's flags, or of those of ``all``.
+
+    Raises:
+        CalmError: no such benchmark.
+    """
+    read = options_of(benchmark)
+    rows = chosen_benchmarks(benchmark)
     parser = Parser(
-        prog="calm evaluate",
-        description="Benchmark models and their explanations. Prints a table, and writes table.json, table.csv,"
-        " table.md and a file for each result; a result that is there already is not computed again.\n\n"
-        f"benchmarks:\n{listed}\n  {'all':<20} those that the data set has annotation for, without {apart},"
-        f"\n{'':<23}which take many passes of each image",
+        prog=f"calm evaluate {benchmark}",
+        description="Benchmark models and their explanations: print a table, and write table.json, table.csv, table.md"
+        " and a file for each result. A result that is there already is not computed again.\n\n"
+        + "\n".join(f"  {name:<20} {row.line}" for name, row in rows.items()),
         epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = parser.add_argument
-    add("benchmark", help="one of the above")
-    add("--model", nargs="+", action="extend", default=[], help="run folders, saved models or hub ids")
-    add(
-        "--maps",
-        nargs="+",
-        action="extend",
-        type=Path,
-        default=[],
-        help="localization: folders of .npy maps of any method, 224x224, in [0, 1], named by image id",
+    texts = help_texts(EvaluateConfig)
+    for name, kind in _LISTS.items():
+        if name in read:
+            flags = [f"--{name}", *(["--map_kind"] if name == "method" else [])]
+            parser.add_argument(*flags, nargs="+", action="extend", type=kind, help=texts[name])
+    parser.add_class_arguments(
+        EvaluateConfig,
+        as_group=False,
+        skip={*_LISTS, *(field.name for field in fields(EvaluateConfig) if field.name not in read)},
     )
-    add("--data", type=Path, required=True, help="folder of the data set")
-    add(
-        "--method",
-        "--map_kind",
-        nargs="+",
-        action="extend",
-        help="map kinds of the models and other attribution methods; by default each model's main maps. A map kind"
-        " is asked of those models that have it",
-    )
-    add("--split", default="test", help="train, val or test (default: test)")
-    add("--layout", default="auto", help=f"{', '.join(LAYOUTS)}, or auto to look (default: auto)")
-    add("--metadata_root", type=Path, help="folder of the metadata lists, where they are not with the images")
-    add(
-        "--norm",
-        choices=("max", "minmax", "clipping"),
-        help="of the maps; by default clipping for CALM's own",
-    )
-    add("--thresholds", choices=("even", "log"), help="by default log for CALM's own maps, even for others")
-    add("--steps", type=int, help="of integrated-gradients (default: 50)")
-    add("--samples", type=int, help="of smoothgrad and its kin (default: 50)")
-    add("--fill", choices=get_args(Fill), help=f"what erased pixels become (default: zero){_of('fill')}")
-    add(
-        "--fractions",
-        nargs="+",
-        type=float,
-        help=f"shares of erased pixels, ascending (default: 0.1 0.3 0.5 0.7 0.9){_of('fractions')}",
-    )
-    add(
-        "--explain",
-        choices=get_args(Explain),
-        help=f"whose map ranks the pixels (default: label){_of('explain')}",
-    )
-    add("--points", type=int, help=f"steps from no pixel to all (default: 20){_of('points')}")
-    add("--images", type=int, help=f"how many, spread over the split (default: 200){_of('images')}")
-    add(
-        "--order",
-        choices=get_args(Order),
-        help=f"one stage after another, from the head down, or all at once (default: cascading){_of('order')}",
-    )
-    add(
-        "--out",
-        type=Path,
-        help="keeps all results (`calm report` shows them) and the tables of the last call; default: RUN/evaluation for"
-        " one model folder, else ./evaluation",
-    )
-    add("--batch_size", type=int, default=32, help="images of one forward pass (default: 32)")
-    add("--workers", type=int, default=0, help="processes that read images (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, cuda:1, mps; auto takes a GPU if there is one")
-    add("--replicates", type=int, default=REPLICATES, help=f"bootstrap samples (default: {REPLICATES})")
-    add("--seed", type=int, default=0, help="of bootstrap and random masks (default: 0)")
     return parser
 
 
-def _of(option: str) -> str:
-    """For the end of a flag's help: which benchmarks read it."""
-    return f"; {' and '.join(name for name, row in BENCHMARKS.items() if option in row.options)}"
+def read_config(words: Sequence[str]) -> EvaluateConfig:
+    """Return the configuration that the words of a command line describe, the benchmark's name first.
+
+    Raises:
+        CalmError: no such benchmark; a flag that it does not have, or that it does not read; a wrong value.
+        SystemExit: after ``--help``.
+    """
+    if not words or words[0].startswith("-"):
+        if {"-h", "--help"} & set(words):
+            print(_overview())
+            raise SystemExit(0)
+        raise CalmError(
+            "name a benchmark first, such as 'calm evaluate all --model RUN --data DIR'; see --help"
+        )
+    benchmark, *rest = words
+    parser = build_parser(benchmark)
+    for word in rest:
+        name = word.partition("=")[0].removeprefix("--")
+        if word.startswith("--") and name in {field.name for field in fields(EvaluateConfig)} - options_of(
+            benchmark
+        ):
+            raise CalmError(_not_read(benchmark, name))
+    values = parse(parser, rest)
+    lists = {name: tuple(values[name]) for name in _LISTS if values.get(name)}
+    return EvaluateConfig(benchmark, **{name: values[name] for name in values.keys() - _LISTS.keys()} | lists)
+
+
+def _not_read(benchmark: str, flag: str) -> str:
+    if flag == "maps":
+        return f"--maps can be scored by localization only, not by {benchmark}"
+    if flag == "method":
+        return f"{benchmark} is about models, not about their maps: leave out --method"
+    return f"{benchmark} does not read --{flag}: leave it out"
+
+
+def _overview() -> str:
+    apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
+    lines = [f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items()]
+    return "\n".join(
+        [
+            "usage: calm evaluate BENCHMARK --model RUN... --data DIR [--FLAG VALUE ...]",
+            "       calm evaluate BENCHMARK --help   shows the benchmark's flags",
+            "",
+            "Benchmark models and their explanations: a table with intervals.",
+            "",
+            "benchmarks:",
+            *lines,
+            f"  {'all':<20} those that the data set has annotation for, without {apart},",
+            f"{'':<23}which take many passes of each image",
+            "",
+            _EXAMPLES,
+        ]
+    )
 
 
 def main(words: Sequence[str]) -> list[Result]:
-    """`calm evaluate`: `calm.evaluate.command.evaluate`, or its help."""
-    asked = flags().parse_args(["--help"] if {"-h", "--help"} & set(words) else list(words))
-    from calm.evaluate.command import evaluate  # here, so that a help page need not wait for PyTorch
+    """Run `calm evaluate`; see `calm.evaluate.runner.evaluate`."""
+    config = read_config(words)
+    from calm.evaluate.runner import (
+        evaluate,  # here: a help page need not wait for PyTorch  # here, since it imports PyTorch, which a help page need not wait for
+    )
 
-    return evaluate(asked)
+    return evaluate(config)

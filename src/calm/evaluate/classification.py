@@ -1,4 +1,4 @@
-"""Classification over a split: accuracy, likelihood, calibration, and whether the map agrees with the prediction."""
+"""Classification over a split: accuracy, likelihood, calibration, and whether joint maps sum to the prediction."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import torch
 from torch import Tensor
 
 from calm.data.records import Split
-from calm.evaluate.reading import Progress, by_id, gathered, looks
+from calm.evaluate.distributed import all_gather
+from calm.evaluate.reading import Progress, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
-from calm.evaluate.subject import Looked, Subject
+from calm.evaluate.subject import Prediction, Subject
 from calm.metrics.bootstrap import REPLICATES
 from calm.metrics.classification import BINS, Classification
 
@@ -26,11 +27,11 @@ def classification(
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> Result:
-    """Is the prediction right, and is its probability worth its name?
+    """Measure how often the prediction is right, and how well its probability is calibrated.
 
     Args:
-        subject: the classifier. Its maps are read only if they are CALM's joint: then the largest
-            distance of a map's sum from the probability it explains is measured too.
+        subject: the classifier. Its maps are used only if they are CALM's joint: then the largest difference between
+            the sum of a map and the probability that it explains is measured too.
         split: the images.
         batch_size: images in a forward pass.
         workers: processes that read images.
@@ -50,43 +51,40 @@ def classification(
     has_joint = subject.about.get("method") == "joint"
     worst = torch.zeros((), dtype=torch.float64, device=subject.device)
     scores: dict[int, float] = {}
-    for _, labels, keys, looked in looks(
+    for _, labels, keys, prediction in predictions(
         subject, split, batch_size=batch_size, workers=workers, progress=progress
     ):
-        probs = looked.probs
+        probs = prediction.probs
         metric.update(probs, labels, keys)
         if has_joint:
-            asked = torch.cat([labels[:, None], probs.topk(min(5, probs.shape[1]), dim=1).indices], dim=1)
-            worst = torch.maximum(worst, agreement(looked, probs, asked))
-        chance = probs.gather(1, labels[:, None]).squeeze(1)
-        scores |= dict(zip(keys.tolist(), chance.tolist(), strict=True))
-    named, worst_of_all = by_id(split, scores), max(gathered(float(worst)))
-    found = metric.cpu().compute()
-    filled = found.bins[found.bins[:, 0] > 0]
+            classes = torch.cat([labels[:, None], probs.topk(min(5, probs.shape[1]), dim=1).indices], dim=1)
+            worst = torch.maximum(worst, agreement(prediction, classes))
+        of_label = probs.gather(1, labels[:, None]).squeeze(1)
+        scores |= dict(zip(keys.tolist(), of_label.tolist(), strict=True))
+    scores_of_all, worst_of_all = scores_by_id(split, scores), max(all_gather(float(worst)))
+    result = metric.cpu().compute()
+    filled = result.bins[result.bins[:, 0] > 0]
+    reliability = Curve(filled[:, 1].tolist(), filled[:, 2].tolist(), x_name="confidence", y_name="accuracy")
     return Result(
         "classification",
         subject.label,
-        figures={"top1": found.top1, "top5": found.top5, "nll": found.nll, "ece": found.ece},
-        curves={
-            "reliability": Curve(
-                filled[:, 1].tolist(), filled[:, 2].tolist(), x_name="confidence", y_name="accuracy"
-            )
-        },
-        scores=named,
+        figures={"top1": result.top1, "top5": result.top5, "nll": result.nll, "ece": result.ece},
+        curves={"reliability": reliability},
+        scores=scores_of_all,
         details={
             "agreement": worst_of_all if has_joint else None,
             "bins": BINS,
-            "bin_shares": found.bins[:, 0].tolist(),
-            "images": len(named),
+            "bin_shares": result.bins[:, 0].tolist(),
+            "images": len(scores_of_all),
             "options": {"seed": seed, "replicates": replicates},
         },
     )
 
 
-def agreement(looked: Looked, probs: Tensor, classes: Tensor) -> Tensor:
-    """The largest distance, over images and classes (B, K), between the sum of the map and p(y | x): (), float64.
+def agreement(prediction: Prediction, classes: Tensor) -> Tensor:
+    """Return the largest difference between the sum of a map and p(y | x), over images and classes (B, K): (), float64.
 
     For CALM's joint this is rounding error: the map is the prediction, spread over the locations.
     """
-    sums = looked.maps(classes).double().sum(dim=(-2, -1))
-    return (sums - probs.double().gather(1, classes)).abs().max()
+    sums = prediction.maps(classes).double().sum(dim=(-2, -1))
+    return (sums - prediction.probs.double().gather(1, classes)).abs().max()

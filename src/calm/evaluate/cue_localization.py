@@ -1,12 +1,8 @@
-"""Cue localization: does the difference map of two classes lie on the parts that tell them apart?
+"""Cue localization: whether the difference map of two classes lies on the parts that tell them apart.
 
-Nothing that a forward pass computes depends on the pair. So every image is read and looked at once, its part regions
-are drawn once, the maps of all classes that its pairs need come from that look, and only the difference, its
-resizing and its histogram are done pair by pair.
-
-Source: paper, section 5.2.
-
-What the annotation of a data set says about cues: pairs of classes, and where the parts are that tell them apart.
+Nothing in an image's forward pass depends on the pair. So each image is read and predicted once, its part regions are
+drawn once, and the maps of all classes that its pairs need come from that prediction; only the difference, its resizing
+and its histogram are computed pair by pair.
 
 Source: paper, section 5.2.
 """
@@ -38,7 +34,8 @@ from calm.data.cues import (
 from calm.data.records import Record, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
-from calm.evaluate.reading import Progress, batches, gathered, paced
+from calm.evaluate.distributed import all_gather
+from calm.evaluate.reading import Progress, batches, scaled_progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 from calm.heatmaps import resize_and_normalize
@@ -46,7 +43,7 @@ from calm.images import image_size
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixels import Counting
-from calm.metrics.pointing import energy_inside, peak_hits, pixels
+from calm.metrics.pointing import count_pixels, energy_inside, peak_hits
 from calm.output import difference
 
 __all__ = ["CueData", "cue_localization", "read_cue_data"]
@@ -54,15 +51,15 @@ __all__ = ["CueData", "cue_localization", "read_cue_data"]
 
 @dataclass(frozen=True)
 class CueData:
-    """What the annotation says.
+    """The annotation of a data set for cue localization.
 
     Attributes:
-        pairs: of classes, and the part groups in which they differ.
+        pairs: pairs of classes with the part groups in which they differ.
         groups: the part groups.
         points: part points of the split's images, in its order.
         sizes: (width, height) of the images, (n, 2).
-        samples: image of the split to its pairs: one of the classes is the image's, and a part that differs is
-            visible. Images without a pair are left out.
+        samples: by an image's position in the split, the pairs it is evaluated for: one class of the pair is the
+            image's, and a differing part is visible. Images without such a pair are left out.
     """
 
     pairs: tuple[CuePair, ...]
@@ -72,14 +69,14 @@ class CueData:
     samples: dict[int, tuple[int, ...]]
 
     def regions(self, records: Sequence[Record], images: Int[Tensor, " b"]) -> Int[Tensor, "b H W"]:
-        """Part group of each pixel of some images, -1 outside the object's segmentation (if there is one)."""
+        """Return the part group of each pixel of images, -1 outside the object's segmentation (if there is one)."""
         ids = tuple(self.points.ids[image] for image in images.tolist())
         points = PartPoints(ids, self.points.xy[images], self.points.visible[images])
-        masks = list(in_threads(_object, [records[image] for image in images.tolist()]))
+        masks = list(in_threads(_object_mask, [records[image] for image in images.tolist()]))
         return part_regions(points, self.sizes[images], inside=torch.stack(masks), groups=self.groups)
 
     def bits(self, regions: Int[Tensor, "b H W"]) -> Int[Tensor, "b H W"]:
-        """A bit for each part group in place of its number, 0 in place of -1."""
+        """Replace the number of each part group by a bit of its own, and -1 by 0."""
         kind = torch.uint8 if len(self.groups) <= 8 else torch.int64
         table = torch.tensor([0, *(1 << group for group in range(len(self.groups)))], dtype=kind)
         return table.index_select(0, (regions + 1).int().flatten()).view(regions.shape)
@@ -103,25 +100,21 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
         raise CalmError(
             f"{root / 'attributes'} describes {len(present)} classes, the data set has {split.num_classes}"
         )
-    wanted = tuple(counts)
-    pairs = tuple(class_pairs(present, group_votes(names, groups), wanted))
+    counts = tuple(counts)
+    pairs = tuple(class_pairs(present, group_votes(names, groups), counts))
     if not pairs:
-        raise CalmError(f"no two classes of {root} differ in {' or '.join(map(str, wanted))} part groups")
+        raise CalmError(f"no two classes of {root} differ in {' or '.join(map(str, counts))} part groups")
     points = read_part_points(root).select(record.id for record in split.records)
     visible = points.visible_groups(groups)
-    of_class: dict[int, list[int]] = {}
+    samples: dict[int, tuple[int, ...]] = {}
+    pairs_of: dict[int, list[int]] = {}
     for number, pair in enumerate(pairs):
         for label in (pair.first, pair.second):
-            of_class.setdefault(label, []).append(number)
-    samples = {}
+            pairs_of.setdefault(label, []).append(number)
     for image, (record, seen) in enumerate(zip(split.records, visible.tolist(), strict=True)):
-        shown = tuple(
-            number
-            for number in of_class.get(record.label, ())
-            if any(seen[group] for group in pairs[number].groups)
-        )
-        if shown:
-            samples[image] = shown
+        own = (n for n in pairs_of.get(record.label, ()) if any(seen[group] for group in pairs[n].groups))
+        if numbers := tuple(own):
+            samples[image] = numbers
     if not samples:
         raise CalmError(
             f"no {split.name} image of {root} shows a part that tells two classes apart: is any part of these images"
@@ -131,8 +124,8 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
     return CueData(pairs, groups, points, torch.tensor(sizes), samples)
 
 
-def _object(record: Record) -> Bool[Tensor, "H W"]:
-    """Where the object is: everywhere if nothing says so."""
+def _object_mask(record: Record) -> Bool[Tensor, "H W"]:
+    """Return the object's segmentation; without one, everything."""
     if not record.masks:
         return torch.ones(PROTOCOL_SIZE, dtype=torch.bool)
     return read_segmentation(record.masks[0])
@@ -141,9 +134,9 @@ def _object(record: Record) -> Bool[Tensor, "H W"]:
 SAMPLES = 64
 """Difference maps at the protocol's size that are held at once."""
 SAMPLES_CPU = 8
-"""The same on a CPU: what is computed from so few of them stays in its cache."""
+"""The same on a CPU, where so few of them stay in the cache."""
 
-WAYS: dict[str, tuple[Counting, Accumulation]] = {
+COUNTINGS: dict[str, tuple[Counting, Accumulation]] = {
     "": ("strict", "pair"),
     "_released": ("released", "pair"),
     "_cumulative": ("strict", "cumulative"),
@@ -164,7 +157,7 @@ def cue_localization(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Result:
-    """Benchmark a subject.
+    """Compare difference maps of class pairs with the parts in which the classes differ.
 
     Args:
         subject: its class indices are those of the split.
@@ -172,14 +165,14 @@ def cue_localization(
         root: of the data set, or what `read_cue_data` read there.
         batch_size: images of one forward pass. It does not change the figures.
         workers: processes that read images.
-        progress: told after each batch its share of the work, as a number of the split's images.
+        progress: called after each batch with its share of the work, as a number of the split's images.
         counts: numbers of differing part groups that make a pair; not used if ``root`` is data already.
         replicates: bootstrap samples, of pairs for PxAP and of images for peak and mass.
         seed: of the bootstrap.
 
     Returns:
         Figures ``mpxap``, ``mpxap_1`` ... (every pixel counted, each pair by itself) and the same with the
-        endings of ``WAYS``; for pairs that differ in one group ``peak_in_part`` and ``mass_in_part``, and what a
+        endings of ``COUNTINGS``; for pairs that differ in one group ``peak_in_part`` and ``mass_in_part``, and what a
         random pixel of the image and of the object would score there, ``part_of_image`` and ``part_of_object``;
         ``chance``, the share of pixels that belong to the differing parts. Scores per image: the share of its
         difference maps that lies on these parts, mean over its pairs. In ``details["pairs"]`` the same by pair.
@@ -190,35 +183,34 @@ def cue_localization(
     data = root if isinstance(root, CueData) else read_cue_data(split, root, counts)
     numbers = [len(pair.groups) for pair in data.pairs]
     metric = CueLocalization(numbers, subject.thresholds, replicates=replicates, seed=seed).to(subject.device)
-    bits = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs])
-    found: list[_Found] = []
-    together = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
+    differing = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs])
+    measured: list[_Samples] = []
+    at_once = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
     for images, _, positions in batches(
         split,
         subject.preprocessing,
         subject.device,
         batch_size=batch_size,
         workers=workers,
-        progress=paced(progress, len(data.samples), len(split.records)),
+        progress=scaled_progress(progress, len(data.samples), len(split.records)),
         indices=list(data.samples),
     ):
-        asked = _Asked.of(data, positions)
-        grid = subject.look(images).maps(asked.classes.to(subject.device))
-        own_bits = data.bits(data.regions(split.records, positions)).to(subject.device)
-        objects = pixels(own_bits.to(torch.bool))
-        of_batch: list[_Found] = []
-        for some in torch.split(torch.arange(len(asked.pair)), together):
-            row, pair = asked.row[some].to(subject.device), asked.pair[some]
-            one, other = (grid[row, slot[some].to(subject.device)] for slot in (asked.first, asked.second))
-            maps = resize_and_normalize(difference(one, other), PROTOCOL_SIZE, subject.normalization)
-            differing = bits[pair].to(own_bits)[:, None, None]
-            truth = (own_bits.index_select(0, row) & differing).to(torch.bool)
+        plan = _Plan.of(data, positions)
+        grid = subject.predict(images).maps(plan.classes.to(subject.device))
+        bits = data.bits(data.regions(split.records, positions)).to(subject.device)
+        object_pixels = count_pixels(bits.to(torch.bool))
+        parts: list[_Samples] = []
+        for chunk in torch.split(torch.arange(len(plan.pair)), at_once):
+            row, pair = plan.row[chunk].to(subject.device), plan.pair[chunk]
+            first, second = (grid[row, slot[chunk].to(subject.device)] for slot in (plan.first, plan.second))
+            maps = resize_and_normalize(difference(first, second), PROTOCOL_SIZE, subject.normalization)
+            truth = (bits.index_select(0, row) & differing[pair].to(bits)[:, None, None]).to(torch.bool)
             metric.update(maps, truth, pair.to(subject.device))
-            of_batch.append(_Found.of(maps, truth, objects[row], positions[asked.row[some]], pair))
-        found.append(_Found.joined(of_batch))
-    every = sorted((part for parts in gathered(found) for part in parts), key=lambda part: int(part.image[0]))
-    samples = _Found.joined(every)
-    if not samples.shown.any():
+            parts.append(_Samples.of(maps, truth, object_pixels[row], positions[plan.row[chunk]], pair))
+        measured.append(_Samples.concatenate(parts))
+    everything = [part for parts in all_gather(measured) for part in parts]
+    samples = _Samples.concatenate(sorted(everything, key=lambda part: int(part.image[0])))
+    if not samples.visible.any():
         masks = split.records[next(iter(data.samples))].masks
         raise CalmError(
             f"no {split.name} image has a pixel of a part that tells two classes apart: is the object above 0 in the"
@@ -228,8 +220,16 @@ def cue_localization(
 
 
 @dataclass(frozen=True)
-class _Asked:
-    """What a batch is asked: the classes of each image, and its samples as places among them."""
+class _Plan:
+    """The classes whose maps a batch needs, and its samples (an image with one of its pairs).
+
+    Attributes:
+        classes: of each image, padded by repetition.
+        row: of each sample's image in the batch.
+        first: place of the map of the pair's first class among the image's classes.
+        second: of its second class.
+        pair: the sample's pair.
+    """
 
     classes: Int[Tensor, "b k"]
     row: Int[Tensor, " s"]
@@ -238,14 +238,14 @@ class _Asked:
     pair: Int[Tensor, " s"]
 
     @classmethod
-    def of(cls, data: CueData, images: Int[Tensor, " b"]) -> _Asked:
+    def of(cls, data: CueData, images: Int[Tensor, " b"]) -> _Plan:
         classes: list[list[int]] = []
         samples: list[tuple[int, int, int, int]] = []
         for row, image in enumerate(images.tolist()):
-            pairs = data.samples[image]
-            needed = sorted({label for n in pairs for label in (data.pairs[n].first, data.pairs[n].second)})
+            pairs = [(data.pairs[n].first, data.pairs[n].second, n) for n in data.samples[image]]
+            needed = sorted({label for first, second, _ in pairs for label in (first, second)})
             place = {label: slot for slot, label in enumerate(needed)}
-            samples += [(row, place[data.pairs[n].first], place[data.pairs[n].second], n) for n in pairs]
+            samples += [(row, place[first], place[second], n) for first, second, n in pairs]
             classes.append(needed)
         most = max(map(len, classes))
         padded = torch.tensor([needed + needed[:1] * (most - len(needed)) for needed in classes])
@@ -253,41 +253,46 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Found:
-    """Peak and mass of samples, and the truth's share of the image's and of the object's pixels: what both would be
-    at a random one. Where the truth has no pixel there is nothing to find: ``shown`` is False."""
+class _Samples:
+    """Peak and mass of samples, by their image and pair.
+
+    Attributes:
+        image: position in the split.
+        pair: number of the pair.
+        visible: whether any pixel belongs to a differing part; if not, the sample has no peak or mass.
+        peak_in_part: share of the map's highest pixels that lie in the differing parts.
+        mass_in_part: share of the map's mass that does.
+        part_of_image: share of the image's pixels that belong to these parts: both figures of a random pixel.
+        part_of_object: share of the object's pixels that do.
+    """
 
     image: Int[Tensor, " s"]
     pair: Int[Tensor, " s"]
-    shown: Bool[Tensor, " s"]
-    hit: Float[Tensor, " s"]
-    mass: Float[Tensor, " s"]
-    of_image: Float[Tensor, " s"]
-    of_object: Float[Tensor, " s"]
+    visible: Bool[Tensor, " s"]
+    peak_in_part: Float[Tensor, " s"]
+    mass_in_part: Float[Tensor, " s"]
+    part_of_image: Float[Tensor, " s"]
+    part_of_object: Float[Tensor, " s"]
 
     @classmethod
-    def of(cls, maps: Tensor, truth: Tensor, objects: Tensor, image: Tensor, pair: Tensor) -> _Found:
-        shown = pixels(truth)
-        shares = (shown.double() / area for area in (truth[0].numel(), objects.clamp(min=1)))
-        values = (shown > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
+    def of(cls, maps: Tensor, truth: Tensor, object_pixels: Tensor, image: Tensor, pair: Tensor) -> _Samples:
+        area = count_pixels(truth)
+        shares = (area.double() / whole for whole in (truth[0].numel(), object_pixels.clamp(min=1)))
+        values = (area > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
         return cls(image, pair, *(value.cpu() for value in values))
 
     @classmethod
-    def joined(cls, parts: Sequence[_Found]) -> _Found:
+    def concatenate(cls, parts: Sequence[_Samples]) -> _Samples:
         return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__annotations__))
 
     def shares(self) -> dict[str, Tensor]:
-        """By the names of their figures."""
-        return {
-            "peak_in_part": self.hit,
-            "mass_in_part": self.mass,
-            "part_of_image": self.of_image,
-            "part_of_object": self.of_object,
-        }
+        """Return the values by the names of their figures."""
+        names = ("peak_in_part", "mass_in_part", "part_of_image", "part_of_object")
+        return {name: getattr(self, name) for name in names}
 
     def of_pair(self, number: int) -> dict[str, float]:
-        """How many samples of a pair show what is asked for, and the means of the shares over them (or NaN)."""
-        own = self.shown & (self.pair == number)
+        """Return the number of a pair's visible samples, and the means of the shares over them (or NaN)."""
+        own = self.visible & (self.pair == number)
         means = {name: float(values[own].mean()) for name, values in self.shares().items()}
         return {"shown": int(own.sum()), **means}
 
@@ -297,55 +302,53 @@ def _result(
     split: Split,
     data: CueData,
     metric: CueLocalization,
-    found: _Found,
+    samples: _Samples,
     replicates: int,
     seed: int,
 ) -> Result:
     results: dict[str, CueLocalizationResult] = {}
-    for ending, (counting, accumulation) in WAYS.items():
-        other = deepcopy(metric)
+    for ending, (counting, accumulation) in COUNTINGS.items():
+        other = deepcopy(metric)  # the same pixels, counted otherwise
         other.counting, other.accumulation = counting, accumulation
         results[ending] = other.compute()
     figures: dict[str, Estimate] = {}
     for ending, result in results.items():
         figures |= {f"mpxap{ending}_{number}": mean for number, mean in result.by_groups.items()}
         figures[f"mpxap{ending}"] = result.mean
-    single = torch.tensor([len(pair.groups) == 1 for pair in data.pairs])[found.pair] & found.shown
+    groups = torch.tensor([len(pair.groups) for pair in data.pairs])
+    single = (groups[samples.pair] == 1) & samples.visible
     if single.any():
-        shares = found.shares()
-        columns = torch.stack([torch.ones_like(found.mass), *shares.values()], dim=1)[single]
-        sums = _drawn_sums(found.image[single], columns, replicates, seed)
-        for place, name in enumerate(shares, start=1):
-            figures[name] = estimate(sums[:, place] / sums[:, 0])
+        shares = samples.shares()
+        columns = torch.stack([torch.ones_like(samples.mass_in_part), *shares.values()], dim=1)[single]
+        sums = _bootstrap_sums(samples.image[single], columns, replicates, seed)
+        for column, name in enumerate(shares, start=1):
+            figures[name] = estimate(sums[:, column] / sums[:, 0])
     with metric.sync_context():  # the pixels of all processes
         counted = metric.histogram.sum(dim=1)
     share = counted[:, 1] / counted.sum(dim=1)
-    seen = torch.tensor(results[""].per_pair).isfinite()
-    figures["chance"] = Estimate(float(share[seen].mean()), float("nan"), float("nan"))
+    defined = torch.tensor(results[""].per_pair).isfinite()
+    figures["chance"] = Estimate(float(share[defined].mean()), float("nan"), float("nan"))
     return Result(
         "cue-localization",
         subject.label,
         figures,
-        scores=_scores(found, split),
+        scores=_scores(samples, split),
         details={
             "pairs": [
                 {
                     "first": split.class_names[pair.first],
                     "second": split.class_names[pair.second],
                     "groups": [data.groups[group].name for group in pair.groups],
-                    "images": int((found.pair == number).sum()),
-                    **found.of_pair(number),
+                    "images": int((samples.pair == number).sum()),
+                    **samples.of_pair(number),
                     **{f"pxap{ending}": result.per_pair[number] for ending, result in results.items()},
                 }
                 for number, pair in enumerate(data.pairs)
             ],
-            "pairs_by_groups": {
-                str(n): sum(len(pair.groups) == n for pair in data.pairs)
-                for n in sorted({len(pair.groups) for pair in data.pairs})
-            },
+            "pairs_by_groups": {str(n): int((groups == n).sum()) for n in sorted(set(groups.tolist()))},
             "pairs_without_images": results[""].empty,
             "images": len(data.samples),
-            "samples": len(found.pair),
+            "samples": len(samples.pair),
             "segmented": all(bool(split.records[image].masks) for image in data.samples),
             "normalization": subject.normalization,
             "thresholds": subject.thresholds,
@@ -353,22 +356,22 @@ def _result(
     )
 
 
-def _drawn_sums(
+def _bootstrap_sums(
     keys: Int[Tensor, " s"], columns: Float[Tensor, "s k"], replicates: int, seed: int
 ) -> Float[Tensor, "r k"]:
-    """Sums of columns in every bootstrap sample of the keys, some keys at a time: the weights of all are large."""
-    each, place = torch.unique(keys, return_inverse=True)
-    own = columns.new_zeros(len(each), columns.shape[1]).index_add_(0, place, columns)
+    """Return the sums of columns in every bootstrap sample of the keys."""
+    unique, place = torch.unique(keys, return_inverse=True)
+    of_key = columns.new_zeros(len(unique), columns.shape[1]).index_add_(0, place, columns)
     sums = columns.new_zeros(replicates + 1, columns.shape[1])
-    for some in torch.split(torch.arange(len(each)), 256):
-        sums += weights(each[some], replicates, seed) @ own[some]
+    for chunk in torch.split(torch.arange(len(unique)), 256):  # the weights of all keys would be large
+        sums += weights(unique[chunk], replicates, seed) @ of_key[chunk]
     return sums
 
 
-def _scores(found: _Found, split: Split) -> dict[str, float]:
-    images, place = torch.unique(found.image[found.shown], return_inverse=True)
-    total = torch.zeros(len(images), dtype=torch.float64).index_add_(0, place, found.mass[found.shown])
-    mean = total / place.bincount(minlength=len(images))
-    return {
-        split.records[image].id: value for image, value in zip(images.tolist(), mean.tolist(), strict=True)
-    }
+def _scores(samples: _Samples, split: Split) -> dict[str, float]:
+    """Return the mean mass in the differing parts of each image, over its pairs."""
+    images, place = torch.unique(samples.image[samples.visible], return_inverse=True)
+    masses = samples.mass_in_part[samples.visible]
+    mean = torch.zeros(len(images), dtype=torch.float64).index_add_(0, place, masses) / place.bincount()
+    ids = (split.records[image].id for image in images.tolist())
+    return dict(zip(ids, mean.tolist(), strict=True))

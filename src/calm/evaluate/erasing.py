@@ -1,33 +1,30 @@
-"""Insertion and deletion over a split: how fast the class comes and goes with the pixels a map calls evidence.
-
-The pixels of a batch in the order in which a map, or chance, erases them.
-
-Remove-and-classify over a split.
-"""
+"""Remove-and-classify, and insertion and deletion, over a split: erase pixels by their scores, and classify again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, TypeAlias, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calm.config import Explain
 from calm.data.records import Split
-from calm.errors import unknown
-from calm.evaluate.reading import Progress, Seen, by_id, gathered, looks
+from calm.data.seeds import mix_seed
+from calm.errors import CalmError, unknown
+from calm.evaluate.distributed import all_gather
+from calm.evaluate.reading import Batch, Progress, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
-from calm.heatmaps import Normalization, resize_and_normalize
+from calm.heatmaps import resize_and_normalize
 from calm.metrics.bootstrap import REPLICATES, Estimate
 from calm.metrics.erasing import (
+    DRAWS,
     FRACTIONS,
     Fill,
     InsertionDeletion,
     RemoveAndClassify,
-    RemoveAndClassifyResult,
     check_fractions,
     erase,
     erasing_order,
@@ -37,20 +34,22 @@ from calm.metrics.erasing import (
     random_order,
 )
 
-__all__ = ["Ranked", "after_erasing", "check_names", "insertion_deletion", "ranked", "remove_and_classify"]
+__all__ = ["RankedBatch", "after_erasing", "draw_seed", "insertion_deletion", "remove_and_classify"]
 
 
-class Ranked(NamedTuple):
-    """A batch that is ready to be erased.
+class RankedBatch(NamedTuple):
+    """A batch with the order in which its pixels are erased.
 
     Attributes:
+        batch: images, labels, keys and prediction.
         explained: the classes whose maps rank the pixels.
-        order: places of the pixels by the map, larger numbers are erased first.
-        random: the same by chance.
+        order: of the pixels by the map; those with larger numbers are erased first.
+        random: the same at random.
         filler: what erased pixels become.
-        constant: number of maps that say nothing; their order is the random one.
+        constant: number of constant maps, whose order is the random one.
     """
 
+    batch: Batch
     explained: Int[Tensor, " b"]
     order: Int[Tensor, "b n"]
     random: Int[Tensor, "b n"]
@@ -58,38 +57,40 @@ class Ranked(NamedTuple):
     constant: int
 
 
-def ranked(seen: Seen, how: Normalization, *, explain: Explain, fill: Fill, seed: int) -> Ranked:
-    """Rank the pixels of a batch by the maps of its labels (the paper's) or of its most probable classes.
+def _ranked_batches(
+    subject: Subject,
+    split: Split,
+    explain: Explain,
+    fill: Fill,
+    seed: int,
+    batch_size: int,
+    workers: int,
+    progress: Progress | None,
+) -> Iterator[RankedBatch]:
+    """Rank the pixels of each batch by the maps of its labels (as the paper does) or of its most probable classes.
 
-    The random order of an image depends on ``seed`` and its place in the split alone, and decides between pixels of
-    equal score (`calm.metrics.erasing`).
+    Maps are resized to the model's input, then normalised as the subject says. The random order of an image depends
+    only on ``seed`` and its position in the split; it also decides between pixels of equal score.
     """
-    explained = seen.labels if explain == "label" else seen.looked.probs.argmax(dim=1)
-    size = (seen.images.shape[-2], seen.images.shape[-1])
-    maps = resize_and_normalize(seen.looked.maps(explained[:, None])[:, 0], size, how)
-    random = random_order(seen.keys, size[0] * size[1], seed)
-    return Ranked(
-        explained,
-        erasing_order(maps, random),
-        random,
-        filling(seen.images, fill, keys=seen.keys, seed=seed),
-        int((~maps.flatten(1).any(dim=1)).sum()),
-    )
+    for batch in predictions(subject, split, batch_size=batch_size, workers=workers, progress=progress):
+        images, labels, keys, prediction = batch
+        explained = labels if explain == "label" else prediction.probs.argmax(dim=1)
+        size = (images.shape[-2], images.shape[-1])
+        maps = resize_and_normalize(prediction.maps(explained[:, None])[:, 0], size, subject.normalization)
+        random = random_order(keys, size[0] * size[1], seed)
+        order = erasing_order(maps, random)
+        filler = filling(images, fill, keys=keys, seed=seed)
+        yield RankedBatch(batch, explained, order, random, filler, int((~maps.flatten(1).any(dim=1)).sum()))
 
 
-def check_names(explain: str, fill: str) -> None:
-    """Refuse unknown names before any work.
-
-    Raises:
-        CalmError: neither label nor prediction; no such fill.
-    """
+def _check_names(explain: str, fill: str) -> None:
     if explain not in get_args(Explain):
         raise unknown("class to explain", explain, get_args(Explain))
     if fill not in get_args(Fill):
         raise unknown("fill", fill, get_args(Fill))
 
 
-_Classify: TypeAlias = Callable[[Tensor], Tensor]
+Classify: TypeAlias = Callable[[Tensor], Tensor]
 
 
 @torch.no_grad()
@@ -101,6 +102,7 @@ def remove_and_classify(
     workers: int = 0,
     progress: Progress | None = None,
     fractions: Sequence[float] = FRACTIONS,
+    draws: int = DRAWS,
     fill: Fill = "zero",
     explain: Explain = "label",
     seed: int = 0,
@@ -108,10 +110,9 @@ def remove_and_classify(
 ) -> Result:
     """Erase the highest-scored pixels, classify again, and compare with erasing as many random ones.
 
-    The map and the prediction on the whole image come from one forward pass; two more per fraction classify the
-    erased images, a batch at a time. Maps are resized to the model's input, then normalised as the subject says.
-    The random pixels of an image depend on ``seed`` and its place in the split alone, and those of a small fraction
-    are among those of a larger one. Pixels of equal score go in the same random order (`calm.metrics.erasing`).
+    The map and the prediction of the whole image come from one forward pass; each fraction takes one more without the
+    highest-scored pixels, and one for every draw of random pixels. The random pixels of an image depend only on
+    ``seed``, the draw and its position in the split, and those of a small fraction are among those of a larger one.
 
     Args:
         subject: classifier and map.
@@ -120,58 +121,76 @@ def remove_and_classify(
         workers: processes that read images.
         progress: see `calm.evaluate.reading`.
         fractions: shares of pixels erased.
+        draws: random erasures of each image, averaged; 1 + K (1 + draws) forward passes for K fractions.
         fill: what erased pixels become, see `calm.metrics.erasing.FILLS`.
-        explain: map of the ``label`` (the paper's) or of the ``prediction``.
+        explain: map of the ``label`` (as the paper does) or of the ``prediction``.
         seed: of random pixels, noise and bootstrap.
-        replicates: bootstrap samples of images.
+        replicates: bootstrap samples of images with their draws.
 
     Returns:
         Figures ``r10``, ... (R_k by percent), ``r_area`` and ``top1``; curves of R_k and of both accuracies. An
         image's score is how much lower the label's probability is without the highest-scored pixels than without
-        random ones, averaged over the fractions.
+        random ones, mean over fractions and draws.
 
     Raises:
         CalmError: an impossible option; a label that the classifier has no class for; unreadable images.
     """
     shares = check_fractions(fractions)
-    check_names(explain, fill)
+    _check_names(explain, fill)
+    if draws < 1:
+        raise CalmError(f"draws is {draws}: give 1 or more")
     metric = RemoveAndClassify(shares, replicates=replicates, seed=seed).to(subject.device)
     scores: dict[int, float] = {}
     constant = 0
 
     def classify(images: Tensor) -> Tensor:
-        return subject.look(images).probs
+        return subject.predict(images).probs
 
-    for seen in looks(subject, split, batch_size=batch_size, workers=workers, progress=progress):
-        images, labels, keys, looked = seen
-        ranks = ranked(seen, subject.normalization, explain=explain, fill=fill, seed=seed)
-        constant += ranks.constant
-        right_topk, chance_topk = after_erasing(classify, images, ranks.order, ranks.filler, labels, shares)
-        right_random, chance_random = after_erasing(
-            classify, images, ranks.random, ranks.filler, labels, shares
+    for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+        images, labels, keys, prediction = ranked.batch
+        constant += ranked.constant
+        right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
+        right_random, probs_random = (
+            torch.zeros_like(probs_topk, dtype=torch.float64).expand(2, -1, -1).clone()
         )
-        metric.update(right_topk, right_random, looked.probs.argmax(dim=1) == labels, keys)
-        gained = (chance_random - chance_topk).mean(dim=1)
-        scores |= dict(zip(keys.tolist(), gained.tolist(), strict=True))
-    named, constant = by_id(split, scores), sum(gathered(constant))
-    found = metric.cpu().compute()
+        for draw in range(draws):
+            order = (
+                random_order(keys, ranked.random.shape[1], draw_seed(seed, draw)) if draw else ranked.random
+            )
+            right, probs = after_erasing(classify, images, order, ranked.filler, labels, shares)
+            right_random += right
+            probs_random += probs
+        metric.update(right_topk, right_random / draws, prediction.probs.argmax(dim=1) == labels, keys)
+        lost = (probs_random / draws - probs_topk).mean(dim=1)
+        scores |= dict(zip(keys.tolist(), lost.tolist(), strict=True))
+    scores_of_all, constant = scores_by_id(split, scores), sum(all_gather(constant))
+    result = metric.cpu().compute()
+    at = (0.0, *result.fractions)
+    accuracy_curves = {"topk": result.topk, "random": result.random}
     return Result(
         "remove-and-classify",
         subject.label,
         figures={
-            **{f"r{100 * share:g}": ratio for share, ratio in zip(shares, found.ratio, strict=True)},
-            "r_area": found.ratio_area,
-            "top1": found.accuracy,
+            **{f"r{100 * share:g}": ratio for share, ratio in zip(shares, result.ratio, strict=True)},
+            "r_area": result.ratio_area,
+            "top1": result.accuracy,
         },
-        curves=_curves(found),
-        scores=named,
+        curves={
+            "ratio": Curve.of(at, (Estimate(1.0, 1.0, 1.0), *result.ratio), "share of pixels", "R_k"),
+            **{
+                name: Curve.of(at, (result.accuracy, *curve), "share of pixels", "accuracy")
+                for name, curve in accuracy_curves.items()
+            },
+        },
+        scores=scores_of_all,
         details={
-            "topk_area": list(found.topk_area),
-            "random_area": list(found.random_area),
+            "topk_area": list(result.topk_area),
+            "random_area": list(result.random_area),
             "constant_maps": constant,
-            "images": len(named),
+            "images": len(scores_of_all),
             "options": {
                 "fractions": list(shares),
+                "draws": draws,
                 "fill": fill,
                 "explain": explain,
                 "seed": seed,
@@ -181,38 +200,33 @@ def remove_and_classify(
     )
 
 
+def draw_seed(seed: int, draw: int) -> int:
+    """Return the seed of a draw of random pixels. That of the first draw also decides between equal scores."""
+    return mix_seed(seed, draw) if draw else seed
+
+
 def after_erasing(
-    classify: _Classify,
+    classify: Classify,
     images: Float[Tensor, "b 3 H W"],
     order: Int[Tensor, "b n"],
     filler: Float[Tensor, "b 3 H W"],
     labels: Int[Tensor, " b"],
     fractions: Sequence[float],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Bool[Tensor, "b k"], Float[Tensor, "b k"]]:
     """Classify images without the first pixels of an order: one forward pass of the batch per fraction.
 
     A fraction of n pixels is rounded to whole ones, half to even.
 
     Returns:
-        Whether the prediction is the label, (B, K) bool; the label's probability, (B, K).
+        Whether the prediction is the label; the label's probability.
     """
     counts = [round(fraction * order.shape[1]) for fraction in fractions]
-    right, chance = [], []
+    right, of_label = [], []
     for mask in first_pixels(order, counts):
         probs = classify(erase(images, mask, filler))
         right.append(probs.argmax(dim=1) == labels)
-        chance.append(probs.gather(1, labels[:, None]).squeeze(1))
-    return torch.stack(right, dim=1), torch.stack(chance, dim=1)
-
-
-def _curves(found: RemoveAndClassifyResult) -> dict[str, Curve]:
-    one = Estimate(1.0, 1.0, 1.0)
-    at = (0.0, *found.fractions)
-    return {
-        "ratio": Curve.of(at, (one, *found.ratio), "share of pixels", "R_k"),
-        "topk": Curve.of(at, (found.accuracy, *found.topk), "share of pixels", "accuracy"),
-        "random": Curve.of(at, (found.accuracy, *found.random), "share of pixels", "accuracy"),
-    }
+        of_label.append(probs.gather(1, labels[:, None]).squeeze(1))
+    return torch.stack(right, dim=1), torch.stack(of_label, dim=1)
 
 
 @torch.no_grad()
@@ -229,10 +243,10 @@ def insertion_deletion(
     seed: int = 0,
     replicates: int = REPLICATES,
 ) -> Result:
-    """Put pixels into the blurred image, and take them out of the whole one, highest score first.
+    """Insert pixels into the blurred image, and delete them from the whole one, highest score first.
 
-    The map and the prediction on the whole image come from one forward pass; 2 ``points`` more classify the images on
-    the way, a batch at a time. Maps and ties are dealt with as in `calm.evaluate.erasing`.
+    The map and the prediction of the whole image come from one forward pass; 2 ``points`` more classify the
+    intermediate images. Maps and equal scores are treated as in `remove_and_classify`.
 
     Args:
         subject: classifier and map.
@@ -256,44 +270,41 @@ def insertion_deletion(
 
     Source: Petsiuk, Das, Saenko, RISE, 2018, section 4.2.
     """
-    check_names(explain, fill)
+    _check_names(explain, fill)
     metric = InsertionDeletion(points, replicates=replicates, seed=seed).to(subject.device)
     scores: dict[int, float] = {}
     constant = 0
-
-    def classify(images: Tensor) -> Tensor:
-        return subject.look(images).probs
-
-    for seen in looks(subject, split, batch_size=batch_size, workers=workers, progress=progress):
-        ranks = ranked(seen, subject.normalization, explain=explain, fill=fill, seed=seed)
-        constant += ranks.constant
+    for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+        images, _, keys, prediction = ranked.batch
+        constant += ranked.constant
         inserted, deleted = insertion_deletion_curves(
-            classify,
-            seen.images,
-            ranks.order,
-            ranks.explained,
-            inserted_into=filling(seen.images, "blur", keys=seen.keys),
-            deleted_to=ranks.filler,
-            whole=seen.looked.probs,
+            lambda erased: subject.predict(erased).probs,
+            images,
+            ranked.order,
+            ranked.explained,
+            inserted_into=filling(images, "blur", keys=keys),
+            deleted_to=ranked.filler,
+            whole=prediction.probs,
             steps=points,
         )
-        metric.update(inserted, deleted, seen.keys)
+        metric.update(inserted, deleted, keys)
         gained = torch.trapezoid(inserted.double() - deleted.double(), dx=1 / points, dim=1)
-        scores |= dict(zip(seen.keys.tolist(), gained.tolist(), strict=True))
-    named, constant = by_id(split, scores), sum(gathered(constant))
-    found = metric.cpu().compute()
+        scores |= dict(zip(keys.tolist(), gained.tolist(), strict=True))
+    scores_of_all, constant = scores_by_id(split, scores), sum(all_gather(constant))
+    result = metric.cpu().compute()
+    curves = {"insertion": result.insertion, "deletion": result.deletion}
     return Result(
         "insertion-deletion",
         subject.label,
-        figures={"insertion": found.insertion_area, "deletion": found.deletion_area},
+        figures={"insertion": result.insertion_area, "deletion": result.deletion_area},
         curves={
-            name: Curve.of(found.fractions, curve, "share of pixels", f"p(y | x) after {name}")
-            for name, curve in (("insertion", found.insertion), ("deletion", found.deletion))
+            name: Curve.of(result.fractions, curve, "share of pixels", f"p(y | x) after {name}")
+            for name, curve in curves.items()
         },
-        scores=named,
+        scores=scores_of_all,
         details={
             "constant_maps": constant,
-            "images": len(named),
+            "images": len(scores_of_all),
             "options": {
                 "points": points,
                 "fill": fill,

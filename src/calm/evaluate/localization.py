@@ -1,11 +1,12 @@
-"""Localization: does the map of an image's class cover the object? Boxes, masks, or both, as the data set has them.
+"""Localization over a split: how well maps of the true class fit the object's boxes and masks.
 
-Where the objects are: boxes and masks, scaled to the protocol's size as the published evaluator does.
+Boxes and masks are scaled to the protocol's size as in the published evaluator.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.reading import Progress, by_id, looks, turns
+from calm.evaluate.reading import Progress, own_batches, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import MapFolder, Subject
 from calm.heatmaps import resize_and_normalize
 from calm.images import image_size, probe, read_pixels
 from calm.metrics.bootstrap import REPLICATES, Estimate
 from calm.metrics.boxes import BoxCurve, MaxBoxAcc
-from calm.metrics.pixels import Cuts, PixelAP, Thresholds, histograms, precision_recall, thresholds
+from calm.metrics.pixels import PixelAP, Thresholds, histograms, precision_recall, thresholds
 from calm.metrics.pointing import EnergyInside, PointingGame
 
 __all__ = ["PROTOCOL_SIZE", "Truth", "box_region", "localization", "masks", "scaled_boxes", "truth_kinds"]
@@ -34,7 +35,7 @@ Truth = Literal["boxes", "masks"]
 
 
 def truth_kinds(split: Split) -> tuple[tuple[Truth, ...], str]:
-    """What every image of a split is annotated with, masks, boxes, or both; and what only some images have, in words.
+    """Return what every image of a split is annotated with, and a sentence about what only some images have.
 
     Raises:
         CalmError: no image, no annotation, or images without the one that others have.
@@ -64,7 +65,7 @@ def truth_kinds(split: Split) -> tuple[tuple[Truth, ...], str]:
 
 
 def scaled_boxes(record: Record, size: tuple[int, int]) -> Int[Tensor, "n 4"]:
-    """The boxes of an image in pixels of a map of ``size`` = (height, width): scaled, then truncated.
+    """Return the boxes of an image in pixels of a map of ``size`` = (height, width): scaled, then truncated.
 
     Raises:
         CalmError: the image cannot be read (only where its size is not in the lists).
@@ -76,7 +77,7 @@ def scaled_boxes(record: Record, size: tuple[int, int]) -> Int[Tensor, "n 4"]:
 
 
 def box_region(boxes: Int[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
-    """The pixels inside any box, corners included."""
+    """Return the mask of the pixels inside any box, corners included."""
     inside = torch.zeros(size, dtype=torch.bool)
     for x0, y0, x1, y1 in boxes.tolist():
         inside[max(y0, 0) : y1 + 1, max(x0, 0) : x1 + 1] = True
@@ -84,7 +85,9 @@ def box_region(boxes: Int[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor,
 
 
 def masks(record: Record, size: tuple[int, int]) -> tuple[Bool[Tensor, "h w"], Bool[Tensor, "h w"]]:
-    """The pixels of any instance, and those to ignore: of the ignore mask and of no instance. Nearest neighbour.
+    """Return masks of the pixels of any instance, and of those to ignore: in the ignore mask and of no instance.
+
+    Masks are resized by nearest neighbour.
 
     Raises:
         CalmError: a mask that is missing or no picture.
@@ -103,7 +106,7 @@ def _union(paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
 
 
 def _file_size(path: Path) -> tuple[int, int]:
-    """(width, height) as stored."""
+    """Return (width, height) as stored."""
     size = image_size(path)
     if size is None:
         raise CalmError(f"cannot read image {path}: {probe(path).message}")
@@ -111,7 +114,7 @@ def _file_size(path: Path) -> tuple[int, int]:
 
 
 PROTOCOL_SIZE = (224, 224)
-"""(height, width) at which maps meet boxes and masks."""
+"""(height, width) at which maps are compared with boxes and masks."""
 
 
 def localization(
@@ -125,7 +128,7 @@ def localization(
     replicates: int = REPLICATES,
     seed: int = 0,
 ) -> Result:
-    """Score a subject's maps of the true classes on a split with boxes or masks.
+    """Compare a subject's maps of the true classes with the boxes or masks of a split.
 
     Boxes, fitted to maps in ``subject.box_normalization``, give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2``
     and its parts ``maxboxacc_30`` ..., and, of a model, ``top1_localization`` and ``top5_localization``. Masks give
@@ -133,18 +136,18 @@ def localization(
     about the union of the objects: their masks, or else their boxes.
 
     Args:
-        subject: a model with its explanation, or a folder of maps in [0, 1], which are taken as they are.
+        subject: a model with its explanation, or a folder of maps in [0, 1], which are used as they are.
         split: every image needs a box, or every image a mask; with both, all figures are given.
         batch_size: most images at a time.
         workers: processes that read images ahead.
-        progress: told after each batch how many images it had.
+        progress: called after each batch with its number of images.
         size: (height, width) to which maps are resized, bilinear and before normalisation, and the truth too.
         replicates: bootstrap samples of images.
         seed: of the bootstrap.
 
     Returns:
-        Figures, curves, and for each image the overlap of the largest contour's box at its best threshold, or the
-        area under its own precision-recall curve where there are masks.
+        Figures, curves, and for each image the area under its own precision-recall curve where there are masks, or else
+        the overlap of the largest contour's box at its best threshold.
 
     Raises:
         CalmError: images without annotation; unreadable files; maps that are not in [0, 1].
@@ -153,99 +156,108 @@ def localization(
     if batch_size < 1:
         raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
-    cuts = {"masks": subject.thresholds, "boxes": subject.box_thresholds}
-    judges = [_JUDGES[kind](cuts[kind], split, size, replicates, seed, device) for kind in kinds]
-    pointing = PointingGame(replicates=replicates, seed=seed).to(device)
-    energy = EnergyInside(replicates=replicates, seed=seed).to(device)
+    boots = {"replicates": replicates, "seed": seed}
+    scorers: list[_Masks | _Boxes] = [
+        _Masks(subject.thresholds, **boots) if kind == "masks" else _Boxes(subject.box_thresholds, **boots)
+        for kind in kinds
+    ]
+    pointing, energy = PointingGame(**boots), EnergyInside(**boots)
+    for metric in (pointing, energy, *(scorer.metric for scorer in scorers)):
+        metric.to(device)
     scores: dict[int, float] = {}
-    for seen in _looks(subject, split, size, batch_size, workers, progress):
-        updated = [judge.update(seen) for judge in judges]
+    for maps in _maps(subject, split, size, batch_size, workers, progress):
+        records = [split.records[position] for position in maps.positions.tolist()]
+        updated = [scorer.update(maps, records, size) for scorer in scorers]
         inside, ignore, own = updated[0]
         for metric in (pointing, energy):
-            metric.update(seen.maps, inside, seen.places, ignore)
-        scores |= dict(zip(seen.places.tolist(), own, strict=True))
-    named = by_id(split, scores)
+            metric.update(maps.maps, inside, maps.positions, ignore)
+        scores |= dict(zip(maps.positions.tolist(), own, strict=True))
+    scores_of_all = scores_by_id(split, scores)
     figures: dict[str, Estimate] = {}
     curves: dict[str, Curve] = {}
     details: dict[str, Any] = {"truth": list(kinds), "images": len(split.records), "size": list(size)}
-    for judge in judges:
-        more_figures, more_curves, more_details = judge.compute()
-        figures |= more_figures
-        curves |= more_curves
-        details |= more_details
+    for scorer in scorers:
+        more = scorer.compute(split)
+        figures |= more.figures
+        curves |= more.curves
+        details |= more.details
     pointed = pointing.cpu().compute()
     figures |= {"pointing": pointed.mean, "energy_inside": energy.cpu().compute().mean}
     details |= {"blank_maps": pointed.blank, "partly": partly}
-    return Result("localization", subject.label, figures, curves, named, details)
+    return Result("localization", subject.label, figures, curves, scores_of_all, details)
 
 
-class _Seen(NamedTuple):
-    """A batch of maps at the size of the protocol, in [0, 1], the second time as boxes are fitted to them; predictions
-    are None where there is no model."""
+class _Maps(NamedTuple):
+    """Maps of a batch at the protocol's size, in [0, 1].
+
+    Attributes:
+        maps: as pixels are compared.
+        box_maps: as boxes are fitted.
+        positions: of the images in the split.
+        labels: the true classes.
+        predictions: classes by falling probability; None without a model.
+    """
 
     maps: Float[Tensor, "b h w"]
-    for_boxes: Float[Tensor, "b h w"]
-    places: Int[Tensor, " b"]
+    box_maps: Float[Tensor, "b h w"]
+    positions: Int[Tensor, " b"]
     labels: Int[Tensor, " b"]
     predictions: Int[Tensor, "b k"] | None
 
 
-def _looks(
+def _maps(
     subject: Subject | MapFolder,
     split: Split,
     size: tuple[int, int],
     batch_size: int,
     workers: int,
     progress: Progress | None,
-) -> Iterator[_Seen]:
-    """The maps of the true classes, batch by batch."""
+) -> Iterator[_Maps]:
+    """Yield the maps of the true classes, batch by batch."""
     if isinstance(subject, MapFolder):
         labels = torch.tensor([record.label for record in split.records])
-        for some in turns(range(len(split.records)), batch_size, progress):
-            places = torch.tensor(some)
-            maps = subject.maps(some)
-            yield _Seen(maps, maps, places, labels[places], None)
+        for batch in own_batches(range(len(split.records)), batch_size, progress):
+            positions = torch.tensor(batch)
+            maps = subject.maps(batch)
+            yield _Maps(maps, maps, positions, labels[positions], None)
         return
-    for _, labels, places, looked in looks(
+    for _, labels, positions, prediction in predictions(
         subject, split, batch_size=batch_size, workers=workers, progress=progress
     ):
-        probs = looked.probs.detach()
-        grid = looked.maps(labels[:, None])[:, 0].detach()
+        probs = prediction.probs.detach()
+        grid = prediction.maps(labels[:, None])[:, 0].detach()
         maps = resize_and_normalize(grid, size, subject.normalization)
         same = subject.box_normalization == subject.normalization
-        for_boxes = maps if same else resize_and_normalize(grid, size, subject.box_normalization)
-        yield _Seen(maps, for_boxes, places, labels, probs.topk(min(5, probs.shape[1]), dim=1).indices)
+        box_maps = maps if same else resize_and_normalize(grid, size, subject.box_normalization)
+        top = probs.topk(min(5, probs.shape[1]), dim=1).indices
+        yield _Maps(maps, box_maps, positions, labels, top)
 
 
-_Updated = tuple[Bool[Tensor, "b h w"], Bool[Tensor, "b h w"], Sequence[float]]
-"""What one batch is judged by: pixels of the objects, pixels to ignore, and each image's own score."""
+_Updated = tuple[Bool[Tensor, "b h w"], Bool[Tensor, "b h w"] | None, Sequence[float]]
+"""Masks of the objects and of pixels to ignore, and each image's own score."""
 
-_Computed = tuple[dict[str, Estimate], dict[str, Curve], dict[str, Any]]
-"""Figures, curves and details."""
+
+class _Computed(NamedTuple):
+    figures: Mapping[str, Estimate]
+    curves: Mapping[str, Curve]
+    details: Mapping[str, Any]
 
 
 class _Boxes:
-    def __init__(
-        self,
-        cuts: Thresholds,
-        split: Split,
-        size: tuple[int, int],
-        replicates: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.split, self.size = split, size
-        self.metric = MaxBoxAcc(thresholds(cuts), replicates=replicates, seed=seed).to(device)
-        self.x_name = "threshold (log)" if cuts == "log" else "threshold"
+    """Compare maps with boxes."""
 
-    def update(self, seen: _Seen) -> _Updated:
-        boxes = [scaled_boxes(self.split.records[place], self.size) for place in seen.places.tolist()]
-        labels = None if seen.predictions is None else seen.labels
-        self.metric.update(seen.for_boxes, boxes, seen.places, seen.predictions, labels)
-        inside = torch.stack([box_region(each, self.size) for each in boxes]).to(seen.maps.device)
-        return inside, torch.zeros_like(inside), self.metric.latest.tolist()
+    def __init__(self, which: Thresholds, *, replicates: int, seed: int) -> None:
+        self.metric = MaxBoxAcc(thresholds(which), replicates=replicates, seed=seed)
+        self.x_name = "threshold (log)" if which == "log" else "threshold"
 
-    def compute(self) -> _Computed:
+    def update(self, maps: _Maps, records: Sequence[Record], size: tuple[int, int]) -> _Updated:
+        boxes = [scaled_boxes(record, size) for record in records]
+        labels = None if maps.predictions is None else maps.labels
+        self.metric.update(maps.box_maps, boxes, maps.positions, maps.predictions, labels)
+        inside = torch.stack([box_region(each, size) for each in boxes]).to(maps.maps.device)
+        return inside, None, self.metric.latest.tolist()
+
+    def compute(self, split: Split) -> _Computed:
         result = self.metric.cpu().compute()
         figures = {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
         figures |= {f"maxboxacc_{round(100 * iou)}": figure for iou, figure in result.per_iou.items()}
@@ -254,47 +266,37 @@ class _Boxes:
         curves = {"box accuracy": self._curve(result.thresholds, result.v1_curve)}
         for iou, curve in result.curves.items():
             curves[f"box accuracy V2 at IoU {iou:g}"] = self._curve(result.thresholds, curve)
-        return figures, curves, {"best_threshold": result.best_threshold}
+        return _Computed(figures, curves, {"best_threshold": result.best_threshold})
 
-    def _curve(self, cuts: Sequence[float], curve: BoxCurve) -> Curve:
+    def _curve(self, at: Sequence[float], curve: BoxCurve) -> Curve:
         bands = list(curve.value), list(curve.low), list(curve.high)
-        return Curve(list(cuts), *bands, self.x_name, "images localized")
+        return Curve(list(at), *bands, self.x_name, "images localized")
 
 
 class _Masks:
-    def __init__(
-        self,
-        cuts: Thresholds,
-        split: Split,
-        size: tuple[int, int],
-        replicates: int,
-        seed: int,
-        device: torch.device,
-    ) -> None:
-        self.split, self.size = split, size
-        self.cuts = Cuts(thresholds(cuts)).to(device)
-        self.strict, self.released = (
-            PixelAP(thresholds(cuts), counting, replicates=replicates, seed=seed).to(device)
-            for counting in ("strict", "released")
-        )
+    """Compare maps with masks."""
 
-    def update(self, seen: _Seen) -> _Updated:
-        found = [masks(self.split.records[place], self.size) for place in seen.places.tolist()]
-        inside, ignore = (torch.stack(each).to(seen.maps.device) for each in zip(*found, strict=True))
-        for metric in (self.strict, self.released):
-            metric.update(seen.maps, inside, seen.places, ignore)
-        counts = histograms(seen.maps, inside, self.cuts, ignore).double()
+    def __init__(self, which: Thresholds, *, replicates: int, seed: int) -> None:
+        self.metric = PixelAP(which, replicates=replicates, seed=seed)
+
+    def update(self, maps: _Maps, records: Sequence[Record], size: tuple[int, int]) -> _Updated:
+        pairs = [masks(record, size) for record in records]
+        inside, ignore = (torch.stack(each).to(maps.maps.device) for each in zip(*pairs, strict=True))
+        self.metric.update(maps.maps, inside, maps.positions, ignore)
+        counts = histograms(maps.maps, inside, self.metric.bucketize, ignore).double()
         return inside, ignore, precision_recall(counts)[2].tolist()
 
-    def compute(self) -> _Computed:
+    def compute(self, split: Split) -> _Computed:
         figures, curves = {}, {}
-        for name, metric in (("pxap", self.strict), ("pxap_released", self.released)):
+        released = deepcopy(self.metric.cpu())  # the same pixels, counted otherwise
+        released.counting = "released"
+        for name, metric in (("pxap", self.metric), ("pxap_released", released)):
             try:
-                result = metric.cpu().compute()
+                result = metric.compute()
             except CalmError as error:
-                first = self.split.records[0].masks[0]
+                first = split.records[0].masks[0]
                 raise CalmError(
-                    f"split {self.split.name!r}, masks such as {first}: {error}. An object's pixels are above 0"
+                    f"split {split.name!r}, masks such as {first}: {error}. An object's pixels are above 0"
                 ) from error
             figures[name] = result.ap
             title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
@@ -302,7 +304,4 @@ class _Masks:
             curves[title] = Curve(
                 list(result.recall), list(result.precision), low, high, "recall", "precision"
             )
-        return figures, curves, {}
-
-
-_JUDGES: dict[Truth, type[_Boxes] | type[_Masks]] = {"masks": _Masks, "boxes": _Boxes}
+        return _Computed(figures, curves, {})

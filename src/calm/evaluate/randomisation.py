@@ -1,4 +1,4 @@
-"""The sanity check of model randomisation: does the map change when the weights do?"""
+"""The sanity check of model randomisation: whether maps change when the model's weights do."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from calm.config import Order
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
-from calm.evaluate.reading import Progress, gathered, in_order, looks, paced
+from calm.evaluate.distributed import all_gather, gather_dict
+from calm.evaluate.reading import Progress, predictions, scaled_progress
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
@@ -23,8 +24,8 @@ from calm.model import CalmModel
 
 __all__ = ["Order", "randomisation", "reinitialise", "stages"]
 
-_SEEDS = 0x52414E444F4D
-"""Added to seeds, so that a small one does not draw the very weights that a model was initialised with."""
+_SEED_OFFSET = 0x52414E444F4D
+"""Added to seeds, so that a small seed does not draw the weights that a model was initialised with."""
 
 
 @torch.no_grad()
@@ -42,20 +43,21 @@ def randomisation(
 ) -> Result:
     """Draw the weights anew and compare the label's maps before and after, by Spearman's rank correlation.
 
-    A map that explains the classifier must change with it: 0 is a map that has nothing in common with the one
-    before, 1 one that does not depend on the weights at all. It passes the check if it falls toward 0; a low figure
-    does not make a map right. Rank correlation reads the order of values only, so it does not mind that random
-    weights change their scale. Maps are compared at their own resolution, signed, not normalised.
+    A map that explains the classifier must change with it: a correlation of 0 means that the maps before and after
+    have nothing in common, 1 that the map does not depend on the weights at all. A method passes the check if the
+    correlation falls toward 0; passing does not make its maps right. Rank correlation depends on the order of values
+    only, not on their scale, which random weights change. Maps are compared at their own resolution, signed, not
+    normalised.
 
     Args:
         subject: a model with the method to check (`calm.evaluate.model_subject`). The model stays as it is; a copy
             is randomised.
         split: images and the classes explained.
-        order: ``cascading`` from the head down, one stage (`stages`) after another; or ``all`` at once.
-        images: how many, spread evenly over the split; their maps are kept in memory.
+        order: ``cascading``: one stage (`stages`) after another, from the head down; ``all``: at once.
+        images: number of images, spread evenly over the split; their maps are kept in memory.
         batch_size: images in a forward pass.
         workers: processes that read images.
-        progress: told after each batch its share of the work, as a number of the split's images.
+        progress: called after each batch with its share of the work, as a number of the split's images.
         seed: of the weights and the bootstrap.
         replicates: bootstrap samples of images.
 
@@ -73,38 +75,38 @@ def randomisation(
         raise unknown("order of randomisation", order, get_args(Order))
     if images < 1:
         raise CalmError(f"images is {images}: give 1 or more")
-    model, look_with = subject.model, subject.look_with
-    if model is None or look_with is None:
+    model, predict_with = subject.model, subject.predict_with
+    if model is None or predict_with is None:
         raise CalmError(f"{subject.label} has no weights to draw anew: randomisation needs a model")
     count = len(split.records)
     chosen = range(count) if images >= count else [i * count // images for i in range(images)]
     changed = copy.deepcopy(model)
-    whole: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
-    rounds = stages(changed) if order == "cascading" else whole
-    progress = paced(progress, len(chosen) * (1 + len(rounds)), count)
+    everything: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
+    rounds = stages(changed) if order == "cascading" else everything
+    progress = scaled_progress(progress, len(chosen) * (1 + len(rounds)), count)
 
     def maps_with(weights: CalmModel) -> Iterator[tuple[list[int], Tensor]]:
-        looking = replace(subject, look=partial(look_with, weights))
-        for _, labels, keys, looked in looks(
-            looking, split, batch_size=batch_size, workers=workers, progress=progress, indices=chosen
+        randomised = replace(subject, predict=partial(predict_with, weights))
+        for _, labels, keys, prediction in predictions(
+            randomised, split, batch_size=batch_size, workers=workers, progress=progress, indices=chosen
         ):
-            yield keys.tolist(), looked.maps(labels[:, None])[:, 0].flatten(1).cpu()
+            yield keys.tolist(), prediction.maps(labels[:, None])[:, 0].flatten(1).cpu()
 
     reference = list(maps_with(model))
-    if all(gathered(all(bool((maps == maps[:, :1]).all()) for _, maps in reference))):
+    if all(all_gather(all(bool((maps == maps[:, :1]).all()) for _, maps in reference))):
         raise CalmError(f"every map of {subject.label} is constant: there is nothing to compare")
     points, constant = [Estimate(1.0, 1.0, 1.0)], []
     for number, (_, modules) in enumerate(rounds, start=1):
         for module in modules:
             reinitialise(module, seed + number)
-        similar: dict[int, float] = {}
-        for (keys, before), (_, now) in zip(reference, maps_with(changed), strict=True):
-            similar |= dict(zip(keys, rank_correlation(before, now).tolist(), strict=True))
-        correlation = torch.tensor(list(in_order(similar).values()), dtype=torch.float64)
-        known = correlation[correlation.isfinite()]
-        constant.append(len(correlation) - len(known))
-        unknown_mean = Estimate(torch.nan, torch.nan, torch.nan)
-        points.append(bootstrap_mean(known, replicates, seed) if len(known) else unknown_mean)
+        correlations: dict[int, float] = {}
+        for (keys, before), (_, after) in zip(reference, maps_with(changed), strict=True):
+            correlations |= dict(zip(keys, rank_correlation(before, after).tolist(), strict=True))
+        values = torch.tensor(list(gather_dict(correlations).values()), dtype=torch.float64)
+        defined = values[values.isfinite()]
+        constant.append(len(values) - len(defined))
+        undefined = Estimate(torch.nan, torch.nan, torch.nan)
+        points.append(bootstrap_mean(defined, replicates, seed) if len(defined) else undefined)
     return Result(
         "randomisation",
         subject.label,
@@ -124,10 +126,10 @@ def randomisation(
 
 
 def stages(model: CalmModel) -> list[tuple[str, list[nn.Module]]]:
-    """The parts of a model that have weights, from the head down: the head, then the backbone's children, last first.
+    """Return the parts of a model that have weights: the head, then the backbone's children, last first.
 
-    A wrapper around a single child counts as the child. Where there would be fewer than four parts, sequences among
-    them are taken apart.
+    A wrapper around a single child counts as the child. If there would be fewer than four parts, sequences among them
+    are taken apart.
     """
     body: nn.Module = model.backbone
     prefix = "backbone"
@@ -143,21 +145,21 @@ def stages(model: CalmModel) -> list[tuple[str, list[nn.Module]]]:
 
 @torch.no_grad()
 def reinitialise(module: nn.Module, seed: int) -> None:
-    """Draw the weights of a module and its children anew, in place; the generators are left as they were.
+    """Draw the weights of a module and its children anew, in place; random number generators are restored.
 
-    Layers that know how (``reset_parameters``: convolutions, linear layers, normalisations with their running
-    statistics) do it themselves; the weights of any other are shuffled, which keeps their distribution.
+    Layers with ``reset_parameters`` (convolutions, linear layers, normalisations with their running statistics) are
+    initialised by it; the weights of any other are shuffled, which keeps their distribution.
     """
     with torch.random.fork_rng():
-        torch.manual_seed(_SEEDS + seed)
+        torch.manual_seed(_SEED_OFFSET + seed)
         for layer in module.modules():
             reset = getattr(layer, "reset_parameters", None)
             if callable(reset):
                 reset()
                 continue
             for weight in layer.parameters(recurse=False):
-                mixed = torch.randperm(weight.numel()).to(weight.device)
-                weight.copy_(weight.flatten()[mixed].view_as(weight))
+                shuffled = torch.randperm(weight.numel()).to(weight.device)
+                weight.copy_(weight.flatten()[shuffled].view_as(weight))
 
 
 def _opened(name: str, module: nn.Module) -> list[tuple[str, nn.Module]]:

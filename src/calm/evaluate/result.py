@@ -1,4 +1,4 @@
-"""What a benchmark found about one subject, as a JSON file that tables and reports read."""
+"""The result of a benchmark for one subject, stored as JSON, and what each figure means."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from calm.metrics.bootstrap import Estimate
 __all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_order", "figure_spec"]
 
 FORMAT = 1
-"""Of the JSON file."""
+"""Version of the JSON file."""
 
 
 @dataclass(frozen=True)
@@ -25,10 +25,10 @@ class FigureSpec:
 
     Attributes:
         title: head of its column.
-        unit: what a value is; "percent" is stored as a fraction, and shown times 100.
-        better: which way is good; "" for neither, such as a chance level.
+        unit: unit that it is shown in; "percent" is stored as a fraction.
+        better: the direction of better values; "" for none, such as of a chance level.
         meaning: one sentence.
-        main: shown in the terminal's table; the others are in its files only.
+        main: shown in the terminal's table; the others are in the files only.
     """
 
     title: str
@@ -38,7 +38,7 @@ class FigureSpec:
     main: bool = True
 
 
-_COUNTED = {
+_COUNTINGS = {
     "": "",
     "_released": "; pixels below the smallest threshold dropped, as the released code does",
     "_cumulative": "; each pair with the pixels of all pairs before it, as the released code does",
@@ -46,14 +46,16 @@ _COUNTED = {
 }
 
 
-def _pxap(parts: int | None, way: str) -> FigureSpec:
+def _pxap(parts: int | None, counting: str) -> FigureSpec:
     which = f" that differ in {parts} part{'s' * (parts > 1)}" if parts else ""
     title = f"{parts} part{'s' * (parts > 1)}" if parts else "mPxAP"
-    meaning = f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTED[way]}"
+    meaning = (
+        f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTINGS[counting]}"
+    )
     return FigureSpec(
-        f"{title}{way.replace('_', ' ')}",
+        f"{title}{counting.replace('_', ' ')}",
         meaning=meaning,
-        main=way == "" or (parts is None and way == "_published"),
+        main=counting == "" or (parts is None and counting == "_published"),
     )
 
 
@@ -64,8 +66,8 @@ def _ratio(percent: str) -> FigureSpec:
 
 FIGURES: dict[str, FigureSpec] = {
     **{
-        f"mpxap{way}" + (f"_{parts}" if parts else ""): _pxap(parts, way)
-        for way in _COUNTED
+        f"mpxap{counting}" + (f"_{parts}" if parts else ""): _pxap(parts, counting)
+        for counting in _COUNTINGS
         for parts in (1, 2, 3, None)
     },
     "peak_in_part": FigureSpec(
@@ -108,7 +110,7 @@ FIGURES: dict[str, FigureSpec] = {
         "randomisation",
         "ratio",
         "lower",
-        "rank correlation of maps before and after all weights are drawn anew; 1: the map ignores the model",
+        "rank correlation of maps before and after all weights are drawn anew; 1 if the map ignores the model",
     ),
     "maxboxacc": FigureSpec(
         "MaxBoxAcc", meaning="box of the largest contour at IoU 0.5, best threshold: GT-known"
@@ -136,21 +138,20 @@ FIGURES: dict[str, FigureSpec] = {
     "nll": FigureSpec("NLL", "nats", "lower", "negative log-likelihood of the right class"),
     "ece": FigureSpec("ECE", "percent", "lower", "expected calibration error of the top class"),
 }
-"""Every known figure, but for R_k of other k. A benchmark may add its own names; others are shown as they are."""
-
+"""Every known figure but R_k of other k. A figure that is not here is shown under its own name."""
 
 _R_K = re.compile(r"r(\d+(?:\.\d+)?)")
 
 
 def figure_spec(name: str) -> FigureSpec:
-    """The entry of ``FIGURES``, R_k of any k, or a plain one of that title."""
+    """Return the entry of ``FIGURES``, that of R_k for any k, or a plain one with the name as title."""
     if name not in FIGURES and (percent := _R_K.fullmatch(name)):
         return _ratio(percent[1])
     return FIGURES.get(name) or FigureSpec(name.replace("_", " "))
 
 
 def figure_order(names: Iterable[str]) -> list[str]:
-    """Names of figures as tables show them: those of ``FIGURES`` in its order, R_k by k, then the others; each once."""
+    """Return names of figures in the order of tables: that of ``FIGURES``, R_k by k, then the others; each once."""
     known = list(FIGURES)
 
     def place(name: str) -> tuple[int, float]:
@@ -163,15 +164,15 @@ def figure_order(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve, perhaps with a 95 percent band.
+    """A curve, with or without a 95 percent band.
 
     Attributes:
-        x: places, in the order of drawing.
-        y: values there.
+        x: abscissas, in the order of drawing.
+        y: ordinates.
         low: lower end of the band, or None.
         high: upper end, or None.
-        x_name: what x is.
-        y_name: what y is.
+        x_name: title of the x axis.
+        y_name: title of the y axis.
     """
 
     x: list[float]
@@ -183,22 +184,22 @@ class Curve:
 
     @staticmethod
     def of(x: Sequence[float], points: Sequence[Estimate], x_name: str, y_name: str) -> Curve:
-        """A curve through estimates, with their intervals as its band."""
+        """Return the curve through estimates, with their intervals as its band."""
         values, low, high = (list(column) for column in zip(*points, strict=True))
         return Curve([float(place) for place in x], values, low, high, x_name, y_name)
 
 
 @dataclass(frozen=True)
 class Result:
-    """One subject on one benchmark.
+    """The result of a benchmark for one subject.
 
     Attributes:
         benchmark: "cue-localization", "remove-and-classify", ...
         label: the subject's.
-        figures: by name (`FIGURES`), fractions or nats, with intervals.
+        figures: by name (`FIGURES`), as fractions, ratios or nats, with intervals.
         curves: by title.
-        scores: per image, by image id, higher is better: what the report's gallery sorts by.
-        details: anything else that is worth keeping, ready for JSON.
+        scores: of the images, by image id; higher is better. The report's gallery sorts by them.
+        details: further numbers and names, ready for JSON.
         provenance: subject, data, options, versions, time.
     """
 
@@ -211,42 +212,32 @@ class Result:
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def save(self, path: Path) -> None:
-        """Write it, whole or not at all. Numbers that are not finite become null."""
-        write_json(
-            path,
-            _plain(
-                {
-                    "format": FORMAT,
-                    "benchmark": self.benchmark,
-                    "label": self.label,
-                    "figures": {name: list(estimate) for name, estimate in self.figures.items()},
-                    "curves": {name: vars(curve) for name, curve in self.curves.items()},
-                    "scores": self.scores,
-                    "details": self.details,
-                    "provenance": self.provenance,
-                }
-            ),
-        )
+        """Write the result atomically. Numbers that are not finite become null."""
+        figures = {name: list(estimate) for name, estimate in self.figures.items()}
+        curves = {name: vars(curve) for name, curve in self.curves.items()}
+        write_json(path, _finite({"format": FORMAT, **vars(self), "figures": figures, "curves": curves}))
 
     @staticmethod
     def load(path: Path) -> Result:
-        """Read what `save` wrote.
+        """Read a result that `save` wrote.
 
         Raises:
             CalmError: no such file, or no result of this format.
         """
         try:
-            read = read_json(path, "result")
-            if read["format"] != FORMAT:
-                raise CalmError(f"{path} is a result of format {read['format']}, this release reads {FORMAT}")
+            saved = read_json(path, "result")
+            if saved["format"] != FORMAT:
+                raise CalmError(
+                    f"{path} is a result of format {saved['format']}, this release reads {FORMAT}"
+                )
             return Result(
-                read["benchmark"],
-                read["label"],
-                {name: Estimate(*map(_number, values)) for name, values in read["figures"].items()},
-                {name: _curve(entry) for name, entry in read["curves"].items()},
-                {name: _number(value) for name, value in read["scores"].items()},
-                read["details"],
-                read["provenance"],
+                saved["benchmark"],
+                saved["label"],
+                {name: Estimate(*map(_number, values)) for name, values in saved["figures"].items()},
+                {name: _curve(entry) for name, entry in saved["curves"].items()},
+                {name: _number(value) for name, value in saved["scores"].items()},
+                saved["details"],
+                saved["provenance"],
             )
         except CalmError:
             raise
@@ -264,12 +255,12 @@ def _curve(entry: dict[str, Any]) -> Curve:
     return Curve(x, y, **lists, x_name=str(entry["x_name"]), y_name=str(entry["y_name"]))
 
 
-def _plain(value: Any) -> Any:
-    """``value`` with None for every number that JSON cannot hold."""
+def _finite(value: Any) -> Any:
+    """Return ``value`` with None for every number that JSON cannot hold."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
+        return {str(key): _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
+        return [_finite(entry) for entry in value]
     return value

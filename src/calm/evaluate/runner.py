@@ -1,7 +1,4 @@
-"""Run benchmarks, and keep what is done: a result is stored when it is complete, and not computed again.
-
-The images that models are judged by: where a data set lacks the split, what their runs kept out of training.
-"""
+"""Run benchmarks of a configuration; a complete result is stored and not computed again."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import hashlib
 import json
 import platform
 import re
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,20 +19,188 @@ from typing import Any
 import numpy as np
 import PIL
 import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as ProgressBars
 
+from calm.baselines import BASELINES, canonical_method
 from calm.data.loading import Layout, SplitName, fingerprint, load_split, summary
 from calm.data.records import Split
 from calm.errors import CalmError, shown
-from calm.evaluate.reading import Progress, first, gathered, size
-from calm.evaluate.registry import Benchmark, benchmark
+from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.distributed import all_gather, device_of_process, is_first, process_group, world_size
+from calm.evaluate.reading import Progress
+from calm.evaluate.registry import Benchmark, EvaluateConfig, benchmark, chosen_benchmarks
 from calm.evaluate.result import Result
-from calm.evaluate.subject import MapFolder, Subject
-from calm.files import read_yaml
+from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_folder
+from calm.evaluate.tables import print_tables, write_tables
+from calm.files import read_yaml, working_folder
+from calm.metrics.erasing import check_fractions
+from calm.model import CalmModel, load
+from calm.output import MAP_KINDS
 
-__all__ = ["READING", "Data", "place", "run", "run_split"]
+__all__ = ["READING", "Data", "evaluate", "result_path", "run", "run_split"]
 
 READING: Mapping[str, tuple[type, ...]] = {"val_fraction": (int, float), "present_classes_only": (bool,)}
 """What of a run's configuration decides which images a carved split has, and how classes are numbered."""
+
+
+def evaluate(config: EvaluateConfig) -> list[Result]:
+    """Run benchmarks, print their tables, and write them and each result to a folder.
+
+    Of several processes (`calm.evaluate.distributed`) each does its share, and the first writes and prints.
+
+    Returns:
+        The results, in the order of the table.
+
+    Raises:
+        CalmError: anything wrong with an option, a model or the data: before work starts, where it can be known.
+    """
+    with process_group():
+        return _evaluate(config)
+
+
+def _evaluate(config: EvaluateConfig) -> list[Result]:
+    check_fractions(config.fractions)
+    split, reading = run_split(
+        config.data, config.split, config.model, layout=config.layout, metadata_root=config.metadata_root
+    )
+    rows = _annotated(config, split)
+    folders = [
+        open_map_folder(folder, split, thresholds=config.thresholds or "even")
+        for folder in dict.fromkeys(config.maps)
+    ]
+    subjects = _distinct_labels([*_model_subjects(config, split), *folders])
+    out = config.out or _default_folder(config.model)
+    if out.exists() and not out.is_dir():
+        raise CalmError(f"--out {out} is a file: name a folder")
+    if is_first():
+        with working_folder(out / "table"):
+            pass  # where nothing can be written, say so now and not after the work
+    data = Data.of(split, config.data, config.layout, config.metadata_root, reading)
+    results = []
+    with _progress_bars() as bars:
+        for name, row in rows.items():
+            options = {option: getattr(config, option) for option in ("replicates", "seed", *row.options)}
+            for subject in _first_of_each_model(subjects) if row.per_model else subjects:
+                stored = " (stored)" * result_path(name, subject, data, out, options).is_file()
+                task = bars.add_task(f"{name}: {subject.label}{stored}", total=len(split.records))
+
+                def advance(count: int, task: Any = task) -> None:
+                    bars.advance(task, count)
+
+                reading_options = {"batch_size": config.batch_size, "workers": config.workers}
+                results.append(run(name, subject, data, out, progress=advance, **reading_options, **options))
+                bars.update(task, completed=len(split.records))
+    if is_first():
+        write_tables(results, out)
+        console = Console()
+        print_tables(results, console)
+        console.print(f"{out / 'table.md'} (and .csv, .json)", highlight=False, soft_wrap=True)
+    return results
+
+
+def _annotated(config: EvaluateConfig, split: Split) -> dict[str, Benchmark]:
+    """Return the chosen benchmarks that the data set has annotation for; print which are left out of "all".
+
+    Raises:
+        CalmError: no such benchmark; one chosen by name has no annotation.
+    """
+    rows = chosen_benchmarks(config.benchmark)
+    for name in list(rows):
+        try:
+            if name == "cue-localization":
+                read_cue_data(split, config.data)
+            if name == "localization" and not any(record.boxes or record.masks for record in split.records):
+                raise CalmError(f"split {split.name!r} of {config.data} has neither boxes nor masks")
+        except CalmError as error:
+            if config.benchmark != "all":
+                raise
+            if is_first():
+                print(f"{name} is left out: {error}", file=sys.stderr)
+            del rows[name]
+    return rows
+
+
+# --- subjects ------------------------------------------------------------------------------------------------
+
+
+def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
+    """Return every model with every method that it has."""
+    methods = [canonical_method(method) for method in config.method]
+    for name in ("steps", "samples"):
+        if getattr(config, name) is not None and not any(_reads(method, name) for method in methods):
+            raise CalmError(f"no --method reads --{name}: leave it out")
+    device = device_of_process(config.device)
+    subjects: list[Subject] = []
+    unused = set(methods)
+    for source in dict.fromkeys(config.model):
+        model = load(source, map_location="cpu").to(device).eval()
+        if model.config.num_classes != split.num_classes:
+            raise CalmError(
+                f"{source} knows {model.config.num_classes} classes, {config.data} has {split.num_classes}"
+            )
+        for method in methods or [model.map_kind()]:
+            if not _has(model, method):
+                continue
+            unused.discard(method)
+            options = {name: getattr(config, name) for name in ("steps", "samples") if _reads(method, name)}
+            subjects.append(
+                model_subject(
+                    model,
+                    method=method,
+                    about={"model": str(Path(source).resolve()) if Path(source).is_dir() else source},
+                    normalization=config.norm,
+                    thresholds=config.thresholds,
+                    **{name: value for name, value in options.items() if value is not None},
+                )
+            )
+    for method in methods:
+        if method in unused and config.model:
+            family = MAP_KINDS[method].family.upper()
+            raise CalmError(f"--method {method} needs a {family} model, and none of --model is one")
+    return subjects
+
+
+def _reads(method: str, option: str) -> bool:
+    return method in BASELINES and option in BASELINES[method].options
+
+
+def _has(model: CalmModel, method: str) -> bool:
+    family = "cam" if model.config.method == "cam" else "calm"
+    return method in BASELINES or MAP_KINDS[method].family == family
+
+
+def _distinct_labels(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
+    """Add the name of the model's folder, or of the parent of the maps' folder, to equal labels; or else a number."""
+    labels = [subject.label for subject in subjects]
+    folders = [s.about["model"] if isinstance(s, Subject) else Path(s.about["maps"]).parent for s in subjects]
+    named = [
+        f"{label} ({Path(folder).name})" if labels.count(label) > 1 else label
+        for label, folder in zip(labels, folders, strict=True)
+    ]
+    return [
+        replace(s, label=f"{name} {named[:i].count(name) + 1}" if named.count(name) > 1 else name)
+        for i, (s, name) in enumerate(zip(subjects, named, strict=True))
+    ]
+
+
+def _first_of_each_model(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
+    return list({subject.about["model"]: subject for subject in reversed(subjects)}.values())[::-1]
+
+
+def _default_folder(models: Sequence[str]) -> Path:
+    single = len(set(models)) == 1 and Path(models[0]).is_dir()
+    return Path(models[0]) / "evaluation" if single else Path("evaluation")
+
+
+def _progress_bars() -> ProgressBars:
+    console = Console(stderr=True, quiet=not is_first())
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return ProgressBars(*columns, console=console, disable=not console.is_terminal)
+
+
+# --- data ----------------------------------------------------------------------------------------------------
 
 
 def run_split(
@@ -45,41 +211,41 @@ def run_split(
     layout: Layout = "auto",
     metadata_root: Path | None = None,
 ) -> tuple[Split, dict[str, Any]]:
-    """A split, carved from training images (`calm.data.loading`) as the runs of the models did it.
+    """Read a split; where the data set lacks it, carve it from the training images as the models' runs did.
 
     Args:
         root: of the data set.
         name: of the split.
-        models: run folders, the models in them, or others, which say nothing about splits.
+        models: run folders, models in run folders, or others, which have no configuration of a split.
         layout: as for ``load_split``.
         metadata_root: as for ``load_split``.
 
     Returns:
-        The split, and by which of `READING` it was read.
+        The split, and the settings of `READING` that it was read with.
 
     Raises:
         CalmError: as ``load_split``; a run's configuration is damaged; two runs read the split differently.
     """
     readings = {model: reading for model in models if (reading := _reading(Path(model)))}
-    ways = {str(reading): (model, reading) for model, reading in readings.items()} or {"": ("", {})}
-    found: list[tuple[str, Split, dict[str, Any]]] = [
+    distinct = {str(reading): (model, reading) for model, reading in readings.items()} or {"": ("", {})}
+    splits = [
         (model, load_split(root, name, layout=layout, metadata_root=metadata_root, **reading), reading)
-        for model, reading in ways.values()
+        for model, reading in distinct.values()
     ]
-    first, split, reading = found[0]
-    for model, other, another in found[1:]:
+    first, split, reading = splits[0]
+    for model, other, other_reading in splits[1:]:
         if fingerprint(other) != fingerprint(split):
             raise CalmError(
-                f"{name} of {root} has other images or classes for {first} ({_told(reading)}) than for {model}"
-                f" ({_told(another)}): evaluate them apart"
+                f"{name} of {root} has other images or classes for {first} ({_settings(reading)}) than for {model}"
+                f" ({_settings(other_reading)}): evaluate them apart"
             )
     return split, reading
 
 
 def _reading(model: Path) -> dict[str, Any]:
-    """What the config.yaml of a model's run says; nothing of a model that is in no run."""
+    """Return the settings of `READING` in the config.yaml of a model's run; none for a model that is in no run."""
     path = next(
-        (path for path in (model / "config.yaml", model.parent / "config.yaml") if path.is_file()), None
+        (path / "config.yaml" for path in (model, model.parent) if (path / "config.yaml").is_file()), None
     )
     if path is None:
         return {}
@@ -93,7 +259,7 @@ def _reading(model: Path) -> dict[str, Any]:
     return {name: reading[name] for name in READING if name in reading}
 
 
-def _told(reading: Mapping[str, Any]) -> str:
+def _settings(reading: Mapping[str, Any]) -> str:
     return ", ".join(f"{name} {value}" for name, value in reading.items())
 
 
@@ -104,7 +270,7 @@ class Data:
     Attributes:
         split: its images.
         root: its folder.
-        facts: counts, fingerprint, and how it was read; goes into the provenance.
+        facts: counts, fingerprint, and how it was read; part of the provenance.
     """
 
     split: Split
@@ -120,8 +286,7 @@ class Data:
         metadata_root: Path | None = None,
         reading: Mapping[str, Any] | None = None,
     ) -> Data:
-        """The data of a split that was read from ``root`` (``reading``: see `run_split`); image files are looked at for
-        their sizes."""
+        """Return the data of a split that was read from ``root`` (``reading``: see `run_split`)."""
         facts = {
             "root": str(Path(root).resolve()),
             "layout": layout,
@@ -139,10 +304,7 @@ class Data:
         paths = [
             path for folder in ("attributes", "parts") for path in sorted((self.root / folder).glob("*.*"))
         ]
-        paths += [
-            self.root / "images.txt",
-            *(place / "attributes.txt" for place in (self.root, self.root.parent)),
-        ]
+        paths += [self.root / "images.txt", self.root / "attributes.txt", self.root.parent / "attributes.txt"]
         for path in paths:
             if path.is_file():
                 digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
@@ -158,28 +320,29 @@ class Data:
         return digest.hexdigest()
 
 
-def place(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
-    """Where a result is stored: its name has a digest of all that the figures depend on.
+# --- one result ----------------------------------------------------------------------------------------------
 
-    An option that is chosen as it would be anyway makes no other name. Once a result is stored, it does not matter what
-    the row is called beside others.
+
+def result_path(
+    name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]
+) -> Path:
+    """Return where a result is stored: the file's name ends in a digest of everything that the figures depend on.
+
+    An option that is given as its default makes no difference, nor does the row's label once a result is stored.
     """
     row = benchmark(name)
-    common = {key: value for key, value in options.items() if key not in row.options}
-    about = {
-        key: value for key, value in subject.about.items() if key != "model"
-    }  # moved, it is the same model
-    known: list[Any] = [
+    about = {key: value for key, value in subject.about.items() if key != "model"}  # its path may change
+    identity: list[Any] = [
         name,
         about,
         _protocol(row, subject),
         data.facts["fingerprint"],
         data.annotation if row.needs_root else None,
         data.masks if row.masks else None,
-        sorted((common | row.chosen(options)).items()),
+        sorted(row.values(options).items()),
         version("calm"),
     ]
-    digest = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
     slug = re.sub(r"[^a-z0-9]+", "-", subject.label.lower()).strip("-") or "subject"
     stored = sorted((out / name).glob(f"*-{digest[:8]}.json"))
     return stored[0] if stored else out / name / f"{slug}-{digest[:8]}.json"
@@ -196,7 +359,7 @@ def run(
     progress: Progress | None = None,
     **options: Any,
 ) -> Result:
-    """The result of a benchmark: the stored one, or a new one that is then stored.
+    """Return the stored result of a benchmark, or run it and store the result.
 
     Args:
         name: a key of ``BENCHMARKS``.
@@ -205,76 +368,64 @@ def run(
         out: results are stored in ``out/NAME/LABEL-DIGEST.json``.
         batch_size: images of one forward pass.
         workers: processes that read images.
-        progress: told the number of images after each batch.
+        progress: called with the number of images after each batch.
         options: of the benchmark, such as ``replicates`` and ``seed``.
 
     Returns:
-        Its label is the subject's, and after it the options that are chosen otherwise than by default.
+        The result; its label is the subject's and the options that are not the default.
 
     Raises:
         CalmError: an unknown benchmark, or what the benchmark refuses.
     """
     row = benchmark(name)
-    label = ", ".join(
-        [subject.label, *(f"{key} {_words(value)}" for key, value in row.chosen(options).items())]
-    )
-    path = place(name, subject, data, out, options)
+    label = subject.label + row.label(options)
+    path = result_path(name, subject, data, out, options)
     # The first process decides, and reads: another may not see the file, or see it appear in between.
-    stored = gathered(Result.load(path) if first() and path.is_file() else None)[0]
+    stored = all_gather(Result.load(path) if is_first() and path.is_file() else None)[0]
     if stored is not None:
-        places = {"subject": dict(subject.about), "data": dict(data.facts)}  # where they are now
-        return replace(stored, label=label, provenance={**stored.provenance, **places})
+        current = {"subject": dict(subject.about), "data": dict(data.facts)}  # with paths as they are now
+        return replace(stored, label=label, provenance={**stored.provenance, **current})
     began = time.perf_counter()
-    result = row.load()(
-        subject,
-        data.split,
-        *([data.root] if row.needs_root else []),
-        batch_size=batch_size,
-        workers=workers,
-        progress=progress,
-        **options,
-    )
+    roots = [data.root] if row.needs_root else []
+    reading = {"batch_size": batch_size, "workers": workers, "progress": progress}
+    result = row.load()(subject, data.split, *roots, **reading, **options)
     provenance = {
         **result.provenance,
         "subject": dict(subject.about),
         **_protocol(row, subject),
         "data": dict(data.facts),
-        "options": {**{key: row.default(key) for key in row.options}, **options},
+        "options": row.values(options),
         "device": str(subject.device) if isinstance(subject, Subject) else None,
-        "processes": size(),
+        "processes": world_size(),
         "seconds": round(time.perf_counter() - began, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": _versions(),
     }
     result = replace(result, label=label, provenance=provenance)
-    if first():
+    if is_first():
         result.save(path)
     return result
 
 
 def _protocol(row: Benchmark, subject: Subject | MapFolder) -> dict[str, str | None]:
-    """How the benchmark reads maps. Stored maps are normalised already."""
-    found: dict[str, str | None] = {}
+    """Return how the benchmark reads the subject's maps. Those of a folder are normalised already."""
+    protocol: dict[str, str | None] = {}
     if "norm" in row.reads:
-        found |= {"normalization": getattr(subject, "normalization", None)}
+        protocol["normalization"] = getattr(subject, "normalization", None)
     if "thresholds" in row.reads:
-        found |= {"thresholds": subject.thresholds}
-    if "boxes" in row.reads and isinstance(subject, Subject):
-        found |= {"box_normalization": subject.box_normalization, "box_thresholds": subject.box_thresholds}
-    return found
+        protocol["thresholds"] = subject.thresholds
+    if row.boxes and isinstance(subject, Subject):
+        protocol |= {"box_normalization": subject.box_normalization, "box_thresholds": subject.box_thresholds}
+    return protocol
 
 
 def _versions() -> dict[str, str]:
-    """Of what figures depend on: contours are OpenCV's, regions of parts Pillow's."""
+    """Return the versions that figures depend on: contours are OpenCV's, the regions of parts Pillow's."""
     import cv2
 
-    of_modules = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
+    modules = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
     return {
         "calm": version("calm"),
         "python": platform.python_version(),
-        **{name: str(module.__version__) for name, module in of_modules.items()},
+        **{name: str(module.__version__) for name, module in modules.items()},
     }
-
-
-def _words(value: Any) -> str:
-    return " ".join(map(str, value)) if isinstance(value, tuple) else str(value)

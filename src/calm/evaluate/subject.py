@@ -1,26 +1,23 @@
-"""Maps that somebody else computed: a folder of ``.npy`` files, named by image.
+"""What is benchmarked: a model with one way to explain it, or a folder of maps that another program computed.
 
-The map of image ``birds/003.jpg`` is ``birds/003.jpg.npy`` or ``birds/003.npy`` below the folder: (height, width) as
-the protocol has it, values in [0, 1], of the image's true class. Everything is looked at before anything is scored.
+A benchmark asks a `Subject` for one `Prediction` per batch, and takes from it the class probabilities and the maps of
+as many classes as it needs. The model's own maps all come from that one forward pass; a baseline runs the model again
+for each class.
 
-What is benchmarked: a model with one way to explain it, behind one call.
-
-A benchmark asks a `Subject` to look at a batch once, and takes from what it saw the class probabilities and the
-maps of as many classes as it needs. The model's own maps all come from that one forward pass; a baseline explains
-each class asked anew.
+In a folder of maps, the map of image ``birds/003.jpg`` is ``birds/003.jpg.npy`` or ``birds/003.npy``: an array (height,
+width) of the protocol's size, with values in [0, 1], of the image's true class. All files are checked before any is
+scored.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -38,20 +35,28 @@ from calm.metrics.pixels import Thresholds
 from calm.model import CalmModel
 from calm.output import MAP_KINDS, CalmOutput, CamOutput
 
-__all__ = ["Looked", "MapFolder", "Subject", "model_subject", "open_map_folder", "read_map", "weights_digest"]
+__all__ = [
+    "MapFolder",
+    "Prediction",
+    "Subject",
+    "model_subject",
+    "open_map_folder",
+    "read_map",
+    "weights_digest",
+]
 
 _NAMES = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
 
 
-class Looked(Protocol):
-    """One look at a batch of images."""
+class Prediction(Protocol):
+    """The result of one forward pass of a batch of images."""
 
     @property
     def probs(self) -> Float[Tensor, "b c"]:
         """p(y | x)."""
 
     def maps(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-        """Score maps of the classes asked, at the method's own resolution, not normalised."""
+        """Return score maps of classes, at the method's own resolution, not normalised."""
 
 
 @dataclass(frozen=True)
@@ -60,21 +65,21 @@ class Subject:
 
     Attributes:
         label: its name in the table, "CALM-EM joint".
-        look: normalised images (b, 3, H, W) on ``device`` to what was seen in them.
+        predict: from normalised images (b, 3, H, W) on ``device`` to their prediction.
         preprocessing: how image files become its input.
         device: where images must be.
         normalization: of its maps before a protocol.
         thresholds: of its protocol, "even" or "log".
-        box_normalization: the same before boxes are fitted, whose protocol cuts a map to 256 values: of probabilities
-            of single cells most would be below the first.
+        box_normalization: of its maps before boxes are fitted. That protocol quantises maps to 8 bits, which makes
+            probabilities of single cells 0; so it is ``minmax`` by default.
         box_thresholds: of boxes.
-        about: the model and its weights, the method and its options, ready for JSON: what a stored result is known by.
-        model: what looks, if it is a model.
-        look_with: the same method's look with other weights: (model, images) to what was seen.
+        about: the model and its weights, the method and its options, ready for JSON: the identity of stored results.
+        model: the model, if there is one.
+        predict_with: as ``predict``, with the weights of another model of the same architecture.
     """
 
     label: str
-    look: Callable[[Tensor], Looked]
+    predict: Callable[[Tensor], Prediction]
     preprocessing: Preprocessing
     device: torch.device
     normalization: Normalization = "minmax"
@@ -83,12 +88,12 @@ class Subject:
     box_thresholds: Thresholds = "even"
     about: Mapping[str, Any] = field(default_factory=dict)
     model: CalmModel | None = None
-    look_with: Callable[[CalmModel, Tensor], Looked] | None = None
+    predict_with: Callable[[CalmModel, Tensor], Prediction] | None = None
 
 
 @dataclass(frozen=True)
 class _OwnMaps:
-    """The model's own maps: from one output."""
+    """The model's own maps, from one output."""
 
     output: CalmOutput | CamOutput
     kind: str
@@ -104,7 +109,7 @@ class _OwnMaps:
 
 @dataclass(frozen=True)
 class _BaselineMaps:
-    """A baseline's maps: asked of the model for one column of classes after another."""
+    """A baseline's maps, computed for one column of classes after another."""
 
     model: CalmModel
     images: Tensor
@@ -130,13 +135,13 @@ def model_subject(
     thresholds: Thresholds | None = None,
     **options: Any,
 ) -> Subject:
-    """A model and one of its explanations.
+    """Return the subject of a model and one of its explanations.
 
     Args:
         model: is put in evaluation mode.
         method: a map kind of the model or a baseline (`calm.baselines.METHODS`); None: the model's main kind.
         label: the row's name; None: the training method and the explanation, "CAM gradcam".
-        about: more to know the result by, such as the path of the model.
+        about: more to identify the result by, such as the path of the model.
         normalization: None: ``clipping`` for CALM's own maps, which are probabilities, else ``minmax``; and ``minmax``
             for boxes.
         thresholds: None: ``log`` for CALM's own maps, else ``even``; and ``even`` for boxes.
@@ -145,31 +150,33 @@ def model_subject(
     Raises:
         CalmError: an unknown method, one that the model does not have, or an option that it does not read.
     """
-    name = model.map_kind() if method is None else baselines.canonical_method(method, model)
+    name = model.map_kind() if method is None else baselines.canonical_method(method)
     own = name in MAP_KINDS
-    if own and MAP_KINDS[name].over == "superclass":
-        raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
+    if own:
+        name = model.map_kind(name)
+        if MAP_KINDS[name].over == "superclass":
+            raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
     allowed = frozenset() if own else baselines.BASELINES[name].options | {"batch_size"}
     for option in options:
         if option not in allowed:
             raise unknown(f"option of {name!r}", option, sorted(allowed))
     model.eval()
 
-    def look_with(model: CalmModel, images: Tensor) -> Looked:
+    def predict_with(model: CalmModel, images: Tensor) -> Prediction:
         with torch.no_grad():
             output: CalmOutput | CamOutput = model(images)
             if own:
                 return _OwnMaps(output, name)
             return _BaselineMaps(model, images, output.probs, name, options)
 
-    calm_maps = own and MAP_KINDS[name].family == "calm"
+    probabilities = own and MAP_KINDS[name].family == "calm"
     return Subject(
         label or f"{_NAMES[model.config.method]} {name}",
-        partial(look_with, model),
+        partial(predict_with, model),
         model.preprocessing,
         model.device,
-        normalization or ("clipping" if calm_maps else "minmax"),
-        thresholds or ("log" if calm_maps else "even"),
+        normalization or ("clipping" if probabilities else "minmax"),
+        thresholds or ("log" if probabilities else "even"),
         normalization or "minmax",
         thresholds or "even",
         {
@@ -180,12 +187,12 @@ def model_subject(
             **(about or {}),
         },
         model,
-        look_with,
+        predict_with,
     )
 
 
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 of a model's parameters and buffers: 64 hexadecimal digits."""
+    """Return the SHA-256 of a model's parameters and buffers: 64 hexadecimal digits."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         raw = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
@@ -194,8 +201,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-_SHOWN = 5
-"""Examples of each kind of problem in a message."""
+# --- folders of maps -----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -206,7 +212,7 @@ class MapFolder:
         label: its name in the table.
         files: the map of each image of the split, in the split's order.
         thresholds: of the protocol, "even" or "log".
-        about: what a stored result is known by, ready for JSON.
+        about: the identity of stored results, ready for JSON.
     """
 
     label: str
@@ -216,12 +222,12 @@ class MapFolder:
 
     @property
     def box_thresholds(self) -> Thresholds:
-        """Of boxes: the same, the maps are taken as they are."""
+        """Thresholds of boxes: the same, since maps are used as they are."""
         return self.thresholds
 
-    def maps(self, places: Sequence[int]) -> Float[Tensor, "b h w"]:
-        """The maps of images by their places in the split, float32 or wider."""
-        return torch.from_numpy(np.stack([read_map(self.files[place]) for place in places]))
+    def maps(self, positions: Sequence[int]) -> Float[Tensor, "b h w"]:
+        """Return the maps of images by their positions in the split, float32 or wider."""
+        return torch.from_numpy(np.stack([read_map(self.files[position]) for position in positions]))
 
 
 def open_map_folder(
@@ -249,17 +255,44 @@ def open_map_folder(
     if not folder.is_dir():
         raise CalmError(f"there is no folder {folder}: give the folder with the .npy maps")
     present = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*.npy"))}
-    found, problems = _matched([record.id for record in split.records], present)
+    files, problems = _match([record.id for record in split.records], present)
     digest = hashlib.sha256()
-    for path in found.values():
+    for path in files.values():
         problem = _problem(path, size, digest)
         if problem:
             problems.append((problem[0], f"{path.relative_to(folder).as_posix()}{problem[1]}"))
     if problems:
         raise CalmError(_report(folder, split, size, problems))
     about = {"method": "maps", "maps": str(folder.resolve()), "digest": digest.hexdigest()}
-    return MapFolder(label or folder.resolve().name, tuple(found.values()), thresholds, about)
+    return MapFolder(label or folder.resolve().name, tuple(files.values()), thresholds, about)
 
+
+def read_map(path: Path) -> NDArray[Any]:
+    """Return the map of a file, float32 or wider in the machine's byte order.
+
+    Raises:
+        CalmError: naming the file: it is missing, or no whole array of numbers.
+    """
+    array = _open_array(path)
+    return array.astype(np.float64 if array.dtype.kind == "f" and array.dtype.itemsize == 8 else np.float32)
+
+
+def _open_array(path: Path) -> NDArray[Any]:
+    """Map the array of an untrusted file into memory, which neither unpickles nor allocates what a header claims."""
+    open_regular(path, "map").close()  # no pipe, device or folder, which could be waited for
+    try:
+        array: np.memmap[Any, Any] = np.lib.format.open_memmap(path, mode="r")
+        if array.dtype.kind not in "fiub":
+            raise ValueError(f"its values are of type {array.dtype.str!r:.40}")
+        if array.offset + array.nbytes != path.stat().st_size:
+            raise ValueError(f"it is longer than its header says, {array.shape} of {array.dtype.str}")
+    except Exception as error:  # a damaged header can make NumPy's parser fail in any way
+        raise CalmError(f"cannot read map {path}: {str(error)[:200] or type(error).__name__}") from error
+    return array
+
+
+_EXAMPLES = 5
+"""Examples of each kind of problem in a message."""
 
 _FIXES = {
     "images have no map": "save each as <image id>.npy, in folders as the id has them",
@@ -272,79 +305,36 @@ _FIXES = {
 }
 
 
-def _matched(
-    ids: Sequence[str], present: Mapping[str, Path]
-) -> tuple[dict[str, Path], list[tuple[str, str]]]:
-    """The file of each image that has one, in order; and images and files without their like."""
+def _match(ids: Sequence[str], present: Mapping[str, Path]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
+    """Return the file of each image that has one, in order, and the problems: images and files that do not match."""
     stems = Counter(_stem(name) for name in ids)
-    found: dict[str, Path] = {}
+    files: dict[str, Path] = {}
     problems = []
     used: set[str] = set()
     for name in ids:
-        names = [f"{name}.npy"]
+        candidates = [f"{name}.npy"]
         if stems[_stem(name)] == 1 and _stem(name) != name:
-            names.append(f"{_stem(name)}.npy")
-        there = [candidate for candidate in names if candidate in present]
+            candidates.append(f"{_stem(name)}.npy")
+        there = [candidate for candidate in candidates if candidate in present]
         used.update(there)
         if not there:
             problems.append(("images have no map", name))
         elif len(there) > 1:
             problems.append(("images have two maps", name))
         else:
-            found[name] = present[there[0]]
+            files[name] = present[there[0]]
     problems += [("maps belong to no image of the split", name) for name in present if name not in used]
-    return found, problems
+    return files, problems
 
 
 def _stem(name: str) -> str:
     return str(PurePosixPath(name).with_suffix(""))
 
 
-def _read(path: Path) -> NDArray[Any]:
-    """The array of a file; nothing is unpickled, and no more is allocated than the file holds.
-
-    Raises:
-        CalmError: naming the file: it is missing, or no whole array of numbers.
-    """
-    with open_regular(path, "map") as file:
-        try:
-            version = np.lib.format.read_magic(file)
-            if version not in _HEADERS:
-                raise ValueError(f"version {version} of the format is not known")
-            shape, fortran, dtype = _HEADERS[version](file)
-            if dtype.kind not in "fiub":
-                raise ValueError(f"its values are of type {dtype.str!r:.40}")
-            count = math.prod(shape)
-            content = file.read(count * dtype.itemsize + 1) if 0 <= count <= _file_size(file) else b""
-            if len(content) != count * dtype.itemsize:
-                raise ValueError(f"its header says {shape} of {dtype.str}, which is not what it holds")
-            array = np.frombuffer(content, dtype).reshape(shape, order="F" if fortran else "C")
-        except Exception as error:  # a damaged header can make numpy's parser fail in any way
-            raise CalmError(f"cannot read map {path}: {str(error)[:200] or type(error).__name__}") from error
-    return array
-
-
-_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-
-
-def _file_size(file: BinaryIO) -> int:
-    return os.fstat(file.fileno()).st_size
-
-
-def read_map(path: Path) -> NDArray[Any]:
-    """The map of a file, float32 or wider in the machine's byte order.
-
-    Raises:
-        CalmError: naming the file: it is missing, or no whole array of numbers.
-    """
-    array = _read(path)
-    return array.astype(np.float64 if array.dtype.kind == "f" and array.dtype.itemsize == 8 else np.float32)
-
-
 def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] | None:
-    """What is wrong with a file, and how; its content goes into the digest."""
+    """Return the kind and the details of a file's problem, if it has one; add its content to the digest."""
     try:
-        array = _read(path)
+        array = _open_array(path)
     except CalmError as error:
         return "files are no array of numbers", f" ({str(error).rpartition(f'{path}: ')[2]})"
     digest.update(np.ascontiguousarray(array).tobytes())
@@ -359,7 +349,7 @@ def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] 
 
 
 def _report(folder: Path, split: Split, size: tuple[int, int], problems: Iterable[tuple[str, str]]) -> str:
-    """One message about everything."""
+    """Return one message about all problems."""
     kinds: dict[str, list[str]] = {}
     for kind, what in problems:
         kinds.setdefault(kind, []).append(what)
@@ -368,6 +358,6 @@ def _report(folder: Path, split: Split, size: tuple[int, int], problems: Iterabl
         f"{size[0]} x {size[1]}):"
     ]
     for kind, names in kinds.items():
-        more = f", and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        lines.append(f"  {len(names)} {kind}: {_FIXES[kind]}. {', '.join(names[:_SHOWN])}{more}")
+        more = f", and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+        lines.append(f"  {len(names)} {kind}: {_FIXES[kind]}. {', '.join(names[:_EXAMPLES])}{more}")
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Results as tables: for the terminal, and as JSON, CSV and Markdown files."""
+"""Results as tables: one model of a table for the terminal, Markdown and HTML, and rows of figures for JSON and CSV."""
 
 from __future__ import annotations
 
@@ -6,35 +6,84 @@ import csv
 import io
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Table as RichTable
 
 from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
 from calm.files import write_json, write_text
 from calm.metrics.bootstrap import Estimate
 
-__all__ = ["markdown", "print_tables", "records", "write_tables", "written"]
+__all__ = [
+    "Cell",
+    "Table",
+    "figure_rows",
+    "format_estimate",
+    "markdown",
+    "print_tables",
+    "remarks",
+    "tables",
+    "write_tables",
+]
 
 _WIDTH = 16
-"""Of a column on the terminal, with its border."""
+"""Width of a column on the terminal, with its border."""
 
 
-def written(estimate: Estimate | None, spec: FigureSpec) -> str:
-    """A figure with its interval, in the unit that it is shown in: "34.3 (33.0-35.5)"."""
-    if estimate is None or math.isnan(estimate.value):
-        return "-"
-    scale, digits = (100, 1) if spec.unit == "percent" else (1, 3)
-    value, low, high = (f"{scale * number:.{digits}f}" for number in estimate)
-    to = " to " if estimate.low < 0 else "-"
-    return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}{to}{high})"
+@dataclass(frozen=True)
+class Cell:
+    """A figure with its interval, as text; ``best`` if it is the best of its column."""
+
+    text: str
+    best: bool
 
 
-def records(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """A row for each figure: benchmark, data, split, label, figure, value, low, high, unit; None where undefined."""
+@dataclass(frozen=True)
+class Table:
+    """The results of a benchmark.
+
+    Attributes:
+        title: the benchmark and its data.
+        figures: names of the columns' figures (`calm.evaluate.result.FIGURES`).
+        heads: heads of the columns, with unit and direction.
+        rows: label and cells of each result.
+        meanings: what the figures mean, one sentence each.
+    """
+
+    title: str
+    figures: list[str]
+    heads: list[str]
+    rows: list[tuple[str, list[Cell]]]
+    meanings: list[str]
+
+
+def tables(results: Sequence[Result], *, main_only: bool = False) -> list[Table]:
+    """Return a table for each benchmark, with all figures or the main ones."""
+    made = []
+    for of_benchmark in _by_benchmark(results).values():
+        names = figure_order(name for result in of_benchmark for name in result.figures)
+        names = [name for name in names if figure_spec(name).main or not main_only]
+        best = {name: _best(name, of_benchmark) for name in names}
+        rows = []
+        for result in of_benchmark:
+            estimates = [result.figures.get(name) for name in names]
+            cells = [
+                Cell(format_estimate(e, figure_spec(name)), e is not None and e.value == best[name])
+                for name, e in zip(names, estimates, strict=True)
+            ]
+            rows.append((result.label, cells))
+        specs = [figure_spec(name) for name in names]
+        meanings = [f"{spec.title}: {spec.meaning}" for spec in specs if spec.meaning]
+        made.append(Table(_title(of_benchmark[0]), names, [_head(spec) for spec in specs], rows, meanings))
+    return made
+
+
+def figure_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return a row for each figure: benchmark, data, split, label, figure, value, low, high (None: undefined), unit."""
     return [
         {
             "benchmark": result.benchmark,
@@ -49,29 +98,37 @@ def records(results: Sequence[Result]) -> list[dict[str, Any]]:
     ]
 
 
+def format_estimate(estimate: Estimate | None, spec: FigureSpec) -> str:
+    """Return a figure with its interval, in the unit that it is shown in: "34.3 (33.0-35.5)"; "-" if undefined."""
+    if estimate is None or math.isnan(estimate.value):
+        return "-"
+    scale, digits = (100, 1) if spec.unit == "percent" else (1, 3)
+    value, low, high = (f"{scale * number:.{digits}f}" for number in estimate)
+    to = " to " if estimate.low < 0 else "-"
+    return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}{to}{high})"
+
+
+# --- writers -------------------------------------------------------------------------------------------------
+
+
 def markdown(results: Sequence[Result]) -> str:
-    """A table for each benchmark, all figures, and what they mean; the best value of a column is bold."""
+    """Return a table for each benchmark with all figures and what they mean; the best value of a column is bold."""
     parts = []
-    for some in _by_benchmark(results).values():
-        names = _names(some, every=True)
-        head = ["method", *(_head(name) for name in names)]
+    for table in tables(results):
         rows = [
-            [result.label.replace("|", "\\|"), *(_cell(name, result, some, "**{}**") for name in names)]
-            for result in some
+            [label.replace("|", "\\|"), *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)]
+            for label, cells in table.rows
         ]
-        lines = [head, ["---"] + ["---:"] * len(names), *rows]
-        parts.append(
-            f"## {_title(some[0])}\n\n" + "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-        )
-        meanings = [f"- {spec.title}: {spec.meaning}\n" for spec in map(figure_spec, names) if spec.meaning]
-        parts += ["".join(meanings)] if meanings else []
-    said = [f"{line[0].upper()}{line[1:]}.\n" for line in _remarks(results)]
-    return "\n".join([*parts, *said])
+        lines = [["method", *table.heads], ["---"] + ["---:"] * len(table.heads), *rows]
+        parts.append(f"## {table.title}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines))
+        if table.meanings:
+            parts.append("".join(f"- {meaning}\n" for meaning in table.meanings))
+    return "\n".join([*parts, *(f"{line[0].upper()}{line[1:]}.\n" for line in remarks(results))])
 
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` in ``out``."""
-    rows = records(results)
+    rows = figure_rows(results)
     write_json(out / "table.json", rows)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
@@ -82,103 +139,91 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
-    """The main figures on the terminal, in as many tables below each other as its width needs."""
-    for some in _by_benchmark(results).values():
-        names = _names(some, every=False)
-        first = max(len(result.label) for result in some)
-        columns = max(1, (console.width - first - 4) // _WIDTH)
-        for start in range(0, len(names), columns):
-            table = Table(title=escape(_title(some[0])), title_justify="left", show_lines=True)
-            table.add_column("method", min_width=min(first, 24), overflow="fold")
-            for name in names[start : start + columns]:
-                table.add_column(escape(_head(name)), justify="right", max_width=_WIDTH - 3)
-            for result in some:
-                cells = (
-                    _cell(name, result, some, "[bold]{}[/bold]") for name in names[start : start + columns]
-                )
-                table.add_row(escape(result.label), *(cell.replace(" (", "\n(") for cell in cells))
-            console.print(table)
-    for line in _remarks(results):
+    """Print the main figures, each benchmark in as many tables below each other as the terminal's width needs."""
+    for table in tables(results, main_only=True):
+        longest = max(len(label) for label, _ in table.rows)
+        columns = max(1, (console.width - longest - 4) // _WIDTH)
+        for start in range(0, len(table.heads), columns):
+            shown = slice(start, start + columns)
+            printed = RichTable(title=escape(table.title), title_justify="left", show_lines=True)
+            printed.add_column("method", min_width=min(longest, 24), overflow="fold")
+            for head in table.heads[shown]:
+                printed.add_column(escape(head), justify="right", max_width=_WIDTH - 3)
+            for label, cells in table.rows:
+                texts = (f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells[shown])
+                printed.add_row(escape(label), *(text.replace(" (", "\n(") for text in texts))
+            console.print(printed)
+    for line in remarks(results):
         console.print(line, style="dim", highlight=False)
 
 
+def remarks(results: Sequence[Result]) -> list[str]:
+    """Return what to know when reading the figures, one sentence each, without capital and full stop."""
+    lines = []
+    if any(math.isfinite(e.low + e.high) for result in results for e in result.figures.values()):
+        lines.append("in brackets: 95 percent bootstrap interval")
+    agreement = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
+    if agreement:
+        lines.append(f"joint maps sum to p(y | x): the largest difference is {max(agreement):.1g}")
+    lines += sorted({f"{r.benchmark}: {r.details['partly']}" for r in results if r.details.get("partly")})
+    data = [result.provenance.get("data") or {} for result in results]
+    carved = {(d["split"], d["origin"]) for d in data if d.get("origin", "own files") != "own files"}
+    lines += [
+        f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)
+    ]
+    lines += _protocols(results)
+    if any(result.details.get("segmented") is False for result in results):
+        lines.append(
+            "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"
+        )
+    return lines
+
+
+def _protocols(results: Sequence[Result]) -> list[str]:
+    """For each benchmark whose rows differ in normalisation or thresholds, say which rows have which."""
+    lines = []
+    for benchmark, of_benchmark in _by_benchmark(results).items():
+        labels: dict[str, list[str]] = {}
+        for result in of_benchmark:
+            options = {name: result.provenance.get(name) for name in ("normalization", "thresholds")}
+            protocol = ", ".join(f"{name} {value}" for name, value in options.items() if value)
+            labels.setdefault(protocol, []).append(result.label)
+        if len(labels) > 1:
+            ways = [f"{protocol} for {', '.join(names)}" for protocol, names in labels.items() if protocol]
+            lines.append(f"{benchmark}: {'; '.join(ways)}")
+    return lines
+
+
+def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:
+    grouped: dict[str, list[Result]] = {}
+    for result in results:
+        grouped.setdefault(result.benchmark, []).append(result)
+    return grouped
+
+
 def _data(result: Result) -> dict[str, str | None]:
-    """Name of the data set's folder, and the split; None where the provenance does not say."""
+    """Return the name of the data set's folder and the split; None where the provenance does not say."""
     data = result.provenance.get("data") or {}
     return {"data": Path(data["root"]).name if "root" in data else None, "split": data.get("split")}
 
 
 def _title(result: Result) -> str:
-    found = _data(result)
-    if not found["data"]:
+    data = _data(result)
+    if not data["data"]:
         return result.benchmark
     images = result.details.get("images")
     count = f" ({images:,} images)" if isinstance(images, int) else ""
-    return f"{result.benchmark} on {found['data']}, {found['split']}{count}"
+    return f"{result.benchmark} on {data['data']}, {data['split']}{count}"
 
 
-def _remarks(results: Sequence[Result]) -> list[str]:
-    """What to know when reading the figures."""
-    found = []
-    if any(math.isfinite(e.low + e.high) for result in results for e in result.figures.values()):
-        found.append("in brackets: 95 percent bootstrap interval")
-    apart = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
-    if apart:
-        found.append(f"joint maps sum to p(y | x): the largest difference is {max(apart):.1g}")
-    found += sorted({f"{r.benchmark}: {r.details['partly']}" for r in results if r.details.get("partly")})
-    data = [result.provenance.get("data") or {} for result in results]
-    carved = {(d["split"], d["origin"]) for d in data if d.get("origin", "own files") != "own files"}
-    found += [
-        f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)
-    ]
-    found += _protocols(results)
-    if any(result.details.get("segmented") is False for result in results):
-        found.append(
-            "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"
-        )
-    return found
-
-
-def _protocols(results: Sequence[Result]) -> list[str]:
-    """For each benchmark whose rows are not all normalised and cut alike, which are how."""
-    found = []
-    for benchmark, some in _by_benchmark(results).items():
-        rows: dict[str, list[str]] = {}
-        for result in some:
-            told = {name: result.provenance.get(name) for name in ("normalization", "thresholds")}
-            how = ", ".join(f"{name} {value}" for name, value in told.items() if value)
-            rows.setdefault(how, []).append(result.label)
-        if len(rows) > 1:
-            ways = [f"{how} for {', '.join(names)}" for how, names in rows.items() if how]
-            found.append(f"{benchmark}: {'; '.join(ways)}")
-    return found
-
-
-def _by_benchmark(results: Sequence[Result]) -> dict[str, list[Result]]:
-    found: dict[str, list[Result]] = {}
-    for result in results:
-        found.setdefault(result.benchmark, []).append(result)
-    return found
-
-
-def _names(results: Sequence[Result], *, every: bool) -> list[str]:
-    """Figures that a result has, in the order of `figure_order`."""
-    names = figure_order(name for result in results for name in result.figures)
-    return [name for name in names if every or figure_spec(name).main]
-
-
-def _head(name: str) -> str:
-    spec = figure_spec(name)
+def _head(spec: FigureSpec) -> str:
     unit = {"percent": " %", "nats": " nats", "ratio": ""}[spec.unit]
     return f"{spec.title}{unit}{' (lower is better)' if spec.better == 'lower' else ''}"
 
 
-def _cell(name: str, result: Result, beside: Sequence[Result], bold: str) -> str:
-    spec, estimate = figure_spec(name), result.figures.get(name)
-    values = [r.figures[name].value for r in beside if name in r.figures]
+def _best(name: str, results: Sequence[Result]) -> float | None:
+    """Return the best value of a figure among at least two; None if it has no direction."""
+    values = [result.figures[name].value for result in results if name in result.figures]
     values = [value for value in values if math.isfinite(value)]
-    text = written(estimate, spec)
-    if estimate is None or len(values) < 2 or not spec.better:
-        return text
-    best = max(values) if spec.better == "higher" else min(values)
-    return bold.format(text) if estimate.value == best else text
+    better = figure_spec(name).better
+    return None if len(values) < 2 or not better else max(values) if better == "higher" else min(values)

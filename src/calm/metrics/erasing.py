@@ -21,7 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchvision.transforms.functional import gaussian_blur
 
-from calm.config import Fill
+from calm.config import DRAWS, FRACTIONS, Fill
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 
@@ -50,12 +50,6 @@ FILLS: dict[Fill, str] = {
     "blur": "the image blurred by a Gaussian whose standard deviation is a twentieth of its longer side",
 }
 """What erased pixels become."""
-
-FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The paper's shares of erased pixels."""
-
-DRAWS = 3
-"""Random erasures of each image that the denominator of R_k averages."""
 
 _LOW = 0xFFFFFFFF
 
@@ -174,7 +168,7 @@ def _blurred(images: Tensor) -> Tensor:
     sigma = max(images.shape[-2:]) / 20
     radius = math.ceil(3 * sigma)
     blurred = F.pad(images, (radius, radius, radius, radius), mode="replicate")
-    for kernel in ([2 * radius + 1, 1], [1, 2 * radius + 1]):  # one axis at a time: a square kernel takes 14 times as long
+    for kernel in ([2 * radius + 1, 1], [1, 2 * radius + 1]):  # a square kernel would take 14 times as long
         blurred = gaussian_blur(blurred, kernel, [sigma, sigma])
     return blurred[..., radius:-radius, radius:-radius]
 

@@ -114,7 +114,9 @@ class Bucketize(nn.Module):
         if scores.dtype == torch.float64 or self.shift is None:
             return torch.bucketize(scores.double(), self.thresholds, right=True, out_int32=True)
         values = scores.detach().float().contiguous().flatten()
-        cells = values.view(torch.int32).clamp(min=0).bitwise_right_shift_(self.shift)  # at least 0: -0.0 is 0
+        cells = (
+            values.view(torch.int32).clamp(min=0).bitwise_right_shift_(self.shift)
+        )  # at least 0: -0.0 is 0
         below = self.table.index_select(0, cells)
         return below.add_(values >= self.edges.index_select(0, below)).view(scores.shape)
 

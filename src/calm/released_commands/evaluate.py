@@ -139,15 +139,15 @@ def measure(
     read = batches(split, subject.preprocessing, subject.device, batch_size=batch_size, workers=workers)
     for number, (images, labels, indices) in enumerate(read, start=1):
         keys, labels = indices.to(subject.device), labels.to(subject.device)
-        looked = subject.look(images)
-        whole += (looked.probs.argmax(dim=1) == labels).tolist()
-        grid = looked.maps(labels[:, None])[:, 0]
+        prediction = subject.predict(images)
+        whole += (prediction.probs.argmax(dim=1) == labels).tolist()
+        grid = prediction.maps(labels[:, None])[:, 0]
         maps = resize_and_normalize(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
         random = random_order(keys, images.shape[-2] * images.shape[-1], seed)
         orders = {"topk": erasing_order(maps, random), "random": random}
         for name, order in orders.items():
             right, _ = after_erasing(
-                lambda batch: subject.look(batch).probs,
+                lambda batch: subject.predict(batch).probs,
                 images,
                 order,
                 filling(images, "zero", keys=keys, seed=seed),

@@ -27,7 +27,7 @@ from calm.config import ModelConfig
 from calm.data.check import load_checked
 from calm.data.records import Split
 from calm.errors import CalmError
-from calm.evaluate.subject import Looked, Subject, model_subject
+from calm.evaluate.subject import Prediction, Subject, model_subject
 from calm.files import write_text
 from calm.images import Preprocessing
 from calm.inference import resolve_device
@@ -219,7 +219,7 @@ def released_subject(flags: Flags, model: CalmModel) -> Subject:
         **options,
     )
     if process == "integrated_grad":
-        subject = replace(subject, look=_gradient_sums(model, subject, flags.integrated_grad_nr_iter))
+        subject = replace(subject, predict=_gradient_sums(model, subject, flags.integrated_grad_nr_iter))
     return subject
 
 
@@ -243,5 +243,5 @@ class _GradientSums:
         return torch.stack(columns, dim=1)
 
 
-def _gradient_sums(model: CalmModel, subject: Subject, steps: int) -> Callable[[Tensor], Looked]:
-    return lambda images: _GradientSums(model, images, subject.look(images).probs, steps)
+def _gradient_sums(model: CalmModel, subject: Subject, steps: int) -> Callable[[Tensor], Prediction]:
+    return lambda images: _GradientSums(model, images, subject.predict(images).probs, steps)
