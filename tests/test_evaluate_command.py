@@ -296,7 +296,11 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
         ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
         ("classification", ["--steps", "5"], "classification does not read --steps"),
         ("localization", ["--steps", "5"], "no --method reads --steps"),
-        ("classification", ["--split", "tset"], "unknown value 'tset' in --split: allowed are train, val, test"),
+        (
+            "classification",
+            ["--split", "tset"],
+            "unknown value 'tset' in --split: allowed are train, val, test",
+        ),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
         ("classification", ["--models", "x"], "unknown flag --models; did you mean --model?"),
         ("classification", ["--fill", "blur"], "classification does not read --fill"),

@@ -15,7 +15,7 @@ from torch import nn
 from calm.data import load_split
 from calm.errors import CalmError
 from calm.evaluate.classification import classification
-from calm.evaluate.erasing import insertion_deletion, remove_and_classify
+from calm.evaluate.erasing import draw_seed, insertion_deletion, remove_and_classify
 from calm.evaluate.randomisation import randomisation, reinitialise, stages
 from calm.evaluate.result import Result, figure_spec
 from calm.evaluate.subject import Subject, model_subject
@@ -73,7 +73,7 @@ def with_predict(subject: Subject, predict) -> Subject:
 def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, explain):
     model = model_of(method)
     found = remove_and_classify(
-        model_subject(model), split, batch_size=1, fill=fill, explain=explain, seed=5, replicates=20
+        model_subject(model), split, batch_size=1, fill=fill, explain=explain, seed=5, replicates=20, draws=2
     )
     fractions = (0.1, 0.3, 0.5, 0.7, 0.9)
     right = {"topk": [0] * 5, "random": [0] * 5}
@@ -87,14 +87,19 @@ def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, expla
             grid = model(image).attribute(torch.tensor([target]))
             maps = normalize(resize_maps(grid, (16, 20)), "minmax" if method == "cam" else "clipping")
             numbers = random_order(key, 320, 5)
-            chances = {}
-            for name, order in (("topk", erasing_order(maps, numbers)), ("random", numbers)):
-                chances[name] = []
+            other = random_order(key, 320, draw_seed(5, 1))
+            orders = [
+                ("topk", erasing_order(maps, numbers), 1),
+                ("random", numbers, 0.5),
+                ("random", other, 0.5),
+            ]
+            chances = {"topk": [], "random": []}
+            for name, order, share in orders:
                 for k, fraction in enumerate(fractions):
                     mask = first_pixels(order, [round(320 * fraction)])[0]
                     probs = model(erase(image, mask, filling(image, fill, keys=key, seed=5))).probs[0]
-                    right[name][k] += int(probs.argmax()) == record.label
-                    chances[name].append(float(probs[record.label]))
+                    right[name][k] += share * (int(probs.argmax()) == record.label)
+                    chances[name].append(share * float(probs[record.label]))
         gained = sum(chances["random"]) / 5 - sum(chances["topk"]) / 5
         assert found.scores[record.id] == pytest.approx(gained, abs=1e-5)
     for k, fraction in enumerate(fractions):
@@ -129,7 +134,7 @@ def test_map_and_whole_prediction_come_from_one_pass(split):
     remove_and_classify(
         with_predict(subject, counting), split, batch_size=7, replicates=0, progress=told.append
     )
-    assert counting.passes == 1 + 2 * 5
+    assert counting.passes == 1 + 5 + 3 * 5  # of three draws
     assert told == [7]
 
 
@@ -201,6 +206,7 @@ def test_impossible_options_are_refused_before_any_pass(split):
         (remove_and_classify, {"fill": "zeros"}, "did you mean 'zero'"),
         (remove_and_classify, {"explain": "labels"}, "did you mean 'label'"),
         (remove_and_classify, {"fractions": (0.5, 2)}, "fractions"),
+        (remove_and_classify, {"draws": 0}, "draws is 0"),
         (insertion_deletion, {"fill": "zeros"}, "did you mean 'zero'"),
         (insertion_deletion, {"points": 0}, "steps is 0"),
     ):

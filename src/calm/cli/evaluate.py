@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -114,9 +115,16 @@ def _overview() -> str:
 
 def main(words: Sequence[str]) -> list[Result]:
     """Run `calm evaluate`; see `calm.evaluate.runner.evaluate`."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return _run(words)
+    from calm.evaluate.distributed import process_group
+
+    with process_group():  # so that one process alone tells a mistake in the words
+        return _run(words)
+
+
+def _run(words: Sequence[str]) -> list[Result]:
     config = read_config(words)
-    from calm.evaluate.runner import (
-        evaluate,  # here: a help page need not wait for PyTorch  # here, since it imports PyTorch, which a help page need not wait for
-    )
+    from calm.evaluate.runner import evaluate  # PyTorch is imported here: a help page need not wait for it
 
     return evaluate(config)

@@ -46,7 +46,7 @@ class RankedBatch(NamedTuple):
         order: of the pixels by the map; those with larger numbers are erased first.
         random: the same at random.
         filler: what erased pixels become.
-        constant: number of constant maps, whose order is the random one.
+        constant: whether each map is constant, so that its order is the random one.
     """
 
     batch: Batch
@@ -54,7 +54,7 @@ class RankedBatch(NamedTuple):
     order: Int[Tensor, "b n"]
     random: Int[Tensor, "b n"]
     filler: Float[Tensor, "b 3 H W"]
-    constant: int
+    constant: Bool[Tensor, " b"]
 
 
 def _ranked_batches(
@@ -80,7 +80,7 @@ def _ranked_batches(
         random = random_order(keys, size[0] * size[1], seed)
         order = erasing_order(maps, random)
         filler = filling(images, fill, keys=keys, seed=seed)
-        yield RankedBatch(batch, explained, order, random, filler, int((~maps.flatten(1).any(dim=1)).sum()))
+        yield RankedBatch(batch, explained, order, random, filler, ~maps.flatten(1).any(dim=1))
 
 
 def _check_names(explain: str, fill: str) -> None:
@@ -148,7 +148,7 @@ def remove_and_classify(
 
     for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
         images, labels, keys, prediction = ranked.batch
-        constant += ranked.constant
+        constant += int(ranked.constant.sum())
         right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
         right_random, probs_random = (
             torch.zeros_like(probs_topk, dtype=torch.float64).expand(2, -1, -1).clone()
@@ -160,8 +160,12 @@ def remove_and_classify(
             right, probs = after_erasing(classify, images, order, ranked.filler, labels, shares)
             right_random += right
             probs_random += probs
-        metric.update(right_topk, right_random / draws, prediction.probs.argmax(dim=1) == labels, keys)
-        lost = (probs_random / draws - probs_topk).mean(dim=1)
+        # A constant map erases random pixels: its figures are those of all draws, not of the first alone.
+        right_random, probs_random = right_random / draws, probs_random / draws
+        right_topk = right_topk.double().where(~ranked.constant[:, None], right_random)
+        probs_topk = probs_topk.double().where(~ranked.constant[:, None], probs_random)
+        metric.update(right_topk, right_random, prediction.probs.argmax(dim=1) == labels, keys)
+        lost = (probs_random - probs_topk).mean(dim=1)
         scores |= dict(zip(keys.tolist(), lost.tolist(), strict=True))
     scores_of_all, constant = scores_by_id(split, scores), sum(all_gather(constant))
     result = metric.cpu().compute()
@@ -276,7 +280,7 @@ def insertion_deletion(
     constant = 0
     for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
         images, _, keys, prediction = ranked.batch
-        constant += ranked.constant
+        constant += int(ranked.constant.sum())
         inserted, deleted = insertion_deletion_curves(
             lambda erased: subject.predict(erased).probs,
             images,

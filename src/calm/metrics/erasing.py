@@ -249,7 +249,7 @@ class RemoveAndClassify(Metric):
 
     def update(
         self,
-        correct_topk: Bool[Tensor, "b k"],
+        correct_topk: Bool[Tensor, "b k"] | Float[Tensor, "b k"],
         correct_random: Bool[Tensor, "b k"] | Float[Tensor, "b k"],
         correct: Bool[Tensor, " b"],
         keys: Int[Tensor, " b"],
@@ -257,8 +257,9 @@ class RemoveAndClassify(Metric):
         """Add a batch.
 
         Args:
-            correct_topk: whether each image is classified right without its highest-scored pixels, by fraction.
-            correct_random: the same without random pixels; or, of several draws, the share that is right.
+            correct_topk: whether each image is classified right without its highest-scored pixels, by fraction; or,
+                of several draws, the share of them in which it is.
+            correct_random: the same without random pixels.
             correct: the same with all pixels.
             keys: the index of each image in its data set.
 

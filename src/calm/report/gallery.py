@@ -189,7 +189,7 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
     model = load_model(result)
     asked = model_subject(model, method=about.get("method"), **(about.get("options") or {}))
     images = model.preprocess([scene.picture for scene in scenes])
-    maps = asked.look(images).maps(torch.tensor([scene.classes for scene in scenes])).detach()
+    maps = asked.predict(images).maps(torch.tensor([scene.classes for scene in scenes])).detach()
     return list(maps[:, 0] if maps.shape[1] == 1 else difference(maps[:, 0], maps[:, 1]))
 
 
