@@ -331,6 +331,6 @@ def test_check_cue_files_accepts_parts_without_attributes(birds: Path) -> None:
     shutil.rmtree(birds / "attributes")
     report = check(birds)
     assert report.problems == ()
-    assert "no cue localization: there is parts/ but no attributes/" in report.found
+    assert "no cue localization: there is parts/ but no attributes/" in report.description
     shutil.rmtree(birds / "parts")
-    assert not any("cue" in line for line in check(birds).found)
+    assert not any("cue" in line for line in check(birds).description)

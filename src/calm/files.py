@@ -349,8 +349,10 @@ def disk_errors_about(final: Path) -> Iterator[None]:
 
 def _disk_error(error: BaseException) -> int | None:
     """Return the errno of a full or read-only disk that made a writer fail; None if another file is at fault."""
-    if (told := re.search(r"\(os error (\d+)\)", str(error))) and int(told[1]) in _DISK_ERRORS:  # safetensors
-        return int(told[1])
+    if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(
+        match[1]
+    ) in _DISK_ERRORS:  # safetensors
+        return int(match[1])
     cause: BaseException | None = error
     while cause is not None:  # torch.save raises another error after the disk's
         if isinstance(cause, OSError) and cause.errno in _DISK_ERRORS and _is_temporary(cause.filename or ""):

@@ -56,8 +56,12 @@ def check(
     names = next(iter(splits.values())).class_names
     problems, cues = check_cue_files(Path(root), splits)
     first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    found = (f"layout {source.layout}: {LAYOUTS[source.layout]}", f"classes: {first}", *filter(None, [cues]))
-    return replace(report, problems=(*report.problems, *problems), found=found)
+    description = (
+        f"layout {source.layout}: {LAYOUTS[source.layout]}",
+        f"classes: {first}",
+        *filter(None, [cues]),
+    )
+    return replace(report, problems=(*report.problems, *problems), description=description)
 
 
 def load_checked(

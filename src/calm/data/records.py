@@ -225,19 +225,19 @@ class Report:
     Attributes:
         problems: all problems, in the order found.
         images: number of images checked, by split.
-        found: lines about what the data set is, for people.
+        description: lines about what the data set is, for people.
     """
 
     problems: tuple[Problem, ...]
     images: dict[str, int]
-    found: tuple[str, ...] = ()
+    description: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, splits: Iterable[Split], found: Iterable[Problem] = ()) -> Report:
-        """Return a report of the problems that the readers of ``splits`` noted, and of those in ``found``."""
+    def of(cls, splits: Iterable[Split], others: Iterable[Problem] = ()) -> Report:
+        """Return a report of the problems that the readers of ``splits`` noted, and of ``others``."""
         listed = list(splits)
         noted = [problem for split in listed for problem in split.problems]
-        return cls((*noted, *found), {split.name: len(split.records) for split in listed})
+        return cls((*noted, *others), {split.name: len(split.records) for split in listed})
 
     @cached_property
     def errors(self) -> tuple[Problem, ...]:
@@ -284,7 +284,7 @@ class Report:
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
         lines = [
-            *self.found,
+            *self.description,
             f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}",
         ]
         for kind, members in self._by_kind().items():

@@ -62,18 +62,18 @@ def prepare(
         raise CalmError("--metadata_url: tiny-imagenet has its lists in the archive")
     if metadata_sha256 and not metadata_url:
         raise CalmError("--metadata_sha256 needs --metadata_url")
-    found, out = list_archives([Path(path) for path in archives]), Path(out)
+    available, out = list_archives([Path(path) for path in archives]), Path(out)
     for folder in (out.parent, out / "metadata", out / "dataset", *(out / "dataset").glob("*/")):
         remove_abandoned(folder)
     if name == "tiny-imagenet":
         prepared = Prepared(name, out, partial=partial)
-        prepare_tiny_imagenet(found, out, prepared, classes)
+        prepare_tiny_imagenet(available, out, prepared, classes)
         return prepared
     released = DATA_SETS[name]
     prepared = Prepared(name, out / "dataset" / released, partial=partial)
     unpack = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
-    unpack(found, out, prepared)
-    place_metadata(released, out, found, prepared, metadata_url, metadata_sha256)
+    unpack(available, out, prepared)
+    place_metadata(released, out, available, prepared, metadata_url, metadata_sha256)
     if name == "ilsvrc":
         name_as_listed(out, prepared)
     return prepared

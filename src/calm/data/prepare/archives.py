@@ -160,15 +160,15 @@ def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
         CalmError: a checksum is wrong, and the preparation is not partial.
     """
     published = PUBLISHED[key]
-    found = [
+    matching = [
         path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)
     ]
     if key == "openimages":
-        found = [path for path in found if "metadata" not in path.name.lower()]
-    for path in found:
+        matching = [path for path in matching if "metadata" not in path.name.lower()]
+    for path in matching:
         if published.md5 and (wrong := check_digest(path, "md5", published.md5)):
             prepared.complain(f"{wrong}: get it from {published.where}")
-    return found
+    return matching
 
 
 def check_digest(path: Path, algorithm: str, expected: str) -> str:
@@ -304,12 +304,14 @@ def place_metadata(
         CalmError: the archive has no such lists; the download fails.
     """
     final = out / "metadata" / name
-    found = [] if final.exists() else find("metadata", archives, prepared)
-    if url and (final.exists() or found):
-        reason = f"{found[0]} was taken" if found else f"the lists are in {final} (delete it to fetch them)"
+    matching = [] if final.exists() else find("metadata", archives, prepared)
+    if url and (final.exists() or matching):
+        reason = (
+            f"{matching[0]} was taken" if matching else f"the lists are in {final} (delete it to fetch them)"
+        )
         prepared.notes.append(f"nothing fetched from {url}: {reason}")
-    if found:
-        _unpack_lists(found[0], final, name)
+    if matching:
+        _unpack_lists(matching[0], final, name)
     elif url and not final.exists():
         with working_folder(final) as folder:
             address = PUBLISHED["metadata"].url if url == "published" else url

@@ -34,10 +34,10 @@ TINY_TRAIN, TINY_VAL, TINY_TEST = 450, 50, 50
 
 def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
     """Return the archives of `find`, of which there must be one."""
-    found = find(key, archives, prepared)
-    if not found:
+    matching = find(key, archives, prepared)
+    if not matching:
         raise CalmError(f"no {name} in --from: get it from {PUBLISHED[key].where}")
-    return found
+    return matching
 
 
 # CUB-200-2011
@@ -78,12 +78,12 @@ def _unpack_extra(key: str, folder: str, final: Path, archives: Sequence[Path], 
     """Unpack an archive that may be absent, so that its ``folder`` becomes ``final``."""
     if final.exists():
         return
-    found = find(key, archives, prepared)
-    if not found:
+    matching = find(key, archives, prepared)
+    if not matching:
         prepared.notes.append(f"no {folder}: get them from {PUBLISHED[key].where}")
         return
     with staged(final) as (work, result):
-        unpack(found[0], work / "archive")
+        unpack(matching[0], work / "archive")
         inner = work / "archive" / folder
         (inner if inner.is_dir() else work / "archive").replace(result)
 
@@ -132,12 +132,12 @@ def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> N
         if final.exists():
             prepared.expect(f"{part} images", _count_images(final), ILSVRC[part])
             continue
-        found = find(key, archives, prepared)
-        if not found:
+        matching = find(key, archives, prepared)
+        if not matching:
             prepared.complain(f"no {part} images: get the archive from {PUBLISHED[key].where}")
             continue
         with staged(final) as (work, result):
-            unpack(found[0], work / "archive")
+            unpack(matching[0], work / "archive")
             for inner in sorted((work / "archive").rglob("n*.tar")):  # train: an archive a class
                 unpack(inner, work / "archive" / inner.stem)
                 inner.unlink()
@@ -202,9 +202,9 @@ def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) 
         for split, expected in OPENIMAGES.items():
             prepared.expect(f"{split} images", _count_images(final / split), expected)
         return
-    found = _required("openimages", "archive of OpenImages30k", archives, prepared)
+    matching = _required("openimages", "archive of OpenImages30k", archives, prepared)
     with staged(final) as (work, result):
-        for number, path in enumerate(found):
+        for number, path in enumerate(matching):
             unpack(path, work / str(number))
             _merge_splits(path, work / str(number), result)
         for split, expected in OPENIMAGES.items():
