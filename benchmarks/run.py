@@ -37,33 +37,33 @@ BLOCK = re.compile(r"<!-- bench: (?P<command>[^\n]*?) -->\n(?P<output>.*?)<!-- e
 
 @dataclass(frozen=True)
 class Topic:
-    """A marked place of the file."""
+    """A place in README.md that holds the output of a benchmark."""
 
     command: str
 
     @property
     def name(self) -> str:
-        """The script without ``.py``, as TOPIC gives it."""
+        """The name of the script without ``.py``, by which TOPIC selects it."""
         return Path(shlex.split(self.command)[0]).stem
 
 
 def topics(text: str) -> list[Topic]:
-    """The marked places, in order.
+    """Return the marked places in order.
 
     Raises:
-        CalmError: none, or a beginning without an end.
+        CalmError: there is none, or a beginning without an end.
     """
-    found = [Topic(match["command"]) for match in BLOCK.finditer(text)]
+    marked = [Topic(match["command"]) for match in BLOCK.finditer(text)]
     begun = len(re.findall("<!-- bench: ", text))
-    if not found or len(found) != begun:
+    if not marked or len(marked) != begun:
         raise CalmError(
-            f"{len(found)} of {begun} '<!-- bench: SCRIPT -->' marks are followed by '<!-- end -->'"
+            f"{len(marked)} of {begun} '<!-- bench: SCRIPT -->' marks are followed by '<!-- end -->'"
         )
-    return found
+    return marked
 
 
 def replaced(text: str, topic: Topic, output: str) -> str:
-    """The text with the output of a topic in its place."""
+    """Return the text with a topic's output in its place."""
 
     def block(match: re.Match[str]) -> str:
         if match["command"] != topic.command:
@@ -74,10 +74,10 @@ def replaced(text: str, topic: Topic, output: str) -> str:
 
 
 def run(topic: Topic, folder: Path) -> str:
-    """What a topic's script prints, below a line that says when and where.
+    """Run a topic's script and return its output below a line with command, day, machine and seconds.
 
     Raises:
-        CalmError: it failed, or printed nothing.
+        CalmError: the script failed, or printed nothing.
     """
     from measure import machine
 
@@ -95,7 +95,7 @@ def run(topic: Topic, folder: Path) -> str:
 
 
 def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
-    """Run the chosen topics; the exit status."""
+    """Run the selected topics and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

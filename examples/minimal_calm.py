@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 
 class MinimalCalm(nn.Module):
-    """Backbone features, then two 1x1 convolutions: what is here, and is here where to look."""
+    """A backbone and two 1x1 convolutions: `conv_last` scores classes, `attention` scores locations."""
 
     def __init__(self, backbone: nn.Module, channels: int, num_classes: int) -> None:
         super().__init__()
@@ -18,7 +18,7 @@ class MinimalCalm(nn.Module):
         self.attention = nn.Conv2d(channels, 1, 1)
 
     def forward(self, images: Tensor) -> Tensor:
-        """p(y, z | x): for each image, a probability for every pair of class and location; (B, C, h, w)."""
+        """Return p(y, z | x): for each image the probability of every pair of class and location, (B, C, h, w)."""
         features = self.backbone(images)
         conditional = self.conv_last(features).softmax(dim=1)  # p(y | x, z)
         activation = nn.functional.softplus(self.attention(features))
@@ -27,19 +27,19 @@ class MinimalCalm(nn.Module):
 
 
 def predict(joint: Tensor) -> Tensor:
-    """p(y | x): the joint, summed over locations; (B, C)."""
+    """Return p(y | x), the joint summed over locations, (B, C)."""
     return joint.sum(dim=(2, 3))
 
 
 def em_loss(joint: Tensor, targets: Tensor) -> Tensor:
-    """Expectation-maximisation: which locations explain the target (E), then make them explain it better (M)."""
+    """Return the EM loss: E-step, which locations explain the target; M-step, make them explain it better."""
     target = joint[torch.arange(len(joint)), targets]  # p(target, z | x)
     posterior = (target / target.sum(dim=(1, 2), keepdim=True)).detach()  # q(z) = p(z | x, target)
     return -(posterior * target.log()).sum(dim=(1, 2)).mean()
 
 
 def main() -> None:
-    """Learn in a few steps to find where the bright square is, from its colour alone."""
+    """Train on squares whose colour is the class; the model learns to find the square from the class alone."""
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 16, 4, stride=4), nn.ReLU())
     model = MinimalCalm(backbone, channels=16, num_classes=3)

@@ -1,4 +1,4 @@
-"""A model's maps as files for other evaluators: OUT/IMAGE_ID.npy, 224x224 float32 in [0, 1], of the true class.
+"""Write a model's maps as files for other evaluators: OUT/IMAGE_ID.npy, 224x224 float32 in [0, 1], of the true class.
 
 Run it: python examples/write_maps.py runs/birds birds maps [--method gradcam]
 Read by `calm evaluate localization --maps`, which gives the figures of the model itself under `--norm minmax
@@ -15,14 +15,14 @@ from calm.data import load_split
 
 
 def write_maps(run: str, data: str, out: Path, method: str, batch_size: int = 32) -> None:
-    """One forward pass (for the model's own maps) and one file for each test image."""
+    """Write one file for each test image; the model's own maps need one forward pass."""
     model = calm.load(run).eval()
     records = load_split(data, "test").records
     for start in range(0, len(records), batch_size):
-        some = records[start : start + batch_size]
-        images = model.preprocess([record.path for record in some])
-        maps = calm.attribute(model, images, [record.label for record in some], method, size=(224, 224))
-        for record, values in zip(some, calm.normalize(maps, "minmax"), strict=True):
+        batch = records[start : start + batch_size]
+        images = model.preprocess([record.path for record in batch])
+        maps = calm.attribute(model, images, [record.label for record in batch], method, size=(224, 224))
+        for record, values in zip(batch, calm.normalize(maps, "minmax"), strict=True):
             file = out / f"{record.id}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)
             np.save(file, values.cpu().numpy())

@@ -1,4 +1,4 @@
-"""What the README and the docs show runs, and what they link to exists."""
+"""The code and the commands of README and docs run, and their links lead to files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
+import calm
 from calm.cli import COMMANDS
 from calm.cli import train as train_command
 from calm.cli.evaluate import read_config
@@ -21,25 +23,47 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
 
 
-def test_the_readmes_python_runs_and_says_what_it_claims(capsys):
+def test_readme_python_runs_and_gives_what_it_says(capsys):
     (block,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 15
+    assert len([line for line in block.splitlines() if line.strip()]) <= 16
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     output, maps = names["output"], names["maps"]
     assert output.probs.allclose(output.joint.sum((2, 3)), atol=1e-6)
-    assert maps.shape == names["why"].shape == names["theirs"].shape == (4, 64, 64)
+    assert maps.shape == names["why"].shape == names["baseline"].shape == (4, 64, 64)
     assert "tensor" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_link_to_a_file_leads_somewhere(page):
+def test_links_lead_to_files(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))
     missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
 
 
-def test_the_readmes_commands_parse():
+def test_readme_lines_have_at_most_120_characters():
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert not [line for line in lines if len(line) > 120]
+
+
+def test_readme_layout_names_every_room():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rooms = {path.name for path in (ROOT / "src" / "calm").iterdir() if not path.name.startswith("_")}
+    missing = {room for room in rooms if f"(src/calm/{room})" not in text}
+    assert missing <= {"config.py", "errors.py", "files.py", "inference.py", "py.typed"}
+
+
+def test_citation_names_the_paper_of_the_readme():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    paper = citation["preferred-citation"]
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert paper["title"] in text
+    assert paper["url"] in text
+    assert all(author["family-names"] in text for author in paper["authors"])
+    assert citation["version"] == calm.__version__
+
+
+def test_readme_commands_parse():
     lines = [
         line.split("#")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     ]
