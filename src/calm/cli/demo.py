@@ -11,9 +11,6 @@ from calm.errors import CalmError
 
 __all__ = ["demo"]
 
-BATCH = 32
-"""Images of a batch in training; sets with fewer than four batches get smaller ones."""
-
 
 def demo(
     out: Path = Path("demo"),
@@ -31,7 +28,7 @@ def demo(
 
     Args:
         out: folder for birds/, runs/, evaluation/ and report.html.
-        species: how many species of birds there are; at least two of them must differ in just one part.
+        species: how many species of birds there are.
         images_per_species: pictures of each, for training and test together.
         size: width and height of the pictures in pixels.
         epochs: passes over the training pictures, the same for both models; by default those of the preset "birds".
@@ -60,50 +57,21 @@ def _commands(
     out: Path, species: int, images_per_species: int, size: int, epochs: int | None, seed: int
 ) -> list[list[str]]:
     """The command lines, each as its words."""
-    from calm_birds import BirdsConfig
-
-    birds, runs, evaluation = (
-        str(out / "birds"),
-        [str(out / "runs" / m) for m in ("calm-em", "cam")],
-        out / "evaluation",
+    birds, evaluation = str(out / "birds"), str(out / "evaluation")
+    runs = {method: str(out / "runs" / method) for method in ("calm-em", "cam")}
+    made = f"--species {species} --images_per_species {images_per_species} --size {size} --seed {seed}"
+    trained = f"--seed {seed} --reading.image_size {size}"
+    if epochs is not None:
+        trained += f" --epochs {epochs}"
+    train_images = species * (images_per_species - round(images_per_species * 0.3))
+    if train_images < 128:  # fewer than four batches of the preset
+        trained += f" --batch_size {max(2, train_images // 4)}"
+    lines = [["data", "birds", birds, *made.split()]]
+    for method, folder in runs.items():
+        own = ["--preset", "birds", "--data", birds, "--method", method, "--run_dir", folder]
+        lines.append(["train", *own, *trained.split()])
+    methods = ["--method", "joint", "cam", "gradient"]
+    lines.append(
+        ["evaluate", "all", "--data", birds, "--model", *runs.values(), *methods, "--out", evaluation]
     )
-    config = BirdsConfig(species, images_per_species, size, seed, test_fraction=0.3)
-    train_images = species * (images_per_species - config.test_images)
-    made = ["--species", species, "--images_per_species", images_per_species, "--size", size, "--seed", seed]
-    trained = ["--seed", seed, "--reading.image_size", size]
-    trained += [] if epochs is None else ["--epochs", epochs]
-    trained += ["--batch_size", max(2, train_images // 4)] if train_images < 4 * BATCH else []
-    lines: list[list[object]] = [
-        ["data", "birds", birds, *made],
-        *(
-            [
-                "train",
-                "--preset",
-                "birds",
-                "--data",
-                birds,
-                "--method",
-                Path(folder).name,
-                "--run_dir",
-                folder,
-                *trained,
-            ]
-            for folder in runs
-        ),
-        [
-            "evaluate",
-            "all",
-            "--data",
-            birds,
-            "--model",
-            *runs,
-            "--method",
-            "joint",
-            "cam",
-            "gradient",
-            "--out",
-            evaluation,
-        ],
-        ["report", evaluation, "--out", out / "report.html"],
-    ]
-    return [list(map(str, words)) for words in lines]
+    return [*lines, ["report", evaluation, "--out", str(out / "report.html")]]

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +105,7 @@ class Study:
             return None
         root, split = groups[0].root, groups[0].read_split()
         total = len(split.records)
-        places = np.linspace(0, total - 1, min(total, MOST_IMAGES)).round().astype(int)
+        places = _evenly_spaced(total, MOST_IMAGES)
         split = replace(split, records=tuple(split.records[place] for place in places))
         cues, pairs = None, []
         with suppress(CalmError, OSError):  # there may be no such annotation
@@ -198,6 +197,11 @@ def birds_config(root: Path) -> dict[str, Any] | None:
     return None
 
 
+def _evenly_spaced(total: int, count: int) -> list[int]:
+    places: list[int] = np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
+    return places
+
+
 def _plate(study: Study, seed: int) -> list[Picture]:
     """Drawn birds: each species in the same scene, of some the one that shows the bird best. Else nothing."""
     kinds = choose_species(len(study.names)) if birds_config(study.root) else ()
@@ -225,10 +229,9 @@ def _classes(study: Study, plate: Sequence[Picture]) -> Section:
         elif images:
             picture = _enlarged(study.picture(images[0]), PLATE_SIDE)
             portraits.append(Shot(picture, f"test image: {name}", name, _neighbours(study, label)))
-    spread = np.linspace(0, len(study.labels) - 1, IMAGES_SHOWN).round().astype(int).tolist()
     seen = [
-        Shot(_enlarged(study.picture(i), 96), f"test image: {study.names[int(study.labels[i])]}")
-        for i in dict.fromkeys(spread)
+        Shot(_enlarged(study.picture(image), 96), f"test image: {study.names[int(study.labels[image])]}")
+        for image in _evenly_spaced(len(study.labels), IMAGES_SHOWN)
     ]
     values = {"study": study, "portraits": portraits, "seen": seen, "drawn": bool(plate)}
     return Section("The birds" if plate else "The classes", "classes", values)
@@ -260,10 +263,10 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
     paths = [study.split.records[image].path for image in images]
     with torch.no_grad():
         output = calm.model(calm.model.preprocess(paths))
-    joint, posterior = (output.attribute(targets, kind).detach() for kind in ("joint", "posterior"))
-    maps = {"CALM: joint": joint, "CALM: prior": output.prior.detach(), "CALM: posterior": posterior}
-    scale = torch.maximum(posterior.amax(dim=(1, 2)), output.prior.detach().amax(dim=(1, 2)))
-    maps = {label: values / scale[:, None, None] for label, values in maps.items()}
+    kinds = ("joint", "prior", "posterior")
+    joint, prior, posterior = (output.attribute(targets, kind).detach() for kind in kinds)
+    scale = torch.maximum(posterior, prior).amax(dim=(1, 2), keepdim=True)
+    maps = {"CALM: joint": joint / scale, "CALM: prior": prior / scale, "CALM: posterior": posterior / scale}
     if cam:
         inputs = cam.model.preprocess(paths)
         maps["CAM"] = cam.model.attribute(inputs, targets, size=joint.shape[-2:])
@@ -348,21 +351,18 @@ def _differences(study: Study, plate: Sequence[Picture], singles: Sequence[Mappi
         (study.names[pair.first], study.names[pair.second]): number
         for number, pair in enumerate(study.cues.pairs)
     }
-    cards = []
-    for single in _spread_over_parts(singles)[:PAIRS_SHOWN]:
-        number = known.get((single["first"], single["second"]))
-        if number is not None:
-            cards.append({**single, "number": number, "shots": _pair_shots(study, plate, number)})
-    cards.sort(key=lambda card: card["number"])
+    parts = [single["part"] for single in singles]
+    turns = [
+        parts[:place].count(part) for place, part in enumerate(parts)
+    ]  # the how manieth pair of its part
+    first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
+    cards = [
+        {**single, "shots": _pair_shots(study, plate, known[names])}
+        for single in (singles[place] for place in sorted(first))
+        if (names := (single["first"], single["second"])) in known
+    ]
     values = {"study": study, "cards": cards, "drawn": bool(plate)}
     return Section("Why this species and not that one?", "differences", values, "Differences")
-
-
-def _spread_over_parts(singles: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The pairs in another order: of each part the first, then of each the second, and so on."""
-    by_part = groupby(sorted(singles, key=lambda single: single["part"]), key=lambda single: single["part"])
-    turns = [(turn, single) for _, alike in by_part for turn, single in enumerate(alike)]
-    return [single for _, single in sorted(turns, key=lambda turn: turn[0])]
 
 
 def _pair_shots(study: Study, plate: Sequence[Picture], number: int) -> list[Shot]:
@@ -371,9 +371,8 @@ def _pair_shots(study: Study, plate: Sequence[Picture], number: int) -> list[Sho
     for label in (pair.first, pair.second):
         image = _typical_image(study, number, label)
         if plate:
-            shots.append(
-                Shot(plate[label], f"{study.names[label]}, drawn", study.names[label], "in the same pose")
-            )
+            name = study.names[label]
+            shots.append(Shot(plate[label], f"{name}, drawn", name, "drawn in the same pose"))
         if image is not None:
             shots += _difference_maps(study, image, pair)
     return shots
