@@ -13,7 +13,7 @@ import calm
 from calm.data import load_split
 from calm.data.cues import group_mask
 from calm.evaluate.cue_localization import read_cue_data
-from calm.render import Tile, draw_contour, overlay, panel, resize_picture
+from calm.render import Tile, draw_contour, draw_peak, overlay, panel, resize_picture
 
 CELL = 192
 
@@ -41,15 +41,16 @@ def main(demo: Path) -> None:
         output = ours(one)
         joint, prior = output.attribute(label)[0], output.prior[0]
         why = ours.difference(one, label, other, size=joint.shape[-2:])[0]
-        outlined = draw_contour(overlay(picture, why), part.float(), 0.5)
+        score = cam(one).attribute(label)[0]
+        outlined = draw_contour(draw_peak(overlay(picture, why), why), part.float(), 0.5)
         name, rival = (ours.class_names[int(c)].split(".")[-1].replace("_", " ") for c in (label, other))
         rows.append(
             [
                 Tile(picture, name),
-                Tile(overlay(picture, joint), f"sums to {joint.sum():.3f}"),
-                Tile(overlay(picture, prior)),
+                Tile(draw_peak(overlay(picture, joint), joint), f"sums to {joint.sum():.3f}"),
+                Tile(draw_peak(overlay(picture, prior), prior)),
                 Tile(
-                    overlay(picture, cam(one).attribute(label)[0], how="minmax"),
+                    draw_peak(overlay(picture, score, how="minmax"), score),
                     f"p = {cam(one).probs[0, label].item():.3f}",
                 ),
                 Tile(outlined, f"not {rival}"),

@@ -24,7 +24,8 @@ from calm.report.benchmarks import benchmark_section, main_figure
 from calm.report.charts import Line, dot_chart
 from calm.report.found import PUBLISHED, Group, find_groups, styles
 from calm.report.gallery import choose, gallery, maps_of, scenes
-from calm.report.page import Section
+from calm.report.overview import report_page
+from calm.report.page import Section, render
 from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
@@ -375,3 +376,64 @@ def test_report_refuses_a_folder_as_its_page(tmp_path, capsys):
     made().save(tmp_path / "a.json")
     assert main(["report", str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "give the name of a file" in capsys.readouterr().err
+
+
+def of_calm(provenance, **data):
+    """A provenance that says that the model was trained as a CALM."""
+    subject = {**provenance["subject"], "model_config": {"method": "calm-em"}}
+    return {"data": {**provenance["data"], **data}, "subject": subject}
+
+
+def test_report_tells_the_story_of_a_calm_model_without_cam(birds, tmp_path):
+    _, _, _, provenance, scores = birds
+    top1 = {"top1": Estimate(0.25, 0.2, 0.3)}
+    made("classification", figures=top1, provenance=of_calm(provenance), scores=scores).save(
+        tmp_path / "a.json"
+    )
+    assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    texts = Texts(html)
+    assert texts.of("h2") == ["The birds", "Where is the evidence?", "And when it is wrong?", "Classification on birds",
+                              "How it was made"]  # fmt: skip
+    assert texts.of("h1") == ["A classifier that says where it saw the evidence"]
+    assert texts.of("dd")[:2] == ["25.0\N{NARROW NO-BREAK SPACE}%", "4"]
+    assert "CAM" not in " ".join(texts.of("figcaption") + texts.of("h3"))
+    assert "calm data birds birds --species 4" in html
+    assert str(birds[0]) not in html
+
+
+def test_report_shows_classes_of_any_data_set_and_two_of_them_apart(birds, tmp_path):
+    folder, split, _, provenance, _ = birds
+    names = [HOSTILE.replace("/", ""), "1", "2", "3"]
+    for number, record in enumerate(split.records):
+        for part in ("train", "test"):
+            place = tmp_path / "photos" / part / names[record.label]
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{number}.jpg").write_bytes(record.path.read_bytes())
+    for root in (folder / "birds", tmp_path / "photos"):
+        said = of_calm(provenance, root=str(root), fingerprint=root.name)
+        figures = {"top1": Estimate(0.25, 0.2, 0.3)}
+        made("classification", figures=figures, provenance=said).save(tmp_path / "e" / f"{root.name}.json")
+    page = report_page([tmp_path / "e"], base=tmp_path)
+    assert page.sections[-1].values["problems"] == []
+    html = render(page)
+    titles = [section.title for section in page.sections]
+    assert titles[:3] == [
+        "The birds (birds)",
+        "Where is the evidence? (birds)",
+        "And when it is wrong? (birds)",
+    ]
+    assert "The classes (photos)" in titles
+    assert len({section.anchor for section in page.sections}) == len(titles)
+    assert "<script>x" not in html
+    assert "&lt;script" in html
+
+
+def test_report_says_why_single_images_are_left_out(birds, tmp_path):
+    _, _, _, provenance, _ = birds
+    moved = of_calm(provenance, root=str(tmp_path / "gone"))
+    made("classification", figures={"top1": Estimate(0.25, 0.2, 0.3)}, provenance=moved).save(
+        tmp_path / "a.json"
+    )
+    html = render(report_page([tmp_path], base=tmp_path))
+    assert "The sections on single images are left out: there is no folder gone." in html
