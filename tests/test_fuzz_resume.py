@@ -17,6 +17,7 @@ from stress_counts import FULL
 from train_cases import checkpoint_of, tiny_config, tiny_net, weights_of, write_squares
 
 from calm.errors import CalmError
+from calm.files import read_torch
 from calm.train import checkpoints
 from calm.train.config import TrainConfig
 from calm.train.run import train
@@ -80,7 +81,7 @@ def test_load_checkpoint_of_damaged_files(stopped: TrainConfig, data: st.DataObj
     whole = (stopped.run_dir / "checkpoints" / "last.ckpt").read_bytes()
     path = stopped.run_dir.parent / "damaged.ckpt"
     path.write_bytes(data.draw(damaged(whole)))
-    found = outcome(partial(checkpoints.read_checkpoint, path), path.name)
+    found = outcome(partial(read_torch, path, "checkpoint"), path.name)
     if found is not None:  # the damage was where nothing is read: between the files of the archive, say
         good = checkpoint_of(stopped.run_dir)
         assert found["epoch"] == good["epoch"]

@@ -21,11 +21,12 @@ from calm.train.config import (
     preset,
     preset_names,
     preset_path,
+    temperature_schedule,
 )
 from calm.train.folder import config_dict, default_run_dir, differences, inspect, write_config
 
 
-def test_defaults_are_the_released_recipe() -> None:
+def test_train_config_defaults_are_the_released_recipe() -> None:
     config = TrainConfig(data=Path("x"))
     assert (config.epochs, config.batch_size, config.lr, config.backbone) == (40, 64, 0.01, "resnet50")
     optim = config.optim
@@ -37,7 +38,7 @@ def test_defaults_are_the_released_recipe() -> None:
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> None:
+def test_preset_says_only_what_it_changes(name: str) -> None:
     config = config_dict(preset(name, "--data=x"))
     default = config_dict(TrainConfig(data=Path("x")))
 
@@ -51,19 +52,19 @@ def test_presets_are_configurations_and_say_only_what_they_change(name: str) -> 
     assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
 
 
-def test_the_e_step_of_a_preset_is_for_calm_em_alone() -> None:
+def test_preset_e_step_is_for_calm_em_alone() -> None:
     for method, temperature in (("calm-em", "0.5:1.0"), ("calm-ml", 1.0), ("cam", 1.0)):
         config = parse(["--preset", "small", "--data", "birds", "--method", method])
         assert config.loss.temperature == temperature
 
 
-def test_skip_bad_is_short_for_its_option() -> None:
+def test_parse_skip_bad_is_short_for_its_option() -> None:
     for words in (["--skip-bad"], ["--skip_bad"], ["--reading.skip_bad", "true"]):
         assert parse(["--data", "birds", *words]).reading.skip_bad
     assert not parse(["--data", "birds"]).reading.skip_bad
 
 
-def test_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
+def test_parse_lets_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     file = tmp_path / "mine.yaml"
     file.write_text("data: here\nlr: 0.3\nepochs: 7\n")
     config = parse(["--preset", "small", f"--config={file}", "--epochs=9", "--optim.betas=[0.8,0.9]"])
@@ -75,9 +76,7 @@ def test_flags_win_over_files_and_files_over_presets(tmp_path: Path) -> None:
     )
 
 
-def test_printed_configuration_gives_the_same_configuration(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parse_reads_what_print_config_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--preset=small", "--data=here", "--loss.temperature=0.5:1.0"]
     with pytest.raises(SystemExit):
         parse([*flags, "--print_config"])
@@ -85,7 +84,7 @@ def test_printed_configuration_gives_the_same_configuration(
     assert parse([f"--config={tmp_path / 'printed.yaml'}"]) == parse(flags)
 
 
-def test_written_configuration_loads_and_resumes(tmp_path: Path) -> None:
+def test_load_config_reads_what_write_config_writes(tmp_path: Path) -> None:
     config = preset("small", f"--data={tmp_path}", "--loss.temperature=0.5:1.0", "--hardware.devices=2")
     write_config(config, tmp_path)
     assert load_config(tmp_path / "config.yaml") == config
@@ -110,7 +109,7 @@ def test_written_configuration_loads_and_resumes(tmp_path: Path) -> None:
         (["--preset"], "needs a value"),
     ],
 )
-def test_wrong_flags_are_refused(flags: list[str], message: str) -> None:
+def test_parse_refuses_wrong_flags(flags: list[str], message: str) -> None:
     with pytest.raises(CalmError, match=message):
         parse(["--data=x", *flags])
 
@@ -130,12 +129,12 @@ def test_wrong_flags_are_refused(flags: list[str], message: str) -> None:
         lambda: TrainConfig(data=Path("x"), method="calm"),
     ],
 )
-def test_impossible_options_are_refused_in_python_too(make: Any) -> None:
+def test_options_refuse_impossible_values(make: Any) -> None:
     with pytest.raises(CalmError, match=r"allowed|needs|give"):
         make()
 
 
-def test_run_folder_names_what_differs(tmp_path: Path) -> None:
+def test_inspect_names_what_differs(tmp_path: Path) -> None:
     config = TrainConfig(data=tmp_path)
     assert inspect(tmp_path / "run", config) == "new"
     write_config(config, tmp_path / "run")
@@ -151,6 +150,23 @@ def test_run_folder_names_what_differs(tmp_path: Path) -> None:
     assert inspect(tmp_path / "run", config) == "finished"
 
 
-def test_default_run_folder_is_the_same_for_the_same_command(tmp_path: Path) -> None:
+def test_default_run_dir_is_the_same_for_the_same_command(tmp_path: Path) -> None:
     config = TrainConfig(data=tmp_path / "birds", backbone="timm/resnet18", method="cam")
     assert default_run_dir(config) == Path("runs/birds-timm-resnet18-cam")
+
+
+def test_temperature_schedule_reaches_its_end_with_the_last_step() -> None:
+    for text in ("0.5:1.5", "0.5:1.5:linear", "0.5:1.5:cosine"):
+        at = temperature_schedule(text, steps=9)
+        assert [at(0), at(4), at(8)] == pytest.approx([0.5, 1.0, 1.5])
+    assert temperature_schedule("0.5:1.5:cosine", 9)(1) < temperature_schedule("0.5:1.5", 9)(1)
+    assert temperature_schedule(2, steps=9)(3) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("warm", "neither a number"), ("1:2:sine", "did you mean"), ("-1", "0 or more"), ("0:inf", "finite")],
+)
+def test_temperature_schedule_refuses_unreadable_text(text: str, message: str) -> None:
+    with pytest.raises(CalmError, match=message):
+        temperature_schedule(text, steps=1)

@@ -19,7 +19,7 @@ from train_cases import tiny_config, tiny_net, write_squares
 from calm.errors import CalmError
 from calm.train import train
 from calm.train.config import LogOptions
-from calm.train.journal import Loggers, TensorBoardLogger, logger_class
+from calm.train.journal import TensorBoardLogger, logger_class, open_loggers
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -127,15 +127,14 @@ def test_logger_class_refuses_what_is_no_logger(name: str, message: str) -> None
         logger_class(name)
 
 
-def test_loggers_give_each_class_the_options_that_it_takes(
+def test_open_loggers_gives_each_class_the_options_that_it_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("calm.train.journal.ListLogger", ListLogger, raising=False)
     for name in ("calm.train.journal.ListLogger", "csv"):
-        with Loggers([name], tmp_path / name, 0) as loggers:
-            loggers.hyperparameters({"optim.name": "sgd"})
-            loggers.metrics({"loss": 2.0}, 3)
-            loggers.save()
+        with open_loggers([name], tmp_path / name, 0) as loggers:
+            loggers[0].log_hyperparams({"optim.name": "sgd"})
+            loggers[0].log_metrics({"loss": 2.0}, 3)
     assert ListLogger.made[-1].save_dir == tmp_path / "calm.train.journal.ListLogger"
     (table,) = (tmp_path / "csv").rglob("metrics.csv")
     assert [*csv.DictReader(table.read_text().splitlines())] == [{"loss": "2.0", "step": "3"}]

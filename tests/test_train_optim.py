@@ -1,18 +1,21 @@
-"""Parameter groups: every parameter once, the new layers at the higher rate."""
+"""Parameter groups, schedules against those of PyTorch and written numbers, and moving averages."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.optim import lr_scheduler as torchs
 from train_cases import tiny_net
 
 from calm.errors import CalmError
 from calm.model import create_model
-from calm.train.config import OptimOptions, is_new
-from calm.train.optim import Average, build_optimizer, parameter_groups
+from calm.train.config import OptimOptions, RunLength, is_new
+from calm.train.optim import Average, build_optimizer, build_scheduler, parameter_groups
 
 
-def test_every_parameter_is_in_exactly_one_group() -> None:
+def test_parameter_groups_hold_every_parameter_once() -> None:
     model = create_model(tiny_net(), 3)
     groups = parameter_groups(model, "custom", 0.1, OptimOptions(decay="weights", weight_decay=0.5))
     listed = [parameter for group in groups for parameter in group["params"]]
@@ -22,7 +25,7 @@ def test_every_parameter_is_in_exactly_one_group() -> None:
         assert all((p.ndim > 1) == (group["weight_decay"] == 0.5) for p in group["params"])
 
 
-def test_head_gets_the_ratio() -> None:
+def test_parameter_groups_give_the_head_the_ratio() -> None:
     model = create_model(tiny_net(), 3)
     groups = parameter_groups(model, "custom", 0.1, OptimOptions(head_ratio=4))
     rates = {id(p): group["lr"] for group in groups for p in group["params"]}
@@ -30,14 +33,14 @@ def test_head_gets_the_ratio() -> None:
     assert {rates[id(p)] for p in model.backbone.parameters()} == {0.1}
 
 
-def test_frozen_parameters_are_left_out() -> None:
+def test_parameter_groups_leave_out_frozen_parameters() -> None:
     model = create_model(tiny_net(), 3)
     model.backbone.requires_grad_(False)
     (group,) = parameter_groups(model, "custom", 0.1, OptimOptions())
     assert len(group["params"]) == 4
 
 
-def test_released_grouping_reproduces_the_released_rates() -> None:
+def test_is_new_reproduces_the_released_rates() -> None:
     # Released code, main.py: what is not named conv1, layer1, layer2 or layer3 gets ten times the rate.
     high = (
         "backbone.bn1.weight",
@@ -53,12 +56,12 @@ def test_released_grouping_reproduces_the_released_rates() -> None:
     assert not is_new("backbone.Mixed_6e.branch1x1.conv.weight", "inception_v3", "released")
 
 
-def test_released_grouping_of_another_backbone_is_refused() -> None:
+def test_is_new_refuses_released_grouping_of_another_backbone() -> None:
     with pytest.raises(CalmError, match="small_resnet"):
         is_new("head.x", "small_resnet", "released")
 
 
-def test_optimizers_take_their_options() -> None:
+def test_build_optimizer_takes_its_options() -> None:
     model = create_model(tiny_net(), 3)
     sgd = build_optimizer(model, "custom", 0.1, OptimOptions(momentum=0.7))
     adamw = build_optimizer(model, "custom", 0.1, OptimOptions(name="adamw", betas=(0.8, 0.95)))
@@ -88,7 +91,7 @@ def test_average_follows_its_recurrence() -> None:
     assert not any(parameter.requires_grad for parameter in average.module.parameters())
 
 
-def test_average_goes_on_from_its_state() -> None:
+def test_average_continues_from_its_state() -> None:
     model = create_model(tiny_net(), 3)
     average, other = Average(model, 0.9), Average(create_model(tiny_net(), 3), 0.9)
     average.update_parameters(model)
@@ -97,3 +100,61 @@ def test_average_goes_on_from_its_state() -> None:
     other.update_parameters(model)
     for name, value in average.module.state_dict().items():
         assert torch.equal(value, other.module.state_dict()[name])
+
+
+RUN = RunLength(epochs=6, steps_per_epoch=5)
+
+
+def rates(options: OptimOptions, run: RunLength = RUN) -> list[float]:
+    return torch_rates(lambda optimizer: build_scheduler(optimizer, options, run), run.steps)
+
+
+def torch_rates(make: Callable[[torch.optim.Optimizer], torchs.LRScheduler], steps: int) -> list[float]:
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    scheduler = make(optimizer)
+    values = []
+    for _ in range(steps):
+        values.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return values
+
+
+def test_build_scheduler_one_cycle_is_pytorchs() -> None:
+    expected = torch_rates(lambda o: torchs.OneCycleLR(o, 1.0, total_steps=30, cycle_momentum=False), 30)
+    assert rates(OptimOptions(schedule="one-cycle")) == pytest.approx(expected)
+
+
+def test_build_scheduler_cosine_is_pytorchs() -> None:
+    expected = torch_rates(lambda o: torchs.CosineAnnealingLR(o, 30), 30)
+    assert rates(OptimOptions(schedule="cosine")) == pytest.approx(expected)
+
+
+def test_build_scheduler_step_is_pytorchs_per_epoch() -> None:
+    expected = torch_rates(lambda o: torchs.StepLR(o, step_size=2, gamma=0.3), 6)
+    options = OptimOptions(schedule="step", step_epochs=2, step_factor=0.3)
+    assert rates(options)[::5] == pytest.approx(expected)
+    assert rates(options)[4::5] == pytest.approx(expected)
+
+
+def test_build_scheduler_released_step_has_29_epochs_at_the_base_rate_and_step_30() -> None:
+    run = RunLength(epochs=40, steps_per_epoch=1)
+    assert rates(OptimOptions(schedule="released-step"), run).count(1.0) == 29
+    assert rates(OptimOptions(schedule="step"), run).count(1.0) == 30
+
+
+def test_build_scheduler_warm_up_rises_linearly_to_the_full_rate() -> None:
+    values = rates(OptimOptions(schedule="constant", warmup_epochs=0.8))
+    assert values == pytest.approx([0.25, 0.5, 0.75, 1.0] + [1.0] * 26)
+
+
+def test_build_scheduler_one_cycle_rises_for_the_warm_up() -> None:
+    values = rates(OptimOptions(schedule="one-cycle", warmup_epochs=1))
+    assert max(range(30), key=values.__getitem__) == 4
+
+
+@pytest.mark.parametrize("schedule", ["step", "released-step", "cosine", "one-cycle", "constant"])
+@pytest.mark.parametrize("run", [RunLength(1, 1), RunLength(1, 2), RunLength(3, 1)])
+def test_build_scheduler_has_a_rate_in_the_shortest_runs(schedule: str, run: RunLength) -> None:
+    options = OptimOptions(schedule=schedule)  # type: ignore[arg-type]
+    assert all(0 < value <= 1 for value in rates(options, run))

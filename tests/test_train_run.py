@@ -1,11 +1,15 @@
-"""`train` against a loop written out by hand, and what its folder holds."""
+"""`train` against a loop written out by hand, killed and continued, in two processes, and what its folder holds."""
 
 from __future__ import annotations
 
 import csv
 import json
 import logging
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +17,16 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_cases import SIZE, rich_config, tiny_config, tiny_net, weights_of, write_squares
+from train_cases import (
+    SIZE,
+    checkpoint_of,
+    rich_config,
+    start,
+    tiny_config,
+    tiny_net,
+    weights_of,
+    write_squares,
+)
 
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
@@ -88,7 +101,7 @@ def assert_close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor], **toler
 
 
 @pytest.mark.parametrize("method", ["calm-em", "cam"])
-def test_weights_are_those_of_the_loop_written_by_hand(method: Any, data: Path, tmp_path: Path) -> None:
+def test_train_gives_the_weights_of_a_loop_written_by_hand(method: Any, data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path / "run", method=method)
     by_hand = trained_by_hand(config).state_dict()
     train(config, backbone=tiny_net(), quiet=True)
@@ -96,14 +109,14 @@ def test_weights_are_those_of_the_loop_written_by_hand(method: Any, data: Path, 
     assert_close(by_hand, ours, rtol=1e-5, atol=1e-7)
 
 
-def test_seed_decides_the_weights_and_workers_do_not(rich: Path, data: Path, tmp_path: Path) -> None:
+def test_train_seed_decides_the_weights_and_workers_do_not(rich: Path, data: Path, tmp_path: Path) -> None:
     again = train(rich_config(data, tmp_path / "again", workers=2), backbone=tiny_net(), quiet=True)
     assert_close(weights_of(rich), weights_of(again))
     other = train(replace(rich_config(data, tmp_path / "other"), seed=1), backbone=tiny_net(), quiet=True)
     assert any(not torch.equal(value, weights_of(rich)[name]) for name, value in weights_of(other).items())
 
 
-def test_accumulating_parts_of_a_batch_takes_the_same_steps(data: Path, tmp_path: Path) -> None:
+def test_train_accumulating_parts_of_a_batch_takes_the_same_steps(data: Path, tmp_path: Path) -> None:
     runs = []
     for parts in (1, 4):
         config = tiny_config(data, tmp_path / str(parts))
@@ -118,7 +131,7 @@ def test_accumulating_parts_of_a_batch_takes_the_same_steps(data: Path, tmp_path
         )
 
 
-def test_run_folder_has_everything_about_the_run(rich: Path, data: Path) -> None:
+def test_train_writes_everything_about_the_run(rich: Path, data: Path) -> None:
     names = {path.name for path in rich.iterdir()}
     files = {"config.yaml", "versions.json", "data.json", "log.txt", "metrics.csv", "result.json"}
     assert names == files | {"checkpoints", "best", "last", "panels", "tensorboard"}
@@ -133,7 +146,7 @@ def test_run_folder_has_everything_about_the_run(rich: Path, data: Path) -> None
     assert "epoch 3/3" in (rich / "log.txt").read_text()
 
 
-def test_saved_models_have_the_accuracy_that_the_result_says(rich: Path, data: Path) -> None:
+def test_train_saves_models_with_the_accuracy_that_the_result_says(rich: Path, data: Path) -> None:
     result = json.loads((rich / "result.json").read_text())
     for name in ("last", "best"):
         model = load(rich / name, backbone=tiny_net())
@@ -152,14 +165,16 @@ def test_saved_models_have_the_accuracy_that_the_result_says(rich: Path, data: P
     assert result["best"]["epoch"] == int(ranked[0]["epoch"])
 
 
-def test_finished_run_is_left_alone(rich: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_train_leaves_a_finished_run_alone(
+    rich: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in rich.rglob("*")}
     assert train(rich_config(data, rich), backbone=tiny_net()) == rich
     assert "is finished" in capsys.readouterr().out
     assert before == {path: path.stat().st_mtime_ns for path in rich.rglob("*")}
 
 
-def test_other_data_are_noticed_before_a_run_goes_on(data: Path, tmp_path: Path) -> None:
+def test_train_notices_other_data_before_a_run_goes_on(data: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(data, tmp_path / "data"))
     run = train(tiny_config(mine, tmp_path / "run", epochs=1), backbone=tiny_net(), quiet=True)
     (run / "result.json").unlink()
@@ -168,7 +183,7 @@ def test_other_data_are_noticed_before_a_run_goes_on(data: Path, tmp_path: Path)
         train(tiny_config(mine, run, epochs=1), backbone=tiny_net(), quiet=True)
 
 
-def test_bad_images_are_told_before_training_or_skipped_and_counted(data: Path, tmp_path: Path) -> None:
+def test_train_names_bad_images_or_skips_and_counts_them(data: Path, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(data, tmp_path / "data"))
     (mine / "train" / "colour1" / "3.png").write_bytes(b"not a picture")
     config = tiny_config(mine, tmp_path / "run", epochs=1)
@@ -181,12 +196,12 @@ def test_bad_images_are_told_before_training_or_skipped_and_counted(data: Path, 
     assert json.loads((run / "data.json").read_text())["check"]["left_out"]["train"] == 1
 
 
-def test_too_few_images_for_a_batch_are_told(data: Path, tmp_path: Path) -> None:
+def test_train_refuses_too_few_images_for_a_batch(data: Path, tmp_path: Path) -> None:
     with pytest.raises(CalmError, match="only 36 training images"):
         train(tiny_config(data, tmp_path / "run", batch_size=64), backbone=tiny_net(), quiet=True)
 
 
-def test_diverging_run_stops_with_step_and_cause_and_saves_nothing_bad(data: Path, tmp_path: Path) -> None:
+def test_train_stops_a_diverging_run_and_saves_nothing_bad(data: Path, tmp_path: Path) -> None:
     optim = OptimOptions(schedule="constant", momentum=0.0, nesterov=False)
     config = tiny_config(data, tmp_path / "run", lr=1e30, optim=optim)
     with pytest.raises(
@@ -197,7 +212,7 @@ def test_diverging_run_stops_with_step_and_cause_and_saves_nothing_bad(data: Pat
     assert not list((tmp_path / "run").rglob("*.ckpt"))
 
 
-def test_training_starts_from_given_weights(rich: Path, data: Path, tmp_path: Path) -> None:
+def test_train_starts_from_given_weights(rich: Path, data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path / "run", epochs=1, lr=0.0)
     config = replace(config, model=replace(config.model, init_from=str(rich)))
     run = train(config, backbone=tiny_net().eval(), quiet=True)
@@ -216,19 +231,21 @@ def test_training_starts_from_given_weights(rich: Path, data: Path, tmp_path: Pa
         {"loss": LossOptions(temperature=0.5), "log": LogOptions(every_n_steps=1, panel_images=2)},
     ],
 )
-def test_options_run_and_learn(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
+def test_train_learns_with_these_options(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:
     run = train(tiny_config(data, tmp_path / "run", **changes), backbone=tiny_net(), quiet=True)
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
 
 
-def test_impossible_hardware_is_told(data: Path, tmp_path: Path) -> None:
+def test_train_refuses_impossible_hardware(data: Path, tmp_path: Path) -> None:
     config = tiny_config(data, tmp_path / "run", hardware=Hardware(accelerator="abacus"))
     with pytest.raises(CalmError, match="abacus"):
         train(config, backbone=tiny_net(), quiet=True)
 
 
-def test_world_is_left_as_found(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_train_restores_generators_and_settings(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     state, level = torch.get_rng_state(), logging.getLogger("lightning.pytorch").level
     hardware = Hardware(accelerator="cpu", deterministic=True)
     train(tiny_config(data, tmp_path / "run", epochs=1, hardware=hardware), backbone=tiny_net(), quiet=True)
@@ -236,3 +253,113 @@ def test_world_is_left_as_found(data: Path, tmp_path: Path, capfd: pytest.Captur
     assert logging.getLogger("lightning.pytorch").level == level
     assert not torch.are_deterministic_algorithms_enabled()
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(data, run folder)"""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    data = write_squares(folder / "data")
+    return data, train(rich_config(data, folder / "run"), backbone=tiny_net(), quiet=True)
+
+
+def assert_same(a: Any, b: Any, place: str = "") -> None:
+    """Equal to the last bit, but for what a clock says."""
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), place
+        for name in a.keys() - {"seconds", "images_per_second"}:
+            assert_same(a[name], b[name], f"{place}.{name}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), place
+        for index, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{place}[{index}]")
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), place
+    else:
+        assert a == b, place
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", [{"kind": "kill in step", "step": 6}, {"kind": "kill while saving"}])
+def test_train_after_a_kill_ends_as_if_there_had_been_none(
+    uninterrupted: tuple[Path, Path], task: dict[str, Any], tmp_path: Path
+) -> None:
+    data, alone = uninterrupted
+    run = tmp_path / "run"
+    process = start(data=str(data), run_dir=str(run), **task)
+    assert process.returncode == -9, process.stderr
+    assert checkpoint_of(run)["last"]["epoch"] == 1
+    assert not (run / "result.json").exists()
+    train(rich_config(data, run, workers=1), backbone=tiny_net(), quiet=True)
+    assert_same(checkpoint_of(run), checkpoint_of(alone))
+    assert not list(run.rglob(".*"))
+    ours, theirs = ((folder / "metrics.csv").read_text().splitlines() for folder in (run, alone))
+    assert len(ours) == len(theirs) == 4
+
+
+def test_train_after_a_kill_after_the_last_epoch_only_measures(
+    uninterrupted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    data, alone = uninterrupted
+    run = Path(shutil.copytree(alone, tmp_path / "run"))
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "best")  # killed between the checkpoint and the saved models
+    shutil.rmtree(run / "last")
+    train(rich_config(data, run), backbone=tiny_net(), quiet=True)
+    assert (run / "result.json").read_text() == (alone / "result.json").read_text()
+    assert (run / "last" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_train_stopped_by_a_signal_says_so_and_continues(
+    tmp_path: Path, sent: signal.Signals, code: int
+) -> None:
+    data, run = write_squares(tmp_path / "data"), tmp_path / "run"
+    command = [sys.executable, "-m", "calm.cli", "train", "--preset", "birds", "--data", str(data)]
+    command += ["--run_dir", str(run), "--backbone", "tiny_resnet", "--batch_size", "8", "--epochs"]
+    process = subprocess.Popen(
+        [*command, "2000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stdout is not None
+    said = ""
+    while "epoch    2/" not in said and process.poll() is None:
+        said += process.stdout.readline()
+    process.send_signal(sent)
+    said += process.communicate(timeout=60)[0]
+    assert process.returncode == code, said
+    assert "Traceback" not in said
+    found = re.search(r"interrupted: the same command continues after epoch (\d+)\n", said)
+    if found:
+        assert checkpoint_of(run)["last"]["epoch"] == int(found[1])
+    else:
+        assert "interrupted: the same command starts again: no epoch was finished\n" in said
+        assert not (run / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+def test_train_in_two_processes_takes_the_steps_of_one(tmp_path: Path) -> None:
+    data = write_squares(
+        tmp_path / "data", train=13, other=3
+    )  # 39 and 9 images: neither divides by two processes
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = start(data=str(data), run_dir=str(two), kind="processes")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.count("epoch 1/3") == 1
+    train(tiny_config(data, one), backbone=tiny_net(stateful=False), quiet=True)
+    ours, theirs = weights_of(one), weights_of(two)
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=1e-4, atol=1e-6, msg=name)
+    results = [json.loads((run / "result.json").read_text()) for run in (one, two)]
+    for measure in ("accuracy", "nll", "ece"):
+        for split in ("val", "test"):
+            a, b = (result["last"][split][measure] for result in results)
+            assert a == pytest.approx(b, rel=1e-4), (split, measure)
+    rows = [list(csv.DictReader((run / "metrics.csv").read_text().splitlines())) for run in (one, two)]
+    for name in ("train_loss", "train_accuracy", "train_nll", "prior_entropy", "val_nll"):
+        assert float(rows[0][-1][name]) == pytest.approx(float(rows[1][-1][name]), rel=1e-4), name

@@ -1,14 +1,24 @@
-"""Measures against their definitions, computed by loops."""
+"""The training step: its measures against their definitions, the guard against NaN, and what waits for the device."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from train_cases import SIZE, tiny_config, tiny_net
 
+from calm.config import Method
+from calm.errors import CalmError
+from calm.model import CalmModel, create_model
 from calm.output import CalmOutput, CamOutput
-from calm.train.step import TrainingMeasures
+from calm.train.config import LossOptions, RunLength
+from calm.train.optim import Average
+from calm.train.step import FiniteGuard, Position, TrainingMeasures, TrainingStep, check_weights, diagnose
 
 
 def output_of(
@@ -23,7 +33,7 @@ def entropy(probabilities: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("activation", ["softplus", "relu", "exp"])
-def test_entropies_are_those_of_prior_and_posterior(activation: str) -> None:
+def test_training_measures_entropies_are_those_of_prior_and_posterior(activation: str) -> None:
     first, second = output_of(activation=activation), output_of(3, activation=activation)
     targets = [torch.randint(7, (size,)) for size in (5, 3)]
     measures = TrainingMeasures()
@@ -38,7 +48,7 @@ def test_entropies_are_those_of_prior_and_posterior(activation: str) -> None:
     assert values["prior_entropy_relative"] == pytest.approx(values["prior_entropy"] / math.log(12))
 
 
-def test_dead_priors_are_counted_and_uniform() -> None:
+def test_training_measures_count_dead_priors_as_uniform() -> None:
     scores = torch.tensor([-1.0, 1.0, -3.0, -2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 4)
     measures = TrainingMeasures()
     output = CalmOutput(torch.zeros(4, 2, 3, 4), scores, "relu")
@@ -48,14 +58,14 @@ def test_dead_priors_are_counted_and_uniform() -> None:
     assert values["prior_entropy_relative"] == pytest.approx(1.0)
 
 
-def test_cam_has_no_state_of_the_explanation() -> None:
+def test_training_measures_of_cam_have_no_explanation() -> None:
     measures = TrainingMeasures()
     output = CamOutput(torch.rand(2, 4, 3, 3), torch.rand(3, 4, 1, 1), torch.zeros(3))
     measures.update(torch.tensor(1.0), 2, output, torch.tensor([0, 2]))
     assert set(measures.compute()) == {"train_loss", "train_accuracy", "train_nll"}
 
 
-def test_loss_is_the_mean_over_images_and_starts_anew() -> None:
+def test_training_measures_loss_is_the_mean_over_images() -> None:
     measures = TrainingMeasures()
     for loss, images in ((1.0, 6), (4.0, 2)):
         measures.update(torch.tensor(loss), images, output_of(), torch.randint(7, (5,)))
@@ -64,3 +74,111 @@ def test_loss_is_the_mean_over_images_and_starts_anew() -> None:
     measures.reset()
     measures.update(torch.tensor(3.0), 1, output_of(), torch.eye(7)[[0, 1, 2, 3, 4]])  # soft targets
     assert measures.compute()["train_loss"] == 3.0
+
+
+POSITION = Position(epoch=2, step=40, lr=0.05)
+
+
+def model_of(activation: str = "softplus") -> CalmModel:
+    return create_model(tiny_net(stateful=False), 3, prior_activation=activation)  # type: ignore[arg-type]
+
+
+def test_finite_guard_records_the_first_bad_step() -> None:
+    guard = FiniteGuard()
+    for step, loss in enumerate((1.0, 2.0, float("inf"), 1.0, float("nan"))):
+        guard.note(torch.tensor(loss), step)
+    assert guard.first_bad() == 2
+
+
+def test_finite_guard_without_bad_losses_has_none() -> None:
+    guard = FiniteGuard()
+    assert guard.first_bad() is None
+    guard.note(torch.tensor(3.0), 0)
+    assert guard.first_bad() is None
+
+
+def test_diagnose_names_bad_images() -> None:
+    images = torch.rand(4, 3, 16, 16)
+    images[1, 0, 3, 3] = torch.nan
+    message = str(diagnose(model_of(), images, 38, POSITION))
+    assert "step 38 (epoch 3, learning rate 0.05): 1 of 4 images" in message
+    assert "calm data check" in message
+
+
+def test_diagnose_names_bad_weights() -> None:
+    model = model_of()
+    model.backbone.layers[2].weight.data[0] = torch.inf  # type: ignore[union-attr, index, operator]
+    message = str(diagnose(model, torch.rand(2, 3, 16, 16), 38, POSITION))
+    assert "backbone.layers.2.weight are not finite" in message
+    assert "lower lr" in message
+    with pytest.raises(CalmError, match=r"backbone\.layers\.2\.weight"):
+        check_weights(model, POSITION)
+
+
+@pytest.mark.parametrize(("part", "cause"), [("conv_last", "class logits"), ("attention", "location scores")])
+def test_diagnose_names_overflowing_activations(part: str, cause: str) -> None:
+    model = model_of()
+    getattr(model.head, part).weight.data.fill_(3e38)
+    assert cause in str(diagnose(model, 100 * torch.rand(2, 3, 16, 16), 38, POSITION))
+
+
+def test_diagnose_names_dead_priors() -> None:
+    model = model_of("relu")
+    model.head.attention.weight.data.zero_()  # type: ignore[union-attr, operator]
+    model.head.attention.bias.data.fill_(-1.0)  # type: ignore[union-attr, operator]
+    assert "dead for 2 of 2 images" in str(diagnose(model, torch.rand(2, 3, 16, 16), 38, POSITION))
+
+
+def test_check_weights_passes_finite_weights() -> None:
+    check_weights(model_of(), POSITION)
+
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "is_nonzero"}
+"""Operations whose result, or its shape, the program must see before it goes on: `.item()`, `bool()`, masks."""
+
+
+class Waits(TorchDispatchMode):
+    """Notes the operations that wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in WAITS or (
+            name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of_a_step(method: Method, step: int, prior: str, loss: LossOptions) -> list[str]:
+    """What forward, loss, measures and backward wait for, as they are on a GPU."""
+    config = replace(tiny_config(Path("data"), Path("run"), method=method), loss=loss)
+    model = create_model(tiny_net(), 3, method, prior_activation=prior)  # type: ignore[arg-type]
+    averages = {"teacher": Average(model, 0.9)} if loss.posterior == "ema" else {}
+    module = TrainingStep(model.train(), averages, config, RunLength(3, 4))
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
+    with Waits() as waits:
+        module(images, labels, epoch=0, step=step, index=step, rank=0).backward()
+    return waits.found
+
+
+@pytest.mark.parametrize(
+    ("method", "prior", "loss"),
+    [
+        ("cam", "softplus", LossOptions()),
+        ("calm-ml", "softplus", LossOptions()),
+        ("calm-em", "softplus", LossOptions()),
+        ("calm-em", "softplus", LossOptions(posterior="ema")),
+    ],
+)
+def test_training_step_between_two_looks_waits_for_nothing(
+    method: Method, prior: str, loss: LossOptions
+) -> None:
+    assert waits_of_a_step(method, 3, prior, loss) == []
+
+
+def test_training_step_that_is_looked_at_waits() -> None:
+    assert "_local_scalar_dense" in waits_of_a_step("calm-em", 0, "softplus", LossOptions())

@@ -122,14 +122,14 @@ def _main(task: dict[str, Any]) -> None:
     torch.set_num_threads(1)
     data, run_dir = Path(task["data"]), Path(task["run_dir"])
     if task["kind"] == "kill in step":
-        take_step = run.optimizer_step
+        take_step = run.Trainer.take_step
 
-        def step(*args: Any) -> None:
-            take_step(*args)
-            if args[-1].step == task["step"]:
+        def step(self: run.Trainer) -> None:
+            take_step(self)
+            if self.state.step == task["step"]:
                 _kill_myself()
 
-        run.optimizer_step = step
+        run.Trainer.take_step = step
     if task["kind"] == "kill while saving":
         save_checkpoint = checkpoints.save_checkpoint
         saved: list[int] = []

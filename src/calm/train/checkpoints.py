@@ -21,17 +21,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from calm.errors import CalmError
 from calm.files import atomic_path, read_torch
 from calm.model import CalmModel
-from calm.train.optim import Average
+from calm.train.config import RunLength, TrainConfig
+from calm.train.optim import Average, build_optimizer, build_scheduler
 
-__all__ = [
-    "Row",
-    "TrainingState",
-    "checkpoint_path",
-    "export",
-    "read_checkpoint",
-    "restore",
-    "save_checkpoint",
-]
+__all__ = ["Row", "TrainingState", "checkpoint_path", "export", "restore", "save_checkpoint"]
 
 Row: TypeAlias = dict[str, float]
 """Numbers of an epoch by name: a row of metrics.csv, or the measures of a split."""
@@ -67,14 +60,25 @@ class TrainingState:
     last: Row = field(default_factory=dict)
     best: Row = field(default_factory=dict)
 
+    @classmethod
+    def start(
+        cls, model: CalmModel, config: TrainConfig, run: RunLength, precision: Precision
+    ) -> TrainingState:
+        """Return the state before the first step; the averages are on the model's device."""
+        averages: dict[str, Average] = {}
+        if config.loss.posterior == "ema":
+            averages["teacher"] = Average(model, config.loss.teacher_decay)
+        if config.optim.ema_decay:
+            averages["ema"] = Average(model, config.optim.ema_decay)
+        optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
+        return cls(model, averages, optimizer, build_scheduler(optimizer, config.optim, run), precision)
+
     @property
     def evaluated(self) -> CalmModel:
         """The model that is evaluated and saved: the average of the weights if there is one."""
-        if "ema" not in self.averages:
-            return self.model
-        averaged = self.averages["ema"].module
-        assert isinstance(averaged, CalmModel)
-        return averaged
+        model = self.averages["ema"].module if "ema" in self.averages else self.model
+        assert isinstance(model, CalmModel)
+        return model
 
     def finish_epoch(self, row: Row, validation: Row) -> None:
         """Count an epoch: its row of metrics.csv and its validation measures."""
@@ -112,17 +116,14 @@ class TrainingState:
         self.scheduler.load_state_dict(state["scheduler"])
         self.precision.load_state_dict(state["precision"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
-        self.history = [_numbers(row) for row in state["history"]]
-        self.last, self.best = _numbers(state["last"]), _numbers(state["best"])
+        self.history = [dict(row) for row in state["history"]]
+        self.last, self.best = dict(state["last"]), dict(state["best"])
+        if not all(isinstance(value, (int, float)) for row in self.history for value in row.values()):
+            raise ValueError("a measure is no number")
         epochs = {self.epoch, len(self.history), self.history[-1]["epoch"], self.last["epoch"]}
         if len(epochs) > 1 or self.scheduler.last_epoch != self.step:
             raise ValueError("its numbers of epochs or steps contradict each other")
-
-
-def _numbers(row: Mapping[str, Any]) -> Row:
-    if not all(isinstance(value, (int, float)) for value in row.values()):
-        raise ValueError("a measure is no number")
-    return dict(row)
+        _quality(self.best)
 
 
 def _quality(measures: Row) -> tuple[float, float]:
@@ -142,39 +143,13 @@ def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read what `save_checkpoint` wrote; nothing in the file is run.
-
-    Raises:
-        CalmError: the file is damaged, or no checkpoint of a training run.
-    """
-    checkpoint = read_torch(path, "checkpoint")
-    parts = (
-        "model",
-        "averages",
-        "optimizer",
-        "scheduler",
-        "precision",
-        "epoch",
-        "step",
-        "history",
-        "last",
-        "best",
-    )
-    missing = [name for name in parts if not isinstance(checkpoint, dict) or name not in checkpoint]
-    if missing:
-        raise CalmError(f"{path} is no checkpoint of a training run: it lacks {', '.join(missing)}")
-    found: dict[str, Any] = checkpoint
-    return found
-
-
 def restore(state: TrainingState, path: Path) -> None:
-    """Load a checkpoint into the state of a run.
+    """Load a checkpoint into the state of a run; nothing in the file is run.
 
     Raises:
         CalmError: the checkpoint is damaged or does not fit this run.
     """
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_torch(path, "checkpoint")
     try:
         state.load_state_dict(checkpoint)
     except Exception as error:  # PyTorch's classes check what they load in ways of their own
@@ -191,14 +166,10 @@ def export(state: TrainingState, run_dir: Path) -> None:
     model.save_pretrained(run_dir / "last")
     if state.best["epoch"] == state.last["epoch"]:
         model.save_pretrained(run_dir / "best")
-        _link(path, path.with_name("best.ckpt"))
-
-
-def _link(source: Path, target: Path) -> None:
-    # A checkpoint is replaced and never written in place, so that two names may share its bytes.
-    with atomic_path(target) as temporary:
-        temporary.unlink()
-        try:
-            temporary.hardlink_to(source)
-        except OSError:  # a file system without hard links
-            shutil.copyfile(source, temporary)
+        # A checkpoint is replaced and never written in place, so that two names may share its bytes.
+        with atomic_path(path.with_name("best.ckpt")) as temporary:
+            temporary.unlink()
+            try:
+                temporary.hardlink_to(path)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(path, temporary)

@@ -7,7 +7,6 @@ ten times the rate for the new layers). The presets are YAML files with the fiel
 from __future__ import annotations
 
 import math
-from argparse import ArgumentError
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from importlib.resources import files
@@ -26,24 +25,12 @@ if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
 __all__ = [
-    "DataOptions",
-    "Grouping",
-    "Hardware",
-    "LogOptions",
-    "LossOptions",
-    "Method",
-    "ModelOptions",
-    "OptimOptions",
     "RunLength",
-    "Schedule",
     "TrainConfig",
-    "add_arguments",
     "is_new",
     "load_config",
     "parse_config",
     "preset",
-    "preset_names",
-    "preset_path",
     "temperature_schedule",
 ]
 
@@ -390,16 +377,11 @@ def temperature_schedule(temperature: float | str, steps: int) -> Callable[[int]
 
 def preset_names() -> list[str]:
     """Return the names of the presets: the YAML files of ``calm/presets``."""
-    names = (path.name for path in files("calm").joinpath("presets").iterdir())
-    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return sorted(Path(str(path)).stem for path in files("calm").joinpath("presets").iterdir())
 
 
 def preset_path(name: str) -> Path:
-    """Return the YAML file of a preset.
-
-    Raises:
-        CalmError: there is no preset of that name.
-    """
+    """Return the YAML file of a preset; a `CalmError` names those that there are."""
     if name not in preset_names():
         raise unknown("preset", name, preset_names(), where="--preset")
     return Path(str(files("calm").joinpath("presets", f"{name}.yaml")))
@@ -410,13 +392,7 @@ def preset(name: str, *overrides: str, parser: ArgumentParser | None = None) -> 
 
     What a preset says of the E-step is for calm-em alone, so that one preset trains all three methods.
 
-    Args:
-        name: one of `preset_names`.
-        overrides: flags as of ``calm train``, which win over the preset.
-        parser: reads the flags; None makes one with `add_arguments`.
-
-    Raises:
-        CalmError: no such preset, an unknown flag, a value that does not fit.
+    See `load_config` for the other arguments and for the errors.
     """
     path = preset_path(name)
     e_step = LossOptions(**yaml.safe_load(path.read_text(encoding="utf-8")).get("loss", {}))
@@ -429,7 +405,7 @@ def load_config(path: Path | str, *overrides: str, parser: ArgumentParser | None
     Args:
         path: the file.
         overrides: flags as of ``calm train``, which win over the file.
-        parser: reads the flags; None makes one with `add_arguments`.
+        parser: has the flags of `add_arguments`; None makes one.
 
     Raises:
         CalmError: no such file, an unknown field, a value that does not fit.
@@ -448,25 +424,24 @@ def add_arguments(parser: ArgumentParser) -> None:
 def parse_config(
     arguments: Sequence[str], parser: ArgumentParser | None = None, e_step: LossOptions | None = None
 ) -> TrainConfig:
-    """Return the configuration that flags and the files after ``--config`` describe.
+    """Return the configuration that flags and the files after ``--config`` describe; see `load_config`.
 
     Args:
         arguments: flags; later ones win.
-        parser: with the flags of `add_arguments`; None makes one.
+        parser: has the flags of `add_arguments`; None makes one.
         e_step: options that are dropped, instead of refused, for a method without an E-step.
 
     Raises:
-        CalmError: an unknown flag or field, a value that does not fit. It names the files that were read.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    import jsonargparse
-
     if parser is None:
-        parser = jsonargparse.ArgumentParser(prog="calm train", exit_on_error=False, allow_abbrev=False)
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(prog="calm train", exit_on_error=False, allow_abbrev=False)
         add_arguments(parser)
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
     paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
-    for path in paths:  # with limits and without aliases that expand, before the parser reads it
+    for path in paths:  # with limits on size and aliases, before the parser reads it
         if not isinstance(read_yaml(path, "configuration"), dict):
             raise CalmError(f"configuration {path} is no list of 'setting: value'")
     try:
@@ -477,7 +452,4 @@ def parse_config(
     except Exception as error:  # on a value of an unexpected type the parser fails in any way
         if isinstance(error, CalmError) and all(path in str(error) for path in paths):
             raise
-        if not paths and not isinstance(error, (CalmError, ArgumentError)):
-            raise
-        read = f" (read: {', '.join(paths)})" if paths else ""
-        raise CalmError(f"{error}{read}") from error
+        raise CalmError(f"{error} (read: {', '.join(paths)})" if paths else str(error)) from error

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -19,21 +20,14 @@ from typing import Any, Literal
 import torch
 import yaml
 
+from calm.data.loading import summary
+from calm.data.records import Report, Split
 from calm.errors import CalmError
-from calm.files import read_yaml, remove_abandoned, write_text
+from calm.files import read_json, read_yaml, remove_abandoned, write_json, write_text
+from calm.model import CalmModel
 from calm.train.config import TrainConfig
 
-__all__ = [
-    "RunState",
-    "config_dict",
-    "default_run_dir",
-    "differences",
-    "flattened",
-    "inspect",
-    "is_first_process",
-    "versions",
-    "write_config",
-]
+__all__ = ["config_dict", "default_run_dir", "differences", "inspect", "open_folder", "write_config"]
 
 RunState = Literal["new", "unfinished", "finished"]
 FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
@@ -116,6 +110,45 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [_plain(member) for member in value]
     return str(value.resolve()) if isinstance(value, Path) else value
+
+
+def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
+    """Write what is known before training, config.yaml, versions.json and data.json, to a new or unfinished folder.
+
+    Raises:
+        CalmError: the folder holds a run on other data.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    path = run_dir / "data.json"
+    if path.exists():
+        former = read_json(path)
+        if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
+            raise CalmError(
+                f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir"
+            )
+    write_config(config, run_dir)
+    write_json(run_dir / "versions.json", versions())
+    write_json(path, data)
+
+
+def data_summary(splits: Mapping[str, Split], report: Report) -> dict[str, Any]:
+    """Return what data.json says: counts of each split, the fingerprint of train, and what the check found."""
+    described = {name: summary(split) for name, split in splits.items()}
+    return {"fingerprint": described["train"]["fingerprint"], "splits": described, "check": report.summary}
+
+
+def opening_line(
+    run_dir: Path, config: TrainConfig, splits: Mapping[str, Split], report: Report, model: CalmModel
+) -> str:
+    """Return the first line of log.txt: method, network, data and folder."""
+    counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
+    left = sum(report.left_out(name) for name in splits)
+    skipped = f" ({left:,} bad ones skipped)" if left else ""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    return (
+        f"{config.method} with {config.backbone} ({weights / 1e6:.1f} million weights) on {config.data.name}:"
+        f" {splits['train'].num_classes} classes, {counts} images{skipped}; run folder {run_dir}"
+    )
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:

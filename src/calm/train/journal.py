@@ -18,8 +18,8 @@ import io
 import os
 import platform
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -27,22 +27,14 @@ from typing import Any
 import torch
 from lightning.fabric.loggers.logger import Logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from calm.errors import CalmError, unknown
 from calm.files import append_line, disk_errors_about, write_text
 from calm.render import Picture
 from calm.train.checkpoints import Row
 
-__all__ = [
-    "Loggers",
-    "ProgressBar",
-    "RunLog",
-    "TensorBoardLogger",
-    "epoch_line",
-    "logger_class",
-    "write_table",
-]
+__all__ = ["RunLog", "TensorBoardLogger", "logger_class", "open_loggers", "progress_bar"]
 
 
 class RunLog:
@@ -70,45 +62,15 @@ class RunLog:
         return self.console.is_terminal and not self.console.quiet
 
 
-class ProgressBar:
-    """Progress, loss, accuracy and images per second of the running epoch; nothing where there is no terminal.
+def progress_bar(log: RunLog) -> Progress:
+    """Return a bar, not started yet, whose tasks have a description and ``values``, a text that follows the bar.
 
     Args:
-        log: the bar is drawn below the lines that are printed to it.
+        log: lines printed to it appear above the bar. Where it has no terminal, the bar shows nothing.
     """
-
-    def __init__(self, log: RunLog) -> None:
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        values = TextColumn("{task.fields[values]}")
-        self._progress = Progress(
-            *columns, values, console=log.console, transient=True, disable=not log.interactive
-        )
-        self._task = TaskID(0)
-        self._images, self._start = 0, 0.0
-
-    def __enter__(self) -> ProgressBar:
-        self._task = self._progress.add_task("", values="", total=None)
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def start_epoch(self, name: str, batches: int) -> None:
-        """Start anew for an epoch of so many batches."""
-        self._images, self._start = 0, time.monotonic()
-        self._progress.reset(self._task, total=batches, description=name, values="")
-
-    def advance(self, images: int, shown: Mapping[str, float]) -> None:
-        """Count a batch of ``images`` and show the latest ``loss`` and ``accuracy``."""
-        self._images += images
-        speed = self._images / max(1e-9, time.monotonic() - self._start)
-        values = f"loss {shown['loss']:.3f}  accuracy {100 * shown['accuracy']:.1f} %  {speed:.0f} images/s"
-        self._progress.update(self._task, advance=1, values=values)
-
-    def show(self, text: str) -> None:
-        """Show ``text`` in place of the values."""
-        self._progress.update(self._task, values=text)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    values = TextColumn("{task.fields[values]}")
+    return Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -236,11 +198,14 @@ def logger_class(name: str) -> type[Logger]:
     return found
 
 
-class Loggers:
-    """The loggers of a run, addressed together; they are closed at the end of the block.
+@contextmanager
+def open_loggers(
+    names: Iterable[str], run_dir: Path, step: int = 0, more: Iterable[Logger] = ()
+) -> Iterator[list[Logger]]:
+    """Open loggers for a run; at the end of the block they and ``more`` are finalized.
 
     Args:
-        names: of loggers to open, see `logger_class`.
+        names: see `logger_class`.
         run_dir: where they write, as far as they write files; the run's name is the folder's.
         step: optimiser steps that the run has done already, if it is continued.
         more: loggers that were made already.
@@ -248,65 +213,37 @@ class Loggers:
     Raises:
         CalmError: see `logger_class`; or a logger's package is not installed.
     """
-
-    def __init__(
-        self, names: Iterable[str], run_dir: Path, step: int = 0, more: Iterable[Logger] = ()
-    ) -> None:
-        options: dict[str, Any] = {
-            "save_dir": run_dir,
-            "root_dir": run_dir,
-            "name": run_dir.name,
-            "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
-                :16
-            ],  # wandb continues this run
-            "purge_step": step or None,
-        }
-        self._opened: list[Logger] = []
-        for name in names:
-            kind = logger_class(name)
-            accepted = options.keys() & inspect.signature(kind).parameters.keys()
-            try:
-                self._opened.append(kind(**{option: options[option] for option in accepted}))
-            except ModuleNotFoundError as error:
-                raise CalmError(
-                    f"log.loggers: {name} needs a package that is not installed: {error}"
-                ) from error
-        self._all = [*self._opened, *more]
-
-    def __enter__(self) -> Loggers:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for logger in self._all:
-            try:
-                logger.finalize("failed" if kind else "success")
-            except OSError:
-                if kind is None:  # else the disk may be full, which is being reported already
-                    raise
+    options: dict[str, Any] = {
+        "save_dir": run_dir,
+        "root_dir": run_dir,
+        "name": run_dir.name,
+        "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
+            :16
+        ],  # wandb continues the run of this id
+        "purge_step": step or None,
+    }
+    opened: list[Logger] = []
+    for name in names:
+        kind = logger_class(name)
+        accepted = options.keys() & inspect.signature(kind).parameters.keys()
+        try:
+            opened.append(kind(**{option: options[option] for option in accepted}))
+        except ModuleNotFoundError as error:
+            raise CalmError(f"log.loggers: {name} needs a package that is not installed: {error}") from error
+    every = [*opened, *more]
+    try:
+        yield every
+    except BaseException:
+        for logger in every:
+            with suppress(OSError):  # the disk may be full, which is being reported already
+                logger.finalize("failed")
+        raise
+    else:
+        for logger in every:
+            logger.finalize("success")
+    finally:
         for (
             logger
-        ) in self._opened:  # a run of wandb stays open otherwise, and the next training would write to it
+        ) in opened:  # a run of wandb would stay open, and the next training of this process write to it
             if finish := getattr(getattr(logger, "experiment", None), "finish", None):
-                finish(exit_code=1 if kind else 0)
-
-    def hyperparameters(self, values: Mapping[str, Any]) -> None:
-        """Log the configuration, by dotted name."""
-        for logger in self._all:
-            with suppress(NotImplementedError):  # Fabric's CSVLogger
-                logger.log_hyperparams(dict(values))
-
-    def metrics(self, values: Mapping[str, float], step: int) -> None:
-        """Log numbers by name."""
-        for logger in self._all:
-            logger.log_metrics(dict(values), step)
-
-    def image(self, name: str, pixels: Picture, step: int) -> None:
-        """Log a uint8 RGB picture (H, W, 3) where the logger has ``log_image``."""
-        for logger in self._all:
-            if log_image := getattr(logger, "log_image", None):
-                log_image(name, [pixels], step=step)
-
-    def save(self) -> None:
-        """Make what was logged visible to readers."""
-        for logger in self._all:
-            logger.save()
+                finish()

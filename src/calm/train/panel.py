@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
-from calm.files import atomic_path
 from calm.heatmaps import Normalization
 from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 
-__all__ = ["choose_images", "draw", "draw_epoch"]
+__all__ = ["choose_images", "draw"]
 
 MAPS = {"calm": ("prior", "joint"), "cam": ("cam",)}
 RIGHT, WRONG = (70, 160, 90), (200, 80, 70)
 
 
 def choose_images(split: Split, count: int) -> list[int]:
-    """Choose ``count`` images of a split: the first of classes spread evenly over all, then the second, and so on.
-
-    Returns:
-        Their indices.
-    """
+    """Return indices of ``count`` images: the first of classes spread evenly over all, then the second, and so on."""
     members: dict[int, list[int]] = {}
     for index, record in enumerate(split.records):
         members.setdefault(record.label, []).append(index)
@@ -40,40 +33,22 @@ def choose_images(split: Split, count: int) -> list[int]:
     return ordered[:count]
 
 
-def draw_epoch(
-    model: CalmModel, dataset: ImageDataset, indices: Sequence[int], path: Path, *, title: str
-) -> Picture:
-    """Draw images of a data set with the model's maps, and write the picture to ``path``.
-
-    Args:
-        model: on any device.
-        dataset: validation images, with the model's preprocessing.
-        indices: which of them to draw.
-        path: of the PNG file.
-        title: a line above.
-    """
-    items = [dataset[index] for index in indices]
-    images = torch.stack([image for image, _, _ in items]).to(model.device)
-    labels = torch.tensor([label for _, label, _ in items], device=model.device)
-    picture = draw(model, images, labels, title=title)
-    with atomic_path(path) as temporary:
-        Image.fromarray(picture).save(temporary)
-    return picture
-
-
 @torch.no_grad()
-def draw(model: CalmModel, images: Tensor, labels: Tensor, *, title: str = "") -> Picture:
+def draw(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *, title: str = "") -> Picture:
     """Draw a column per image, with the true class's maps below it; the frame is green where the prediction is right.
 
     Args:
-        model: in any mode; it is left in the mode it was in.
-        images: normalised, (B, 3, H, W).
-        labels: true classes, (B,).
+        model: on any device and in any mode, in which it is left.
+        dataset: with the model's preprocessing.
+        indices: of the images in it.
         title: a line above.
 
     Returns:
         The picture, uint8 RGB (H, W, 3).
     """
+    items = [dataset[index] for index in indices]
+    images = torch.stack([image for image, _, _ in items]).to(model.device)
+    labels = torch.tensor([label for _, label, _ in items], device=model.device)
     training = model.training
     model.eval()
     try:

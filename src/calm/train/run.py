@@ -15,7 +15,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -23,30 +23,26 @@ import safetensors.torch
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
-from lightning.fabric.wrappers import _FabricModule
+from PIL import Image
 from torch import nn
 from torch.utils.data import DataLoader
 
 from calm.checkpoint import WEIGHTS
 from calm.data.dataset import EpochSampler, ImageDataset
-from calm.data.loading import summary
-from calm.data.records import Report, Split
 from calm.data.seeds import mix_seed
 from calm.errors import CalmError
-from calm.files import read_json, write_json
+from calm.files import atomic_path, write_json
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
 from calm.train import checkpoints, folder
 from calm.train.checkpoints import Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
 from calm.train.data import build_datasets, build_loader, build_model, read_splits, run_length
-from calm.train.guard import Position, check_weights, diagnose
-from calm.train.journal import Loggers, ProgressBar, RunLog, epoch_line, logger_class, write_table
-from calm.train.optim import Average, build_optimizer, build_scheduler
-from calm.train.panel import choose_images, draw_epoch
-from calm.train.step import TrainingStep
+from calm.train.journal import RunLog, epoch_line, logger_class, open_loggers, progress_bar, write_table
+from calm.train.panel import choose_images, draw
+from calm.train.step import Position, TrainingStep, check_weights, diagnose
 
-__all__ = ["evaluate", "optimizer_step", "train"]
+__all__ = ["Trainer", "evaluate", "train"]
 
 
 def train(
@@ -65,8 +61,8 @@ def train(
         config: the run.
         backbone: your own module instead of the named backbone: images (B, 3, H, W) to features (B, D, h, w).
             ``config.backbone`` is then only its name. Its start weights are yours to seed.
-        loggers: loggers of Lightning or Fabric that get curves and pictures, beside those that ``config.log.loggers``
-            names. They are closed at the end.
+        loggers: loggers of Fabric or Lightning that get curves and pictures, beside those that ``config.log.loggers``
+            names. They are finalized at the end.
         quiet: print nothing; log.txt is written in any case.
 
     Returns:
@@ -75,24 +71,24 @@ def train(
     Raises:
         CalmError: a configuration, data set or run folder that cannot work, found before training starts; or a loss
             that became NaN or infinite, with step and likely cause.
-        KeyboardInterrupt: after Ctrl-C, when log.txt says after which epoch the same command continues.
+        KeyboardInterrupt: after Ctrl-C; log.txt says after which epoch the same command continues.
         SystemExit: the same after SIGTERM, with code 143.
     """
     run_dir = config.run_dir or folder.default_run_dir(config)
     first = folder.is_first_process()
     log = RunLog(quiet=quiet or not first)
-    state = folder.inspect(run_dir, config) if first else "unfinished"
-    if state == "finished" or (run_dir / "result.json").exists():
+    status = folder.inspect(run_dir, config) if first else "unfinished"
+    if status == "finished" or (run_dir / "result.json").exists():
         log(f"{run_dir} is finished; delete it or choose another --run_dir to train again")
         return run_dir
     for name in config.log.loggers:
         logger_class(name)
     splits, report = read_splits(config, progress=log.interactive)
-    data = _describe(splits, report)
     run = run_length(len(splits["train"].records), config)
     with torch.random.fork_rng(), _process_settings(config.hardware):
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model = build_model(config, splits["train"], backbone)
+        data = folder.data_summary(splits, report)
         model.training_summary = {
             "data": config.data.name,
             "fingerprint": data["fingerprint"],
@@ -101,206 +97,212 @@ def train(
         datasets = build_datasets(config, splits, model.preprocessing)
         fabric = _fabric(config.hardware)
         if first:
-            _open_folder(run_dir, config, data)
+            folder.open_folder(run_dir, config, data)
             log.path = run_dir / "log.txt"
-            log(_opening_line(config, run_dir, splits, report, model))
+            log(folder.opening_line(run_dir, config, splits, report, model))
         with _launched(fabric):
-            _train(fabric, model, config, run, datasets, run_dir, log, loggers)
+            Trainer(fabric, model, config, run, datasets, run_dir, log).fit(loggers)
     return run_dir
 
 
-def _train(
-    fabric: Fabric,
-    model: CalmModel,
-    config: TrainConfig,
-    run: RunLength,
-    datasets: Mapping[str, ImageDataset],
-    run_dir: Path,
-    log: RunLog,
-    more_loggers: Iterable[Logger],
-) -> None:
-    """Train on this process's device, from the start or from the checkpoint in the run folder, and test."""
-    model.to(fabric.device)
-    averages: dict[str, Average] = {}
-    if config.loss.posterior == "ema":
-        averages["teacher"] = Average(model, config.loss.teacher_decay)
-    if config.optim.ema_decay:
-        averages["ema"] = Average(model, config.optim.ema_decay)
-    optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
-    scheduler = build_scheduler(optimizer, config.optim, run)
-    state = TrainingState(model, averages, optimizer, scheduler, fabric.strategy.precision)
-    if config.hardware.compile:
-        model.backbone.compile()
-    path = checkpoints.checkpoint_path(run_dir)
-    if path.exists():
-        log("continuing after the last whole epoch")
-        checkpoints.restore(state, path)
-        if fabric.is_global_zero:  # a kill may have come between the checkpoint and the saved models
-            checkpoints.export(state, run_dir)
-    step = TrainingStep(model, averages, config, run)
-    module, wrapped_optimizer = fabric.setup(step, optimizer)
-    loaders = {
-        name: build_loader(dataset, config, fabric, shuffle=name == "train")
-        for name, dataset in datasets.items()
-    }
-    drawn = choose_images(datasets["val"].split, config.log.panel_images)
-    names = config.log.loggers if fabric.is_global_zero else ()
-    more = more_loggers if fabric.is_global_zero else ()
-    saved = state.epoch
-    try:
-        with Loggers(names, run_dir, state.step, more) as loggers, ProgressBar(log) as bar:
-            loggers.hyperparameters(folder.flattened(folder.config_dict(config)))
-            for epoch in range(state.epoch, config.epochs):
-                bar.start_epoch(f"epoch {epoch + 1}/{config.epochs}", len(loaders["train"]))
-                seconds = _train_epoch(
-                    fabric, module, wrapped_optimizer, state, loaders["train"], loggers, bar
-                )
-                bar.show("validation")
-                _check_epoch(fabric, step, state)
-                validation = evaluate(fabric, state.evaluated, loaders["val"])
-                row = _row(step, state, run, seconds, validation)
-                state.finish_epoch(row, validation)
-                if fabric.is_global_zero:
-                    write_table(run_dir / "metrics.csv", state.history)
-                    log(epoch_line(row, config.epochs))
-                    numbers = {f"epoch/{name}": row[name] for name in row if name not in ("epoch", "step")}
-                    loggers.metrics(numbers, state.step - 1)
-                    if drawn:
-                        picture_path = run_dir / "panels" / f"epoch_{epoch + 1:03d}.png"
-                        title = f"epoch {epoch + 1}"
-                        picture = draw_epoch(
-                            state.evaluated, datasets["val"], drawn, picture_path, title=title
-                        )
-                        loggers.image("panel", picture, state.step - 1)
-                    loggers.save()
-                    checkpoints.save_checkpoint(state.state_dict(), path)
-                    saved = state.epoch
-                    checkpoints.export(state, run_dir)
-        result = _result(fabric, state, run_dir, loaders["test"])
-    except (KeyboardInterrupt, SystemExit):
-        ahead = f"continues after epoch {saved}" if saved else "starts again: no epoch was finished"
-        log(f"interrupted: the same command {ahead}")
-        raise
-    if fabric.is_global_zero:
-        write_json(run_dir / "result.json", result)
-        log(_closing_lines(result, run_dir))
-    fabric.barrier()
-
-
-def _train_epoch(
-    fabric: Fabric,
-    module: _FabricModule,
-    optimizer: torch.optim.Optimizer,
-    state: TrainingState,
-    loader: DataLoader[Any],
-    loggers: Loggers,
-    bar: ProgressBar,
-) -> float:
-    """Take the optimiser steps of an epoch.
+class Trainer:
+    """The part of a training run that each of its processes does, on its device.
 
     Args:
-        fabric: launched.
-        module: the `TrainingStep`, as Fabric wrapped it.
-        optimizer: that of ``state``, as Fabric wrapped it.
-        state: of the run; changed.
-        loader: of this process's share of the training images.
-        loggers: get loss and learning rates.
-        bar: shows progress.
-
-    Returns:
-        Its duration in seconds.
-
-    Raises:
-        CalmError: the loss of a batch was not finite.
+        fabric: launched; it knows devices, processes and precision.
+        model: at its start.
+        config: of the run.
+        run: its length.
+        datasets: the images of train, val and test.
+        run_dir: folder that the first process writes to.
+        log: gets a line per epoch.
     """
-    step: TrainingStep = module.module  # type: ignore[assignment]
-    config = step.config
-    assert isinstance(loader.sampler, EpochSampler)
-    loader.sampler.set_epoch(state.epoch)
-    # What is random inside the network (dropout) is a function of seed, epoch and process.
-    torch.manual_seed(mix_seed(config.seed, state.epoch, fabric.global_rank) >> 1)
-    start = time.monotonic()
-    for index, batch in enumerate(loader):
-        images, targets, _ = fabric.to_device(batch)
-        if config.hardware.channels_last:
-            images = images.contiguous(memory_format=torch.channels_last)
-        whole = (index + 1) % config.optim.accumulate == 0
-        place = {"epoch": state.epoch, "step": state.step, "index": index, "rank": fabric.global_rank}
-        with fabric.no_backward_sync(module, enabled=not whole):
-            loss = module(images, targets, **place)
-            # On the CPU there is nothing to wait for: every loss is looked at.
-            if fabric.device.type == "cpu" or step.looks_at(state.step, index):
-                _stop_if_not_finite(step, state)
-            fabric.backward(loss / config.optim.accumulate)
-        if whole:
-            optimizer_step(fabric, module, optimizer, state)
-            done = state.step - 1
-            if done % config.log.every_n_steps == 0:
-                rates = {f"lr/{name}": rate for name, rate in state.rates.items()}
-                loggers.metrics({"step/loss": step.shown["loss"], **rates}, done)
-        bar.advance(len(images) * fabric.world_size, step.shown)
-    if fabric.device.type == "cuda":
-        torch.cuda.synchronize(fabric.device)
-    return time.monotonic() - start
 
+    def __init__(
+        self,
+        fabric: Fabric,
+        model: CalmModel,
+        config: TrainConfig,
+        run: RunLength,
+        datasets: Mapping[str, ImageDataset],
+        run_dir: Path,
+        log: RunLog,
+    ) -> None:
+        self.fabric, self.config, self.run = fabric, config, run
+        self.datasets, self.run_dir, self.log = datasets, run_dir, log
+        self.state = TrainingState.start(model.to(fabric.device), config, run, fabric.strategy.precision)
+        if config.hardware.compile:
+            model.backbone.compile()
+        self.step = TrainingStep(model, self.state.averages, config, run)
+        self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
+        self.loaders = {
+            name: build_loader(dataset, config, fabric, shuffle=name == "train")
+            for name, dataset in datasets.items()
+        }
+        self.bar = progress_bar(log)
+        self.task = self.bar.add_task("", total=None, values="")
 
-def optimizer_step(
-    fabric: Fabric, module: _FabricModule, optimizer: torch.optim.Optimizer, state: TrainingState
-) -> None:
-    """Clip the gradients, take a step with them, and let schedule and averages follow."""
-    step: TrainingStep = module.module  # type: ignore[assignment]
-    if step.config.optim.clip_norm:
-        clip_norm = step.config.optim.clip_norm
-        fabric.clip_gradients(module, optimizer, max_norm=clip_norm, error_if_nonfinite=False)
-    state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
-    optimizer.step()
-    state.optimizer.zero_grad()
-    state.scheduler.step()
-    for average in state.averages.values():
-        average.update_parameters(state.model)
-    state.step += 1
+    def fit(self, loggers: Iterable[Logger] = ()) -> None:
+        """Train from the start, or from the checkpoint in the run folder, and test; see `train` for what it raises."""
+        state, first = self.state, self.fabric.is_global_zero
+        path = checkpoints.checkpoint_path(self.run_dir)
+        if path.exists():
+            self.log("continuing after the last whole epoch")
+            checkpoints.restore(state, path)
+            if first:  # a kill may have come between the checkpoint and the saved models
+                checkpoints.export(state, self.run_dir)
+        saved = state.epoch
+        names, more = (self.config.log.loggers, loggers) if first else ((), ())
+        try:
+            with open_loggers(names, self.run_dir, state.step, more) as opened, self.bar:
+                self.fabric.loggers.extend(opened)
+                for logger in opened:
+                    with suppress(NotImplementedError):  # Fabric's CSVLogger
+                        logger.log_hyperparams(folder.flattened(folder.config_dict(self.config)))
+                while state.epoch < self.config.epochs:
+                    seconds = self.train_epoch()
+                    self.check_epoch()
+                    validation = evaluate(self.fabric, state.evaluated, self.loaders["val"])
+                    state.finish_epoch(self.row(seconds, validation), validation)
+                    if first:
+                        self.report_epoch()
+                        checkpoints.save_checkpoint(state.state_dict(), path)
+                        saved = state.epoch
+                        checkpoints.export(state, self.run_dir)
+            result = self.result()
+        except (KeyboardInterrupt, SystemExit):
+            ahead = f"continues after epoch {saved}" if saved else "starts again: no epoch was finished"
+            self.log(f"interrupted: the same command {ahead}")
+            raise
+        if first:
+            write_json(self.run_dir / "result.json", result)
+            self.log(_closing_lines(result, self.run_dir))
+        self.fabric.barrier()
 
+    def train_epoch(self) -> float:
+        """Take the optimiser steps of an epoch, and return its duration in seconds."""
+        config, fabric, state, loader = self.config, self.fabric, self.state, self.loaders["train"]
+        assert isinstance(loader.sampler, EpochSampler)
+        loader.sampler.set_epoch(state.epoch)
+        # What is random inside the network (dropout) is a function of seed, epoch and process.
+        torch.manual_seed(mix_seed(config.seed, state.epoch, fabric.global_rank) >> 1)
+        title = f"epoch {state.epoch + 1}/{config.epochs}"
+        self.bar.reset(self.task, total=len(loader), description=title, values="")
+        rank, start = fabric.global_rank, time.monotonic()
+        for index, batch in enumerate(loader):
+            images, targets, _ = fabric.to_device(batch)
+            if config.hardware.channels_last:
+                images = images.contiguous(memory_format=torch.channels_last)
+            whole = (index + 1) % config.optim.accumulate == 0
+            with fabric.no_backward_sync(self.module, enabled=not whole):
+                loss = self.module(
+                    images, targets, epoch=state.epoch, step=state.step, index=index, rank=rank
+                )
+                # On the CPU there is nothing to wait for: every loss is looked at.
+                if fabric.device.type == "cpu" or self.step.looks_at(state.step, index):
+                    self.check_losses()
+                fabric.backward(loss / config.optim.accumulate)
+            if whole:
+                self.take_step()
+            speed = (index + 1) * len(images) * fabric.world_size / max(1e-9, time.monotonic() - start)
+            loss_shown, accuracy = self.step.shown["loss"], 100 * self.step.shown["accuracy"]
+            values = f"loss {loss_shown:.3f}  accuracy {accuracy:.1f} %  {speed:.0f} images/s"
+            self.bar.update(self.task, advance=1, values=values)
+        if fabric.device.type == "cuda":
+            torch.cuda.synchronize(fabric.device)
+        self.bar.update(self.task, values="validation")
+        return time.monotonic() - start
 
-def _position(state: TrainingState) -> Position:
-    return Position(state.epoch, state.step, max(group["lr"] for group in state.optimizer.param_groups))
+    def take_step(self) -> None:
+        """Clip the gradients, take an optimiser step, and let schedule, averages and loggers follow."""
+        state, optim = self.state, self.config.optim
+        if optim.clip_norm:
+            self.fabric.clip_gradients(
+                self.module, self.optimizer, max_norm=optim.clip_norm, error_if_nonfinite=False
+            )
+        state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
+        self.optimizer.step()
+        state.optimizer.zero_grad()
+        state.scheduler.step()
+        for average in state.averages.values():
+            average.update_parameters(state.model)
+        if state.step % self.config.log.every_n_steps == 0:
+            rates = {f"lr/{name}": rate for name, rate in state.rates.items()}
+            self.fabric.log_dict({"step/loss": self.step.shown["loss"], **rates}, state.step)
+        state.step += 1
 
+    def check_losses(self) -> None:
+        """Raise the `CalmError` of `diagnose` if a loss was not finite; this waits for the device."""
+        bad = self.step.guard.first_bad()
+        if bad is not None:
+            raise diagnose(self.state.model, self.step.images, bad, self._position())
 
-def _stop_if_not_finite(step: TrainingStep, state: TrainingState) -> None:
-    bad = step.guard.first_bad()
-    if bad is not None:
-        raise diagnose(state.model, step.images, bad, _position(state))
-
-
-def _check_epoch(fabric: Fabric, step: TrainingStep, state: TrainingState) -> None:
-    """Look at the epoch that was just trained before anything of it is measured or saved.
-
-    Raises:
-        CalmError: a loss or a weight was not finite.
-    """
-    _stop_if_not_finite(step, state)
-    check_weights(state.model, _position(state))
-    if (
-        fabric.world_size > 1
-    ):  # BatchNorm's statistics: those of the first process, whose model is the one saved
-        for model in (state.model, *(average.module for average in state.averages.values())):
-            for buffer in model.buffers():
+    def check_epoch(self) -> None:
+        """Look at losses and weights of an epoch before anything of it is measured or saved."""
+        self.check_losses()
+        check_weights(self.state.model, self._position())
+        if (
+            self.fabric.world_size > 1
+        ):  # BatchNorm's statistics: those of the first process, whose model is saved
+            averaged = [average.module for average in self.state.averages.values()]
+            for buffer in (buffer for model in (self.state.model, *averaged) for buffer in model.buffers()):
                 torch.distributed.broadcast(buffer, 0)
 
+    def _position(self) -> Position:
+        rates = [group["lr"] for group in self.state.optimizer.param_groups]
+        return Position(self.state.epoch, self.state.step, max(rates))
 
-def _row(step: TrainingStep, state: TrainingState, run: RunLength, seconds: float, validation: Row) -> Row:
-    """The row of metrics.csv; every process must come here."""
-    row: Row = {
-        "epoch": state.epoch + 1,
-        "step": state.step,
-        "seconds": round(seconds, 3),
-        "images_per_second": round(run.steps_per_epoch * step.config.batch_size / seconds, 1),
-        "lr": min(state.rates.values()),
-    }
-    if step.config.method == "calm-em":
-        row["temperature"] = step.temperature(state.step - 1)
-    row |= step.measures.compute()
-    step.measures.reset()
-    return row | {f"val_{name}": value for name, value in validation.items()}
+    def row(self, seconds: float, validation: Row) -> Row:
+        """Return the epoch's row of metrics.csv; all processes must call this, as they add up what they measured."""
+        row: Row = {
+            "epoch": self.state.epoch + 1,
+            "step": self.state.step,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(self.run.steps_per_epoch * self.config.batch_size / seconds, 1),
+            "lr": min(self.state.rates.values()),
+        }
+        if self.config.method == "calm-em":
+            row["temperature"] = self.step.temperature(self.state.step - 1)
+        row |= self.step.measures.compute()
+        self.step.measures.reset()
+        return row | {f"val_{name}": value for name, value in validation.items()}
+
+    def report_epoch(self) -> None:
+        """Write the latest row to metrics.csv, log and loggers, and draw the panel."""
+        state, row, step = self.state, self.state.history[-1], self.state.step - 1
+        write_table(self.run_dir / "metrics.csv", state.history)
+        self.log(epoch_line(row, self.config.epochs))
+        numbers = {f"epoch/{name}": row[name] for name in row if name not in ("epoch", "step")}
+        self.fabric.log_dict(numbers, step)
+        if self.config.log.panel_images:
+            images = choose_images(self.datasets["val"].split, self.config.log.panel_images)
+            picture = draw(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
+            with atomic_path(self.run_dir / "panels" / f"epoch_{state.epoch:03d}.png") as temporary:
+                Image.fromarray(picture).save(temporary)
+            for logger in self.fabric.loggers:
+                if log_image := getattr(logger, "log_image", None):
+                    log_image("panel", [picture], step=step)
+        for logger in self.fabric.loggers:
+            logger.save()
+
+    def result(self) -> dict[str, Any]:
+        """Test the last and the best weights as they were saved; all processes must call this."""
+        self.fabric.barrier()  # the first process may still be writing what the others are about to read
+        state = self.state
+        result: dict[str, Any] = {}
+        for name, measures in {"last": state.last, "best": state.best}.items():
+            validation = {key: value for key, value in measures.items() if key != "epoch"}
+            if name == "best" and measures["epoch"] == state.last["epoch"]:
+                test = result["last"]["test"]
+            else:
+                state.evaluated.load_state_dict(safetensors.torch.load_file(self.run_dir / name / WEIGHTS))
+                test = evaluate(self.fabric, state.evaluated, self.loaders["test"])
+            result[name] = {"epoch": int(measures["epoch"]), "val": validation, "test": test}
+        final = state.history[-1]
+        result["train"] = {"loss": final["train_loss"], "accuracy": final["train_accuracy"]}
+        result["images_per_second"] = statistics.median(row["images_per_second"] for row in state.history)
+        result["seconds"] = round(sum(row["seconds"] for row in state.history), 1)
+        return result
 
 
 @torch.no_grad()
@@ -315,7 +317,7 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     Returns:
         ``accuracy`` and, with more than five classes, ``top5`` (both 0 to 1), ``nll`` (nats) and ``ece``.
     """
-    # Its sums are float64, which Apple's GPUs do not have.
+    # The sums of the metric are float64, which Apple's GPUs do not have.
     measures = Classification(replicates=0).to("cpu" if fabric.device.type == "mps" else fabric.device)
     training = model.training
     model.eval()
@@ -330,25 +332,6 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     return {"accuracy": found.top1.value, **top5, "nll": found.nll.value, "ece": found.ece.value}
 
 
-def _result(fabric: Fabric, state: TrainingState, run_dir: Path, loader: DataLoader[Any]) -> dict[str, Any]:
-    """Test the last and the best weights, as they were saved; every process takes part."""
-    fabric.barrier()  # the first process may still be writing what the others are about to read
-    result: dict[str, Any] = {}
-    for name, measures in {"last": state.last, "best": state.best}.items():
-        validation = {key: value for key, value in measures.items() if key != "epoch"}
-        if name == "best" and measures["epoch"] == state.last["epoch"]:
-            test = result["last"]["test"]
-        else:
-            state.evaluated.load_state_dict(safetensors.torch.load_file(run_dir / name / WEIGHTS))
-            test = evaluate(fabric, state.evaluated, loader)
-        result[name] = {"epoch": int(measures["epoch"]), "val": validation, "test": test}
-    final = state.history[-1]
-    result["train"] = {"loss": final["train_loss"], "accuracy": final["train_accuracy"]}
-    result["images_per_second"] = statistics.median(row["images_per_second"] for row in state.history)
-    result["seconds"] = round(sum(row["seconds"] for row in state.history), 1)
-    return result
-
-
 def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
     lines = []
     for name in ("best", "last"):
@@ -360,41 +343,7 @@ def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
     return "\n".join([*lines, f"done in {result['seconds']:.0f} s of training: {run_dir}"])
 
 
-def _opening_line(
-    config: TrainConfig, run_dir: Path, splits: Mapping[str, Split], report: Report, model: CalmModel
-) -> str:
-    counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
-    left = sum(report.left_out(name) for name in splits)
-    skipped = f" ({left:,} bad ones skipped)" if left else ""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{config.method} with {config.backbone} ({weights / 1e6:.1f} million weights) on {config.data.name}:"
-        f" {splits['train'].num_classes} classes, {counts} images{skipped}; run folder {run_dir}"
-    )
-
-
-def _describe(splits: Mapping[str, Split], report: Report) -> dict[str, Any]:
-    described = {name: summary(split) for name, split in splits.items()}
-    return {"fingerprint": described["train"]["fingerprint"], "splits": described, "check": report.summary}
-
-
-def _open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
-    """Write what is known before training; a run that is continued must have the same data."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    path = run_dir / "data.json"
-    if path.exists():
-        former = read_json(path)
-        if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
-            raise CalmError(
-                f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir"
-            )
-    folder.write_config(config, run_dir)
-    write_json(run_dir / "versions.json", folder.versions())
-    write_json(path, data)
-
-
 def _fabric(hardware: Hardware) -> Fabric:
-    """Set up devices, processes and precision; nothing is started yet."""
     try:
         return Fabric(
             accelerator=hardware.accelerator,
@@ -403,13 +352,13 @@ def _fabric(hardware: Hardware) -> Fabric:
             strategy=hardware.strategy,
             precision=hardware.precision,
         )
-    except (ValueError, RuntimeError, TypeError) as error:  # MisconfigurationException is none of Fabric's
+    except (ValueError, RuntimeError, TypeError) as error:
         raise CalmError(f"these hardware settings do not work here: {hardware}\n{error}") from error
 
 
 @contextmanager
 def _launched(fabric: Fabric) -> Iterator[None]:
-    """Run the block in all processes of a run. SIGTERM raises SystemExit in it, with the code of a terminated process.
+    """Run the block in all processes of a run; SIGTERM raises SystemExit in it, with the code of a terminated process.
 
     The other processes, if this one started them, do not outlive an error in this one.
     """
