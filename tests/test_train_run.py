@@ -246,11 +246,11 @@ def test_train_refuses_impossible_hardware(data: Path, tmp_path: Path) -> None:
 def test_train_restores_generators_and_settings(
     data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    state, level = torch.get_rng_state(), logging.getLogger("lightning.pytorch").level
+    state, level = torch.get_rng_state(), logging.getLogger("lightning.fabric").level
     hardware = Hardware(accelerator="cpu", deterministic=True)
     train(tiny_config(data, tmp_path / "run", epochs=1, hardware=hardware), backbone=tiny_net(), quiet=True)
     assert torch.equal(torch.get_rng_state(), state)
-    assert logging.getLogger("lightning.pytorch").level == level
+    assert logging.getLogger("lightning.fabric").level == level
     assert not torch.are_deterministic_algorithms_enabled()
     assert capfd.readouterr() == ("", "")
 
