@@ -1,4 +1,4 @@
-"""What a run reports: lines on the screen and in log.txt, a progress bar, metrics.csv, and loggers of Lightning.
+"""What a run reports: lines on the screen and in log.txt, a progress bar, metrics.csv, loggers, and drawn maps.
 
 A row of metrics.csv, with the columns of a CALM-EM run::
 
@@ -28,13 +28,19 @@ import torch
 from lightning.fabric.loggers.logger import Logger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 
+from calm.data.dataset import ImageDataset
+from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.files import append_line, disk_errors_about, write_text
-from calm.render import Picture
+from calm.heatmaps import Normalization
+from calm.model import CalmModel
+from calm.output import CalmOutput
+from calm.render import Picture, Tile, overlay, panel
 from calm.train.checkpoints import Row
 
-__all__ = ["RunLog", "TensorBoardLogger", "logger_class", "open_loggers", "progress_bar"]
+__all__ = ["RunLog", "TensorBoardLogger", "draw_maps", "logger_class", "open_loggers", "progress_bar"]
 
 
 class RunLog:
@@ -247,3 +253,68 @@ def open_loggers(
         ) in opened:  # a run of wandb would stay open, and the next training of this process write to it
             if finish := getattr(getattr(logger, "experiment", None), "finish", None):
                 finish()
+
+
+MAPS = {"calm": ("prior", "joint"), "cam": ("cam",)}
+RIGHT, WRONG = (70, 160, 90), (200, 80, 70)
+
+
+def choose_images(split: Split, count: int) -> list[int]:
+    """Return indices of ``count`` images: the first of classes spread evenly over all, then the second, and so on."""
+    members: dict[int, list[int]] = {}
+    for index, record in enumerate(split.records):
+        members.setdefault(record.label, []).append(index)
+    labels = sorted(members)
+    width = min(count, len(labels))
+    spread = [labels[position * len(labels) // width] for position in range(width)]
+    rounds = range(max(len(images) for images in members.values()))
+    ordered = [members[label][turn] for turn in rounds for label in spread if turn < len(members[label])]
+    return ordered[:count]
+
+
+@torch.no_grad()
+def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *, title: str = "") -> Picture:
+    """Draw a column per image, with the true class's maps below it; the frame is green where the prediction is right.
+
+    Args:
+        model: on any device and in any mode, in which it is left.
+        dataset: with the model's preprocessing.
+        indices: of the images in it.
+        title: a line above.
+
+    Returns:
+        The picture, uint8 RGB (H, W, 3).
+    """
+    items = [dataset[index] for index in indices]
+    images = torch.stack([image for image, _, _ in items]).to(model.device)
+    labels = torch.tensor([label for _, label, _ in items], device=model.device)
+    training = model.training
+    model.eval()
+    try:
+        output = model(images)
+        kinds = MAPS["calm" if isinstance(output, CalmOutput) else "cam"]
+        maps = {kind: output.attribute(labels, kind).float().cpu() for kind in kinds}
+        probs = output.probs.cpu()
+    finally:
+        model.train(training)
+    levels = model.preprocessing.denormalize(images.float()).mul(255).round().byte()
+    pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
+    how: Normalization = "minmax" if kinds == ("cam",) else "max"
+    rows: list[Sequence[Tile]] = [
+        [
+            Tile(
+                image, _caption(model.class_names, row, label), RIGHT if int(row.argmax()) == label else WRONG
+            )
+            for image, row, label in zip(pixels, probs, labels.tolist(), strict=True)
+        ]
+    ]
+    for kind in kinds:
+        overlays = [overlay(image, values, how=how) for image, values in zip(pixels, maps[kind], strict=True)]
+        rows.append([Tile(image) for image in overlays])
+    return panel(rows, title=title, labels=["", *kinds], cell=128)
+
+
+def _caption(names: Sequence[str], probs: Tensor, label: int) -> str:
+    guess = int(probs.argmax())
+    truth = f"{names[label]}: {100 * float(probs[label]):.0f} %"
+    return truth if guess == label else f"{truth}\n{names[guess]}: {100 * float(probs[guess]):.0f} %"

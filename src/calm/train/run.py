@@ -38,8 +38,16 @@ from calm.train import checkpoints, folder
 from calm.train.checkpoints import Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
 from calm.train.data import build_datasets, build_loader, build_model, read_splits, run_length
-from calm.train.journal import RunLog, epoch_line, logger_class, open_loggers, progress_bar, write_table
-from calm.train.panel import choose_images, draw
+from calm.train.journal import (
+    RunLog,
+    choose_images,
+    draw_maps,
+    epoch_line,
+    logger_class,
+    open_loggers,
+    progress_bar,
+    write_table,
+)
 from calm.train.step import Position, TrainingStep, check_weights, diagnose
 
 __all__ = ["Trainer", "evaluate", "train"]
@@ -276,7 +284,7 @@ class Trainer:
         self.fabric.log_dict(numbers, step)
         if self.config.log.panel_images:
             images = choose_images(self.datasets["val"].split, self.config.log.panel_images)
-            picture = draw(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
+            picture = draw_maps(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
             with atomic_path(self.run_dir / "panels" / f"epoch_{state.epoch:03d}.png") as temporary:
                 Image.fromarray(picture).save(temporary)
             for logger in self.fabric.loggers:
