@@ -166,7 +166,7 @@ def test_measure_adds_up_to_the_benchmark(tmp_path: Path) -> None:
     split = load_split(project / "dataset" / "CUB", "test")
     subject = model_subject(tiny())
     measures = measure(subject, split, batch_size=5, workers=0, seed=2)
-    figures = remove_and_classify(subject, split, batch_size=4, seed=2, replicates=2).figures
+    figures = remove_and_classify(subject, split, batch_size=4, draws=1, seed=2, replicates=2).figures
     topk, random = measures["preds-topk"], measures["preds-random"]
     assert isinstance(topk, dict)
     assert isinstance(random, dict)

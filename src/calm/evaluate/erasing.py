@@ -34,7 +34,14 @@ from calm.metrics.erasing import (
     random_order,
 )
 
-__all__ = ["RankedBatch", "after_erasing", "draw_seed", "insertion_deletion", "remove_and_classify"]
+__all__ = [
+    "RankedBatch",
+    "after_erasing",
+    "draw_seed",
+    "insertion_deletion",
+    "ranked_batches",
+    "remove_and_classify",
+]
 
 
 class RankedBatch(NamedTuple):
@@ -57,7 +64,7 @@ class RankedBatch(NamedTuple):
     constant: Bool[Tensor, " b"]
 
 
-def _ranked_batches(
+def ranked_batches(
     subject: Subject,
     split: Split,
     explain: Explain,
@@ -65,7 +72,7 @@ def _ranked_batches(
     seed: int,
     batch_size: int,
     workers: int,
-    progress: Progress | None,
+    progress: Progress | None = None,
 ) -> Iterator[RankedBatch]:
     """Rank the pixels of each batch by the maps of its labels (as the paper does) or of its most probable classes.
 
@@ -146,7 +153,7 @@ def remove_and_classify(
     def classify(images: Tensor) -> Tensor:
         return subject.predict(images).probs
 
-    for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+    for ranked in ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
         images, labels, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
@@ -278,7 +285,7 @@ def insertion_deletion(
     metric = InsertionDeletion(points, replicates=replicates, seed=seed).to(subject.device)
     scores: dict[int, float] = {}
     constant = 0
-    for ranked in _ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+    for ranked in ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
         images, _, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         inserted, deleted = insertion_deletion_curves(

@@ -7,16 +7,15 @@ from pathlib import Path, PurePosixPath
 from typing import TypeAlias
 
 import torch
+from torch import Tensor
 
 from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import cue_localization
-from calm.evaluate.erasing import after_erasing
-from calm.evaluate.reading import batches
+from calm.evaluate.erasing import after_erasing, ranked_batches
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
-from calm.heatmaps import resize_and_normalize
-from calm.metrics.erasing import FRACTIONS, erasing_order, filling, random_order
+from calm.metrics.erasing import FRACTIONS
 from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags, Log
 from calm.released_commands.weights import load_model, released_subject, test_split
@@ -24,14 +23,17 @@ from calm.released_commands.weights import load_model, released_subject, test_sp
 __all__ = ["Measures", "cue_location", "measure", "remove_and_classify"]
 
 INTERVAL = 0.001
+"""Distance of the thresholds, the only one that cue localization has."""
+
 COUNTS = (1, 2, 3)
+"""Numbers of part groups that the two classes of a pair differ in."""
 
 
 def cue_location(flags: Flags) -> None:
-    """Print the released figures and the right ones; cue_PROCESS.json and .pickle hold them, pair by pair.
+    """Print the released figures and the exact ones; write them, pair by pair, to cue_PROCESS.json and .pickle.
 
-    The released figures count all pairs so far as one, and leave out pixels below the lowest threshold; ours do
-    neither, and stand beside them.
+    The released figures pool the pixels of a pair with those of all pairs before it, and leave out pixels below the
+    lowest threshold; the exact ones do neither.
 
     Raises:
         CalmError: another data set than CUB; a checkpoint, a map or data that cannot be evaluated.
@@ -42,11 +44,9 @@ def cue_location(flags: Flags) -> None:
         raise CalmError(
             f"--cam_curve_interval={flags.cam_curve_interval}: cue localization has {INTERVAL} only"
         )
-    check_place(flags)
-    model = load_model(flags)
-    subject = released_subject(flags, model)
+    subject, split = _subject_and_split(flags)
     cub = flags.images / flags.dataset_name
-    split = _segmented(test_split(flags, model), cub)
+    split = _segmented(split, cub)
     flags.folder.mkdir(parents=True, exist_ok=True)
     log = Log(flags.folder / "log.log")
     log(str(flags))
@@ -68,6 +68,13 @@ def cue_location(flags: Flags) -> None:
     )
 
 
+def _subject_and_split(flags: Flags) -> tuple[Subject, Split]:
+    """What an evaluation needs, before it makes the experiment's folder."""
+    check_place(flags)
+    model = load_model(flags)
+    return released_subject(flags, model), test_split(flags, model)
+
+
 def _mean(result: Result, ending: str, count: int) -> float:
     """mPxAP in percent, two digits; NaN if no pair differs in ``count`` groups."""
     figure = result.figures.get(f"mpxap{ending}_{count}")
@@ -75,10 +82,10 @@ def _mean(result: Result, ending: str, count: int) -> float:
 
 
 def _segmented(split: Split, cub: Path) -> Split:
-    """The split with the birds' segmentations, which the metadata lists do not name.
+    """Add the segmentations, which the metadata lists do not name, to the records of a split.
 
     Raises:
-        CalmError: there is no folder of segmentations, without which the released figures cannot be had.
+        CalmError: there is no folder of segmentations, which the released figures need.
     """
     folder = cub / "segmentations"
     if not folder.is_dir():
@@ -93,10 +100,10 @@ def _segmented(split: Split, cub: Path) -> Split:
 
 
 Measures: TypeAlias = dict[str, list[bool] | dict[float, list[bool]]]
-"""As the released pickle has them: for each test image whether the prediction is right, on the whole image (``preds``)
-and, by the share erased, without the highest-scored (``preds-topk``) and random pixels (``preds-random``)."""
+"""The content of the released pickle: whether the prediction of each test image is right, for the whole image
+(``preds``), and by the share erased without the highest-scored (``preds-topk``) and random pixels (``preds-random``)."""
 
-EVERY = 50
+PROGRESS_EVERY = 50
 """Batches between two lines of progress."""
 
 
@@ -108,10 +115,7 @@ def remove_and_classify(flags: Flags) -> None:
     Raises:
         CalmError: a checkpoint, a map or data that cannot be evaluated.
     """
-    check_place(flags)
-    model = load_model(flags)
-    subject = released_subject(flags, model)
-    split = test_split(flags, model)
+    subject, split = _subject_and_split(flags)
     flags.folder.mkdir(parents=True, exist_ok=True)
     log = Log(flags.folder / "log.log")
     log(f"{flags}\nstart! {flags.score_map_process}")
@@ -133,34 +137,23 @@ def remove_and_classify(flags: Flags) -> None:
 def measure(
     subject: Subject, split: Split, *, batch_size: int, workers: int, seed: int, log: Log | None = None
 ) -> Measures:
-    """What `calm.evaluate.erasing` sums up, kept for each image, as the released code keeps it."""
-    whole: list[bool] = []
-    erased: dict[str, list[list[bool]]] = {"topk": [], "random": []}
-    read = batches(split, subject.preprocessing, subject.device, batch_size=batch_size, workers=workers)
-    for number, (images, labels, indices) in enumerate(read, start=1):
-        keys, labels = indices.to(subject.device), labels.to(subject.device)
-        prediction = subject.predict(images)
-        whole += (prediction.probs.argmax(dim=1) == labels).tolist()
-        grid = prediction.maps(labels[:, None])[:, 0]
-        maps = resize_and_normalize(grid, (images.shape[-2], images.shape[-1]), subject.normalization)
-        random = random_order(keys, images.shape[-2] * images.shape[-1], seed)
-        orders = {"topk": erasing_order(maps, random), "random": random}
-        for name, order in orders.items():
-            right, _ = after_erasing(
-                lambda batch: subject.predict(batch).probs,
-                images,
-                order,
-                filling(images, "zero", keys=keys, seed=seed),
-                labels,
-                FRACTIONS,
-            )
-            erased[name] += right.tolist()
-        if log is not None and number % EVERY == 0:
+    """Return what `calm.evaluate.remove_and_classify` sums up, for each image, with one draw of random pixels."""
+
+    def classify(images: Tensor) -> Tensor:
+        return subject.predict(images).probs
+
+    right: list[bool] = []
+    erased: dict[str, list[Tensor]] = {"topk": [], "random": []}
+    batches = ranked_batches(subject, split, "label", "zero", seed, batch_size, workers)
+    for number, ranked in enumerate(batches, start=1):
+        images, labels, _, prediction = ranked.batch
+        right += (prediction.probs.argmax(dim=1) == labels).tolist()
+        for name, order in (("topk", ranked.order), ("random", ranked.random)):
+            hits, _ = after_erasing(classify, images, order, ranked.filler, labels, FRACTIONS)
+            erased[name].append(hits)
+        if log is not None and number % PROGRESS_EVERY == 0:
             log(f"Iteration: {number}")
-    return {
-        "preds": whole,
-        **{
-            f"preds-{name}": {share: [row[k] for row in rows] for k, share in enumerate(FRACTIONS)}
-            for name, rows in erased.items()
-        },
+    columns = {name: torch.cat(parts).T.tolist() for name, parts in erased.items()}
+    return {"preds": right} | {
+        f"preds-{name}": dict(zip(FRACTIONS, shares, strict=True)) for name, shares in columns.items()
     }

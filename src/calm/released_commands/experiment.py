@@ -4,19 +4,18 @@
 
     log.log                   what the commands printed
     last_checkpoint.pth.tar   the weights after the last epoch, for the released code too
-    performance_log.pickle    figures by split and epoch; performance_log.json is the same
-    reports/                  the same by epoch, one JSON object a file
+    performance_log.pickle    loss (nats) and accuracy ``cls`` (percent) by split and epoch; .json is the same
+    reports/                  the same by epoch, one JSON object per file
     measure_PROCESS.pickle    remove-and-classify; .json is the same
+    cue_PROCESS.pickle        cue localization; .json is the same
     run/                      the run folder of this package's training
 
-The figures that the released training keeps: loss and accuracy by split and epoch.
-
-performance_log.json, after two epochs (loss in nats, accuracy ``cls`` in percent)::
+performance_log.json, after two epochs::
 
     {"train": {"loss": {"current_value": 5.1, "value_per_epoch": [5.3, 5.1]}, "cls": {...}, "cue_1": ...},
      "val": {...}, "test": {...}}
 
-The released pickle held objects of a class of its script, which nothing but that script can read; ours holds the same
+The released pickle holds objects of a class of its script, which nothing but that script can read; ours holds the same
 names and values as plain dicts.
 """
 
@@ -35,111 +34,12 @@ from calm.files import read_columns, read_json, write_bytes, write_json, write_t
 from calm.released import FILE_NAME
 from calm.released_commands.flags import Flags
 
-__all__ = [
-    "METRICS",
-    "OWN_NAMES",
-    "SPLITS",
-    "Performance",
-    "check_place",
-    "clear",
-    "finished",
-    "save_measures",
-]
-
+__all__ = ["METRICS", "SPLITS", "Performance", "check_place", "clear", "finished", "save_measures"]
 
 SPLITS = ("train", "val", "test")
 METRICS = ("loss", "cls", "cue_1", "cue_2", "cue_3")
 
-
-@dataclass
-class Performance:
-    """Values per epoch, by split and metric; for test one value. Most are empty, as in the released code."""
-
-    values: dict[str, dict[str, list[float]]]
-
-    @classmethod
-    def of_run(cls, run_dir: Path) -> Performance:
-        """The figures of a finished run; those of test are of the last epoch's weights."""
-        history = read_columns(run_dir / "metrics.csv", need=("train_loss", "train_accuracy", "val_accuracy"))
-        result = read_json(run_dir / "result.json")
-        values = _empty()
-        values["train"]["loss"] = history["train_loss"]
-        values["train"]["cls"] = [100 * value for value in history["train_accuracy"]]
-        values["val"]["cls"] = [100 * value for value in history["val_accuracy"]]
-        values["test"]["cls"] = [100 * result["last"]["test"]["accuracy"]]
-        return cls(values)
-
-    @classmethod
-    def read(cls, folder: Path) -> Performance:
-        """What an experiment's folder holds already; nothing if there is no file.
-
-        Raises:
-            CalmError: the file is damaged.
-        """
-        path, values = folder / "performance_log.json", _empty()
-        if path.is_file():
-            try:
-                for split, metrics in read_json(path).items():
-                    values[split] |= {metric: meter["value_per_epoch"] for metric, meter in metrics.items()}
-            except (AttributeError, KeyError, TypeError) as error:
-                raise CalmError(f"{path} is not the log that training writes: delete it") from error
-        return cls(values)
-
-    def save(self, folder: Path) -> None:
-        """Write performance_log and reports/: a file a training epoch, and its name with ``_`` for what follows."""
-        meters = {
-            split: {
-                metric: {"current_value": values[-1] if values else None, "value_per_epoch": values}
-                for metric, values in metrics.items()
-            }
-            for split, metrics in self.values.items()
-        }
-        save_measures(folder / "performance_log", meters)
-        epochs = len(self.values["train"]["loss"])
-        for epoch in range(1, epochs + 1):
-            for suffix, split, metrics in (("", "train", ("cls", "loss")), ("_", "val", METRICS)):
-                _report(folder, epoch, suffix, {f"{split}/{m}": self._at(split, m, epoch) for m in metrics})
-        last = {f"test/{metric}": self._at("test", metric, 1) for metric in METRICS}
-        _report(folder, epochs, "__", last)
-
-    def epoch_lines(self) -> list[str]:
-        """For each epoch what the released code prints after it."""
-        lines = []
-        for epoch in range(1, len(self.values["train"]["loss"]) + 1):
-            lines.append(f"Start epoch {epoch} ...")
-            for split in ("train", "val"):
-                lines += [
-                    f"Split {split}, metric {metric}: {value}"
-                    for metric in METRICS
-                    if (value := self._at(split, metric, epoch)) is not None
-                ]
-            lines.append(f"Epoch {epoch} done.")
-        return lines
-
-    def last_lines(self) -> str:
-        """The current figure of each split and metric, as the released code's last lines."""
-        return "\n".join(
-            f"Split {split}, metric {metric}: {values[-1]}"
-            for split, metrics in self.values.items()
-            for metric, values in metrics.items()
-            if values
-        )
-
-    def _at(self, split: str, metric: str, epoch: int) -> float | None:
-        values = self.values[split][metric]
-        return values[epoch - 1] if epoch <= len(values) else None
-
-
-def _empty() -> dict[str, dict[str, list[float]]]:
-    return {split: {metric: [] for metric in METRICS} for split in SPLITS}
-
-
-def _report(folder: Path, epoch: int, suffix: str, values: dict[str, Any]) -> None:
-    content = {"summary": True, "step": epoch, **values}
-    write_text(folder / "reports" / f"{epoch}{suffix}", json.dumps(content))
-
-
-OWN_NAMES = (
+WRITTEN = (
     "log.log",
     FILE_NAME,
     "performance_log.*",
@@ -150,27 +50,117 @@ OWN_NAMES = (
     "start",
     "proxy",
 )
-"""What the commands write into an experiment's folder, as patterns; nothing else is ever deleted."""
+"""Patterns of what the commands write into an experiment's folder. Nothing else is ever deleted."""
+
+
+@dataclass
+class Performance:
+    """Values per epoch by split and metric; for test one value. Most are empty, as in the released code."""
+
+    values: dict[str, dict[str, list[float]]]
+
+    @classmethod
+    def _empty(cls) -> Performance:
+        return cls({split: {metric: [] for metric in METRICS} for split in SPLITS})
+
+    @classmethod
+    def of_run(cls, run_dir: Path) -> Performance:
+        """Return the figures of a finished run; those of test are of the last epoch's weights."""
+        columns = read_columns(run_dir / "metrics.csv", need=("train_loss", "train_accuracy", "val_accuracy"))
+        test = read_json(run_dir / "result.json")["last"]["test"]
+        performance = cls._empty()
+        performance.values["train"]["loss"] = columns["train_loss"]
+        for split in ("train", "val"):
+            performance.values[split]["cls"] = [100 * value for value in columns[f"{split}_accuracy"]]
+        performance.values["test"]["cls"] = [100 * test["accuracy"]]
+        return performance
+
+    @classmethod
+    def read(cls, folder: Path) -> Performance:
+        """Return what an experiment's folder holds already; without the file, nothing.
+
+        Raises:
+            CalmError: the file is damaged.
+        """
+        path, performance = folder / "performance_log.json", cls._empty()
+        if path.is_file():
+            try:
+                for split, metrics in read_json(path).items():
+                    performance.values[split] |= {
+                        name: meter["value_per_epoch"] for name, meter in metrics.items()
+                    }
+            except (AttributeError, KeyError, TypeError) as error:
+                raise CalmError(f"{path} is not the log that training writes: delete it") from error
+        return performance
+
+    def save(self, folder: Path) -> None:
+        """Write performance_log and reports/, where N is of the training epoch, N_ and N__ of val and test after it."""
+        meters = {
+            split: {
+                metric: {"current_value": values[-1] if values else None, "value_per_epoch": values}
+                for metric, values in metrics.items()
+            }
+            for split, metrics in self.values.items()
+        }
+        save_measures(folder / "performance_log", meters)
+        epochs = len(self.values["train"]["loss"])
+        for epoch in range(1, epochs + 1):
+            self._report(folder, epoch, "", "train", ("cls", "loss"), epoch)
+            self._report(folder, epoch, "_", "val", METRICS, epoch)
+        self._report(folder, epochs, "__", "test", METRICS, 1)
+
+    def _report(
+        self, folder: Path, step: int, suffix: str, split: str, metrics: tuple[str, ...], epoch: int
+    ) -> None:
+        values = {f"{split}/{metric}": self._at(split, metric, epoch) for metric in metrics}
+        write_text(
+            folder / "reports" / f"{step}{suffix}", json.dumps({"summary": True, "step": step, **values})
+        )
+
+    def _at(self, split: str, metric: str, epoch: int) -> float | None:
+        values = self.values[split][metric]
+        return values[epoch - 1] if epoch <= len(values) else None
+
+    def epoch_lines(self) -> list[str]:
+        """Return what the released code prints after each epoch."""
+        lines = []
+        for epoch in range(1, len(self.values["train"]["loss"]) + 1):
+            lines.append(f"Start epoch {epoch} ...")
+            for split in ("train", "val"):
+                for metric in METRICS:
+                    value = self._at(split, metric, epoch)
+                    if value is not None:
+                        lines.append(f"Split {split}, metric {metric}: {value}")
+            lines.append(f"Epoch {epoch} done.")
+        return lines
+
+    def last_lines(self) -> str:
+        """Return the last value of each split and metric, as the released code prints them at the end."""
+        return "\n".join(
+            f"Split {split}, metric {metric}: {values[-1]}"
+            for split, metrics in self.values.items()
+            for metric, values in metrics.items()
+            if values
+        )
 
 
 def check_place(flags: Flags) -> None:
-    """See that the experiment's folder is one folder below ``--save_root``.
+    """Check that the experiment's folder is below ``--save_root``.
 
     Raises:
         CalmError: it is not, or a file is in its place.
     """
-    root, folder = Path(flags.save_root).resolve(), flags.folder.resolve()
-    if root not in folder.parents:
+    if Path(flags.save_root).resolve() not in flags.folder.resolve().parents:
         raise CalmError(
             f"--experiment_name={flags.experiment_name!r} is no folder below --save_root={flags.save_root!r}: "
             "give a plain name"
         )
-    if folder.exists() and not folder.is_dir():
+    if flags.folder.exists() and not flags.folder.is_dir():
         raise CalmError(f"{flags.folder} is a file: choose another --experiment_name")
 
 
 def finished(flags: Flags) -> bool:
-    """Whether the folder holds a training that came to its end."""
+    """Whether the experiment's folder holds a complete training."""
     return (flags.folder / FILE_NAME).is_file()
 
 
@@ -178,23 +168,25 @@ def clear(flags: Flags) -> None:
     """Delete a former experiment for ``--override_cache=True``, if nothing but that is lost.
 
     Raises:
-        CalmError: the folder holds the checkpoint that is to be loaded, or files that no command wrote. Nothing was
-            deleted then.
+        CalmError: the folder holds the checkpoint that is to be loaded, or files that no command wrote. Then nothing
+            has been deleted.
     """
     folder = flags.folder
     if not folder.is_dir():
         return
     if flags.use_load_checkpoint:
-        source = folder if flags.load_checkpoint is None else Path(flags.load_checkpoint)
-        if folder.resolve() in (source.resolve(), *source.resolve().parents):
+        source = Path(flags.load_checkpoint or folder).resolve()
+        if folder.resolve() in (source, *source.parents):
             raise CalmError(
                 f"--override_cache=True would delete {folder} with the checkpoint in it that is to be loaded: "
                 "choose another --experiment_name"
             )
-    foreign = [path.name for path in folder.iterdir() if not any(map(path.match, OWN_NAMES))]
+    foreign = sorted(path.name for path in folder.iterdir() if not any(map(path.match, WRITTEN)))
     if foreign or folder.is_symlink():
-        what = "is a link" if folder.is_symlink() else f"holds {sorted(foreign)[0]!r}, which no command wrote"
-        raise CalmError(f"--override_cache=True does not delete {folder}: it {what}. Move it away yourself")
+        problem = "is a link" if folder.is_symlink() else f"holds {foreign[0]!r}, which no command wrote"
+        raise CalmError(
+            f"--override_cache=True does not delete {folder}: it {problem}. Move it away yourself"
+        )
     shutil.rmtree(folder)
 
 

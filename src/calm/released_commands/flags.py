@@ -49,11 +49,11 @@ def _flag(default: Any, meaning: str, *names: str, choices: Sequence[str] | None
     return field(default=default, metadata=metadata)
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Flags:
     """The values of all flags, each with its released name and default; see the help text of each."""
 
+    # fmt: off
     seed: int | None = _flag(None, "of everything random; None is 0")
     experiment_name: str = _flag("result", "folder below --save_root: training makes it")
     override_cache: bool = _flag(False, "train anew: delete the experiment's folder first, if that is safe")
@@ -176,7 +176,14 @@ def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
         raise CalmError(
             f"--resize_size={flags.resize_size} is below --crop_size={flags.crop_size}: the crop is cut from it"
         )
-    for name in ("seed", "workers", "crop_size", "batch_size", "smooth_grad_nr_iter", "integrated_grad_nr_iter"):
+    for name in (
+        "seed",
+        "workers",
+        "crop_size",
+        "batch_size",
+        "smooth_grad_nr_iter",
+        "integrated_grad_nr_iter",
+    ):
         value, lowest = getattr(flags, name), 0 if name in ("seed", "workers") else 1
         if value is not None and value < lowest:
             raise CalmError(f"--{name}={value}: give {lowest} or more")
