@@ -101,7 +101,7 @@ def _segmented(split: Split, cub: Path) -> Split:
 
 Measures: TypeAlias = dict[str, list[bool] | dict[float, list[bool]]]
 """The content of the released pickle: whether the prediction of each test image is right, for the whole image
-(``preds``), and by the share erased without the highest-scored (``preds-topk``) and random pixels (``preds-random``)."""
+(``preds``), and by the share erased without the highest-scored (``preds-topk``) and random ones (``preds-random``)."""
 
 PROGRESS_EVERY = 50
 """Batches between two lines of progress."""
