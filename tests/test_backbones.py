@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from calm.backbones import BACKBONES, build_backbone
-from calm.backbones.probe import output_shape
+from calm.backbones.timm_models import output_shape
 from calm.errors import CalmError
 from calm.model import create_model
 
@@ -23,7 +23,7 @@ def meta_backbone(architecture, large, use_bn=True):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_keys_and_shapes_are_the_released_ones(layout):
+def test_released_backbones_have_the_released_keys_and_shapes(layout):
     heads = ("conv_last.", "attention.")
     expected = {
         k: s for k, s in oracle.expected_shapes(*layout, classes=20).items() if not k.startswith(heads)
@@ -33,7 +33,7 @@ def test_keys_and_shapes_are_the_released_ones(layout):
 
 
 @pytest.mark.parametrize("layout", oracle.VARIANTS)
-def test_the_expected_keys_are_those_of_released_checkpoints(layout):
+def test_expected_keys_are_those_of_released_checkpoints(layout):
     number, sha256 = oracle.VARIANTS[layout]
     expected = oracle.expected_shapes(*layout, classes=20)
     assert len(expected) == number
@@ -41,7 +41,7 @@ def test_the_expected_keys_are_those_of_released_checkpoints(layout):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_224_pixels_give_a_28_or_14_grid(layout):
+def test_released_backbones_give_28_or_14_locations(layout):
     architecture, large, _ = layout
     backbone = meta_backbone(*layout)
     side = 28 if large else 14
@@ -51,7 +51,7 @@ def test_224_pixels_give_a_28_or_14_grid(layout):
 
 @pytest.mark.parametrize("large", [True, False])
 @pytest.mark.parametrize("architecture", ["resnet50", "vgg16", "inception_v3"])
-def test_the_grid_of_any_image_size_follows_the_layers(architecture, large):
+def test_released_backbones_take_any_image_size(architecture, large):
     backbone = meta_backbone(architecture, large)
 
     @settings(max_examples=8, deadline=None)
@@ -64,7 +64,7 @@ def test_the_grid_of_any_image_size_follows_the_layers(architecture, large):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_features_equal_a_forward_pass_written_by_hand(layout):
+def test_released_backbones_equal_a_forward_pass_by_hand(layout):
     architecture, large, use_bn = layout
     backbone = build_backbone(architecture, large_feature_map=large, use_bn=use_bn).double().eval()
     weights = oracle.random_weights({key: tuple(t.shape) for key, t in backbone.state_dict().items()})
@@ -76,21 +76,21 @@ def test_features_equal_a_forward_pass_written_by_hand(layout):
     assert features.std() > 1e-3  # the comparison is not of zeros
 
 
-def test_every_parameter_of_a_released_backbone_learns():
+def test_released_backbones_train_every_parameter():
     for name in ("resnet50", "vgg16", "inception_v3"):
         backbone = build_backbone(name)
         backbone(torch.randn(2, 3, 32, 32)).square().sum().backward()
         assert all(parameter.grad is not None for parameter in backbone.parameters())
 
 
-def test_the_prefix_timm_means_the_model_of_timm_where_both_have_the_name():
+def test_build_backbone_takes_timms_model_for_the_prefix_timm():
     ours, theirs = build_backbone("resnet50"), build_backbone("timm/resnet50")
     assert output_shape(ours, 64, 64)[-1] == 8
     assert output_shape(theirs, 64, 64)[-1] == 2
 
 
 @pytest.mark.parametrize("name", BACKBONES)
-def test_every_registered_name_makes_a_model(name):
+def test_build_backbone_builds_every_registered_name(name):
     with torch.device("meta"):
         model = create_model(name, 3)
     assert output_shape(model.backbone, 64, 64)[1] == model.backbone.out_channels
@@ -104,7 +104,7 @@ def test_every_registered_name_makes_a_model(name):
         ("timm/convnext_ato", "convnext_atto"),
     ],
 )
-def test_an_unknown_name_is_answered_with_close_ones(name, close):
+def test_build_backbone_suggests_names_close_to_an_unknown_one(name, close):
     with pytest.raises(CalmError, match=f"unknown backbone '{name}'.*small_resnet.*did you mean.*'{close}'"):
         build_backbone(name)
 
@@ -118,6 +118,6 @@ def test_an_unknown_name_is_answered_with_close_ones(name, close):
         ("resnet18", {"large_feature_map": False}, "resnet50, vgg16, inception_v3"),
     ],
 )
-def test_an_option_that_the_backbone_lacks_is_an_error_and_never_ignored(name, option, instead):
+def test_build_backbone_refuses_an_option_that_the_backbone_lacks(name, option, instead):
     with pytest.raises(CalmError, match=f"{name!r} has no option {next(iter(option))}.*among {instead}"):
         build_backbone(name, **option)

@@ -49,7 +49,7 @@ def published(name):
     return {key: (body | counters | heads)[key] for key in state}
 
 
-def test_vgg_weights_are_read_from_the_cache_under_their_new_numbers(cache):
+def test_vgg16_renumbers_the_pretrained_layers(cache):
     state = published("vgg16_bn")
     torch.save(state, cache / URLS["vgg16_bn"].rpartition("/")[2])
     for large in (True, False):
@@ -71,9 +71,7 @@ def test_vgg_weights_are_read_from_the_cache_under_their_new_numbers(cache):
         ("inception_v3", {"use_bn": False}, "inception_v3", ("A3_1b", "A3_2b")),
     ],
 )
-def test_all_layers_but_the_new_ones_start_from_the_published_weights(
-    name, options, source, new, monkeypatch
-):
+def test_released_backbones_start_from_the_published_weights(name, options, source, new, monkeypatch):
     state = published(source)
     asked = {}
 
@@ -91,18 +89,18 @@ def test_all_layers_but_the_new_ones_start_from_the_published_weights(
     assert asked["check_hash"] is True
 
 
-def test_published_files_of_an_age_without_batch_counters_still_load(monkeypatch):
+def test_load_pretrained_accepts_files_without_batch_counters(monkeypatch):
     state = {key: tensor for key, tensor in published("resnet50").items() if "num_batches" not in key}
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: state)
     assert build_backbone("resnet50", pretrained=True).bn1.num_batches_tracked == 0
 
 
-def test_without_network_the_error_names_the_way_out(cache):
+def test_imagenet_weights_without_a_network_names_the_remedy(cache):
     with pytest.raises(CalmError, match=r"resnet50-.*\.pth.*no network.*checkpoints.*pretrained=False"):
         build_backbone("resnet50", pretrained=True)
 
 
-def test_a_cached_file_that_holds_code_is_refused_and_not_run(cache, tmp_path):
+def test_imagenet_weights_runs_no_code(cache, tmp_path):
     class Attack:
         def __reduce__(self):
             return (open, (str(tmp_path / "marker"), "w"))
@@ -116,7 +114,7 @@ def test_a_cached_file_that_holds_code_is_refused_and_not_run(cache, tmp_path):
         torch.load(file, weights_only=True)
 
 
-def test_weights_of_another_network_are_refused(monkeypatch):
+def test_load_pretrained_refuses_weights_of_another_network(monkeypatch):
     monkeypatch.setattr(
         WeightsEnum, "get_state_dict", lambda self, **_: {"conv1.weight": torch.zeros(64, 3, 7, 7)}
     )

@@ -25,7 +25,7 @@ MODELS = {  # name: stride
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_features_are_a_grid_of_the_stated_channels_for_any_image_shape(name):
+def test_timm_backbone_gives_a_grid_for_any_image_shape(name):
     backbone = build_backbone(name).eval()
     with torch.no_grad():
         features = backbone(torch.randn(2, 3, 64, 96))
@@ -34,13 +34,13 @@ def test_features_are_a_grid_of_the_stated_channels_for_any_image_shape(name):
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_atto", "efficientnet_b0"])
 @pytest.mark.parametrize("stride", [8, 16])
-def test_the_output_stride_is_as_asked(name, stride):
+def test_timm_backbone_has_the_output_stride(name, stride):
     backbone = build_backbone(name, output_stride=stride).eval()
     with torch.no_grad():
         assert backbone(torch.zeros(1, 3, 64, 64)).shape[-2:] == (64 // stride, 64 // stride)
 
 
-def test_tokens_lie_row_by_row_without_the_prefix_tokens():
+def test_timm_backbone_lays_tokens_out_row_by_row():
     backbone = build_backbone("deit_tiny_distilled_patch16_224").eval()
     images = torch.randn(1, 3, 32, 48)
     with torch.no_grad():
@@ -53,7 +53,7 @@ def test_tokens_lie_row_by_row_without_the_prefix_tokens():
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mambaout_femto"])
-def test_a_change_in_one_cell_of_the_image_shows_most_in_that_cell_of_the_grid(name):
+def test_timm_backbone_keeps_the_place_of_a_change(name):
     backbone = build_backbone(name).eval()
     cell = backbone.stride
     images = torch.randn(1, 3, 4 * cell, 6 * cell)
@@ -64,7 +64,7 @@ def test_a_change_in_one_cell_of_the_image_shows_most_in_that_cell_of_the_grid(n
     assert divmod(int(effect.argmax()), 6) == (2, 1)
 
 
-def test_channels_last_features_are_permuted_and_not_reshaped():
+def test_timm_backbone_permutes_channels_last_features():
     backbone = build_backbone("swin_tiny_patch4_window7_224").eval()
     images = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
@@ -72,7 +72,7 @@ def test_channels_last_features_are_permuted_and_not_reshaped():
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "convnext_atto", "test_vit3"])
-def test_what_the_features_do_not_depend_on_is_frozen_and_nothing_else(name):
+def test_timm_backbone_freezes_unused_parameters_only(name):
     backbone = build_backbone(name)
     backbone(torch.randn(2, 3, 64, 64)).square().sum().backward()
     for key, parameter in backbone.named_parameters():
@@ -80,14 +80,14 @@ def test_what_the_features_do_not_depend_on_is_frozen_and_nothing_else(name):
     assert any(not parameter.requires_grad for parameter in backbone.parameters())
 
 
-def test_building_leaves_the_model_in_training_mode_and_its_statistics_untouched():
+def test_timm_backbone_starts_in_training_mode_with_fresh_statistics():
     backbone = build_backbone("resnet18")
     assert all(part.training for part in backbone.modules())
     assert backbone.model.bn1.num_batches_tracked == 0
     assert all(not parameter.is_meta for parameter in backbone.parameters())
 
 
-def test_weights_are_those_that_timm_would_make():
+def test_timm_backbone_has_the_weights_of_timm():
     torch.manual_seed(3)
     ours = build_backbone("resnet18")
     torch.manual_seed(3)
@@ -95,7 +95,7 @@ def test_weights_are_those_that_timm_would_make():
     assert_close(ours.model.state_dict(), theirs.state_dict())
 
 
-def test_a_model_of_one_image_size_says_so():
+def test_timm_backbone_of_one_image_size_says_so():
     backbone = build_backbone("gmixer_12_224")
     assert backbone.fixed_size == (224, 224)
     with pytest.raises(CalmError, match="'gmixer_12_224' takes images of 224 x 224 pixels only, not 64 x 96"):
@@ -103,7 +103,7 @@ def test_a_model_of_one_image_size_says_so():
 
 
 @pytest.mark.parametrize(("name", "found"), [("pit_ti_224", r"\(1, 1, 256\)"), ("crossvit_9_240", "several")])
-def test_a_model_without_a_grid_is_refused(name, found):
+def test_timm_backbone_refuses_a_model_without_a_grid(name, found):
     with pytest.raises(CalmError, match=f"{name!r} gives no grid of locations.*{found}"):
         build_backbone(name)
 
@@ -117,12 +117,12 @@ def test_a_model_without_a_grid_is_refused(name, found):
         ("gmixer_12_224", {"pretrained": True}, "no weights for 'gmixer_12_224'"),
     ],
 )
-def test_impossible_requests_are_refused(name, options, message):
+def test_timm_backbone_refuses_impossible_options(name, options, message):
     with pytest.raises(CalmError, match=message):
         build_backbone(name, **options)
 
 
-def test_pretrained_weights_are_asked_of_timm_and_their_absence_names_the_way_out(monkeypatch):
+def test_timm_backbone_pretrained_without_a_network_names_the_remedy(monkeypatch):
     def no_network(*_, **__):
         raise OSError("no network")
 
@@ -133,7 +133,7 @@ def test_pretrained_weights_are_asked_of_timm_and_their_absence_names_the_way_ou
         build_backbone("timm/resnet18.a1_in1k", pretrained=True)
 
 
-def test_a_vision_transformer_makes_a_classifier_that_learns():
+def test_timm_backbone_vision_transformer_learns():
     model = create_model("test_vit", 3)
     model.loss(torch.randn(2, 3, 64, 64), torch.tensor([0, 2])).backward()
     assert isinstance(model.backbone, TimmBackbone)

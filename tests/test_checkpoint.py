@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from calm.checkpoint import CARD, WEIGHTS
+from calm.checkpoint import CARD, FORMAT, WEIGHTS, Card
+from calm.config import ModelConfig
 from calm.errors import CalmError
 from calm.images import Preprocessing
 from calm.model import create_model, load
@@ -65,7 +66,7 @@ def folder(saved, tmp_path):
     ("method", "prior"),
     [("calm-em", "relu"), ("calm-ml", "exp"), ("calm-em", "softplus"), ("cam", "softplus")],
 )
-def test_a_model_is_the_same_after_loading(tmp_path, method, prior):
+def test_load_returns_the_saved_model(tmp_path, method, prior):
     model = trained(
         method,
         prior_activation=prior,
@@ -86,7 +87,7 @@ def test_a_model_is_the_same_after_loading(tmp_path, method, prior):
     ("backbone", "options"),
     [("test_vit", {}), ("timm/resnet10t", {"output_stride": 8}), ("vgg16", {"use_bn": False})],
 )
-def test_a_backbone_with_options_comes_back_by_its_name(tmp_path, backbone, options):
+def test_load_builds_a_backbone_with_its_options(tmp_path, backbone, options):
     model = create_model(backbone, 3, **options).eval()
     again = load(model.save_pretrained(tmp_path / "model"))
     assert again.config == model.config
@@ -94,14 +95,14 @@ def test_a_backbone_with_options_comes_back_by_its_name(tmp_path, backbone, opti
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_dtype_is_kept(tmp_path, dtype):
+def test_load_keeps_the_dtype(tmp_path, dtype):
     model = trained().to(dtype)
     again = load(model.save_pretrained(tmp_path / "model"))
     assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype, torch.int64}
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_the_users_own_backbone_must_be_given_again_and_stays_tied(tmp_path):
+def test_load_needs_the_users_own_backbone_and_keeps_it_tied(tmp_path):
     model = trained(backbone=Tied())
     folder = model.save_pretrained(tmp_path / "model")
     again = load(folder, backbone=Tied())
@@ -111,12 +112,12 @@ def test_the_users_own_backbone_must_be_given_again_and_stays_tied(tmp_path):
         load(folder)
 
 
-def test_a_superfluous_backbone_is_refused(folder):
+def test_load_refuses_a_superfluous_backbone(folder):
     with pytest.raises(CalmError, match="has the backbone 'small_resnet': leave backbone= out"):
         load(folder, backbone=Tied())
 
 
-def test_loading_and_saving_leave_random_state_and_mode_as_they_were(folder, tmp_path):
+def test_load_and_save_pretrained_keep_random_state_and_mode(folder, tmp_path):
     model = trained().train()
     state = torch.get_rng_state()
     model.save_pretrained(tmp_path / "new")
@@ -125,14 +126,14 @@ def test_loading_and_saving_leave_random_state_and_mode_as_they_were(folder, tmp
     assert model.training
 
 
-def test_the_weights_go_where_they_are_asked_to(folder):
+def test_load_moves_weights_to_map_location(folder):
     assert load(folder, map_location="meta").device.type == "meta"
 
 
 # Where a model is looked for
 
 
-def test_a_run_folder_gives_its_best_model_and_without_one_its_last(folder, tmp_path):
+def test_load_takes_the_best_model_of_a_run_else_the_last(folder, tmp_path):
     run = tmp_path / "run"
     shutil.copytree(folder, run / "last")
     assert load(run).training_summary == {}
@@ -150,24 +151,24 @@ def test_a_run_folder_gives_its_best_model_and_without_one_its_last(folder, tmp_
         (lambda path: None, "no saved model at .*: no such folder, and no hub id"),
     ],
 )
-def test_what_is_no_saved_model_is_explained(tmp_path, make, message):
+def test_load_explains_what_is_no_saved_model(tmp_path, make, message):
     make(tmp_path / "thing")
     with pytest.raises(CalmError, match=message):
         load(tmp_path / "thing")
 
 
-def test_a_path_to_one_of_the_files_is_answered_with_its_folder(folder):
+def test_load_of_one_of_the_files_names_its_folder(folder):
     with pytest.raises(CalmError, match=f"load {re.escape(str(folder))}"):
         load(folder / WEIGHTS)
 
 
-def test_a_released_checkpoint_is_answered_with_the_function_that_reads_it(tmp_path):
+def test_load_of_a_released_checkpoint_names_load_released(tmp_path):
     (tmp_path / "last_checkpoint.pth.tar").touch()
     with pytest.raises(CalmError, match=r"calm\.load_released or calm convert"):
         load(tmp_path)
 
 
-def test_a_mistyped_run_in_an_existing_folder_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+def test_load_does_not_ask_the_hub_for_a_mistyped_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", None)  # calling it would be a TypeError
     (tmp_path / "runs").mkdir()
@@ -181,7 +182,7 @@ def test_a_mistyped_run_in_an_existing_folder_is_not_looked_for_on_the_hub(tmp_p
 # Files that are wrong
 
 
-def test_truncated_weights_are_named(folder):
+def test_load_names_truncated_weights(folder):
     content = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(content[: len(content) // 2])
     with pytest.raises(CalmError, match=f"cannot read the weights .*{WEIGHTS}"):
@@ -189,20 +190,20 @@ def test_truncated_weights_are_named(folder):
 
 
 @pytest.mark.parametrize("name", [CARD, WEIGHTS])
-def test_a_missing_file_is_named(folder, name):
+def test_load_names_a_missing_file(folder, name):
     (folder / name).unlink()
     with pytest.raises(CalmError, match=name):
         load(folder)
 
 
-def test_weights_of_another_save_are_not_taken_for_this_ones(folder, tmp_path):
+def test_load_refuses_weights_of_another_save(folder, tmp_path):
     other = trained().save_pretrained(tmp_path / "other")
     shutil.copy(other / WEIGHTS, folder / WEIGHTS)
     with pytest.raises(CalmError, match=f"is not the file that {CARD} describes"):
         load(folder)
 
 
-def test_keys_that_do_not_fit_are_counted_and_named(folder, monkeypatch):
+def test_load_counts_and_names_keys_that_do_not_fit(folder, monkeypatch):
     state = safetensors.torch.load_file(folder / WEIGHTS)
     state["extra"] = state.pop("head.attention.bias")
     state["head.conv_last.bias"] = torch.zeros(4)
@@ -219,7 +220,7 @@ def test_keys_that_do_not_fit_are_counted_and_named(folder, monkeypatch):
         load(folder)
 
 
-def test_weights_that_are_a_pickle_are_not_unpickled(folder, tmp_path):
+def test_load_does_not_unpickle_weights(folder, tmp_path):
     class Attack:
         def __reduce__(self):
             return (open, (str(tmp_path / "marker"), "w"))
@@ -233,7 +234,7 @@ def test_weights_that_are_a_pickle_are_not_unpickled(folder, tmp_path):
 # Saving: all or nothing
 
 
-def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+def test_save_pretrained_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     def full(*_, **__):
         raise OSError("no space left on device")
 
@@ -243,7 +244,7 @@ def test_a_save_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_save_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
+def test_save_pretrained_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     model = trained()
     model.training_summary = {"not json": object()}
@@ -253,7 +254,7 @@ def test_a_save_that_fails_leaves_the_older_model_whole(folder, monkeypatch):
     assert [file.name for file in folder.parent.iterdir()] == [folder.name]
 
 
-def test_saving_again_replaces_the_model_and_keeps_other_files(folder):
+def test_save_pretrained_again_replaces_the_model_and_keeps_other_files(folder):
     (folder / "README.md").write_text("mine")
     model = trained("cam")
     model.save_pretrained(folder)
@@ -261,7 +262,7 @@ def test_saving_again_replaces_the_model_and_keeps_other_files(folder):
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", CARD, WEIGHTS]
 
 
-def test_a_file_in_the_way_is_named(tmp_path):
+def test_save_pretrained_names_a_file_in_the_way(tmp_path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(CalmError, match="a file of that name exists"):
         trained().save_pretrained(tmp_path / "model")
@@ -278,7 +279,7 @@ def hub(tmp_path, monkeypatch):
     return tmp_path / "hub"
 
 
-def test_a_hub_id_is_read_from_the_cache_of_the_hub(hub, saved):
+def test_load_reads_a_hub_id_from_the_cache(hub, saved):
     cached = hub / "models--owner--birds"
     shutil.copytree(saved, cached / "snapshots" / ("0" * 40))
     (cached / "refs").mkdir()
@@ -286,12 +287,12 @@ def test_a_hub_id_is_read_from_the_cache_of_the_hub(hub, saved):
     assert_close(load("owner/birds").state_dict(), load(saved).state_dict())
 
 
-def test_a_hub_that_cannot_be_reached_is_an_error_that_says_so(hub):
+def test_load_says_that_the_hub_cannot_be_reached(hub):
     with pytest.raises(CalmError, match=r"no saved model at owner/none: .*Hub"):
         load("owner/none")
 
 
-def test_pushing_uploads_the_two_files(monkeypatch):
+def test_push_to_hub_uploads_the_two_files(monkeypatch):
     calls = {}
 
     class Hub:
@@ -314,6 +315,123 @@ def test_pushing_uploads_the_two_files(monkeypatch):
     assert_close(calls["model"].state_dict(), model.state_dict())
 
 
-def test_a_refused_push_is_an_error_that_says_so(hub):
+def test_push_to_hub_says_that_it_was_refused(hub):
     with pytest.raises(CalmError, match="cannot upload to 'owner/birds'"):
         trained().push_to_hub("owner/birds")
+
+
+# The card
+
+
+SAMPLE = Card(
+    ModelConfig(
+        "resnet50", 2, "calm-ml", large_feature_map=False, output_stride=None, prior_activation="exp"
+    ),
+    ("crow", "Rabe ü"),
+    Preprocessing((96, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
+    {"epochs": 3, "nested": {"list": [1, None, "x"]}},
+    {"calm": "0.1.0"},
+    "ab" * 32,
+)
+
+
+@pytest.fixture
+def card_path(tmp_path):
+    SAMPLE.write(tmp_path / "calm.json")
+    return tmp_path / "calm.json"
+
+
+def change(path, *keys, to):
+    """Set the value under ``keys`` of the file to ``to``."""
+    content = json.loads(path.read_text())
+    place = content
+    for key in keys[:-1]:
+        place = place[key]
+    place[keys[-1]] = to
+    path.write_text(json.dumps(content))
+
+
+def test_card_read_returns_what_was_written(card_path):
+    assert Card.read(card_path) == SAMPLE
+
+
+def test_card_read_accepts_the_sample_of_the_documentation(tmp_path):
+    import calm.checkpoint
+
+    sample = re.search(r"::\n\n(.*)\Z", calm.checkpoint.__doc__, re.DOTALL)[1]
+    (tmp_path / "calm.json").write_text(sample)
+    card = Card.read(tmp_path / "calm.json")
+    assert card.class_names == ("crow", "raven")
+    card.write(tmp_path / "again.json")
+    assert json.loads((tmp_path / "again.json").read_text()) == json.loads(sample)
+
+
+def test_card_read_accepts_old_files_without_newer_fields(card_path):
+    content = json.loads(card_path.read_text())
+    del content["model"]["use_bn"]
+    card_path.write_text(json.dumps(content))
+    assert Card.read(card_path).model.use_bn is True
+
+
+@pytest.mark.parametrize(
+    ("keys", "value", "message"),
+    [
+        (("format",), FORMAT + 1, f"has format {FORMAT + 1}, of a newer release.*upgrade calm"),
+        (("format",), 0, "has format 0"),
+        (("format",), "1", "must be a JSON object with 'format'"),
+        (("format",), True, "must be a JSON object with 'format'"),
+        (("extra",), 1, "unknown field 'extra'"),
+        (("model", "metod"), "cam", "unknown field 'metod'.*: model.*did you mean 'method'"),
+        (("model", "method"), "calm", "calm.json: model: method.*calm-em, calm-ml, cam"),
+        (("model", "method"), ["cam"], "calm.json: model: method"),
+        (("model", "backbone"), 5, "calm.json: model: backbone must be a string, got 5"),
+        (("model", "num_classes"), True, "num_classes must be a whole number, got True"),
+        (("model", "num_classes"), 2.0, "num_classes must be a whole number, got 2.0"),
+        (("model", "num_classes"), 3, "class_names has 2 names for num_classes 3"),
+        (("model", "use_bn"), 1, "use_bn must be true or false, got 1"),
+        (("model", "output_stride"), "8", "output_stride must be a whole number, got '8'"),
+        (("model",), [], r"model must be a JSON object, got \[\]"),
+        (("class_names",), "ab", "class_names must be a list, got 'ab'"),
+        (("class_names",), ["a", 1], r"class_names\[1\] must be a string, got 1"),
+        (("preprocessing", "size"), [224], r"size must be a list of 2 values, got \[224\]"),
+        (("preprocessing", "size"), [0, 4], "calm.json: preprocessing: preprocessing size"),
+        (("preprocessing", "mean"), [0, 0, float("nan")], r"mean\[2\] must be a finite number, got nan"),
+        (("preprocessing", "std"), [1, 1, 0], "calm.json: preprocessing"),
+        (("training",), [], "training must be a JSON object"),
+        (("versions",), {"calm": 1}, "versions.calm must be a string"),
+        (("weights_sha256",), None, "weights_sha256 must be a string, got None"),
+    ],
+)
+def test_card_read_names_a_wrong_field(card_path, keys, value, message):
+    change(card_path, *keys, to=value)
+    with pytest.raises(CalmError, match=message) as caught:
+        Card.read(card_path)
+    assert str(card_path) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["model", "class_names", "weights_sha256"])
+def test_card_read_names_a_missing_field(card_path, field):
+    content = json.loads(card_path.read_text())
+    del content[field]
+    card_path.write_text(json.dumps(content))
+    with pytest.raises(CalmError, match=f"calm.json lacks the field {field!r}"):
+        Card.read(card_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[[1", b"null", b"[1]"])
+def test_card_read_refuses_what_is_no_json_object(card_path, content):
+    card_path.write_bytes(content)
+    with pytest.raises(CalmError, match=re.escape(str(card_path))):
+        Card.read(card_path)
+
+
+def test_card_read_names_a_missing_file(tmp_path):
+    with pytest.raises(CalmError, match=r"cannot read .*none\.json"):
+        Card.read(tmp_path / "none.json")
+
+
+def test_save_pretrained_refuses_a_summary_that_is_no_json(tmp_path):
+    card = Card(SAMPLE.model, SAMPLE.class_names, SAMPLE.preprocessing, {"x": {1, 2}}, {}, "")
+    with pytest.raises(CalmError, match=r"training summary must be plain JSON.*set"):
+        card.write(tmp_path / "calm.json")
+    assert not list(tmp_path.iterdir())

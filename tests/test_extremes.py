@@ -167,7 +167,7 @@ DENOMINATORS = st.sampled_from(["differentiated", "constant"])
     st.sampled_from(FORMATS),
     st.sampled_from([0.0, 0.5, 1.0, 2.0]),
 )
-def test_losses_and_gradients_are_finite_and_losses_those_of_the_formulas(
+def test_loss_of_extreme_activations_is_that_of_the_formulas(
     data: st.DataObject,
     grids: tuple[Tensor, Tensor],
     method: str,
@@ -208,7 +208,7 @@ def test_losses_and_gradients_are_finite_and_losses_those_of_the_formulas(
     st.sampled_from(FORMATS),
     st.sampled_from([0.0, 0.5, 1.0, 2.0]),
 )
-def test_a_teacher_as_extreme_as_it_may_be_gives_finite_losses_and_gradients(
+def test_loss_with_an_extreme_teacher_is_finite(
     data: st.DataObject,
     grids: tuple[Tensor, Tensor],
     others: tuple[Tensor, Tensor],
@@ -234,7 +234,7 @@ def test_a_teacher_as_extreme_as_it_may_be_gives_finite_losses_and_gradients(
 
 @cases(80, 1000)
 @given(activations(), PRIORS, st.sampled_from(FORMATS), st.booleans())
-def test_every_map_and_quantity_is_finite_and_sums_to_what_it_says(
+def test_attribute_of_extreme_activations_is_finite_and_sums_right(
     grids: tuple[Tensor, Tensor], activation: str, name: str, is_cam: bool
 ) -> None:
     logits, scores = grids
@@ -267,9 +267,7 @@ def test_every_map_and_quantity_is_finite_and_sums_to_what_it_says(
 @pytest.mark.parametrize("activation", ["softplus", "relu", "exp"])
 @pytest.mark.parametrize("name", FORMATS[1:])
 @pytest.mark.parametrize("method", ["calm-em", "calm-ml", "cam"])
-def test_a_training_step_of_a_network_is_finite_whatever_the_last_layers_say(
-    method: str, name: str, activation: str
-) -> None:
+def test_model_loss_is_finite_for_extreme_heads(method: str, name: str, activation: str) -> None:
     """The whole way, `CalmModel.loss`: one image, one class, or a class that no image has; scores far off."""
     for batch, classes, push in ((1, 1, 0.0), (1, 3, 1e3), (2, 3, -1e3), (2, 3, 0.0)):
         model = calm.create_model("tiny_resnet", classes, method, prior_activation=activation)
@@ -285,7 +283,7 @@ def test_a_training_step_of_a_network_is_finite_whatever_the_last_layers_say(
 
 
 @pytest.mark.parametrize("activation", ["softplus", "exp"])
-def test_the_prior_sums_to_one_where_its_activations_are_as_small_as_they_may_be(activation: str) -> None:
+def test_log_prior_of_tiny_activations_sums_to_one(activation: str) -> None:
     scores = torch.full((1, 1, 2, 3), -6e4)
     scores[..., 0, 0] += 1
     prior = CalmOutput(torch.zeros(1, 2, 2, 3), scores, activation).prior
@@ -293,7 +291,7 @@ def test_the_prior_sums_to_one_where_its_activations_are_as_small_as_they_may_be
     assert float(prior[0, 0, 0] / prior[0, 0, 1]) == pytest.approx(math.e, rel=1e-5)
 
 
-def test_the_loss_of_an_image_that_is_impossible_is_large_and_not_infinite() -> None:
+def test_loss_of_an_impossible_image_is_large_but_finite() -> None:
     """By hand: two locations, the target's logit 1e4 below the other's at both: -log p = 1e4."""
     for method in ("calm-em", "calm-ml"):
         model = exact_model(2, method, "exp", "differentiated")

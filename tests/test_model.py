@@ -45,7 +45,7 @@ TARGETS = torch.tensor([0, 4, 2])
 
 
 @pytest.mark.parametrize("activation", ["softplus", "relu", "exp"])
-def test_the_model_is_the_formula_on_its_features(activation):
+def test_model_is_the_formula_on_its_features(activation):
     model = tiny(prior_activation=activation).eval()
     features = model.encode(IMAGES).detach()
     weight, bias = model.head.conv_last.weight.detach(), model.head.conv_last.bias.detach()
@@ -65,7 +65,7 @@ def test_the_model_is_the_formula_on_its_features(activation):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_maps_come_at_image_size_and_at_any_other(method):
+def test_attribute_maps_have_the_images_size_or_any_other(method):
     model = tiny(method)
     assert model.attribute(IMAGES, TARGETS).shape == (3, 16, 20)
     assert model.attribute(IMAGES, TARGETS, size=(7, 9)).shape == (3, 7, 9)
@@ -74,7 +74,7 @@ def test_maps_come_at_image_size_and_at_any_other(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_one_target_is_that_of_all_images_and_a_list_will_do(method):
+def test_attribute_takes_one_target_for_all_images_or_a_list(method):
     model = tiny(method).eval()
     output = model(IMAGES)
     kind = model.map_kind()
@@ -92,7 +92,7 @@ def test_one_target_is_that_of_all_images_and_a_list_will_do(method):
 
 
 @pytest.mark.parametrize("wrong", ["albatross", None, True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
-def test_wrong_targets_are_refused(wrong):
+def test_attribute_refuses_wrong_targets(wrong):
     with pytest.raises(CalmError, match="targets"):
         tiny()(IMAGES).attribute(wrong)
 
@@ -106,13 +106,13 @@ def test_wrong_targets_are_refused(wrong):
         (torch.ones(3, 4) / 4, r"for 3 images, .* or a row of 5 probabilities"),
     ],
 )
-def test_a_loss_refuses_what_are_no_targets(method, targets, message):
+def test_loss_refuses_wrong_targets(method, targets, message):
     with pytest.raises(CalmError, match=message):
         tiny(method).loss(IMAGES, targets)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_indices_of_any_integer_type_teach_the_same(method):
+def test_loss_takes_indices_of_any_integer_type(method):
     model = tiny(method)
     assert_close(model.loss(IMAGES, TARGETS.int()), model.loss(IMAGES, TARGETS), rtol=0, atol=0)
 
@@ -127,7 +127,7 @@ def test_indices_of_any_integer_type_teach_the_same(method):
         ("bird.jpg", "got a str: model.preprocess makes one of files"),
     ],
 )
-def test_what_is_no_batch_of_images_is_refused(images, message):
+def test_encode_refuses_what_is_no_batch_of_images(images, message):
     for ask in (
         tiny(),
         lambda wrong: tiny().attribute(wrong, 0),
@@ -138,7 +138,7 @@ def test_what_is_no_batch_of_images_is_refused(images, message):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_difference_map_is_taken_on_the_grid(method):
+def test_difference_is_taken_on_the_grid(method):
     model = tiny(method)
     first, second = TARGETS, (TARGETS + 1) % 5
     grid = [model(IMAGES).attribute(t, model.map_kind()) for t in (first, second)]
@@ -146,7 +146,7 @@ def test_the_difference_map_is_taken_on_the_grid(method):
     assert_close(model.difference(IMAGES, first, second).double(), want, rtol=1e-5, atol=1e-7)
 
 
-def test_a_cam_model_has_no_attention_and_its_map_averages_to_the_class_score():
+def test_cam_head_has_no_attention_and_maps_that_average_to_the_score():
     model = tiny("cam")
     assert not any("attention" in name for name in model.state_dict())
     output = model(IMAGES)
@@ -158,7 +158,7 @@ def test_a_cam_model_has_no_attention_and_its_map_averages_to_the_class_score():
         model.loss(IMAGES, TARGETS, temperature=0.5)
 
 
-def test_a_teacher_model_gives_the_posterior_and_gets_no_gradient():
+def test_loss_with_teacher_uses_its_posterior_without_gradient():
     model, teacher = tiny(), tiny()
     loss = model.loss(IMAGES, TARGETS, teacher=teacher)
     want = oracle.em_loss(
@@ -173,7 +173,7 @@ def test_a_teacher_model_gives_the_posterior_and_gets_no_gradient():
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_parameter_learns(method):
+def test_loss_reaches_every_parameter(method):
     model = tiny(method)
     model.loss(IMAGES, TARGETS).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
@@ -181,7 +181,7 @@ def test_every_parameter_learns(method):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("method", METHODS)
-def test_low_precision_weights_give_float32_probabilities(method, dtype):
+def test_model_in_low_precision_gives_float32_probabilities(method, dtype):
     model = tiny(method).eval()
     want = model(IMAGES).probs
     output = model.to(dtype)(IMAGES.to(dtype))
@@ -195,7 +195,7 @@ def test_low_precision_weights_give_float32_probabilities(method, dtype):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_autocast_and_channels_last(method):
+def test_model_works_with_autocast_and_channels_last(method):
     model = tiny(method)
     want = model(IMAGES).log_probs
     last = model.to(memory_format=torch.channels_last)(IMAGES.contiguous(memory_format=torch.channels_last))
@@ -231,13 +231,13 @@ print("equal")
 
 
 @pytest.mark.slow
-def test_a_compiled_model_is_the_same_model_without_a_graph_break():
+def test_compiled_model_is_the_same_without_a_graph_break():
     # In a process of its own: the shape checks of this suite cannot be traced.
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
     assert run.stdout.strip() == "equal", run.stderr[-2000:]
 
 
-def test_one_class_and_one_location():
+def test_create_model_with_one_class_and_one_location():
     model = create_model(Tiny(), 1).eval()
     images = torch.randn(2, 3, 4, 4)
     assert_close(model(images).probs, torch.ones(2, 1))
@@ -245,7 +245,7 @@ def test_one_class_and_one_location():
     assert abs(model.loss(images, torch.tensor([0, 0])).item()) < 1e-6
 
 
-def test_named_backbone_and_printed_configuration():
+def test_create_model_with_a_named_backbone_prints_its_configuration():
     model = create_model("small_resnet", num_classes=4, class_names=["a", "b", "c", "d"])
     assert isinstance(model(torch.zeros(1, 3, 64, 64)), CalmOutput)
     assert model(torch.zeros(1, 3, 64, 64)).joint.shape == (1, 4, 8, 8)
@@ -262,22 +262,22 @@ def test_named_backbone_and_printed_configuration():
         ({"prior_denominator": "detached"}, "allowed are differentiated, constant"),
     ],
 )
-def test_wrong_configurations_are_refused(options, message):
+def test_model_config_refuses_wrong_values(options, message):
     with pytest.raises(CalmError, match=message):
         ModelConfig(**({"backbone": "small_resnet", "num_classes": 2} | options))
 
 
-def test_a_wrong_number_of_class_names_is_refused():
+def test_create_model_refuses_a_wrong_number_of_class_names():
     with pytest.raises(CalmError, match="2 class names for 5 classes"):
         tiny(class_names=["a", "b"])
 
 
-def test_pretrained_needs_a_named_backbone():
+def test_create_model_pretrained_needs_a_named_backbone():
     with pytest.raises(CalmError, match="your own module"):
         tiny(pretrained=True)
 
 
-def test_pretrained_timm_weights_bring_the_normalisation_they_expect(monkeypatch):
+def test_create_model_pretrained_takes_the_normalisation_of_timm(monkeypatch):
     def build(name, **options):
         return TimmBackbone(name)  # no weights: nothing can be downloaded here
 
@@ -292,7 +292,7 @@ def test_pretrained_timm_weights_bring_the_normalisation_they_expect(monkeypatch
 
 
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
-def test_an_output_made_without_gradients_has_none_whenever_it_is_read(quiet):
+def test_output_made_without_gradients_has_none(quiet):
     model = create_model("small_resnet", 3).eval()
     images = torch.randn(1, 3, 32, 32)
     with quiet():
@@ -332,7 +332,7 @@ def test_output_of_borrowed_weights_answers_with_these(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_an_output_is_read_in_the_precision_that_it_was_made_in(method):
+def test_output_is_read_in_the_precision_of_its_forward_pass(method):
     model = tiny(method)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         inside, outside = model(IMAGES), model(IMAGES)
@@ -346,7 +346,7 @@ def test_an_output_is_read_in_the_precision_that_it_was_made_in(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_shapes_can_be_asked_of_a_model_without_weights(method):
+def test_model_on_the_meta_device_gives_shapes(method):
     model = tiny(method).to("meta")
     output = model(IMAGES.to("meta"))
     assert output.probs.shape == (3, 5)
@@ -358,7 +358,7 @@ def test_shapes_can_be_asked_of_a_model_without_weights(method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("quiet", [torch.no_grad, torch.inference_mode])
-def test_maps_of_an_output_made_without_gradients_have_none(method, quiet):
+def test_attribute_of_an_output_without_gradients_has_none(method, quiet):
     model = tiny(method).eval()
     with quiet():
         output = model(IMAGES)

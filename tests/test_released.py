@@ -59,7 +59,7 @@ def probabilities_by_hand(state, images, architecture, large, use_bn, method):
 @pytest.mark.parametrize(
     ("layout", "method"), [*zip(oracle.VARIANTS, ["calm-em", "calm-ml", "cam"] * 2, strict=True)]
 )
-def test_a_released_checkpoint_converts_loads_and_predicts_as_the_formulas_say(tmp_path, layout, method):
+def test_convert_gives_a_model_that_predicts_as_the_formulas_say(tmp_path, layout, method):
     architecture, large, use_bn = layout
     state = layout_state(*layout)
     state["attention.0.bias"].fill_(0.3)  # a prior that is alive
@@ -97,7 +97,7 @@ def test_a_released_checkpoint_converts_loads_and_predicts_as_the_formulas_say(t
     assert by_hand.std() > 1e-3
 
 
-def test_the_report_accounts_for_every_key_in_words(resnet, tmp_path):
+def test_conversion_report_accounts_for_every_key(resnet, tmp_path):
     folder, _ = resnet
     text = str(convert(folder, method="cam", large_feature_map=False, out=tmp_path / "out"))
     assert "resnet50, 3 classes, epoch 40" in text
@@ -106,7 +106,7 @@ def test_the_report_accounts_for_every_key_in_words(resnet, tmp_path):
     assert str(tmp_path / "out") in text
 
 
-def test_the_file_and_its_folder_are_both_accepted_and_loading_leaves_the_random_state(resnet):
+def test_load_released_accepts_file_or_folder_and_keeps_random_state(resnet):
     folder, state = resnet
     before = torch.get_rng_state()
     model = load_released(folder / FILE, method="calm-em", large_feature_map=True)
@@ -118,7 +118,7 @@ def test_the_file_and_its_folder_are_both_accepted_and_loading_leaves_the_random
     assert torch.equal(model.head.attention.weight, state["attention.0.weight"])
 
 
-def test_missing_batch_counters_are_reported_and_harmless(resnet, tmp_path):
+def test_conversion_report_names_missing_batch_counters(resnet, tmp_path):
     state = {key: tensor for key, tensor in resnet[1].items() if not key.endswith("num_batches_tracked")}
     report = convert(
         write(tmp_path / FILE, state), method="calm-em", large_feature_map=True, out=tmp_path / "out"
@@ -127,7 +127,7 @@ def test_missing_batch_counters_are_reported_and_harmless(resnet, tmp_path):
     assert "absent backbone.bn1.num_batches_tracked: starts at 0" in str(report)
 
 
-def test_a_prefix_that_only_some_keys_have_is_a_name_and_not_a_prefix(resnet, tmp_path):
+def test_read_released_keeps_a_prefix_that_only_some_keys_have(resnet, tmp_path):
     state = {("module." if key.startswith("bn1") else "") + key: tensor for key, tensor in resnet[1].items()}
     with pytest.raises(
         CalmError, match=r"4 missing: backbone\.bn1\.weight.*5 unexpected: backbone\.module\.bn1"
@@ -139,7 +139,7 @@ def test_a_prefix_that_only_some_keys_have_is_a_name_and_not_a_prefix(resnet, tm
 
 
 @pytest.mark.parametrize("function", [load_released, convert])
-def test_method_and_map_size_must_be_told_and_the_error_says_why(function, resnet, tmp_path):
+def test_load_released_needs_method_and_map_size(function, resnet, tmp_path):
     out = {"out": tmp_path / "out"} if function is convert else {}
     with pytest.raises(CalmError, match=r"method is needed: .*does not say how it was trained"):
         function(resnet[0], large_feature_map=True, **out)
@@ -160,9 +160,7 @@ def test_method_and_map_size_must_be_told_and_the_error_says_why(function, resne
         (("inception_v3", True, False), True, True),
     ],
 )
-def test_options_that_contradict_the_weights_are_found_out_and_the_right_ones_named(
-    tmp_path, layout, large, use_bn
-):
+def test_load_released_names_the_options_that_fit_the_weights(tmp_path, layout, large, use_bn):
     write(tmp_path / FILE, layout_state(*layout), layout[0])
     told = f"with large_feature_map={large}, use_bn={use_bn}"
     fitting = f"its weights are those of large_feature_map={layout[1]}, use_bn={layout[2]}"
@@ -170,7 +168,7 @@ def test_options_that_contradict_the_weights_are_found_out_and_the_right_ones_na
         load_released(tmp_path, method="calm-em", large_feature_map=large, use_bn=use_bn)
 
 
-def test_class_names_of_another_number_are_refused(resnet, tmp_path):
+def test_load_released_refuses_class_names_of_another_number(resnet, tmp_path):
     with pytest.raises(CalmError, match="2 class names for 3 classes"):
         load_released(resnet[0], method="cam", large_feature_map=True, class_names=["a", "b"])
     with pytest.raises(CalmError, match=r"cannot read the class names .*none\.txt"):
@@ -200,13 +198,13 @@ def load_it(path):
         (b"version https://git-lfs.github.com/spec/v1\n", "is a text page, not the file itself"),
     ],
 )
-def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content, message):
+def test_load_released_names_a_file_that_is_no_checkpoint(tmp_path, content, message):
     (tmp_path / FILE).write_bytes(content)
     with pytest.raises(CalmError, match=f"{FILE}.*{message}"):
         load_it(tmp_path / FILE)
 
 
-def test_a_truncated_checkpoint_is_named(resnet, tmp_path):
+def test_load_released_names_a_truncated_checkpoint(resnet, tmp_path):
     content = (resnet[0] / FILE).read_bytes()
     (tmp_path / FILE).write_bytes(content[: len(content) // 2])
     with pytest.raises(CalmError, match="damaged or no PyTorch file"):
@@ -214,7 +212,7 @@ def test_a_truncated_checkpoint_is_named(resnet, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["none.pth.tar", "."])
-def test_a_missing_file_is_named(tmp_path, name):
+def test_load_released_names_a_missing_file(tmp_path, name):
     with pytest.raises(CalmError, match=r"cannot read the released checkpoint .*pth\.tar"):
         load_it(tmp_path / name)
 
@@ -241,7 +239,7 @@ def test_a_missing_file_is_named(tmp_path, name):
         ),
     ],
 )
-def test_a_dict_that_is_no_released_checkpoint_is_explained(tmp_path, content, message):
+def test_load_released_explains_a_dict_that_is_no_checkpoint(tmp_path, content, message):
     torch.save(content, tmp_path / FILE)
     with pytest.raises(CalmError, match=message) as caught:
         load_it(tmp_path)
@@ -260,7 +258,7 @@ def test_a_dict_that_is_no_released_checkpoint_is_explained(tmp_path, content, m
         ),
     ],
 )
-def test_keys_that_do_not_fit_are_named(resnet, tmp_path, change, message):
+def test_load_released_names_keys_that_do_not_fit(resnet, tmp_path, change, message):
     state = dict(resnet[1])
     change(state)
     with pytest.raises(CalmError, match=f"does not fit resnet50.*{message}"):
@@ -271,7 +269,7 @@ def test_keys_that_do_not_fit_are_named(resnet, tmp_path, change, message):
 
 
 @pytest.mark.parametrize("place", ["whole", "state_dict", "optimizer", "key", "legacy"])
-def test_a_file_with_code_runs_nothing_and_the_error_names_what_it_asked_for(tmp_path, place):
+def test_load_released_runs_no_code_and_names_what_was_asked(tmp_path, place):
     marker = tmp_path / "marker"
     code = Marker(marker)
     whole = {"architecture": "resnet50", "state_dict": {"conv_last.weight": torch.zeros(1)}, "optimizer": {}}
@@ -292,7 +290,7 @@ def test_a_file_with_code_runs_nothing_and_the_error_names_what_it_asked_for(tmp
     assert marker.exists()  # it is code that can be run
 
 
-def test_a_bare_pickle_with_code_runs_nothing(tmp_path):
+def test_load_released_runs_no_code_of_a_bare_pickle(tmp_path):
     (tmp_path / FILE).write_bytes(pickle.dumps(Marker(tmp_path / "marker"), protocol=2))
     with pytest.raises(CalmError, match="nothing in it was run"):
         load_it(tmp_path)
@@ -303,7 +301,7 @@ def test_a_bare_pickle_with_code_runs_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("layout", oracle.VARIANTS)
-def test_the_way_back_gives_exactly_the_released_keys(layout):
+def test_released_state_dict_has_exactly_the_released_keys(layout):
     architecture, large, use_bn = layout
     with torch.device("meta"):
         for method in ("calm-em", "cam"):
@@ -313,7 +311,7 @@ def test_the_way_back_gives_exactly_the_released_keys(layout):
             assert (len(shapes), oracle.fingerprint(shapes)) == (number, sha256)
 
 
-def test_a_saved_checkpoint_is_a_released_one_and_comes_back_unchanged(tmp_path):
+def test_save_released_round_trips(tmp_path):
     model = create_model(
         "resnet50", CLASSES, "calm-ml", prior_activation="relu", prior_denominator="constant"
     )
@@ -330,7 +328,7 @@ def test_a_saved_checkpoint_is_a_released_one_and_comes_back_unchanged(tmp_path)
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_a_model_that_the_released_code_would_misread_is_not_written(tmp_path):
+def test_save_released_refuses_a_model_that_would_be_misread(tmp_path):
     with torch.device("meta"):
         softplus = create_model("resnet50", 2)
         small = create_model("small_resnet", 2, prior_activation="relu")

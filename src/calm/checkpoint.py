@@ -1,11 +1,7 @@
-"""Saved models: a folder with ``model.safetensors`` (weights) and ``calm.json`` (everything else).
+"""Saved models: a folder with ``model.safetensors`` (weights) and ``calm.json`` (everything else, the card).
 
-Such a folder is self-describing: `calm.load` needs nothing but the folder, and nothing in it is executed. This module
-reads and writes the two files and knows no model; `calm.model` builds one from them.
-
-``calm.json``: what a saved model says about itself, read strictly.
-
-A file as `Card.write` leaves it::
+Such a folder is self-describing: `calm.load` needs nothing but the folder, and nothing in it is executed. This file
+reads and writes the two files and knows no model; `calm.model` builds one from them. A card looks like this::
 
     {
       "format": 1,
@@ -43,11 +39,14 @@ from calm.images import Preprocessing
 
 __all__ = ["CARD", "FORMAT", "WEIGHTS", "Card", "fill", "read", "upload", "write"]
 
+CARD = "calm.json"
+WEIGHTS = "model.safetensors"
+
 FORMAT = 1
-"""The newest version of the format, and the one that is written."""
+"""The newest version of the card's format, which is the one that is written."""
 
 LARGEST = 1e30
-"""Size of a number where one is asked for: float32 holds it."""
+"""The largest absolute value of a number in a card; float32 holds it."""
 
 T = TypeVar("T")
 
@@ -57,12 +56,12 @@ class Card:
     """Everything about a saved model but its weights.
 
     Attributes:
-        model: what to build.
-        class_names: C names, in the order of their indices.
-        preprocessing: from an image to the model's input.
-        training: whatever the training recorded about itself; any JSON object.
-        versions: of the packages that wrote the file; for the reader's eyes.
-        weights_sha256: of the weights' file, so that files of two different saves are not taken for one model.
+        model: What to build.
+        class_names: The C names of the classes, in the order of their indices.
+        preprocessing: How an image becomes the model's input.
+        training: What the training recorded about itself; any JSON object.
+        versions: The versions of the packages that wrote the file, for people to read.
+        weights_sha256: The hash of the weights' file, so that files of two different saves are not taken for one model.
     """
 
     model: ModelConfig
@@ -82,7 +81,7 @@ class Card:
         """Write the card to ``path`` atomically.
 
         Raises:
-            CalmError: ``training`` holds something that JSON has no word for.
+            CalmError: If ``training`` holds something that JSON cannot express.
         """
         try:
             json.dumps(self.training)
@@ -95,7 +94,7 @@ class Card:
         """Read and check a card.
 
         Raises:
-            CalmError: no such file, no JSON, a newer format, an unknown, missing or wrong field: named.
+            CalmError: If the file is missing, not JSON or of a newer format, or a field is unknown, missing or wrong.
         """
         content = read_json(path, "model card")
         if not isinstance(content, dict) or type(content.get("format")) is not int:
@@ -113,7 +112,7 @@ class Card:
 
 
 def _record(kind: type[T], content: object, where: str) -> T:
-    """A dataclass from a JSON object whose fields must be known, complete and of the right type."""
+    """Return a dataclass from a JSON object whose fields must be known, complete and of the right type."""
     if not isinstance(content, dict):
         raise CalmError(f"{where} must be a JSON object, got {shown(content)}")
     hints = get_type_hints(kind)
@@ -133,7 +132,7 @@ def _record(kind: type[T], content: object, where: str) -> T:
 
 
 def _value(hint: Any, value: Any, where: str) -> Any:
-    """``value`` of a JSON file as the annotated type ``hint``, or an error that says what was expected."""
+    """Return a JSON value as the annotated type ``hint``; an error says what was expected."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         if value not in arguments:
@@ -145,7 +144,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         (hint,) = (one for one in arguments if one is not NoneType)
         return _value(hint, value, where)
     if hint == tuple[str, ...] and isinstance(value, list) and all(type(item) is str for item in value):
-        return tuple(value)  # class names, which may be a million: no place to be named for each
+        return tuple(value)  # class names may be a million: do not name the place of each
     if origin is tuple and isinstance(value, list):
         kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
         if len(kinds) != len(value):
@@ -165,12 +164,6 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     raise CalmError(f"{where} must be {expected[origin or hint]}, got {shown(value)}")
 
 
-CARD = "calm.json"
-WEIGHTS = "model.safetensors"
-_RELEASED = "last_checkpoint.pth.tar"
-_SHOWN = 5
-
-
 def write(
     folder: str | os.PathLike[str],
     state: Mapping[str, Tensor],
@@ -185,18 +178,18 @@ def write(
     kill between the two replacements leaves a mismatch that `read` detects.
 
     Args:
-        folder: made with its parents if missing.
-        state: the model's state dict, on any device; dtypes are kept.
-        config: what the model is made of.
-        class_names: C names, in the order of their indices.
-        preprocessing: from an image to the model's input.
-        training: what the training recorded about itself, as plain JSON data.
+        folder: Created with its parents if missing.
+        state: The model's state dict, on any device; dtypes are kept.
+        config: What the model is made of.
+        class_names: The C names of the classes, in the order of their indices.
+        preprocessing: How an image becomes the model's input.
+        training: What the training recorded about itself, as plain JSON data.
 
     Returns:
         The folder, resolved.
 
     Raises:
-        CalmError: ``folder`` is a file, or the training summary is not JSON.
+        CalmError: If ``folder`` is a file, or the training summary is not JSON.
     """
     from safetensors.torch import save_file
 
@@ -219,15 +212,15 @@ def write(
 
 
 def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]:
-    """Read a saved model: the folder that holds it, its card, and its weights on the CPU.
+    """Read a saved model, and return the folder that holds it, its card, and its weights on the CPU.
 
     Args:
-        source: a folder that `write` wrote; or the folder of a training run, whose best model is taken, or its last
+        source: A folder that `write` wrote; or the folder of a training run, whose best model is taken, or its last
             if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
 
     Raises:
-        CalmError: nothing there, not a saved model, a file that is damaged or made by a newer release, weights of
-            another number of classes than the card's, no way to reach the hub.
+        CalmError: If there is no saved model, a file is damaged or of a newer release, the weights have another number
+            of classes than the card, or the hub cannot be reached.
     """
     folder = _locate(source)
     card = Card.read(folder / CARD)
@@ -246,7 +239,7 @@ def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | No
     """Upload a saved model to the Hugging Face Hub, and return the address of the commit.
 
     Raises:
-        CalmError: the hub cannot be reached, or refuses.
+        CalmError: If the hub cannot be reached, or refuses.
     """
     from huggingface_hub import HfApi
 
@@ -263,7 +256,7 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Copy ``state`` into ``model``, which takes over its dtypes.
 
     Raises:
-        CalmError: keys are missing or unexpected, or tensors have another shape: counted, and the first named.
+        CalmError: If keys are missing or unexpected, or tensors have another shape; the first of them are named.
     """
     own = model.state_dict(keep_vars=True)
     shared = [key for key in own if key in state]
@@ -277,27 +270,26 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         ],
     }
     if any(problems.values()):
-        raise CalmError("; ".join(_some(what, keys) for what, keys in problems.items() if keys))
+        raise CalmError("; ".join(_first_keys(what, keys) for what, keys in problems.items() if keys))
     for key in shared:
         own[key].data = own[key].data.to(state[key].dtype)
     model.load_state_dict(state)
 
 
-def _some(what: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:_SHOWN])}{more}"
+def _first_keys(what: str, keys: list[str], most: int = 5) -> str:
+    more = f" and {len(keys) - most} more" if len(keys) > most else ""
+    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:most])}{more}"
 
 
 def _kind(tensor: Tensor) -> str:
-    return f"{_KINDS.get(tensor.dtype, str(tensor.dtype))} {tuple(tensor.shape)}"
-
-
-_KINDS = dict.fromkeys((torch.float16, torch.bfloat16, torch.float32, torch.float64), "float")
-_KINDS |= dict.fromkeys((torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64), "whole numbers")
+    """Return the shape and the kind of numbers, whose dtypes load into one another."""
+    dtype = tensor.dtype
+    is_number = dtype != torch.bool and not dtype.is_complex
+    return f"{('float' if dtype.is_floating_point else 'whole numbers') if is_number else dtype} {tuple(tensor.shape)}"
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``state`` on the CPU, contiguous, tensors that share memory copied apart: what safetensors can write."""
+    """Return ``state`` as safetensors can write it: on the CPU, contiguous, and without shared memory."""
     seen: set[int] = set()
     result = {}
     for key, tensor in state.items():
@@ -308,7 +300,6 @@ def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / WEIGHTS
@@ -316,9 +307,9 @@ def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
     try:
         found = _sha256(path)
         state: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CalmError(f"cannot read the weights {path}: {str(error)[:500]}") from error
-    except Exception as error:  # a type of numbers that torch does not have
+    except (
+        Exception
+    ) as error:  # besides OSError and SafetensorError, KeyError for a dtype that torch does not have
         raise CalmError(
             f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}"
         ) from error
@@ -336,13 +327,16 @@ def _sha256(path: Path) -> str:
 
 
 def _locate(source: str | os.PathLike[str]) -> Path:
-    """The folder that holds the two files, downloaded if need be."""
+    """Return the folder that holds the two files, downloaded if need be."""
     path = Path(source)
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
-        ours = path.name in (CARD, WEIGHTS)
-        hint = f"load {path.parent}" if ours else "calm.load_released reads checkpoints of the released code"
+        hint = (
+            f"load {path.parent}"
+            if path.name in (CARD, WEIGHTS)
+            else "calm.load_released reads checkpoints of the released code"
+        )
         raise CalmError(f"{path} is a file, but a saved model is a folder with {CARD} and {WEIGHTS}: {hint}")
     name = os.fspath(source)
     if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):
@@ -353,7 +347,7 @@ def _locate(source: str | os.PathLike[str]) -> Path:
 
 
 def _beside(path: Path) -> str:
-    """For a message about a folder that is not there: the one beside it that was perhaps meant."""
+    """Return, for the message about a missing folder, the name of a similar folder beside it."""
     try:
         names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
     except OSError:
@@ -366,7 +360,7 @@ def _model_folder(path: Path) -> Path:
     for folder in (path, path / "best", path / "last"):
         if (folder / CARD).is_file():
             return folder
-    if (path / _RELEASED).is_file():
+    if (path / "last_checkpoint.pth.tar").is_file():
         raise CalmError(
             f"{path} holds a checkpoint of the released code: use calm.load_released or calm convert"
         )

@@ -1,4 +1,4 @@
-"""What a model is made of, and the literal types of string options. Nothing here imports PyTorch."""
+"""The configuration of a model, and the literal types of string options. Nothing here imports PyTorch."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
 PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
 
 Fill: TypeAlias = Literal["zero", "mean", "noise", "blur"]
-"""What erased pixels become: see `calm.metrics.erasing`."""
+"""How erased pixels are filled: see `calm.metrics.erasing`."""
 
 Explain: TypeAlias = Literal["label", "prediction"]
 """Whose map ranks the pixels: see `calm.evaluate.erasing`."""
 
 Order: TypeAlias = Literal["cascading", "all"]
-"""How weights are drawn anew: see `calm.evaluate.randomisation`."""
+"""In which order weights are randomised: see `calm.evaluate.randomisation`."""
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The paper's shares of erased pixels, of remove-and-classify."""
@@ -40,21 +40,21 @@ DRAWS = 3
 """Random erasures of each image that R_k is relative to: see `calm.metrics.erasing`."""
 
 REPLICATES = 1000
-"""Bootstrap samples: the ends of a 95 percent interval then rest on 25 of them each."""
+"""The default number of bootstrap samples: 25 of them lie beyond each end of a 95 percent interval."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What a model is made of; with the weights, all that loading needs.
+    """What a model is made of: with the weights, all that loading needs.
 
     Attributes:
-        backbone: a released architecture (``resnet50``, ``vgg16``, ``inception_v3``), ``small_resnet``, a timm
+        backbone: A released architecture (``resnet50``, ``vgg16``, ``inception_v3``), ``small_resnet``, a timm
             model's name, or ``custom`` for the user's own module.
-        num_classes: C.
+        num_classes: C, the number of classes.
         method: ``calm-em`` and ``calm-ml`` are one model with two training losses; ``cam`` is the baseline.
-        large_feature_map: released architectures: a 28x28 grid for 224x224 input instead of 14x14.
-        use_bn: vgg16 and inception_v3: BatchNorm where the released code makes it optional.
-        output_stride: timm models that support it: image size over grid size.
+        large_feature_map: For released architectures: a 28x28 grid for 224x224 input instead of 14x14.
+        use_bn: For vgg16 and inception_v3: BatchNorm where the released code makes it optional.
+        output_stride: For timm models that support it: image size over grid size.
         prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
         prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
     """

@@ -1,4 +1,4 @@
-"""The one error type for user mistakes: what was given, what is allowed, where, and how to fix it."""
+"""The error type for user mistakes; its messages say what was given, what is allowed, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -11,23 +11,20 @@ __all__ = ["EXTRAS", "CalmError", "needs_extra", "shown", "unknown"]
 
 
 class CalmError(ValueError):
-    """A mistake in what the user gave: a value, a file, a combination of options.
+    """A mistake in the user's input: a value, a file, or a combination of options.
 
     The message names the value and the fix. The command line prints it without a traceback.
     """
 
 
 def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = "") -> CalmError:
-    """The error for a name that is not among the allowed ones.
+    """Return the error for a name that is not among the allowed ones; it suggests the closest allowed name.
 
     Args:
-        what: what the name stands for, such as ``"map kind"``.
-        given: the value received.
-        allowed: the names that would have been accepted, in the order to show them.
-        where: the file, flag or place that held the value; empty if the call itself did.
-
-    Returns:
-        An error to raise, which also suggests the closest allowed name.
+        what: What the name stands for, such as ``"map kind"``.
+        given: The value received.
+        allowed: The names that would have been accepted, in the order to show them.
+        where: The file, flag or place that held the value; empty if the call itself did.
 
     >>> str(unknown("method", "clam-em", ["calm-em", "calm-ml", "cam"]))
     "unknown method 'clam-em': allowed are calm-em, calm-ml, cam; did you mean 'calm-em'?"
@@ -86,7 +83,7 @@ _SHORT.maxstring = _SHORT.maxother = 120
 
 
 def shown(value: object) -> str:
-    """``value`` for a message, in a few characters however large it is: it may come from a file.
+    """Return ``value`` in a few characters for a message, however large it is (it may come from a file).
 
     >>> shown("cat"), shown([1, 2, 3, 4, 5]), shown(CalmError())
     ("'cat'", '[1, 2, 3, 4, ...]', 'a CalmError')

@@ -1,12 +1,6 @@
-"""Where a map points, in pixels and in words.
+"""Heatmaps: normalisation, resizing from the grid to pixels, and the place of the peak in words.
 
-Normalisations of a score map before it is thresholded, shown or compared.
-
-Each takes maps of any leading shape, looks at one map (the last two axes) at a time, and returns new tensors.
-A constant map says nothing about where, and a NaN or infinite one (or one whose range is) says nothing at all: all
-become zeros.
-
-From the grid to pixels: the only interpolation in the package.
+Functions take maps of any leading shape, treat each map (the last two axes) separately, and return new tensors.
 """
 
 from __future__ import annotations
@@ -29,19 +23,20 @@ Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
 
 
 def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor, "*n h w"]:
-    """Bring maps to [0, 1].
+    """Normalise maps to [0, 1].
 
     Args:
-        maps: score maps, each over its last two axes.
-        how: ``minmax`` maps the range of each map to [0, 1]. ``max`` divides by the maximum and clips at 0, so
-            an all-negative map is all zeros (the released code divides by the negative maximum and gets all ones).
-            ``clipping`` only cuts at 0 and 1: for values that are probabilities already.
+        maps: Score maps.
+        how: ``minmax`` maps the range of each map to [0, 1]. ``max`` divides by the maximum and clips at 0, so an
+            all-negative map is all zeros (the released code divides by the negative maximum and gets all ones).
+            ``clipping`` only cuts at 0 and 1; it is for values that are probabilities already.
 
     Returns:
-        Maps in [0, 1], of the same shape; constant and non-finite maps are zeros.
+        Maps in [0, 1], of the same shape. A constant map, which says nothing about the place, and a map with NaN,
+        infinite values or an infinite range become zeros.
 
     Raises:
-        CalmError: an unknown normalisation.
+        CalmError: If the normalisation is unknown.
     """
     if how not in get_args(Normalization):
         raise unknown("normalisation", how, get_args(Normalization))
@@ -49,24 +44,24 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
     low = values.amin(dim=(-2, -1), keepdim=True)
     high = values.amax(dim=(-2, -1), keepdim=True)
     usable = (high - low).isfinite() & (high > low)
-    # In place, from the first new tensor on: to allocate one of this size takes longer than to fill it.
+    # In place from the first new tensor on: allocating a tensor of this size takes longer than filling it.
     if how == "clipping":
         scaled = values.clamp(0, 1)
     elif how == "max":
         scaled = values.clamp(min=0).div_(torch.where(high > 0, high, 1.0))
     else:
         scaled = (values - low).div_(torch.where(usable, high - low, 1.0))
-    # Faster on a CPU than to fill the maps that are not usable: 0 times NaN and infinity is NaN.
+    # 0 * NaN and 0 * infinity are NaN; on a CPU this is faster than filling the unusable maps.
     return scaled.mul_(usable.to(scaled)).nan_to_num_(nan=0.0)
 
 
 def resize_and_normalize(
     maps: Float[Tensor, "*n h w"], size: tuple[int, int], how: Normalization
 ) -> Float[Tensor, "*n H W"]:
-    """Maps as protocols compare them: resized to ``size`` = (height, width) in pixels, then normalised.
+    """Resize maps to ``size`` = (height, width) in pixels, then normalise them, as the protocols require.
 
-    A map that is constant on its own grid becomes zeros, as in `normalize`: interpolation would give it differences in
-    the last bit, which ``minmax`` would stretch to [0, 1].
+    A map that is constant on its grid becomes zeros, as in `normalize`: interpolation would give it differences in the
+    last bit, which ``minmax`` would stretch to [0, 1].
     """
     constant = (maps == maps[..., :1, :1]).flatten(-2).all(dim=-1)
     return normalize(resize_maps(maps.masked_fill(constant[..., None, None], 0), size), how)
@@ -75,8 +70,9 @@ def resize_and_normalize(
 def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[Tensor, "*n H W"]:
     """Resize maps to ``size`` = (height, width) in pixels: bilinear, half-pixel centres, no antialiasing.
 
-    The values keep the unit they have on the grid (the probability of a grid cell, for CALM's maps); a resized map
-    therefore does not sum to p(y | x) any more, the grid's does. Computed in float32 or wider.
+    The values keep the unit of the grid (the probability of a grid cell, for CALM's maps): the map on the grid sums to
+    p(y | x), the resized map does not. Computed in float32 or wider. This is the only interpolation of maps in the
+    package.
 
     Source: the protocol of the paper's evaluation (OpenCV's and PyTorch's ``bilinear``, ``align_corners=False``).
     """
@@ -87,7 +83,7 @@ def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[T
     return resized.reshape(*maps.shape[:-2], *size)
 
 
-_WORDS = (
+_NINTHS = (
     ("upper left", "top", "upper right"),
     ("left", "centre", "right"),
     ("lower left", "bottom", "lower right"),
@@ -96,14 +92,14 @@ _WORDS = (
 
 @dataclass(frozen=True)
 class Place:
-    """The highest point of a map, and the ninth of the picture (three by three) that it lies in.
+    """The highest point of a map, and the ninth of the image (in a three by three grid) that contains it.
 
     Attributes:
-        x: column of the pixel, from the left, 0 first.
-        y: row of the pixel, from the top, 0 first.
-        value: of the map there, in the map's unit.
-        words: the ninth: "upper left", "centre", "bottom", ...
-        share: of the map's positive mass, how much lies in that ninth, 0 to 1; 0 for a map without any.
+        x: The column of the pixel, from the left, starting at 0.
+        y: The row of the pixel, from the top, starting at 0.
+        value: The map's value there, in the map's unit.
+        words: The name of the ninth: "upper left", "centre", "bottom", ...
+        share: The share of the map's positive mass in that ninth, 0 to 1; 0 for a map without any.
     """
 
     x: int
@@ -117,7 +113,7 @@ class Place:
 
 
 def locate(values: Float[Tensor, "h w"]) -> Place:
-    """The place of a map's highest value, the first in reading order if there are several.
+    """Return the place of a map's highest value, the first in reading order if there are several.
 
     >>> import torch
     >>> values = torch.zeros(90, 90)
@@ -131,16 +127,16 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
     rows, columns = _third(row, height), _third(column, width)
     total = _mass(values)
     share = _mass(values[rows, columns]) / total if total > 0 else 0.0
-    return Place(x, y, float(values[y, x]), _WORDS[row][column], share)
+    return Place(x, y, float(values[y, x]), _NINTHS[row][column], share)
 
 
 def _third(index: int, length: int) -> slice:
-    """The i with 3 i // length == index: the same floor as above decides, so that the ninths tile the picture."""
+    """Return the slice of all i with 3 * i // length == index, so that the ninths tile the image."""
     return slice(-(-index * length // 3), -(-(index + 1) * length // 3))
 
 
 def _mass(values: Tensor) -> float:
-    """The sum of the positive values, in float64; a part at a time, since a map may have as many as an image pixels."""
+    """Return the sum of the positive values in float64, in parts, since a map may be as large as a photograph."""
     return sum(
         (float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0
     )

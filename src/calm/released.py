@@ -1,27 +1,23 @@
-"""``calm convert``: from a checkpoint of the released code to a folder of this package.
+"""Checkpoints of the released code: load them, convert them, and write ones that the released code can read.
 
-The checkpoint file of the released code, read without executing anything in it.
-
-A dict as ``torch.save`` writes it::
+A checkpoint is a dict as ``torch.save`` writes it; it is read without executing anything in it::
 
     {"architecture": "resnet50", "epoch": 40, "state_dict": {"module.conv1.weight": ..., ...}, "optimizer": {...}}
 
-Source: github.com/naver-ai/calm, ``main.py``.
-
-Models of the released code: load its checkpoints, convert them, and write ones that it can read.
-
-Every key of a released checkpoint has one place in our model, and the other way round:
+Every key of ``state_dict`` has one place in a model of this package, and the other way round:
 
 =======================  ==========================
-released                 ours
+released                 this package
 =======================  ==========================
 ``conv_last.*``          ``head.conv_last.*``
 ``attention.0.*``        ``head.attention.*``
 any other                ``backbone.`` and the same
 =======================  ==========================
 
-What the file does not say, and a wrong answer would change the predictions without an error: the method
-(a CALM checkpoint fits a CAM model too) and the size of the map (a stride, which no weight shows).
+The file does not say the method (a CALM checkpoint fits a CAM model, too) or the size of the map (a stride, which no
+weight shows). A wrong answer changes the predictions without an error, so both must be given.
+
+Source: github.com/naver-ai/calm, ``main.py``.
 """
 
 from __future__ import annotations
@@ -51,7 +47,6 @@ __all__ = [
     "read_released",
     "released_state_dict",
     "save_released",
-    "write_released",
 ]
 
 ARCHITECTURES = ("resnet50", "vgg16", "inception_v3")
@@ -61,14 +56,14 @@ _PREFIX = "module."
 
 @dataclass(frozen=True)
 class ReleasedFile:
-    """What a released checkpoint holds, its optimizer left out.
+    """The content of a released checkpoint, without its optimizer.
 
     Attributes:
-        path: the file.
-        architecture: one of `ARCHITECTURES`.
-        epoch: epochs trained, if the file says so.
-        state: released key to tensor, without ``module.``.
-        prefixed: whether all keys had the prefix ``module.`` of a parallel model.
+        path: The file.
+        architecture: One of `ARCHITECTURES`.
+        epoch: The number of epochs trained, if the file says so.
+        state: The tensors by released key, without ``module.``.
+        prefixed: Whether all keys had the prefix ``module.`` of a parallel model.
     """
 
     path: Path
@@ -79,11 +74,11 @@ class ReleasedFile:
 
 
 def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
-    """Read ``path``, a released checkpoint or the folder that holds ``last_checkpoint.pth.tar``.
+    """Read a released checkpoint, the file or the folder that holds ``last_checkpoint.pth.tar``.
 
     Raises:
-        CalmError: no such file, no checkpoint, a damaged one, one that asks to run code, a field missing or
-            wrong, weights that are NaN or infinite.
+        CalmError: If the file is missing, damaged, not a checkpoint or would run code, a field is missing or wrong, or
+            weights are NaN or infinite.
     """
     path = Path(path)
     if path.is_dir():
@@ -93,37 +88,22 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
         raise CalmError(f"{path} holds a {type(content).__name__}, but a released checkpoint is a dict")
     for field in ("architecture", "state_dict"):
         if field not in content:
-            there = ", ".join(shown(key).strip("'") for key in list(content)[:5]) or "nothing"
-            raise CalmError(f"{path} is not a released checkpoint: it lacks {field!r}; it holds {there}")
-    architecture = content["architecture"]
+            keys = ", ".join(shown(key).strip("'") for key in list(content)[:5]) or "nothing"
+            raise CalmError(f"{path} is not a released checkpoint: it lacks {field!r}; it holds {keys}")
+    architecture, epoch = content["architecture"], content.get("epoch")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES, where=str(path))
-    epoch = content.get("epoch")
-    state, prefixed = _without_prefix(_checked(content["state_dict"], path))
-    known = isinstance(epoch, int) and not isinstance(epoch, bool) and 0 <= epoch < 2**31
-    return ReleasedFile(path, architecture, epoch if known else None, state, prefixed)
+    if type(epoch) is not int or not 0 <= epoch < 2**31:
+        epoch = None
+    state = _check_state(content["state_dict"], path)
+    # The prefix of a parallel model is on all keys; a layer of the user's own could be called "module" as well.
+    prefixed = all(key.startswith(_PREFIX) for key in state)
+    if prefixed:
+        state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
+    return ReleasedFile(path, architecture, epoch, state, prefixed)
 
 
-def write_released(
-    path: str | os.PathLike[str],
-    *,
-    architecture: str,
-    epoch: int,
-    state: Mapping[str, Tensor],
-    optimizer: Mapping[str, Any],
-) -> None:
-    """Write a checkpoint that the released code can read, atomically."""
-    content = {
-        "architecture": architecture,
-        "epoch": epoch,
-        "state_dict": dict(state),
-        "optimizer": dict(optimizer),
-    }
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        torch.save(content, file)
-
-
-def _checked(state: Any, path: Path) -> dict[str, Tensor]:
+def _check_state(state: Any, path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not state:
         raise CalmError(f"{path}: 'state_dict' must be a dict of tensors, and not empty")
     for key, tensor in state.items():
@@ -139,18 +119,10 @@ def _checked(state: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Dense, with every element in the file: not a view that makes a large tensor of a few bytes."""
+    """Whether a tensor is dense with every element in the file, not a view that makes a large tensor of a few bytes."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-def _without_prefix(state: dict[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
-    """``module.`` cut off if all keys have it: a layer of ours could be called so, a whole model is not."""
-    prefixed = all(key.startswith(_PREFIX) for key in state)
-    return (
-        {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()} if prefixed else state
-    ), prefixed
 
 
 _HEAD = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention."}
@@ -159,18 +131,18 @@ _COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What became of every key of a released checkpoint.
+    """What became of every key of a released checkpoint; ``str`` makes a few lines of it.
 
     Attributes:
-        source: the file.
-        architecture: of the backbone.
-        epoch: epochs trained, if the file says so.
+        source: The file.
+        architecture: The architecture of the backbone.
+        epoch: The number of epochs trained, if the file says so.
         num_classes: C.
-        consumed: released key to our key.
-        ignored: released key to the reason why it has no place.
-        absent: our keys that the file lacks and that need no value from it.
-        prefixed: whether all keys had the prefix ``module.``.
-        out: the folder written, if any.
+        consumed: From released keys to keys of this package.
+        ignored: From released keys to the reasons why they have no place.
+        absent: Keys of this package that the file lacks and that need no value from it.
+        prefixed: Whether all released keys had the prefix ``module.``.
+        out: The folder written, if any.
     """
 
     source: Path
@@ -184,7 +156,6 @@ class ConversionReport:
     out: Path | None = None
 
     def __str__(self) -> str:
-        """A few lines for a person."""
         epoch = "" if self.epoch is None else f", epoch {self.epoch}"
         lines = [
             f"{self.source}: {self.architecture}, {self.num_classes} classes{epoch}",
@@ -206,30 +177,30 @@ def load_released(
 ) -> CalmModel:
     """Load a checkpoint of the released code, in eval mode, on the CPU.
 
-    The model has the released prior: ReLU, constant denominator. Architecture and number of classes come from
-    the file. The file is read without executing anything in it.
+    The model has the released prior: ReLU and constant denominator. Architecture and number of classes come from the
+    file, which is read without executing anything in it.
 
     Args:
-        path: the file, or the folder that holds ``last_checkpoint.pth.tar``.
-        method: how it was trained; must be given, the file does not say.
-        large_feature_map: whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
-        use_bn: whether vgg16 or inception_v3 was built with its optional BatchNorm.
-        class_names: names of the classes, in the order of their indices.
+        path: The file, or the folder that holds ``last_checkpoint.pth.tar``.
+        method: How the model was trained; must be given, since the file does not say it.
+        large_feature_map: Whether it was trained on the 28 x 28 map (else 14 x 14); must be given.
+        use_bn: Whether vgg16 or inception_v3 was built with its optional BatchNorm.
+        class_names: The names of the classes, in the order of their indices.
 
     Raises:
-        CalmError: ``method`` or ``large_feature_map`` not given, a file that is no released checkpoint or not
-            safe, keys that do not fit.
+        CalmError: If ``method`` or ``large_feature_map`` is not given, the file is no released checkpoint or not safe,
+            or its keys do not fit.
     """
     return load_with_report(path, method, large_feature_map, use_bn, class_names)[0]
 
 
 def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
-    """The weights of ``model`` under the released names.
+    """Return the weights of ``model`` under the released names.
 
-    A CAM model gets an attention layer of zeros: the released code always has one, and for CAM never uses it.
+    A CAM model gets an attention layer of zeros: the released code always has one, and never uses it for CAM.
 
     Raises:
-        CalmError: the released code has no such architecture, or its prior would not be this model's.
+        CalmError: If the released code does not have the architecture, or its prior would not be this model's.
     """
     config = model.config
     if config.backbone not in ARCHITECTURES:
@@ -253,24 +224,25 @@ def save_released(
     epoch: int,
     optimizer: torch.optim.Optimizer | None = None,
 ) -> None:
-    """Write ``model`` to the file ``path`` as a checkpoint that the released code can read.
+    """Write ``model`` to the file ``path``, atomically, as a checkpoint that the released code can read.
 
     Args:
-        model: of a released architecture.
-        epoch: epochs trained.
-        optimizer: whose state is stored beside the weights.
+        model: A model of a released architecture.
+        path: The file.
+        epoch: The number of epochs trained.
+        optimizer: The optimizer whose state is stored beside the weights.
 
     Raises:
-        CalmError: see `released_state_dict`.
+        CalmError: See `released_state_dict`.
     """
-    state: Mapping[str, Any] = {} if optimizer is None else optimizer.state_dict()
-    write_released(
-        path,
-        architecture=model.config.backbone,
-        epoch=epoch,
-        state=released_state_dict(model),
-        optimizer=state,
-    )
+    content = {
+        "architecture": model.config.backbone,
+        "epoch": epoch,
+        "state_dict": released_state_dict(model),
+        "optimizer": {} if optimizer is None else optimizer.state_dict(),
+    }
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        torch.save(content, file)
 
 
 def load_with_report(
@@ -280,7 +252,7 @@ def load_with_report(
     use_bn: bool,
     class_names: Sequence[str] | None,
 ) -> tuple[CalmModel, ConversionReport]:
-    """`load_released`, and what became of every key."""
+    """Do as `load_released`, and report what became of every key."""
     if method is None:
         raise CalmError(
             f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {path} does not say how it was trained, and a "
@@ -309,10 +281,10 @@ def load_with_report(
     try:
         fill(model, given | {key: own[key] for key in absent})
     except CalmError as error:
-        told = f"large_feature_map={large_feature_map}, use_bn={use_bn}"
+        options = f"large_feature_map={large_feature_map}, use_bn={use_bn}"
         fitting = _fitting(file, given, method, large_feature_map)
         problem = f"its weights are those of {fitting}" if fitting else str(error)
-        raise CalmError(f"{file.path} does not fit {file.architecture} with {told}: {problem}") from error
+        raise CalmError(f"{file.path} does not fit {file.architecture} with {options}: {problem}") from error
     report = ConversionReport(
         file.path, file.architecture, file.epoch, len(classes), names, ignored, tuple(absent), file.prefixed
     )
@@ -340,7 +312,7 @@ def _build(
 
 
 def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, large: bool) -> str:
-    """The options with which keys and shapes would fit; empty if none do."""
+    """Return the options with which keys and shapes would fit; empty if none do."""
     shapes = {key: tensor.shape for key, tensor in given.items() if not key.endswith(_COUNTER)}
     for large_feature_map in (large, not large):
         for use_bn in (True,) if file.architecture == "resnet50" else (True, False):
@@ -354,14 +326,14 @@ def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, la
 
 
 def _our_key(released: str) -> str:
-    for theirs, ours in _HEAD.items():
-        if released.startswith(theirs):
-            return ours + released.removeprefix(theirs)
+    for prefix, ours in _HEAD.items():
+        if released.startswith(prefix):
+            return ours + released.removeprefix(prefix)
     return f"backbone.{released}"
 
 
 def _released_key(ours: str) -> str:
-    for theirs, prefix in _HEAD.items():
+    for released, prefix in _HEAD.items():
         if ours.startswith(prefix):
-            return theirs + ours.removeprefix(prefix)
+            return released + ours.removeprefix(prefix)
     return ours.removeprefix("backbone.")

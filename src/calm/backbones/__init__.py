@@ -1,6 +1,6 @@
-"""The user's own module as a backbone.
+"""Backbones: networks that map images (B, 3, H, W) to features (B, D, h, w), with D in the attribute ``out_channels``.
 
-Networks that turn images (B, 3, H, W) into features (B, D, h, w): D is the attribute ``out_channels``.
+They are built by name (`build_backbone`), or are the user's own module (`adapt_backbone`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "narrow_resnet": narrow_resnet,
     "tiny_resnet": tiny_resnet,
 }
-"""Our own backbones; every other name is a timm model's. Each has the options of its constructor."""
+"""This package's own backbones; every other name is a timm model's. The options are those of the constructors."""
 
 
 def build_backbone(
@@ -41,18 +41,17 @@ def build_backbone(
     use_bn: bool = True,
     output_stride: int | None = None,
 ) -> nn.Module:
-    """Build a backbone by name; ``timm/NAME`` is timm's model even where we have our own of that name.
+    """Build a backbone by name; ``timm/NAME`` is timm's model even where `BACKBONES` has one of that name.
 
     Args:
-        name: a key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it.
-        pretrained: start from ImageNet weights, cached or downloaded (not for our small ones).
-        large_feature_map: stride 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
-        use_bn: BatchNorm where the layout makes it optional (``vgg16``, ``inception_v3``).
-        output_stride: pixels per grid cell; None keeps the model's own (timm models).
+        name: A key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it.
+        pretrained: Whether to start from ImageNet weights, cached or downloaded (not for the small networks).
+        large_feature_map: Whether the stride is 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
+        use_bn: Whether there is BatchNorm where it is optional (``vgg16``, ``inception_v3``).
+        output_stride: Pixels per grid cell; None keeps the model's own (timm models).
 
     Raises:
-        CalmError: an unknown name, an option that this backbone does not have, or pretrained weights that
-            cannot be had.
+        CalmError: If the name is unknown, the backbone does not have an option, or the weights cannot be obtained.
 
     >>> build_backbone("small_resnet").out_channels
     256
@@ -73,8 +72,12 @@ def build_backbone(
     defaults = inspect.signature(build_backbone).parameters
     for option, value in options.items():
         if option not in own and value != defaults[option].default:
-            every = {**BACKBONES, "timm models": TimmBackbone}
-            having = [other for other, them in every.items() if option in inspect.signature(them).parameters]
+            builders = {**BACKBONES, "timm models": TimmBackbone}
+            having = [
+                other
+                for other, builder in builders.items()
+                if option in inspect.signature(builder).parameters
+            ]
             raise CalmError(
                 f"backbone {name!r} has no option {option}, given {option}={value}: leave it out, or choose "
                 f"among {', '.join(having)}"
@@ -95,22 +98,21 @@ def _unknown(name: str) -> CalmError:
 
 
 def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.Module:
-    """Check that ``module`` returns a feature map, and give it ``out_channels`` if it does not say so itself.
+    """Check that ``module`` returns a feature map, and set its attribute ``out_channels`` if it has none.
 
-    The module is tried once, in eval mode and without gradient, on an image of zeros; its modes and the
-    random state are left as they were. If it does not run on an image of that size, then its own
-    ``out_channels`` or ``num_features`` is believed.
+    The module is run once, in eval mode and without gradient, on an image of zeros; its modes and the random state stay
+    as they were. If it does not run on an image of that size, its own ``out_channels`` or ``num_features`` is used.
 
     Args:
-        module: float images (B, 3, H, W) to features (B, D, h, w).
-        size: (height, width) in pixels of the image to try.
+        module: Maps float images (B, 3, H, W) to features (B, D, h, w).
+        size: (height, width) in pixels of the image.
 
     Returns:
         ``module`` itself, with the int attribute ``out_channels``.
 
     Raises:
-        CalmError: it returns something else, or another number of channels than its ``out_channels`` says, or
-            it does not run and says no number.
+        CalmError: If the module returns something else or another number of channels than its ``out_channels`` says, or
+            does not run and has no such attribute.
 
     >>> adapt_backbone(nn.Conv2d(3, 5, kernel_size=3)).out_channels
     5
@@ -119,14 +121,14 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
     stated = _int_attribute(module, "out_channels")
     try:
         output = _try(module, size)
-    except Exception as error:  # a stranger's module may raise anything; what it raised is in the message
-        believed = stated or _int_attribute(module, "num_features")
-        if believed is None:
+    except Exception as error:  # a user's module may raise anything
+        channels = stated or _int_attribute(module, "num_features")
+        if channels is None:
             raise CalmError(
                 f"the backbone {name} does not run on an image of {size[0]} x {size[1]} pixels: {error}. "
                 "Repair it, or if it needs images of another size, give it an int attribute out_channels"
             ) from error
-        module.out_channels = believed  # type: ignore[assignment]
+        module.out_channels = channels  # type: ignore[assignment]
         return module
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -1,10 +1,7 @@
-"""Inception-v3 with a fine grid: torchvision's blocks up to Mixed_6e, with other paddings and strides.
+"""The three architectures of the released code, ResNet-50, VGG-16 and Inception-v3, without their classifiers.
 
-Where a backbone's weights start: He's random ones, or torchvision's ImageNet ones.
-
-ResNet-50 with a fine grid: torchvision's network, its last strides taken out.
-
-VGG-16 with a fine grid: torchvision's configuration D, its last poolings taken out.
+They are torchvision's networks with fewer strides, so that 224 x 224 pixels give a grid of 28 x 28 (stride 8) or
+14 x 14 (stride 16) locations. Their parameters have the names and shapes of the released checkpoints.
 """
 
 from __future__ import annotations
@@ -33,63 +30,15 @@ from calm.errors import CalmError
 __all__ = ["VGG16", "InceptionV3", "ResNet50", "imagenet_weights", "initialise", "load_pretrained"]
 
 
-def initialise(module: nn.Module) -> None:
-    """Start every convolution by He's normal rule (fan out, ReLU), its bias at zero; nothing else changes."""
-    for layer in module.modules():
-        if isinstance(layer, nn.Conv2d):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
-
-
-def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
-    """The tensors of a torchvision weight set, from torch's hub cache or downloaded into it.
-
-    The file is read without executing anything in it, and a download must match its published hash.
-
-    Raises:
-        CalmError: no network and no cached file, or a file that is not what it should be.
-    """
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
-        raise CalmError(
-            f"cannot get the pretrained weights {weights.url}: {error}. Connect to the network, or put the "
-            f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}, or start from random weights with "
-            "pretrained=False (calm train: --model.pretrained false)"
-        ) from error
-    return state
-
-
-def load_pretrained(
-    backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()
-) -> None:
-    """Copy ``state`` into ``backbone``; only the layers named in ``new_layers`` may stay as they are.
-
-    Raises:
-        CalmError: a key or shape differs, so the file does not belong to this backbone.
-    """
-    try:
-        missing, unexpected = backbone.load_state_dict(state, strict=False)
-    except RuntimeError as error:
-        raise CalmError(f"the pretrained weights do not fit {type(backbone).__name__}: {error}") from error
-    lost = [key for key in missing if not key.startswith(new_layers)]
-    if lost or unexpected:
-        raise CalmError(
-            f"the pretrained weights do not fit {type(backbone).__name__}: missing {lost or 'nothing'}, "
-            f"unexpected {unexpected or 'nothing'}"
-        )
-
-
 class ResNet50(ResNet):  # type: ignore[misc]
-    """ResNet-50 without classifier, in the released layout: D = 2048.
+    """ResNet-50 with D = 2048 channels.
 
-    ``layer4`` has stride 1; with ``large_feature_map`` so has ``layer3``. Nothing is dilated, so the weights
-    are torchvision's, one for one. 224 x 224 pixels give a 28 x 28 grid (stride 8), or 14 x 14 (stride 16).
+    ``layer4`` has stride 1; with ``large_feature_map`` so has ``layer3``. Nothing is dilated, so the weights are
+    torchvision's, one for one.
 
     Args:
-        pretrained: start from torchvision's first ImageNet weights instead of random ones.
-        large_feature_map: stride 8 instead of 16.
+        pretrained: Whether to start from torchvision's first ImageNet weights instead of random ones.
+        large_feature_map: Whether the stride is 8 instead of 16.
     """
 
     out_channels = 2048
@@ -105,23 +54,23 @@ class ResNet50(ResNet):  # type: ignore[misc]
             load_pretrained(self, {key: value for key, value in state.items() if not key.startswith("fc.")})
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 2048, h, w) of normalised images (B, 3, H, W)."""
+        """Return features (B, 2048, h, w) of normalised images (B, 3, H, W)."""
         x = self.maxpool(self.relu(self.bn1(self.conv1(images))))
         features: Tensor = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return features
 
 
 class VGG16(nn.Module):
-    """VGG-16 without classifier, in the released layout: D = 1024.
+    """VGG-16 with D = 1024 channels.
 
-    torchvision's ``features`` without the last pooling (without the last two if ``large_feature_map``), its
-    layers numbered without gaps; then a new 3 x 3 convolution ``conv6`` to 1024 channels, with BatchNorm
-    ``bn6`` if ``use_bn``, and ReLU. 224 x 224 pixels give a 28 x 28 grid (stride 8), or 14 x 14 (stride 16).
+    It is torchvision's ``features`` without the last pooling (without the last two if ``large_feature_map``), layers
+    numbered without gaps; then a new 3 x 3 convolution ``conv6`` to 1024 channels, with BatchNorm ``bn6`` if
+    ``use_bn``, and ReLU.
 
     Args:
-        pretrained: start ``features`` from torchvision's ImageNet weights; ``conv6`` and ``bn6`` are new.
-        large_feature_map: stride 8 instead of 16.
-        use_bn: BatchNorm after every convolution.
+        pretrained: Whether ``features`` start from torchvision's ImageNet weights; ``conv6`` and ``bn6`` are new.
+        large_feature_map: Whether the stride is 8 instead of 16.
+        use_bn: Whether BatchNorm follows every convolution.
     """
 
     out_channels = 1024
@@ -142,20 +91,20 @@ class VGG16(nn.Module):
             load_pretrained(self, _renumber(state, dropped, use_bn=use_bn), new_layers=("conv6.", "bn6."))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
+        """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
         features: Tensor = self.relu(self.bn6(self.conv6(self.features(images))))
         return features
 
 
 def _without_last_pools(count: int) -> tuple[list[str | int], list[int]]:
-    """Configuration D without its last ``count`` poolings, and the places in D that these had."""
+    """Return configuration D without its last ``count`` poolings, and the places in D that these had."""
     full = cfgs["D"]
     dropped = [place for place, item in enumerate(full) if item == "M"][-count:]
     return [item for place, item in enumerate(full) if place not in dropped], dropped
 
 
 def _renumber(state: Mapping[str, Tensor], dropped: list[int], *, use_bn: bool) -> dict[str, Tensor]:
-    """torchvision's ``features.N.name`` under the numbers that remain when some poolings are gone.
+    """Return torchvision's ``features.N.name`` under the numbers that remain without some poolings.
 
     A convolution of the configuration is 3 layers of ``features`` with BatchNorm, 2 without; a pooling is 1.
     """
@@ -180,17 +129,16 @@ _BEYOND = ("AuxLogits.", "Mixed_7", "fc.")
 
 
 class InceptionV3(nn.Module):
-    """Inception-v3 without classifier, in the released layout: D = 1024.
+    """Inception-v3 with D = 1024 channels.
 
-    torchvision's blocks up to and including ``Mixed_6e``, with padded first convolutions and poolings and a
-    ``Mixed_6a`` of stride 1; then two new 3 x 3 convolutions, ``A3_1b`` and ``A3_2b``. 224 x 224 pixels give
-    a 28 x 28 grid, or 14 x 14 by one more pooling before ``Mixed_6a``. Images enter as they are:
-    torchvision's own rescaling for its Inception weights is not applied, as in the released code.
+    It is torchvision's network up to and including ``Mixed_6e``, with other paddings and with ``Mixed_6a`` at stride 1,
+    then two new 3 x 3 convolutions ``A3_1b`` and ``A3_2b``. The small map has one more pooling before ``Mixed_6a``.
+    torchvision's own rescaling of the input for its Inception weights is not applied, as in the released code.
 
     Args:
-        pretrained: start the torchvision blocks from its ImageNet weights; ``A3_1b`` and ``A3_2b`` are new.
-        large_feature_map: leave out the extra pooling.
-        use_bn: BatchNorm in ``A3_1b`` and ``A3_2b``; the blocks before always have it.
+        pretrained: Whether torchvision's blocks start from its ImageNet weights; ``A3_1b`` and ``A3_2b`` are new.
+        large_feature_map: Whether the stride is 8 instead of 16.
+        use_bn: Whether ``A3_1b`` and ``A3_2b`` have BatchNorm; the blocks before always have it.
     """
 
     out_channels = 1024
@@ -222,7 +170,7 @@ class InceptionV3(nn.Module):
             load_pretrained(self, kept, new_layers=_NEW)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
+        """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
         x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
         x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
@@ -237,7 +185,7 @@ class InceptionV3(nn.Module):
 
 
 class _UnstridedInceptionB(InceptionB):  # type: ignore[misc]
-    """torchvision's grid reduction that reduces nothing: stride 1, padding 1 in convolutions and pooling."""
+    """torchvision's grid reduction with stride 1 and padding 1 in convolutions and pooling: it keeps the grid."""
 
     def __init__(self, in_channels: int) -> None:
         super().__init__(in_channels)
@@ -254,3 +202,51 @@ def _new_convolution(in_channels: int, out_channels: int, use_bn: bool) -> nn.Se
     if use_bn:
         layers.append(nn.BatchNorm2d(out_channels))
     return nn.Sequential(*layers, nn.ReLU(inplace=True))
+
+
+def initialise(module: nn.Module) -> None:
+    """Initialise every convolution by He's normal rule (fan out, ReLU) and its bias with zero; nothing else changes."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
+    """Return the tensors of a torchvision weight set, from torch's hub cache or downloaded into it.
+
+    The file is read without executing anything in it, and a download must match its published hash.
+
+    Raises:
+        CalmError: If there is neither a cached file nor a network, or the file is not what it should be.
+    """
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise CalmError(
+            f"cannot get the pretrained weights {weights.url}: {error}. Connect to the network, or put the "
+            f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}, or start from random weights with "
+            "pretrained=False (calm train: --model.pretrained false)"
+        ) from error
+    return state
+
+
+def load_pretrained(
+    backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()
+) -> None:
+    """Copy ``state`` into ``backbone``; only the layers named in ``new_layers`` may be missing from it.
+
+    Raises:
+        CalmError: If a key or shape differs, so that the file does not belong to this backbone.
+    """
+    try:
+        missing, unexpected = backbone.load_state_dict(state, strict=False)
+    except RuntimeError as error:
+        raise CalmError(f"the pretrained weights do not fit {type(backbone).__name__}: {error}") from error
+    lost = [key for key in missing if not key.startswith(new_layers)]
+    if lost or unexpected:
+        raise CalmError(
+            f"the pretrained weights do not fit {type(backbone).__name__}: missing {lost or 'nothing'}, "
+            f"unexpected {unexpected or 'nothing'}"
+        )

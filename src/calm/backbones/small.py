@@ -1,4 +1,4 @@
-"""A small residual network for small images and CPUs: ResNet-18's plan at a fraction of its width."""
+"""A small residual network for small images and CPUs: the layout of ResNet-18 at a fraction of its width."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class SmallResNet(nn.Module):
     """Residual stages without the classifier, for images of about 32 to 128 pixels.
 
     Args:
-        widths: channels of the stages; the last is D. The default is half of ResNet-18's.
-        strides: stride of each stage; the grid is the image divided by their product and the stem's stride.
-        depth: residual blocks a stage.
-        stem_stride: stride of the 3x3 stem convolution (there is no pooling).
+        widths: The channels of the stages; the last is D. The default is half of ResNet-18's.
+        strides: The stride of each stage; the grid is the image divided by their product and the stem's stride.
+        depth: The number of residual blocks per stage.
+        stem_stride: The stride of the 3x3 stem convolution (there is no pooling).
 
     The default makes an 8x8 grid of a 64x64 image with 2.8 million parameters.
     """
@@ -50,18 +50,21 @@ class SmallResNet(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Features of the last stage, after its ReLU."""
+        """Return the features of the last stage, after its ReLU."""
         features: Tensor = self.stages(self.stem(images))
         return features
 
 
 def narrow_resnet() -> SmallResNet:
-    """The default at half its width: 0.7 million parameters, about a quarter of its time."""
+    """Return a `SmallResNet` at half its default width: 0.7 million parameters, about a quarter of its time."""
     return SmallResNet(widths=(16, 32, 64, 128))
 
 
 def tiny_resnet() -> SmallResNet:
-    """0.08 million parameters, stride 4, for demonstrations: each location sees 23 pixels, about one part of a bird."""
+    """Return a network for demonstrations: 0.08 million parameters, stride 4.
+
+    Each location sees 23 pixels, about one part of a rendered bird.
+    """
     return SmallResNet(widths=(32, 64), strides=(1, 2), depth=1)
 
 

@@ -1,4 +1,4 @@
-"""Any timm model as a backbone: convolutional as they are, transformers with their tokens as the grid."""
+"""Any timm model as a backbone: the feature map of convolutional models, the tokens of transformers as a grid."""
 
 from __future__ import annotations
 
@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from calm.backbones.probe import output_shape, unused_parameters
 from calm.errors import CalmError, unknown
+from calm.inference import evaluation_mode
 
-__all__ = ["STRIDES", "TimmBackbone", "is_timm_name"]
+__all__ = ["STRIDES", "TimmBackbone", "is_timm_name", "output_shape", "unused_parameters"]
 
 STRIDES = (8, 16, 32)
 
@@ -21,18 +23,18 @@ _ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_i
 
 
 class TimmBackbone(nn.Module):
-    """A timm model without classifier, its last features as a grid (B, D, h, w).
+    """A timm model without classifier, whose last features are a grid (B, D, h, w).
 
-    Features are those of timm's ``forward_features``: NHWC ones are permuted, tokens are laid out row by row
+    The features are those of timm's ``forward_features``: NHWC ones are permuted, tokens are laid out row by row
     after the prefix tokens (class, distillation, register) are dropped. Position embeddings are interpolated
     to the size of the images where the model allows it. Parameters that the features do not depend on are
     frozen: they get no gradient, so distributed training does not wait for one.
 
     Args:
-        name: a timm model name, with or without ``timm/`` before it, such as ``"convnext_atto"`` or
+        name: A timm model's name, with or without ``timm/`` before it, such as ``"convnext_atto"`` or
             ``"vit_tiny_patch16_224"``; a dot and the tag of pretrained weights may follow.
-        pretrained: start from timm's weights of that name, cached or downloaded.
-        output_stride: pixels per grid cell, 8, 16 or 32, for families that timm can dilate; None keeps the
+        pretrained: Whether to start from timm's weights of that name, cached or downloaded.
+        output_stride: Pixels per grid cell, 8, 16 or 32, for families that timm can dilate; None keeps the
             model's own.
 
     Attributes:
@@ -41,8 +43,8 @@ class TimmBackbone(nn.Module):
         normalization: mean and std per channel that its pretrained weights expect, of RGB in [0, 1].
 
     Raises:
-        CalmError: an unknown tag, a stride that the model cannot have, a model whose features are no grid, or
-            weights that cannot be had.
+        CalmError: If the tag is unknown, the model cannot have the stride, its features are no grid, or the weights
+            cannot be obtained.
     """
 
     def __init__(self, name: str, *, pretrained: bool = False, output_stride: int | None = None) -> None:
@@ -72,10 +74,10 @@ class TimmBackbone(nn.Module):
                 parameter.requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Features of normalised images.
+        """Return the features of normalised images.
 
         Raises:
-            CalmError: images of another size than the one that the model takes.
+            CalmError: If the model takes images of another size only.
         """
         height, width = images.shape[-2:]
         if self.fixed_size is not None and (height, width) != self.fixed_size:
@@ -93,7 +95,7 @@ class TimmBackbone(nn.Module):
         return tokens.reshape(len(tokens), self.out_channels, *grid)
 
     def _layout(self, shape: tuple[int, ...] | None, height: int, width: int) -> tuple[str, int]:
-        """Layout of features of ``shape`` for an image of height x width pixels, and pixels per cell."""
+        """Return the layout of features of ``shape`` for an image of height x width pixels, and the pixels per cell."""
         match shape:
             case (_, self.out_channels, rows, _):
                 return "NCHW", round(height / rows)
@@ -173,3 +175,33 @@ def _runs(features: nn.Module, height: int, width: int) -> bool:
     except (AssertionError, RuntimeError, ValueError):  # how timm's families refuse an image size
         return False
     return True
+
+
+def output_shape(module: nn.Module, height: int, width: int) -> tuple[int, ...] | None:
+    """Return the shape of ``module``'s output for one image of height x width pixels; None if it is not one tensor.
+
+    Nothing is computed: the module runs on the meta device. Whatever it raises for such an image is raised.
+    """
+    with torch.no_grad():
+        output = _run(module, height, width, _on_meta(module))
+    return tuple(output.shape) if isinstance(output, Tensor) else None
+
+
+def unused_parameters(module: nn.Module, height: int, width: int) -> list[str]:
+    """Return the names of the parameters that the output for an image of height x width pixels does not depend on."""
+    state = _on_meta(module)
+    trainable = {name: state[name].requires_grad_() for name, _ in module.named_parameters()}
+    output = _run(module, height, width, state)
+    assert isinstance(output, Tensor)
+    gradients = torch.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
+    return [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
+
+
+def _on_meta(module: nn.Module) -> dict[str, Tensor]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    return {name: tensor.detach().to("meta") for name, tensor in tensors}
+
+
+def _run(module: nn.Module, height: int, width: int, state: dict[str, Tensor]) -> object:
+    with evaluation_mode(module):
+        return functional_call(module, state, (torch.empty(1, 3, height, width, device="meta"),))

@@ -47,7 +47,7 @@ def expected(kind: str, b: int, target: int) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", [*MAP_KINDS, *ALIASES])
-def test_every_kind_equals_the_oracle_under_both_names(kind):
+def test_attribute_equals_the_oracle_under_both_names(kind):
     spec = MAP_KINDS[ALIASES.get(kind, kind)]
     output = CALM if spec.family == "calm" else cam_output()
     options = {"superclass": SUPERCLASS} if spec.over == "superclass" else {}
@@ -57,7 +57,7 @@ def test_every_kind_equals_the_oracle_under_both_names(kind):
 
 
 @pytest.mark.parametrize("kind", MAP_KINDS)
-def test_several_targets_come_from_one_output(kind):
+def test_attribute_takes_several_targets(kind):
     spec = MAP_KINDS[kind]
     output = CALM if spec.family == "calm" else cam_output()
     superclass = {c: [c, (c + 1) % 5] for c in range(5)}
@@ -69,7 +69,7 @@ def test_several_targets_come_from_one_output(kind):
         assert_close(got[:, k], output.attribute(several[:, k], kind, **options))
 
 
-def test_the_joint_map_sums_to_the_prediction():
+def test_attribute_joint_sums_to_the_prediction():
     every = torch.arange(5).expand(3, -1)
     assert_close(CALM.attribute(every, "joint").sum((2, 3)), CALM.probs)
     assert_close(CALM.attribute(every, "posterior").sum((2, 3)), torch.ones(3, 5, dtype=torch.float64))
@@ -77,7 +77,7 @@ def test_the_joint_map_sums_to_the_prediction():
 
 @settings(max_examples=30, deadline=None)
 @given(h=st.integers(1, 5), w=st.integers(1, 5), big_h=st.integers(1, 12), big_w=st.integers(1, 12))
-def test_maps_are_resized_bilinearly_with_half_pixel_centres(h, w, big_h, big_w):
+def test_attribute_resizes_bilinearly_with_half_pixel_centres(h, w, big_h, big_w):
     logits, scores = activations_of((1, 2, h, w), 1, 1.0)
     output = CalmOutput(logits, scores)
     got = output.attribute(torch.tensor([1]), size=(big_h, big_w))
@@ -104,17 +104,17 @@ def test_difference_is_the_absolute_difference():
         (TARGETS, "joint-superclass", {"superclass": {4: [7], 0: [0], 2: [2]}}, "names class 7"),
     ],
 )
-def test_wrong_questions_are_refused_with_the_value_and_the_choices(targets, kind, options, message):
+def test_attribute_refuses_wrong_arguments(targets, kind, options, message):
     with pytest.raises(CalmError, match=message):
         CALM.attribute(targets, kind, **options)
 
 
-def test_a_cam_model_has_no_joint():
+def test_canonical_kind_refuses_a_joint_of_cam():
     with pytest.raises(CalmError, match="CAM model: choose one of cam"):
         canonical_kind("joint", "cam")
 
 
-def test_no_image_has_no_map():
+def test_attribute_of_no_image_is_empty():
     none = CalmOutput(torch.zeros(0, 5, 3, 2), torch.zeros(0, 1, 3, 2))
     for kind, options in (("joint", {}), ("joint-superclass", {"superclass": SUPERCLASS})):
         assert none.attribute(torch.zeros(0, dtype=torch.int64), kind, **options).shape == (0, 3, 2)

@@ -21,7 +21,7 @@ MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
         ("clipping", [[0.0, 0.0], [1.0, 1.0]]),
     ],
 )
-def test_values(how, want):
+def test_normalize_gives_the_values_by_hand(how, want):
     before = MAPS.clone()
     assert_close(normalize(MAPS, how), torch.tensor([want]))
     assert torch.equal(MAPS, before)
@@ -37,24 +37,24 @@ def test_values(how, want):
         torch.tensor([[-3e38, 3e38], [0, 1]]),
     ],
 )
-def test_a_constant_or_non_finite_map_becomes_zeros_and_its_neighbour_does_not(how, bad):
+def test_normalize_zeroes_constant_and_non_finite_maps_only(how, bad):
     good = torch.tensor([[0.0, 0.5], [0.25, 1.0]])
     got = normalize(torch.stack([bad, good]), how)
     assert torch.equal(got[0], torch.zeros(2, 2))
     assert_close(got[1], good)
 
 
-def test_max_of_an_all_negative_map_is_zeros():
+def test_normalize_by_max_of_a_negative_map_is_zeros():
     assert torch.equal(normalize(-torch.rand(1, 3, 3) - 0.1, "max"), torch.zeros(1, 3, 3))
 
 
-def test_half_precision_maps_are_normalised_in_float32():
+def test_normalize_computes_half_precision_in_float32():
     assert normalize(torch.rand(2, 3, 3).half(), "minmax").dtype == torch.float32
 
 
 @pytest.mark.parametrize("how", ["minmax", "max", "clipping"])
 @pytest.mark.parametrize("side", [5, 6, 7, 12, 14, 28])
-def test_a_map_that_is_constant_on_its_grid_stays_without_information_in_any_size(how, side):
+def test_resize_and_normalize_keeps_constant_maps_zero(how, side):
     """Interpolation leaves differences in the last bit: 1/144 on a 12x12 grid comes out in two values."""
     maps = torch.stack([torch.full((side, side), 1 / side**2), torch.rand(side, side)])
     got = resize_and_normalize(maps, (224, 224), how)
@@ -64,6 +64,6 @@ def test_a_map_that_is_constant_on_its_grid_stays_without_information_in_any_siz
 
 
 @pytest.mark.parametrize("how", ["minmax", "max", "clipping"])
-def test_gradients_pass_through(how):
+def test_normalize_passes_gradients(how):
     maps = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda maps: normalize(maps, how), maps)
