@@ -17,7 +17,7 @@ from calm.backbones.timm_models import TimmBackbone
 from calm.config import ModelConfig
 from calm.errors import CalmError
 from calm.images import Preprocessing
-from calm.model import CalmHead, create_model
+from calm.model import CalmHead, PointwiseConv2d, create_model
 from calm.output import CalmOutput
 
 METHODS = ["calm-em", "calm-ml", "cam"]
@@ -452,3 +452,18 @@ def test_head_trains_through_a_parametrisation():
     nn.utils.parametrizations.weight_norm(head.conv_last)
     head(torch.randn(2, 3, 2, 2)).loss(torch.tensor([0, 1])).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in head.conv_last.parameters())
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_pointwise_conv_equals_the_convolution(bias, memory_format):
+    layer = PointwiseConv2d(5, 4).double()
+    if not bias:
+        layer.register_parameter("bias", None)
+    features = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=memory_format)
+    inputs = [features.requires_grad_(), *layer.parameters()]
+    results = layer(features), nn.functional.conv2d(features, layer.weight, layer.bias)
+    assert_close(*results)
+    for one, other in zip(*(torch.autograd.grad(r.square().sum(), inputs) for r in results), strict=True):
+        assert_close(one, other)
+    assert layer(features[:0]).shape == (0, 4, 3, 4)
