@@ -38,7 +38,7 @@ def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = ""
 
 EXTRAS = {
     "train": {"lightning", "tensorboard", "torchmetrics"},
-    "evaluate": {"cv2", "jinja2", "matplotlib", "torchmetrics"},
+    "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "torchmetrics"},
     "baselines": {"captum", "pytorch_grad_cam"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""

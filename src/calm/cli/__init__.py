@@ -14,7 +14,6 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import calm
 from calm.errors import CalmError, needs_extra, unknown
 from calm.files import use_temporary_caches
 
@@ -189,7 +188,9 @@ def run(words: list[str]) -> int:
         print(_help(), file=sys.stdout if words else sys.stderr)
         return 0 if words else 2
     if words[0] == "--version":
-        print(f"calm {calm.__version__}")
+        from importlib.metadata import version  # here, since its import is slow
+
+        print(f"calm {version('calm')}")
         return 0
     if words[0] == "data" and words[1:] in ([], ["-h"], ["--help"]):
         print(_help("data"))
