@@ -166,7 +166,8 @@ def test_the_bird_fills_a_fair_part_of_the_picture(drawings: list[Drawing]) -> N
 def test_species_differ_in_their_differing_groups_and_nowhere_else(count: int, pair: tuple[int, int]) -> None:
     """The same seed for two species: changed pixels lie on a differing group in one of the two pictures.
 
-    Tolerance: one pixel around, and 3 single pixels of which a quarter was too little to get the label.
+    Tolerance: one pixel around, and 4 single pixels (3 with OpenCV 5) of which a quarter was too little to get the
+    label.
     """
     first, second = (choose_species(count)[index] for index in pair)
     groups = first.differing_groups(second)
@@ -178,7 +179,7 @@ def test_species_differ_in_their_differing_groups_and_nowhere_else(count: int, p
         allowed = np.zeros(a.mask.shape, bool)
         for group in groups:
             allowed |= a.group(group) | b.group(group)
-        assert (changed[~grown(allowed)] > 0).sum() <= 3
+        assert (changed[~grown(allowed)] > 0).sum() <= 4
         visible.append(int((changed > 30).sum()))
     assert np.median(visible) > 60
 

@@ -332,8 +332,9 @@ def write_birds(
 ) -> BirdsSummary:
     """Draw a data set of birds in the layout of CUB_200_2011, with segmentations.
 
-    The same arguments give the same bytes whatever ``workers`` is. Boxes and segmentations are of the *visible*
-    bird (without what a leaf hides or the border cuts), exact to the pixel.
+    The same arguments give the same bytes for any number of workers and the same version of OpenCV.
+    Boxes and segmentations are those of the *visible* bird, without what a leaf hides or the border cuts, exact to the
+    pixel.
 
     Args:
         out: the folder to fill: a new or empty one, or one of an earlier call. If that call completed with the

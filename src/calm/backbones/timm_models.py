@@ -18,8 +18,9 @@ __all__ = ["STRIDES", "TimmBackbone", "is_timm_name", "output_shape", "unused_pa
 
 STRIDES = (8, 16, 32)
 
-# What makes a model accept other image sizes than its own: the keyword differs between timm's families.
-_ANY_SIZE: tuple[dict[str, bool], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+# Keywords with which a model accepts other image sizes than its own; they differ between timm's families.
+# `strict_img_size` comes first: in older timm Swin takes the other one too, and ignores it.
+_ANY_SIZE: tuple[dict[str, bool], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
 class TimmBackbone(nn.Module):
