@@ -35,6 +35,7 @@ from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.files import append_line, disk_errors_about, write_text
 from calm.heatmaps import Normalization
+from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
@@ -272,7 +273,6 @@ def choose_images(split: Split, count: int) -> list[int]:
     return ordered[:count]
 
 
-@torch.no_grad()
 def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *, title: str = "") -> Picture:
     """Draw a column per image, with the true class's maps below it; the frame is green where the prediction is right.
 
@@ -288,15 +288,11 @@ def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *
     items = [dataset[index] for index in indices]
     images = torch.stack([image for image, _, _ in items]).to(model.device)
     labels = torch.tensor([label for _, label, _ in items], device=model.device)
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model), torch.no_grad():
         output = model(images)
         kinds = MAPS["calm" if isinstance(output, CalmOutput) else "cam"]
         maps = {kind: output.attribute(labels, kind).float().cpu() for kind in kinds}
         probs = output.probs.cpu()
-    finally:
-        model.train(training)
     levels = model.preprocessing.denormalize(images.float()).mul(255).round().byte()
     pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
     how: Normalization = "minmax" if kinds == ("cam",) else "max"

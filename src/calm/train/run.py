@@ -32,6 +32,7 @@ from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.seeds import mix_seed
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
+from calm.inference import evaluation_mode
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
 from calm.train import checkpoints, folder
@@ -313,7 +314,6 @@ class Trainer:
         return result
 
 
-@torch.no_grad()
 def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     """Measure the classification of a split, over all processes.
 
@@ -327,14 +327,12 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     """
     # The sums of the metric are float64, which Apple's GPUs do not have.
     measures = Classification(replicates=0).to("cpu" if fabric.device.type == "mps" else fabric.device)
-    training = model.training
-    model.eval()
-    for batch in loader:
-        images, labels, indices = fabric.to_device(batch)
-        with fabric.autocast():
-            probs = model(images).probs
-        measures.update(*(value.to(measures.device) for value in (probs, labels, indices)))
-    model.train(training)
+    with evaluation_mode(model), torch.no_grad():
+        for batch in loader:
+            images, labels, indices = fabric.to_device(batch)
+            with fabric.autocast():
+                probs = model(images).probs
+            measures.update(*(value.to(measures.device) for value in (probs, labels, indices)))
     found = measures.compute()
     top5 = {"top5": found.top5.value} if model.config.num_classes > 5 else {}
     return {"accuracy": found.top1.value, **top5, "nll": found.nll.value, "ece": found.ece.value}
