@@ -443,7 +443,8 @@ def test_attribute_checks_images_and_targets(images: Tensor) -> None:
         (images.to(torch.uint8), TARGETS, "images must be floats"),
         (images[:0], TARGETS[:0], "empty"),
         (images.to("meta"), TARGETS, "images are on meta, the model on cpu"),
-        (images, TARGETS[:2], "one per image"),
+        (images, TARGETS[:2], "give one row per image"),
+        (images, TARGETS[:, None], "one class per image"),
         (images, TARGETS.double(), "class indices"),
         (images, TARGETS + 1, "out of range: 5, allowed are 0 to 4"),
     ]:

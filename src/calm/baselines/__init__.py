@@ -23,9 +23,10 @@ from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.inference import evaluation_mode
+from calm.latent import check_classes
 from calm.model import CalmModel
 from calm.output import ALIASES as MAP_ALIASES
-from calm.output import MAP_KINDS, Superclass, Targets, as_targets
+from calm.output import MAP_KINDS, Superclass, Targets
 
 __all__ = [
     "ALIASES",
@@ -150,7 +151,7 @@ def attribute(
     maps = []
     with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
         # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph.
-        images, classes = images.detach().clone(), classes.clone().to(images.device, torch.int64)
+        images, classes = images.detach().clone(), classes.clone().to(images.device)
         for start in range(0, len(images), batch_size):
             part, part_classes = images[start : start + batch_size], classes[start : start + batch_size]
             if baseline is not None:
@@ -200,13 +201,7 @@ def _check_inputs(model: CalmModel, images: Tensor, given: Targets) -> Tensor:
         raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
-    targets = as_targets(given, len(images))
-    if targets.shape != images.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
-        raise CalmError(
-            f"targets must be class indices of shape ({len(images)},), one per image, "
-            f"got {targets.dtype} {tuple(targets.shape)}"
-        )
-    low, high, classes = int(targets.min()), int(targets.max()), model.config.num_classes
-    if low < 0 or high >= classes:
-        raise CalmError(f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
+    targets = check_classes(given, len(images), model.config.num_classes)
+    if targets.ndim != 1:
+        raise CalmError(f"targets must be one class per image, got shape {tuple(targets.shape)}")
     return targets

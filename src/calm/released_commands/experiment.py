@@ -104,18 +104,15 @@ class Performance:
         }
         save_measures(folder / "performance_log", meters)
         epochs = len(self.values["train"]["loss"])
-        for epoch in range(1, epochs + 1):
-            self._report(folder, epoch, "", "train", ("cls", "loss"), epoch)
-            self._report(folder, epoch, "_", "val", METRICS, epoch)
-        self._report(folder, epochs, "__", "test", METRICS, 1)
-
-    def _report(
-        self, folder: Path, step: int, suffix: str, split: str, metrics: tuple[str, ...], epoch: int
-    ) -> None:
-        values = {f"{split}/{metric}": self._at(split, metric, epoch) for metric in metrics}
-        write_text(
-            folder / "reports" / f"{step}{suffix}", json.dumps({"summary": True, "step": step, **values})
-        )
+        reports = [
+            (epoch, epoch, suffix, split, metrics)
+            for epoch in range(1, epochs + 1)
+            for suffix, split, metrics in (("", "train", ("cls", "loss")), ("_", "val", METRICS))
+        ]
+        for step, epoch, suffix, split, metrics in [*reports, (epochs, 1, "__", "test", METRICS)]:
+            values = {f"{split}/{metric}": self._at(split, metric, epoch) for metric in metrics}
+            content = json.dumps({"summary": True, "step": step, **values})
+            write_text(folder / "reports" / f"{step}{suffix}", content)
 
     def _at(self, split: str, metric: str, epoch: int) -> float | None:
         values = self.values[split][metric]
@@ -125,23 +122,16 @@ class Performance:
         """Return what the released code prints after each epoch."""
         lines = []
         for epoch in range(1, len(self.values["train"]["loss"]) + 1):
+            values = {(split, m): self._at(split, m, epoch) for split in ("train", "val") for m in METRICS}
             lines.append(f"Start epoch {epoch} ...")
-            for split in ("train", "val"):
-                for metric in METRICS:
-                    value = self._at(split, metric, epoch)
-                    if value is not None:
-                        lines.append(f"Split {split}, metric {metric}: {value}")
+            lines += [f"Split {s}, metric {m}: {v}" for (s, m), v in values.items() if v is not None]
             lines.append(f"Epoch {epoch} done.")
         return lines
 
     def last_lines(self) -> str:
         """Return the last value of each split and metric, as the released code prints them at the end."""
-        return "\n".join(
-            f"Split {split}, metric {metric}: {values[-1]}"
-            for split, metrics in self.values.items()
-            for metric, values in metrics.items()
-            if values
-        )
+        values = {(split, m): v for split, metrics in self.values.items() for m, v in metrics.items()}
+        return "\n".join(f"Split {split}, metric {m}: {v[-1]}" for (split, m), v in values.items() if v)
 
 
 def check_place(flags: Flags) -> None:
