@@ -274,9 +274,8 @@ class CamOutput(_Output):
 
 def _without_autocast(device: torch.device) -> torch.autocast:
     """Return a context for maps that are computed in the dtype of the forward pass, wherever they are read."""
-    return torch.autocast(
-        device.type if torch.amp.is_autocast_available(device.type) else "cpu", enabled=False
-    )
+    name = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
+    return torch.autocast(name, enabled=False)
 
 
 def joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
