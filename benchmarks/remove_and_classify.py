@@ -16,8 +16,9 @@ import time
 
 import torch
 
-from calm.evaluate.erasing import after_erasing, maps_to_rank
+from calm.evaluate.erasing import after_erasing
 from calm.evaluate.subject import model_subject
+from calm.heatmaps import resize_and_normalize
 from calm.images import Preprocessing
 from calm.metrics.erasing import (
     FRACTIONS,
@@ -44,7 +45,7 @@ def ours(subject, images, labels):
     keys = torch.arange(len(images))
     prediction = subject.predict(images)
     whole = prediction.probs.argmax(1) == labels
-    maps = maps_to_rank(
+    maps = resize_and_normalize(
         prediction.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization
     )
     random = random_order(keys, maps[0].numel())
@@ -62,7 +63,7 @@ def straightforward(subject, images, labels):
     """Image by image and share by share, each with a sort, the erased images classified in a batch."""
     _ = subject.predict(images).probs
     grid = subject.predict(images).maps(labels[:, None])[:, 0]
-    maps = maps_to_rank(grid, tuple(images.shape[-2:]), subject.normalization)
+    maps = resize_and_normalize(grid, tuple(images.shape[-2:]), subject.normalization)
     pixels = maps[0].numel()
     for share in FRACTIONS:
         for by_map in (True, False):

@@ -46,7 +46,7 @@ def words(place, *more, models=("calm-em", "cam")):
     return ["--model", *paths, "--data", str(place / "birds"), "--replicates", "20", "--device", "cpu", *more]
 
 
-def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
+def test_evaluate_puts_models_and_methods_in_one_table(place, tmp_path, capsys):
     flags = words(place, "--method", "joint", "cam", "--method", "gradcam", "--out", str(tmp_path))
     assert main(["evaluate", "cue-localization", *flags]) == 0
     shown = capsys.readouterr().out
@@ -74,7 +74,7 @@ def test_several_models_and_methods_fill_one_table(place, tmp_path, capsys):
     assert all(f"| {label} |" in text for label in labels)
 
 
-def test_figures_that_some_images_lack_the_truth_for_are_missing_aloud(place, tmp_path, capsys):
+def test_evaluate_says_which_figures_lack_the_truth(place, tmp_path, capsys):
     data = Path(shutil.copytree(place / "birds", tmp_path / "birds"))
     test = load_split(data, "test").records[3]
     number = next(
@@ -91,7 +91,7 @@ def test_figures_that_some_images_lack_the_truth_for_are_missing_aloud(place, tm
     )
 
 
-def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_path, monkeypatch):
+def test_evaluate_computes_stored_results_once(place, tmp_path, monkeypatch):
     flags = ["cue-localization", *words(place, "--out", str(tmp_path), models=("cam",))]
     first = evaluate(flags)
     monkeypatch.setattr(registry.Benchmark, "load", lambda self: pytest.fail("computed again"))
@@ -100,7 +100,7 @@ def test_what_is_stored_is_not_computed_again_and_another_option_is(place, tmp_p
         evaluate([*flags, "--norm", "max"])
 
 
-def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_path, monkeypatch):
+def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypatch):
     flags = ["remove-and-classify", *words(place, "--out", str(tmp_path), models=("cam",))]
     usual = evaluate(flags)[0]
     other = evaluate([*flags, "--fill", "mean", "--fractions", "0.05", "0.5", "--explain", "prediction"])[0]
@@ -138,7 +138,7 @@ def test_how_pixels_are_erased_is_part_of_what_a_result_is_known_by(place, tmp_p
     assert said.figures == usual.figures
 
 
-def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
+def test_evaluate_runs_costly_benchmarks_by_name(place, tmp_path, capsys):
     flags = words(place, "--out", str(tmp_path), "--method", "posterior", models=("calm-em",))
     (curves,) = evaluate(["insertion-deletion", *flags, "--points", "3"])
     assert curves.figures["insertion"].low <= curves.figures["insertion"].value
@@ -152,7 +152,7 @@ def test_what_takes_many_passes_is_asked_for_by_name(place, tmp_path, capsys):
     assert "lower is better" in (tmp_path / "table.md").read_text()
 
 
-def test_other_annotation_is_another_result(place, tmp_path):
+def test_result_path_depends_on_annotation(place, tmp_path):
     import shutil
 
     shutil.copytree(place / "birds", tmp_path / "birds")
@@ -187,7 +187,7 @@ def test_other_annotation_is_another_result(place, tmp_path):
     assert changed(moved, places(runner.Data.of(split, tmp_path / "birds"))) == {"cue-localization"}
 
 
-def test_a_stored_result_is_found_whatever_its_row_is_called_beside_others(place, tmp_path):
+def test_result_path_does_not_depend_on_the_label(place, tmp_path):
     import shutil
 
     shutil.copytree(place / "cam", tmp_path / "cam")
@@ -208,7 +208,7 @@ def test_a_stored_result_is_found_whatever_its_row_is_called_beside_others(place
     assert len(list((tmp_path / "out/classification").glob("*.json"))) == 2
 
 
-def test_another_model_of_the_same_weights_has_results_of_its_own(place, tmp_path):
+def test_result_path_depends_on_the_model_configuration(place, tmp_path):
     split = calm.data.load_split(place / "birds", "test")
     data = runner.Data.of(split, place / "birds")
     model = calm.load(place / "cam")
@@ -231,7 +231,7 @@ def test_another_model_of_the_same_weights_has_results_of_its_own(place, tmp_pat
     )
 
 
-def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path):
+def test_evaluate_all_leaves_out_what_has_no_annotation(place, tmp_path):
     images = tmp_path / "folder/test"
     images.parent.mkdir()
     (images.parent / "train").mkdir()
@@ -246,7 +246,7 @@ def test_all_leaves_out_what_the_data_set_has_no_annotation_for(place, tmp_path)
     assert [result.benchmark for result in evaluate(flags)] == ["remove-and-classify", "classification"]
 
 
-def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp_path, capsys):
+def test_run_split_carves_as_the_run_did(place, tmp_path, capsys):
     import shutil
 
     for folder in sorted((place / "birds/images").iterdir()):
@@ -311,14 +311,14 @@ def test_what_is_carved_from_training_images_is_carved_as_the_run_did(place, tmp
         ("remove-and-classify", ["--fill", "zeros"], "unknown value 'zeros' in --fill: allowed are zero"),
     ],
 )
-def test_a_mistake_ends_in_one_line_before_work_starts(place, tmp_path, capsys, benchmark, more, message):
+def test_evaluate_tells_a_mistake_in_one_line(place, tmp_path, capsys, benchmark, more, message):
     out = tmp_path / "out"
     assert main(["evaluate", benchmark, *words(place, *more, "--out", str(out))]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
 
 
-def test_boxes_are_fitted_to_stretched_maps_unless_told_otherwise(place, tmp_path):
+def test_evaluate_fits_boxes_to_minmax_maps_by_default(place, tmp_path):
     def figures(*more):
         flags = words(place, *more, "--out", str(tmp_path / "out"), models=("calm-em",))
         (found,) = evaluate(["localization", *flags])
@@ -337,18 +337,18 @@ def test_boxes_are_fitted_to_stretched_maps_unless_told_otherwise(place, tmp_pat
     assert usual["maxboxacc_v2"] != clipped["maxboxacc_v2"]
 
 
-def test_a_map_kind_that_no_model_has_is_refused(place):
+def test_evaluate_refuses_a_map_kind_that_no_model_has(place):
     with pytest.raises(CalmError, match="posterior needs a CALM model"):
         evaluate(["cue-localization", *words(place, "--method", "posterior", models=("cam",))])
 
 
-def test_a_model_of_other_classes_is_refused(place, tmp_path):
+def test_evaluate_refuses_a_model_of_other_classes(place, tmp_path):
     calm.create_model("small_resnet", 3, "cam").save_pretrained(tmp_path / "three")
     with pytest.raises(CalmError, match="knows 3 classes"):
         evaluate(["classification", "--model", str(tmp_path / "three"), "--data", str(place / "birds")])
 
 
-def test_figures_are_written_in_their_unit():
+def test_format_estimate_writes_figures_in_their_unit():
     half = Estimate(0.5, 0.4, 0.625)
     assert format_estimate(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
     assert format_estimate(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
@@ -359,7 +359,7 @@ def test_figures_are_written_in_their_unit():
     assert format_estimate(None, FigureSpec("x")) == "-"
 
 
-def test_the_best_of_a_column_is_bold_and_lower_can_be_better():
+def test_markdown_marks_the_best_of_a_column():
     def result(label, top1, nll):
         return Result("b", label, {"top1": Estimate(top1, 0, 1), "nll": Estimate(nll, 0, 1)})
 
@@ -370,7 +370,7 @@ def test_the_best_of_a_column_is_bold_and_lower_can_be_better():
 
 
 @pytest.mark.parametrize("name", ["chance", "part_of_image", "part_of_object"])
-def test_a_chance_level_is_never_the_best_of_a_column(name):
+def test_markdown_never_marks_a_chance_level(name):
     results = [Result("b", label, {name: Estimate(v, 0, 1)}) for label, v in (("one", 0.2), ("two", 0.1))]
     assert FIGURES[name].better == ""
     assert "**" not in markdown(results)
@@ -379,13 +379,13 @@ def test_a_chance_level_is_never_the_best_of_a_column(name):
     assert console.export_text(styles=True).count("\x1b[1m20.0") == 0
 
 
-def test_labels_with_brackets_are_shown_as_they_are():
+def test_print_tables_escapes_labels():
     console = Console(record=True, width=80, file=io.StringIO())
     print_tables([Result("b", "[red]x", {"top1": Estimate(0.5, 0.4, 0.6)})], console)
     assert "[red]x" in console.export_text()
 
 
-def test_a_folder_of_maps_is_a_row_of_its_own(place, tmp_path):
+def test_evaluate_scores_a_folder_of_maps(place, tmp_path):
     import shutil
 
     import numpy as np

@@ -97,7 +97,7 @@ def slow_pxap(scores, truth, edges, released):
 
 
 @pytest.mark.parametrize("method", ["calm-em", "cam"])
-def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, method):
+def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method):
     root, split = birds
     model = models[method]
     edges = np.linspace(0, 0.999, 1000) if method == "cam" else 10.0 ** -(np.arange(1000)[::-1] * 0.007)
@@ -145,7 +145,7 @@ def test_figures_are_those_of_the_protocol_done_pair_by_pair(birds, models, meth
     assert got.details["samples"] > got.details["images"]  # images serve several pairs
 
 
-def test_batches_do_not_change_a_figure(birds, models):
+def test_cue_localization_does_not_depend_on_batches(birds, models):
     root, split = birds
     one, many = (
         cue_localization(model_subject(models["cam"]), split, root, batch_size=size, replicates=5)
@@ -155,7 +155,7 @@ def test_batches_do_not_change_a_figure(birds, models):
         assert many.figures[name].value == pytest.approx(estimate.value, abs=1e-5), name
 
 
-def test_each_image_is_looked_at_once(birds, models):
+def test_cue_localization_predicts_each_image_once(birds, models):
     root, split = birds
     subject, seen = model_subject(models["calm-em"]), []
 
@@ -168,7 +168,7 @@ def test_each_image_is_looked_at_once(birds, models):
     assert sum(seen) == result.details["images"]
 
 
-def test_the_truth_itself_as_a_map_scores_everything(birds):
+def test_cue_localization_of_the_truth_itself_is_perfect(birds):
     """A subject whose map of the pair's first class is 1 on the wing, for the pair that differs in the wing."""
     root, split = birds
     data = read_cue_data(split, root)
@@ -195,7 +195,7 @@ def test_the_truth_itself_as_a_map_scores_everything(birds):
     assert set(result.scores.values()) == {1.0}
 
 
-def test_segmentations_are_optional(birds, models):
+def test_cue_localization_needs_no_segmentations(birds, models):
     root, split = birds
     bare = replace(split, records=tuple(replace(record, masks=()) for record in split.records))
     result = cue_localization(model_subject(models["cam"]), bare, root, replicates=5)
@@ -204,7 +204,7 @@ def test_segmentations_are_optional(birds, models):
     assert (whole >= 0).all()
 
 
-def test_segmentations_that_show_nothing_are_named(birds, models, tmp_path):
+def test_cue_localization_names_empty_segmentations(birds, models, tmp_path):
     root, split = birds
     black = tmp_path / "black.png"
     Image.new("L", (40, 40)).save(black)
@@ -213,7 +213,7 @@ def test_segmentations_that_show_nothing_are_named(birds, models, tmp_path):
         cue_localization(model_subject(models["cam"]), bare, root, replicates=5)
 
 
-def test_baselines_are_benchmarked_by_the_same_call(birds, models):
+def test_cue_localization_takes_baselines(birds, models):
     root, split = birds
     some = type(split)(**{**vars(split), "records": split.records[::2]})
     result = cue_localization(model_subject(models["calm-em"], method="gradcam"), some, root, replicates=5)
@@ -221,7 +221,7 @@ def test_baselines_are_benchmarked_by_the_same_call(birds, models):
     assert result.label == "CALM-EM gradcam"
 
 
-def test_a_data_set_with_groups_of_its_own_is_told_apart_by_them(birds, models, tmp_path):
+def test_read_cue_data_takes_groups_of_the_data_set(birds, models, tmp_path):
     import shutil
 
     root, _ = birds
@@ -250,14 +250,14 @@ def test_a_data_set_with_groups_of_its_own_is_told_apart_by_them(birds, models, 
         ("[", "cannot read"),
     ],
 )
-def test_a_malformed_file_of_groups_is_refused(tmp_path, text, message):
+def test_read_cue_data_refuses_malformed_groups(tmp_path, text, message):
     (tmp_path / "parts").mkdir()
     (tmp_path / "parts/groups.yaml").write_text(text)
     with pytest.raises(CalmError, match=message):
         read_part_groups(tmp_path)
 
 
-def test_a_result_survives_its_file(birds, models, tmp_path):
+def test_result_survives_its_file(birds, models, tmp_path):
     root, split = birds
     result = cue_localization(model_subject(models["cam"]), split, root, replicates=5)
     result.save(tmp_path / "r.json")
@@ -267,7 +267,7 @@ def test_a_result_survives_its_file(birds, models, tmp_path):
     assert np.isnan(read.figures["chance"].low)
 
 
-def test_a_table_of_other_classes_is_refused(birds):
+def test_read_cue_data_refuses_a_table_of_other_classes(birds):
     root, split = birds
     fewer = type(split)(**{**vars(split), "class_names": split.class_names[:4]})
     with pytest.raises(CalmError, match="describes 5 classes, the data set has 4"):

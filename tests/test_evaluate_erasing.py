@@ -70,7 +70,7 @@ def with_predict(subject: Subject, predict) -> Subject:
 
 @pytest.mark.parametrize("fill", ["zero", "mean", "noise", "blur"])
 @pytest.mark.parametrize(("method", "explain"), [("calm-em", "label"), ("cam", "prediction")])
-def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, explain):
+def test_remove_and_classify_equals_images_taken_one_by_one(split, fill, method, explain):
     model = model_of(method)
     found = remove_and_classify(
         model_subject(model), split, batch_size=1, fill=fill, explain=explain, seed=5, replicates=20, draws=2
@@ -113,7 +113,7 @@ def test_figures_are_those_of_images_taken_one_by_one(split, fill, method, expla
     assert found.figures["top1"].value == pytest.approx(whole / 7)
 
 
-def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_path):
+def test_remove_and_classify_does_not_depend_on_batches(split, tmp_path):
     model = model_of()
     runs = [
         remove_and_classify(model_subject(model), split, batch_size=size, replicates=10) for size in (2, 7)
@@ -127,7 +127,7 @@ def test_figures_do_not_depend_on_the_batch_size_and_survive_a_file(split, tmp_p
     assert list(read.figures["r30"]) == pytest.approx(list(runs[0].figures["r30"]), nan_ok=True)
 
 
-def test_map_and_whole_prediction_come_from_one_pass(split):
+def test_remove_and_classify_takes_map_and_prediction_from_one_pass(split):
     subject = model_subject(model_of())
     counting = Counting(subject.predict)
     told = []
@@ -138,7 +138,7 @@ def test_map_and_whole_prediction_come_from_one_pass(split):
     assert told == [7]
 
 
-def test_a_constant_map_is_as_good_as_chance(split):
+def test_remove_and_classify_of_a_constant_map_is_chance(split):
     model = model_of()
 
     class Flat:
@@ -155,7 +155,7 @@ def test_a_constant_map_is_as_good_as_chance(split):
 
 
 @pytest.mark.parametrize("explain", ["label", "prediction"])
-def test_insertion_and_deletion_are_those_of_pixels_sorted_one_image_at_a_time(split, explain):
+def test_insertion_deletion_equals_pixels_sorted_one_image_at_a_time(split, explain):
     model = model_of("cam")
     found = insertion_deletion(
         model_subject(model), split, batch_size=3, points=4, fill="mean", explain=explain, replicates=10
@@ -190,7 +190,7 @@ def test_insertion_and_deletion_are_those_of_pixels_sorted_one_image_at_a_time(s
     assert list(found.scores.values()) == pytest.approx(own.tolist(), abs=1e-4)
 
 
-def test_fractions_of_any_size_have_a_name_of_their_own(split):
+def test_remove_and_classify_names_fractions_of_any_size(split):
     found = remove_and_classify(
         model_subject(model_of()), split, fractions=(0.001, 0.002, 0.29), replicates=5
     )
@@ -199,7 +199,7 @@ def test_fractions_of_any_size_have_a_name_of_their_own(split):
     assert figure_spec("r0.1").title == "R_0.1"
 
 
-def test_impossible_options_are_refused_before_any_pass(split):
+def test_erasing_benchmarks_refuse_impossible_options_first(split):
     subject = model_subject(model_of())
     counting = Counting(subject.predict)
     for benchmark, options, message in (
@@ -215,7 +215,7 @@ def test_impossible_options_are_refused_before_any_pass(split):
     assert not counting.passes
 
 
-def test_a_data_set_of_more_classes_than_the_model_has_is_refused(tmp_path):
+def test_predictions_refuse_more_classes_than_the_model_has(tmp_path):
     labels = dict.fromkeys(("train", "val", "test"), (0, 1, 2))
     classes = [f"{i} n{i} class{i}" for i in range(3)]
     split = load_split(write_pack(tmp_path, labels, classes=classes), "test")
@@ -224,7 +224,7 @@ def test_a_data_set_of_more_classes_than_the_model_has_is_refused(tmp_path):
             benchmark(model_subject(model_of()), split)
 
 
-def test_classification_of_a_split_and_the_joint_agrees_with_the_prediction(split):
+def test_classification_agrees_with_the_joint(split):
     model = model_of()
     found = classification(model_subject(model), split, batch_size=3, replicates=10)
     with torch.no_grad():
@@ -239,7 +239,7 @@ def test_classification_of_a_split_and_the_joint_agrees_with_the_prediction(spli
     assert 0 <= found.details["agreement"] < 1e-6
 
 
-def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_other_maps(split):
+def test_agreement_finds_a_map_that_is_not_the_prediction(split):
     subject = model_subject(model_of())
 
     class Off:
@@ -257,7 +257,7 @@ def test_agreement_finds_a_map_that_is_not_the_prediction_and_is_left_out_for_ot
     assert classification(model_subject(model_of("cam")), split, replicates=0).details["agreement"] is None
 
 
-def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
+def test_randomisation_leaves_the_model_and_repeats_itself(split):
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told = []
@@ -279,7 +279,7 @@ def test_randomisation_leaves_the_model_as_it_was_and_repeats_itself(split):
     assert again.figures == found.figures
 
 
-def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split):
+def test_randomisation_tells_maps_that_ignore_the_weights(split):
     class Brightness:
         """Every pixel's brightness, whatever the model."""
 
@@ -295,7 +295,7 @@ def test_a_map_that_ignores_the_weights_stays_and_one_of_the_head_changes(split)
     assert own.figures["randomisation"].value < 0.9
 
 
-def test_stages_of_a_named_backbone_run_from_the_head_to_the_stem():
+def test_stages_run_from_the_head_to_the_stem():
     model = create_model("small_resnet", 2, preprocessing=Preprocessing(size=(32, 32)))
     names = [name for name, _ in stages(model)]
     assert names[0] == "head"
@@ -304,7 +304,7 @@ def test_stages_of_a_named_backbone_run_from_the_head_to_the_stem():
     assert len(names) == len(set(names)) > 3
 
 
-def test_every_weight_is_drawn_anew_and_the_generator_is_left_as_it_was():
+def test_reinitialise_draws_every_weight_and_restores_the_generator():
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -322,7 +322,7 @@ def test_every_weight_is_drawn_anew_and_the_generator_is_left_as_it_was():
     assert torch.equal(module[2].gain.sort().values, before[-1])
 
 
-def test_randomisation_of_what_cannot_be_compared_is_refused(split):
+def test_randomisation_refuses_what_cannot_be_compared(split):
     with pytest.raises(CalmError, match="did you mean 'cascading'"):
         randomisation(model_subject(model_of()), split, order="cascade")
     with pytest.raises(CalmError, match="images is 0"):
@@ -341,7 +341,7 @@ def test_randomisation_of_what_cannot_be_compared_is_refused(split):
         randomisation(replace(model_subject(model_of()), predict_with=Flat), split)
 
 
-def test_randomisation_looks_at_as_many_images_as_it_is_told_spread_over_the_split(split):
+def test_randomisation_spreads_its_images_over_the_split(split):
     subject, read = model_subject(model_of(), method="posterior"), []
 
     class Noting:

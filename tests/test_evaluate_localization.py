@@ -67,7 +67,7 @@ def truth_maps(split, folder, suffix=".npy"):
         np.save(path, scores.astype(np.float32))
 
 
-def test_a_map_that_shows_the_object_gets_it_right_by_box_and_is_judged_with_its_prediction(tmp_path):
+def test_localization_of_the_object_itself_is_right_by_boxes(tmp_path):
     split = write_split(tmp_path, "boxes")
     told = []
     result = localization(bright(), split, batch_size=2, progress=told.append, **FAST)
@@ -85,7 +85,7 @@ def test_a_map_that_shows_the_object_gets_it_right_by_box_and_is_judged_with_its
     assert Result.load(tmp_path / "result.json").figures == result.figures
 
 
-def test_masks_are_judged_by_pixels_without_those_to_ignore(tmp_path):
+def test_localization_ignores_pixels_of_masks(tmp_path):
     split = write_split(tmp_path, "masks")
     truth_maps(split, tmp_path / "maps")
     result = localization(open_map_folder(tmp_path / "maps", split, size=SIZE), split, **FAST)
@@ -103,7 +103,23 @@ def test_masks_are_judged_by_pixels_without_those_to_ignore(tmp_path):
     assert again.figures == result.figures
 
 
-def test_a_data_set_with_boxes_and_masks_is_judged_by_both(tmp_path):
+def test_localization_scores_of_images_include_threshold_1(tmp_path):
+    """By hand: the truth is the one pixel that scores 1, and two others score above 0.999, the last threshold but 1."""
+    mask, size = np.array([[255, 0], [0, 0]], dtype=np.uint8), (2, 2)
+    Image.fromarray(mask).save(tmp_path / "mask.png")
+    split = Split(
+        "test", (Record("a.png", tmp_path / "a.png", 0, masks=(tmp_path / "mask.png",)),), ("a",), tmp_path
+    )
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "a.png.npy", np.array([[1, 0.9995], [0.9992, 0]], dtype=np.float32))
+    result = localization(
+        open_map_folder(tmp_path / "maps", split, size=size), split, size=size, replicates=0
+    )
+    assert result.scores == {"a.png": 1.0}
+    assert result.figures["pxap"].value == 1.0
+
+
+def test_localization_scores_boxes_and_masks_together(tmp_path):
     by_box, by_mask = (write_split(tmp_path / kind, kind) for kind in ("boxes", "masks"))
     records = tuple(
         replace(mask, boxes=box.boxes) for mask, box in zip(by_mask.records, by_box.records, strict=True)
@@ -119,7 +135,7 @@ def test_a_data_set_with_boxes_and_masks_is_judged_by_both(tmp_path):
     assert both.scores == pixels.scores
 
 
-def test_counting_as_released_flatters_a_map_of_zeros_that_is_cut_at_log_thresholds(tmp_path):
+def test_localization_released_counting_flatters_maps_of_zeros(tmp_path):
     split = write_split(tmp_path, "masks")
     truth_maps(split, tmp_path / "maps")
     for path in (tmp_path / "maps").rglob("*.npy"):
@@ -132,7 +148,7 @@ def test_counting_as_released_flatters_a_map_of_zeros_that_is_cut_at_log_thresho
     assert figures["pxap"].value == pytest.approx(0.5, abs=0.05)
 
 
-def test_a_folder_scores_as_the_subject_that_made_it(tmp_path):
+def test_localization_of_a_folder_equals_that_of_its_subject(tmp_path):
     split = write_split(tmp_path, "boxes")
 
     def write(images):
@@ -154,12 +170,12 @@ def test_a_folder_scores_as_the_subject_that_made_it(tmp_path):
     assert folder.scores == model.scores
 
 
-def test_boxes_are_scaled_and_truncated():
+def test_scaled_boxes_are_truncated():
     record = Record("a", None, 0, boxes=((10, 3, 99, 74),), size=(100, 75))
     assert scaled_boxes(record, (224, 224)).tolist() == [[22, 8, 221, 221]]
 
 
-def test_one_report_names_every_map_that_does_not_fit(tmp_path):
+def test_open_map_folder_reports_all_problems_at_once(tmp_path):
     split, folder = write_split(tmp_path, "boxes", count=8), tmp_path / "maps"
     truth_maps(split, folder)
     good = np.load(folder / "images/0.png.npy")
@@ -191,7 +207,7 @@ def test_one_report_names_every_map_that_does_not_fit(tmp_path):
         open_map_folder(tmp_path / "absent", split)
 
 
-def test_images_without_truth_stop_the_benchmark_before_it_starts(tmp_path):
+def test_localization_refuses_images_without_truth(tmp_path):
     split = write_split(tmp_path, "boxes")
     bare = [replace(record, boxes=()) for record in split.records]
     with pytest.raises(CalmError, match="neither boxes nor masks"):
@@ -211,7 +227,7 @@ def test_images_without_truth_stop_the_benchmark_before_it_starts(tmp_path):
         localization(bright(), masked, **FAST)
 
 
-def test_a_data_set_as_openimages_lays_it_out_is_judged_from_its_files(tmp_path, capsys):
+def test_localization_reads_the_openimages_layout(tmp_path, capsys):
     """Two instances in one image, one with an ignore mask that overlaps it, and a mask of another size."""
     root, lists = tmp_path / "data", tmp_path / "data/metadata/OpenImages/test"
     lists.mkdir(parents=True)

@@ -102,7 +102,7 @@ def place(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path, capsys):
+def test_evaluate_in_two_processes_gives_the_figures_of_one(place, tmp_path, capsys):
     split = calm.data.load_split(place / "birds", "test")
     assert len(split.records) == 9  # batches of 4, 4 and 1: the first process has two of them
     broken = tmp_path / "broken"
@@ -157,7 +157,7 @@ def test_two_processes_give_the_figures_of_one_and_end_together(place, tmp_path,
 
 @pytest.mark.slow
 @pytest.mark.stress
-def test_processes_that_are_killed_do_not_spoil_what_they_have_finished(place, tmp_path, capsys):
+def test_evaluate_killed_keeps_what_it_finished(place, tmp_path, capsys):
     def words(out: Path) -> list[str]:
         flags = ["--model", str(place / "model"), "--data", str(place / "birds"), "--out", str(out)]
         return ["all", *flags, "--replicates", "20", "--device", "cpu", "--batch_size", "1"]
@@ -187,7 +187,7 @@ def test_processes_that_are_killed_do_not_spoil_what_they_have_finished(place, t
     assert not FULL or {0, 4} <= kept
 
 
-def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
+def test_process_group_refuses_a_launcher_without_address(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -198,14 +198,14 @@ def test_a_launcher_that_names_no_place_to_meet_is_refused(monkeypatch):
         pytest.fail("ran")
 
 
-def test_one_process_has_everything():
+def test_process_group_of_one_process_has_everything():
     with process_group():
         assert share([1, 2, 3]) == [1, 2, 3]
         assert all_gather("x") == ["x"]
         assert gather_dict({2: "b", 0: "a"}) == {0: "a", 2: "b"}
 
 
-def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
+def test_device_of_process_is_its_own_gpu(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 6)
     monkeypatch.setattr(distributed, "rank", lambda: 3)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -217,7 +217,7 @@ def test_each_process_of_a_machine_takes_its_own_gpu(monkeypatch):
         distributed.device_of_process("cuda")
 
 
-def test_every_item_falls_to_one_process(monkeypatch):
+def test_share_deals_each_item_to_one_process(monkeypatch):
     monkeypatch.setattr(distributed, "world_size", lambda: 3)
     dealt = []
     for rank in range(3):

@@ -24,7 +24,7 @@ def drawn(seed: int, images: int, classes: int, spread: float):
 
 @given(st.integers(0, 10**6), st.integers(1, 60), st.integers(2, 9), st.sampled_from([0.0, 0.5, 2.0, 200.0]))
 @settings(max_examples=40, deadline=None)
-def test_figures_equal_torchmetrics(seed, images, classes, spread):
+def test_classification_equals_torchmetrics(seed, images, classes, spread):
     probs, labels, keys = drawn(seed, images, classes, spread)
     metric = Classification(replicates=3)
     for part in torch.randperm(images).split(7):
@@ -43,7 +43,7 @@ def test_figures_equal_torchmetrics(seed, images, classes, spread):
     assert float(found.bins[:, 0].sum()) == pytest.approx(1)
 
 
-def test_a_bootstrap_sample_is_the_figure_of_images_repeated():
+def test_classification_bootstrap_sample_repeats_images():
     probs, labels, keys = drawn(3, 40, 4, 1.0)
     metric = Classification(replicates=5, seed=9)
     metric.update(probs, labels, keys)
@@ -60,7 +60,7 @@ def test_a_bootstrap_sample_is_the_figure_of_images_repeated():
     assert found.top1.low <= found.top1.value <= found.top1.high
 
 
-def test_reliability_rows_are_means_of_their_bin():
+def test_classification_bins_are_means():
     probs = torch.tensor([[0.9, 0.1], [0.88, 0.12], [0.45, 0.55], [1.0, 0.0]])
     metric = Classification(replicates=0)
     metric.update(probs, torch.tensor([0, 1, 1, 0]), torch.arange(4))
@@ -71,7 +71,7 @@ def test_reliability_rows_are_means_of_their_bin():
     assert math.isnan(bins[0, 1])
 
 
-def test_wrong_input_is_refused():
+def test_classification_refuses_wrong_input():
     metric = Classification(replicates=0)
     with pytest.raises(CalmError, match=r"in \[0, 1\]"):
         metric.update(torch.tensor([[2.0, -1.0]]), torch.tensor([0]), torch.tensor([0]))

@@ -49,7 +49,7 @@ def keys_of(count: int) -> Tensor:
 
 @given(st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 40))
 @settings(max_examples=50, deadline=None)
-def test_random_numbers_are_a_bijection_written_out_in_integers(seed, key, pixels):
+def test_random_order_is_a_bijection_written_out_in_integers(seed, key, pixels):
     drawn = random_order(torch.tensor([key]), pixels, seed)[0].tolist()
     assert drawn == slow_numbers(key, pixels, seed)
     assert len(set(drawn)) == pixels
@@ -57,7 +57,7 @@ def test_random_numbers_are_a_bijection_written_out_in_integers(seed, key, pixel
     assert max(drawn) < 2**32
 
 
-def test_random_numbers_do_not_depend_on_the_batch():
+def test_random_order_does_not_depend_on_the_batch():
     keys = keys_of(6)
     together = random_order(keys, 50, seed=4)
     alone = torch.cat([random_order(keys[i : i + 1], 50, seed=4) for i in reversed(range(6))]).flip(0)
@@ -65,7 +65,7 @@ def test_random_numbers_do_not_depend_on_the_batch():
     assert not torch.equal(together, random_order(keys, 50, seed=5))
 
 
-def test_random_pixels_are_spread_evenly_and_no_two_images_share_them():
+def test_random_order_spreads_pixels_evenly_and_differs_between_images():
     masks = first_pixels(random_order(torch.arange(2000), 64, seed=0), [16])[0]
     # every pixel is erased in a quarter of the images: 500 with a standard deviation of 19.4
     assert (masks.sum(dim=0) - 500).abs().max() < 5 * 19.4
@@ -75,7 +75,7 @@ def test_random_pixels_are_spread_evenly_and_no_two_images_share_them():
 
 @given(st.integers(0, 10**6), st.sampled_from(["ties", "plain", "signed zeros", "constant", "infinite"]))
 @settings(max_examples=60, deadline=None)
-def test_masks_are_the_first_of_a_sort_by_score_and_random_number(seed, kind):
+def test_first_pixels_are_those_of_a_sort_by_score_and_random_number(seed, kind):
     generator = torch.Generator().manual_seed(seed)
     maps = torch.randn(3, 4, 5, generator=generator)
     if kind == "ties":
@@ -95,20 +95,20 @@ def test_masks_are_the_first_of_a_sort_by_score_and_random_number(seed, kind):
             assert set(mask[i].nonzero().flatten().tolist()) == wanted
 
 
-def test_masks_of_smaller_counts_are_inside_those_of_larger_ones():
+def test_first_pixels_of_smaller_counts_are_inside_larger_ones():
     masks = first_pixels(random_order(keys_of(4), 100), [10, 30, 50])
     assert (masks[0] <= masks[1]).all()
     assert (masks[1] <= masks[2]).all()
     assert masks.sum(dim=2).tolist() == [[10] * 4, [30] * 4, [50] * 4]
 
 
-def test_a_constant_map_erases_the_random_pixels():
+def test_erasing_order_of_a_constant_map_is_the_random_one():
     numbers = random_order(keys_of(3), 30)
     order = erasing_order(torch.zeros(3, 5, 6), numbers)
     assert torch.equal(first_pixels(order, [7, 20]), first_pixels(numbers, [7, 20]))
 
 
-def test_erased_pixels_are_filled_and_the_others_kept():
+def test_erase_fills_erased_pixels_and_keeps_others():
     images = torch.randn(2, 3, 4, 5)
     mask = first_pixels(random_order(keys_of(2), 20), [9])[0]
     for how in ("zero", "mean", "noise", "blur"):
@@ -121,7 +121,7 @@ def test_erased_pixels_are_filled_and_the_others_kept():
                     assert torch.equal(erased[b, :, y, x], source[b, :, y, x])
 
 
-def test_fills_are_what_their_names_say():
+def test_filling_is_what_its_names_say():
     images = torch.randn(3, 3, 40, 50) * 2 + 5
     keys = keys_of(3)
     assert not filling(images, "zero", keys=keys).any()
@@ -134,7 +134,7 @@ def test_fills_are_what_their_names_say():
     assert not torch.equal(filling(images, "noise", keys=keys, seed=1), noise)
 
 
-def test_blur_is_a_gaussian_whose_weights_are_written_out():
+def test_filling_blur_is_a_gaussian_written_out():
     images = torch.zeros(1, 3, 41, 41, dtype=torch.float64)
     images[:, :, 20, 20] = 1
     blurred = filling(images, "blur", keys=keys_of(1))[0, 0]
@@ -148,7 +148,7 @@ def test_blur_is_a_gaussian_whose_weights_are_written_out():
     assert torch.allclose(filling(flat, "blur", keys=keys_of(1)), flat)
 
 
-def test_impossible_requests_name_the_way_out():
+def test_erasing_functions_refuse_impossible_requests():
     with pytest.raises(CalmError, match="did you mean 'blur'"):
         filling(torch.zeros(1, 3, 2, 2), "blurr", keys=keys_of(1))
     with pytest.raises(CalmError, match="NaN"):
@@ -168,7 +168,7 @@ def slow_height(fractions: list[float], start: float, curve: list[float]) -> flo
     return area / at[-1]
 
 
-def test_remove_and_classify_equals_counting_images_by_hand():
+def test_remove_and_classify_counts_images():
     generator = torch.Generator().manual_seed(0)
     fractions = [0.1, 0.4, 0.9]
     topk = torch.rand(23, 3, generator=generator) < 0.3
@@ -202,7 +202,31 @@ def test_remove_and_classify_equals_counting_images_by_hand():
     assert found.ratio_area.value == pytest.approx(slow_height(fractions, 1.0, ratios[0]))
 
 
-def test_no_image_right_under_random_erasure_is_nan_and_no_crash():
+def test_remove_and_classify_interval_covers_images_and_draws():
+    """Images with their draws are drawn 400 times anew: R_k scatters as the bootstrap of one such sample says."""
+    generator = torch.Generator().manual_seed(0)
+    images, draws = 300, 2
+
+    def sample() -> tuple[Tensor, Tensor]:
+        difficulty = torch.rand(images, 1, generator=generator)  # each image is right with this probability
+        topk = torch.rand(images, 1, generator=generator) < difficulty / 2
+        random = torch.rand(images, draws, generator=generator) < difficulty
+        return topk, random.double().mean(dim=1, keepdim=True)
+
+    ratios = torch.tensor(
+        [float(topk.sum() / random.sum()) for topk, random in (sample() for _ in range(400))]
+    )
+    widths = []
+    for _ in range(5):
+        metric = RemoveAndClassify((0.5,), replicates=400)
+        topk, random = sample()
+        metric.update(topk, random, topk[:, 0], torch.arange(images))
+        low, high = metric.compute().ratio[0][1:]
+        widths.append(high - low)
+    assert sum(widths) / 5 == pytest.approx(2 * 1.96 * float(ratios.std()), rel=0.12)
+
+
+def test_remove_and_classify_is_nan_without_a_right_image():
     metric = RemoveAndClassify((0.5, 0.9), replicates=20)
     none = torch.zeros(4, 2, dtype=torch.bool)
     metric.update(~none, none, torch.ones(4, dtype=torch.bool), keys_of(4))
@@ -215,7 +239,7 @@ def test_no_image_right_under_random_erasure_is_nan_and_no_crash():
         metric.compute()
 
 
-def test_two_processes_add_up_to_one():
+def test_remove_and_classify_of_two_processes_adds_up():
     topk, chance = torch.rand(8, 2) < 0.5, torch.rand(8, 2) < 0.7
     whole, keys = torch.rand(8) < 0.8, keys_of(8)
     together, first, second = (RemoveAndClassify((0.3, 0.5), replicates=9) for _ in range(3))
@@ -234,7 +258,7 @@ def shade(images: Tensor) -> Tensor:
     return (scores * 3).softmax(dim=1)
 
 
-def test_insertion_and_deletion_equal_a_loop_over_images_and_steps():
+def test_insertion_deletion_equals_a_loop_over_images_and_steps():
     generator = torch.Generator().manual_seed(1)
     images = torch.randn(3, 3, 4, 4, generator=generator)
     maps = torch.rand(3, 4, 4, generator=generator).round(decimals=1)

@@ -41,7 +41,7 @@ pixels = st.lists(st.tuples(st.sampled_from(LEVELS), st.booleans(), st.booleans(
 
 @settings(deadline=None, max_examples=60)
 @given(pixels, st.sampled_from(["even", "log"]), st.sampled_from(["strict", "released"]))
-def test_pixel_ap_is_the_loop_over_thresholds(cells, which, counting):
+def test_pixel_ap_equals_a_loop_over_thresholds(cells, which, counting):
     kept = [(score, truth) for score, truth, ignored in cells if not ignored]
     if not any(truth for _, truth in kept):
         return
@@ -52,7 +52,7 @@ def test_pixel_ap_is_the_loop_over_thresholds(cells, which, counting):
     assert metric.compute().ap.value == pytest.approx(expected, rel=1e-12, nan_ok=True)
 
 
-def test_two_pixels_by_hand():
+def test_pixel_ap_of_two_pixels_by_hand():
     metric = PixelAP(torch.tensor([0.2, 0.6], dtype=torch.float64), replicates=0)
     metric.update(
         torch.tensor([[[0.9, 0.7, 0.3, 0.1]]]), torch.tensor([[[True, False, True, True]]]), torch.tensor([0])
@@ -71,7 +71,7 @@ def area(scores: torch.Tensor, truth: torch.Tensor, which: object, counting: str
     return metric.compute().ap.value
 
 
-def test_released_counting_turns_16_8_into_74_2_and_an_edge_at_0_turns_it_back():
+def test_pixel_ap_released_counting_turns_16_8_into_74_2():
     """Of 70,000 pixels 7,000 are positive; 742 of those and 258 others score, equally; all others score 0."""
     scores, truth = torch.zeros(70_000), torch.zeros(70_000, dtype=torch.bool)
     scores[:1000] = 0.5
@@ -87,7 +87,7 @@ def test_released_counting_turns_16_8_into_74_2_and_an_edge_at_0_turns_it_back()
 
 
 @pytest.mark.parametrize("which", ["even", "log"])
-def test_released_counting_is_what_numpy_histograms_give(which):
+def test_pixel_ap_released_counting_is_what_numpy_histograms_give(which):
     generator = torch.Generator().manual_seed(0)
     scores = 10 ** -(9 * torch.rand(5000, generator=generator, dtype=torch.float64))
     scores[::7] = 0
@@ -103,7 +103,7 @@ def test_released_counting_is_what_numpy_histograms_give(which):
     assert area(scores, truth, which, "released") == pytest.approx(expected, rel=1e-12)
 
 
-def test_the_interval_is_about_that_of_a_classical_bootstrap():
+def test_pixel_ap_interval_is_about_the_classical_one():
     generator = torch.Generator().manual_seed(2)
     truth = torch.rand(60, 8, 8, generator=generator) < 0.3
     quality = torch.rand(60, 1, 1, generator=generator)
@@ -124,7 +124,7 @@ def test_the_interval_is_about_that_of_a_classical_bootstrap():
         assert all(low <= value <= high for low, value, high in points)
 
 
-def test_bands_are_undefined_where_the_curve_is_or_nothing_was_drawn():
+def test_pixel_ap_bands_are_undefined_where_the_curve_is():
     metric = PixelAP(torch.tensor([0.2, 0.6]), replicates=20)
     metric.update(torch.full((3, 1, 1), 0.4), torch.ones(3, 1, 1, dtype=torch.bool), torch.arange(3))
     result = metric.compute()
@@ -136,7 +136,7 @@ def test_bands_are_undefined_where_the_curve_is_or_nothing_was_drawn():
     assert math.isnan(without.compute().recall_band[1][0])
 
 
-def test_batches_and_merged_processes_do_not_change_the_figure_or_the_interval():
+def test_pixel_ap_does_not_depend_on_batches_or_merges():
     maps, truth = torch.rand(6, 5, 5), torch.rand(6, 5, 5) < 0.4
     whole, parts = PixelAP(replicates=50), PixelAP(replicates=50)
     whole.update(maps, truth, torch.arange(6))
@@ -161,7 +161,7 @@ def _process(rank: int, store: str, maps: torch.Tensor, truth: torch.Tensor) -> 
 
 
 @pytest.mark.slow
-def test_two_processes_give_what_one_gives(tmp_path):
+def test_pixel_ap_of_two_processes_is_that_of_one(tmp_path):
     maps, truth = torch.rand(7, 4, 4), torch.rand(7, 4, 4) < 0.5
     arguments = (str(tmp_path / "store"), maps, truth)
     other = mp.get_context("spawn").Process(target=_process, args=(1, *arguments))
@@ -172,7 +172,7 @@ def test_two_processes_give_what_one_gives(tmp_path):
     assert two == _figures(maps, truth, torch.arange(7))
 
 
-def test_maps_that_no_threshold_can_cut_are_refused():
+def test_pixel_ap_refuses_maps_outside_0_and_1():
     metric, truth = PixelAP(), torch.ones(1, 2, 2, dtype=torch.bool)
     for wrong, words in (
         (torch.full((1, 2, 2), 1.5), "go from 1.5 to 1.5"),
@@ -193,75 +193,120 @@ def test_maps_that_no_threshold_can_cut_are_refused():
         PixelAP(counting="stric")
 
 
-def _cues(
-    accumulation: str, counting: str = "strict"
-) -> tuple[CueLocalization, list[tuple[list[float], list[bool]]]]:
-    """Three pairs, given in an order that is not that of their groups; and their pixels."""
-    metric = CueLocalization([2, 1, 2, 3], "log", counting, accumulation, replicates=100)
-    held: list[tuple[list[float], list[bool]]] = [([], []) for _ in range(4)]
-    for pair in (0, 1, 2, 1, 0, 2, 2):
-        maps = torch.rand(1, 3, 4, dtype=torch.float64) * (torch.rand(1, 3, 4) < 0.6)
-        truth = torch.rand(1, 3, 4) < 0.4
-        metric.update(maps, truth, torch.tensor([pair]))
-        held[pair][0].extend(maps.flatten().tolist())
-        held[pair][1].extend(truth.flatten().tolist())
-    return metric, held
-
-
-@pytest.mark.parametrize("counting", ["strict", "released"])
-def test_each_pair_has_the_area_of_its_own_pixels(counting):
-    metric, held = _cues("pair", counting)
-    expected = [oracle(*held[pair], thresholds("log").tolist(), counting) for pair in range(3)]
-    result = metric.compute()
-    assert result.per_pair[:3] == pytest.approx(tuple(expected), rel=1e-12)
-    assert math.isnan(result.per_pair[3])
-    assert result.empty == 1
-    assert result.mean.value == pytest.approx(sum(expected) / 3)
-    assert {n: e.value for n, e in result.by_groups.items()} == pytest.approx(
-        {1: expected[1], 2: (expected[0] + expected[2]) / 2}
-    )
-    assert result.mean.low <= result.mean.value <= result.mean.high
-
-
-@pytest.mark.parametrize("counting", ["strict", "released"])
-def test_cumulative_pairs_include_the_pixels_of_those_before_them_by_number_of_groups(counting):
-    metric, held = _cues("cumulative", counting)
-    scores: list[float] = []
-    truth: list[bool] = []
-    expected = {}
-    for pair in (1, 0, 2):
-        scores, truth = scores + held[pair][0], truth + held[pair][1]
-        expected[pair] = oracle(scores, truth, thresholds("log").tolist(), counting)
-    assert metric.compute().per_pair[:3] == pytest.approx(tuple(expected[p] for p in range(3)), rel=1e-12)
-
-
-def test_without_pairs_or_parts_there_is_no_figure():
-    with pytest.raises(CalmError, match="no class pair"):
-        CueLocalization([])
-    metric = CueLocalization([1])
-    metric.update(torch.zeros(1, 2, 2), torch.zeros(1, 2, 2, dtype=torch.bool), torch.tensor([0]))
-    with pytest.raises(CalmError, match="no image shows"):
-        metric.compute()
-
-
-@pytest.mark.parametrize("counting", ["strict", "released"])
-def test_a_pair_that_maps_miss_entirely_counts_and_one_that_no_image_shows_does_not(counting):
-    """By hand: a map of zeros is below all thresholds: its precision is 0 or, as released, no pixel is counted."""
+def test_pixel_ap_is_0_where_no_positive_is_counted():
+    """All scores are below the smallest threshold, so `released` counting counts no pixel: 0, as in CueLocalization."""
     truth = torch.tensor([[[True, False], [False, False]]])
-    metric = CueLocalization([1, 1, 1], "log", counting, replicates=20)
-    metric.update(truth.float(), truth, torch.tensor([0]))
-    metric.update(torch.zeros(1, 2, 2), truth, torch.tensor([1]))
-    metric.update(truth.float(), torch.zeros_like(truth), torch.tensor([2]))
+    metric = PixelAP("log", "released", replicates=20)
+    metric.update(torch.full((1, 2, 2), 1e-9), truth, torch.tensor([0]))
     result = metric.compute()
-    assert result.per_pair[:2] == (1.0, 0.0)
-    assert (math.isnan(result.per_pair[2]), result.empty) == (True, 1)
-    assert result.mean.value == 0.5
+    assert result.ap.value == result.ap.low == result.ap.high == 0
+    assert set(result.recall) == {0.0}
 
 
-@pytest.mark.parametrize("wrong", [-1, 2])
-def test_a_pair_that_is_none_is_refused_and_nothing_is_counted(wrong):
-    metric = CueLocalization([1, 2])
-    maps, truth = torch.ones(2, 1, 2), torch.ones(2, 1, 2, dtype=torch.bool)
-    with pytest.raises(CalmError, match=rf"from {min(wrong, 0)} to {max(wrong, 0)}, allowed are 0 to 1"):
-        metric.update(maps, truth, torch.tensor([0, wrong]))
-    assert not metric.histogram.any()
+def test_thresholds_are_the_protocols():
+    assert torch.equal(thresholds("even"), torch.from_numpy(np.arange(0, 1, 0.001)).round(decimals=3))
+    log = thresholds("log")
+    expected = sorted(10.0 ** -(0.007 * i) for i in range(1000))
+    torch.testing.assert_close(log, torch.tensor(expected, dtype=torch.float64), rtol=1e-12, atol=0)
+    assert log[-1] == 1
+
+
+@pytest.mark.parametrize(
+    "wrong", [[0.5, 0.5], [0.7, 0.1], [-0.1, 0.5], [0.5, 1.5], [], [float("nan")], [0.1, float("nan"), 0.5]]
+)
+def test_thresholds_must_ascend_within_0_and_1(wrong):
+    with pytest.raises(CalmError, match="ascending"):
+        thresholds(torch.tensor(wrong))
+
+
+def test_thresholds_of_a_wrong_name_get_the_close_one():
+    with pytest.raises(CalmError, match="evn"):
+        thresholds("evn")
+
+
+# --- bucketize and histograms
+
+KINDS = {
+    "even": pixel_edges("even"),
+    "log": pixel_edges("log"),
+    "one": torch.tensor([0.5], dtype=torch.float64),
+    "zero and one": torch.tensor([0.0, 1.0], dtype=torch.float64),
+    "zero": torch.tensor([0.0], dtype=torch.float64),
+    "too small for float32": 10 ** -torch.linspace(60, 0, 500, dtype=torch.float64),
+    "closer than float32": 0.3 + torch.arange(40, dtype=torch.float64) * 1e-10,
+    "unequally spaced": torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    .sort()
+    .values,
+}
+
+
+def searched(scores: torch.Tensor, edges: torch.Tensor) -> np.ndarray:
+    """By NumPy, in float64: float32, float16 and bfloat16 are in it exactly."""
+    return np.searchsorted(edges.numpy(), scores.double().numpy(), side="right")
+
+
+def near(edges: torch.Tensor) -> torch.Tensor:
+    """float32 at each threshold and beside it, what is between, and the ends of [0, 1]."""
+    at = [edges.float()]
+    for direction in (-1.0, 2.0):
+        for _ in range(2):
+            at.append(torch.nextafter(at[-1] if len(at) % 2 else at[0], torch.tensor(direction)))
+    generator = torch.Generator().manual_seed(1)
+    even, small = torch.rand(20_000, generator=generator), torch.rand(20_000, generator=generator)
+    ends = torch.tensor([0.0, -0.0, 1.0, 1e-45, 1e-38])
+    scores = torch.cat([*at, even, 10 ** (-46 * small), ends])
+    return scores[(scores >= 0) & (scores <= 1)]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_bucketize_equals_a_float64_search_at_and_beside_thresholds(kind, dtype):
+    edges = KINDS[kind]
+    scores = near(edges).to(dtype)
+    if dtype == torch.float64:
+        scores = torch.cat([scores, edges, torch.nextafter(edges, torch.zeros_like(edges))])
+    found = Bucketize(edges)(scores)
+    assert found.dtype == torch.int32
+    assert (found.numpy() == searched(scores, edges)).all()
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=30, unique=True),
+    st.lists(st.floats(0, 1, width=32), min_size=1, max_size=60),
+    st.integers(0, 2**20),
+)
+def test_bucketize_equals_a_search_for_any_thresholds(rows, scores, step):
+    # Thresholds that float32 cannot hold, scores that are some of them.
+    edges = (torch.tensor(rows, dtype=torch.float64).abs() * (1 - step * 1e-12)).unique()
+    values = torch.tensor([*scores, *rows], dtype=torch.float32)
+    assert (Bucketize(edges)(values).numpy() == searched(values, edges)).all()
+
+
+def test_bucketize_needs_no_search_for_the_published_thresholds():
+    assert all(Bucketize(pixel_edges(which)).shift is not None for which in ("even", "log"))
+    assert Bucketize(KINDS["closer than float32"]).shift is None
+
+
+def test_bucketize_keeps_the_order_of_views():
+    maps = torch.rand(4, 5, 6)
+    bucketize = Bucketize(pixel_edges("even"))
+    for view in (maps.transpose(1, 2), maps[::2, 1:, ::3]):
+        assert (bucketize(view).numpy() == searched(view, bucketize.thresholds)).all()
+
+
+@pytest.mark.parametrize("which", ["even", "log"])
+def test_histograms_count_pixels_one_by_one(which):
+    generator = torch.Generator().manual_seed(3)
+    edges = pixel_edges(which)
+    maps = 10 ** (-9 * torch.rand(3, 20, 30, generator=generator))
+    maps[:, ::4] = edges[torch.randint(len(edges), (3, 5, 30), generator=generator)].float()
+    positive, ignore = (torch.rand(3, 20, 30, generator=generator) < share for share in (0.3, 0.2))
+    for left_out in (None, ignore):
+        got = histograms(maps, positive, Bucketize(edges), left_out)
+        expected = np.zeros((3, len(edges) + 1, 2), dtype=int)
+        place = searched(maps, edges)
+        for image, y, x in np.ndindex(3, 20, 30):
+            if left_out is None or not left_out[image, y, x]:
+                expected[image, place[image, y, x], int(positive[image, y, x])] += 1
+        assert (got.numpy() == expected).all()

@@ -32,7 +32,7 @@ def tensors(pixels: list) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 @settings(deadline=None, max_examples=80)
 @given(images, st.sampled_from([0, 1, 2]))
-def test_both_are_the_loops_over_pixels(pixels, tolerance):
+def test_pointing_metrics_equal_loops_over_pixels(pixels, tolerance):
     maps, truth, ignore = tensors(pixels)
     places = [(y, x) for y, x in product(range(H), range(W)) if not ignore[0, y, x]]
     true = [place for place in places if truth[0][place]]
@@ -48,7 +48,7 @@ def test_both_are_the_loops_over_pixels(pixels, tolerance):
     )
 
 
-def test_a_case_by_hand():
+def test_pointing_metrics_of_a_case_by_hand():
     maps = torch.tensor([[[0.2, 0.6, 0.2]], [[0.5, 0.5, 0.0]], [[0.0, 0.0, 0.0]], [[0.9, 0.0, 0.0]]])
     truth = torch.tensor([[[False, True, False]], [[True, False, True]], [[True, True, True]], [[False] * 3]])
     game, energy = PointingGame(replicates=200), EnergyInside(replicates=200)
@@ -62,7 +62,7 @@ def test_a_case_by_hand():
         assert result.mean.low < result.mean.value < result.mean.high
 
 
-def test_the_interval_is_that_of_the_weighted_means_in_any_batches():
+def test_pointing_metrics_interval_is_that_of_weighted_means():
     maps, truth = torch.rand(7, 3, 3), torch.rand(7, 3, 3) < 0.5
     truth[2] = False
     whole, parts = PointingGame(replicates=60, seed=4), PointingGame(replicates=60, seed=4)
@@ -78,7 +78,7 @@ def test_the_interval_is_that_of_the_weighted_means_in_any_batches():
     assert result.mean.high == pytest.approx(float(means[1:].quantile(0.975)))
 
 
-def test_ignored_pixels_are_neither_peak_nor_mass_nor_truth():
+def test_pointing_metrics_ignore_pixels():
     maps = torch.tensor([[[1.0, 0.5, 0.25]]])
     truth = torch.tensor([[[True, False, True]]])
     ignore = torch.tensor([[[True, False, False]]])
@@ -93,7 +93,7 @@ def test_ignored_pixels_are_neither_peak_nor_mass_nor_truth():
         game.compute()
 
 
-def test_wrong_input_is_refused():
+def test_pointing_metrics_refuse_wrong_input():
     game, truth, key = PointingGame(), torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([0])
     for wrong, keys, ignore, words in (
         (torch.full((1, 2, 2), -0.5), key, None, "go from -0.5"),
@@ -110,7 +110,7 @@ def test_wrong_input_is_refused():
         game.compute()
 
 
-def test_every_name_of_the_package_is_there():
+def test_metrics_package_has_all_its_names():
     for name in calm.metrics.__all__:
         assert getattr(calm.metrics, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
