@@ -1,4 +1,4 @@
-"""What is installed by `pip install calm` suffices to load, predict and explain; the rest says which extra it lacks."""
+"""`pip install calm` suffices to load, predict and explain; any other command says which extra it lacks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ import pytest
 from calm.errors import EXTRAS
 
 ROOT = Path(__file__).parent.parent
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+PROJECT = PYPROJECT["project"]
 
 BLOCK = """
 import sys
@@ -97,6 +98,14 @@ def test_every_import_is_declared() -> None:
     for path in sorted((ROOT / "src").rglob("*.py")):
         unknown = imported_modules(path) - sys.stdlib_module_names - base - extras - own
         assert not unknown, f"{path}: {unknown}"
+
+
+def test_package_data_names_every_file_that_is_not_code() -> None:
+    for package, patterns in PYPROJECT["tool"]["setuptools"]["package-data"].items():
+        folder = ROOT / "src" / package
+        named = {path for pattern in patterns for path in folder.glob(pattern)}
+        files = {path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts}
+        assert {path for path in files if path.suffix != ".py"} == named
 
 
 def test_oldest_constraints_are_the_floors_of_the_project() -> None:
