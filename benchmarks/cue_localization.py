@@ -56,8 +56,7 @@ def loop(model: calm.CalmModel, root: Path, pairs: list, batch_size: int) -> tup
             images = model.preprocess([records[place].path for place in some]).to(model.device)
             with torch.no_grad():
                 one, other = (
-                    model(images).attribute(torch.full((len(some),), label))
-                    for label in (pair.first, pair.second)
+                    model(images).attribute(torch.full((len(some),), label)) for label in (pair.first, pair.second)
                 )
             for place, row in zip(some, (one - other).abs(), strict=True):
                 regions = part_regions(
@@ -108,11 +107,7 @@ def compare(asked: argparse.Namespace, species: int, images: int, groups: object
         theirs = (clock() - began) * every / maps
         judged = verdict(theirs / ours, TARGET, least=True)
         missed = judged != "met"
-        profile = (
-            hottest(lambda: cue_localization(subject, split, data, batch_size=asked.batch_size))
-            if missed
-            else ""
-        )
+        profile = hottest(lambda: cue_localization(subject, split, data, batch_size=asked.batch_size)) if missed else ""
 
     own = [result.details["pairs"][number]["pxap"] for number in chosen]
     apart = float(np.nanmax(np.abs(np.array(own) - figures)))

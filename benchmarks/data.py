@@ -62,9 +62,7 @@ def ways(split: Split, side: int) -> dict[tuple[str, str], Callable[[], object]]
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()

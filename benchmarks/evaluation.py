@@ -67,9 +67,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="the largest number is 5,794 images")
     parser.add_argument("--of_each", type=int, nargs="+", default=[4, 8], help="test images of each species")
     parser.add_argument("--backbone", default="narrow_resnet")
-    parser.add_argument(
-        "--size", type=int, default=64, help="of the images and of the network's input, in pixels"
-    )
+    parser.add_argument("--size", type=int, default=64, help="of the images and of the network's input, in pixels")
     parser.add_argument("--batch_size", type=int, default=32)
     asked = parser.parse_args()
     sizes = [*asked.of_each[: -1 if asked.full else None], *([OF_EACH] if asked.full else [])]

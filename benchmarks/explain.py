@@ -179,12 +179,8 @@ def network(text: str) -> tuple[str, int, int]:
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--networks", nargs="+", type=network, default=["small_resnet:96:8", "resnet50:224:2"]
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--networks", nargs="+", type=network, default=["small_resnet:96:8", "resnet50:224:2"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50, help="of integrated gradients")
     asked = parser.parse_args()

@@ -106,9 +106,7 @@ def compare(setting: Setting, rounds: int) -> list[list[object]]:
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--classes", type=int, nargs="+", default=[200, 1000])
     parser.add_argument("--channels", type=int, default=2048)
     parser.add_argument("--grid", type=int, default=28, help="locations of a side")
@@ -117,12 +115,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     asked = parser.parse_args()
     form = "channels last" if asked.channels_last else "channels first"
-    print(
-        f"{asked.channels} channels, {asked.grid}x{asked.grid} locations, batch {asked.batch}, fp32, {form}:\n"
-    )
+    print(f"{asked.channels} channels, {asked.grid}x{asked.grid} locations, batch {asked.batch}, fp32, {form}:\n")
     settings = [
-        Setting(classes, asked.channels, asked.grid, asked.batch, asked.channels_last)
-        for classes in asked.classes
+        Setting(classes, asked.channels, asked.grid, asked.batch, asked.channels_last) for classes in asked.classes
     ]
     rows = [row for setting in settings for row in compare(setting, asked.rounds)]
     header = ["classes", "way", "ms", "time over limit", f"target {TARGET}", "straightforward / this"]

@@ -120,9 +120,7 @@ _GIVE_BACK = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "6553
 """For glibc."""
 
 
-def _report_peak(
-    sender: Connection, threads: int, way: Callable[..., object], args: tuple[object, ...]
-) -> None:
+def _report_peak(sender: Connection, threads: int, way: Callable[..., object], args: tuple[object, ...]) -> None:
     torch.set_num_threads(threads)
     torch.ones(64, 64) @ torch.ones(64, 64)  # the libraries' own buffers
     before = _resident("VmRSS")
@@ -167,12 +165,7 @@ def hottest(way: Way, count: int = 6) -> str:
     events = sorted(seen.key_averages(), key=lambda event: -getattr(event, key))
     total = sum(getattr(event, key) for event in events)
     rows = [
-        (
-            f"`{bar(event.key)}`",
-            event.count,
-            f"{getattr(event, key) / 1000:.1f}",
-            f"{getattr(event, key) / total:.1%}",
-        )
+        (f"`{bar(event.key)}`", event.count, f"{getattr(event, key) / 1000:.1f}", f"{getattr(event, key) / total:.1%}")
         for event in events[:count]
     ]
     return table(["operation", "calls", "ms", "share"], rows)

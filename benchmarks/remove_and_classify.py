@@ -20,14 +20,7 @@ from calm.evaluate.erasing import after_erasing
 from calm.evaluate.subject import model_subject
 from calm.heatmaps import resize_and_normalize
 from calm.images import Preprocessing
-from calm.metrics.erasing import (
-    FRACTIONS,
-    RemoveAndClassify,
-    erasing_order,
-    filling,
-    first_pixels,
-    random_order,
-)
+from calm.metrics.erasing import FRACTIONS, RemoveAndClassify, erasing_order, filling, first_pixels, random_order
 from calm.model import create_model
 
 SETTINGS = [("small_resnet", 96, 8), ("resnet50", 224, 2)]
@@ -45,9 +38,7 @@ def ours(subject, images, labels):
     keys = torch.arange(len(images))
     prediction = subject.predict(images)
     whole = prediction.probs.argmax(1) == labels
-    maps = resize_and_normalize(
-        prediction.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization
-    )
+    maps = resize_and_normalize(prediction.maps(labels[:, None])[:, 0], tuple(images.shape[-2:]), subject.normalization)
     random = random_order(keys, maps[0].numel())
     filler = filling(images, "zero", keys=keys)
 
@@ -127,9 +118,7 @@ def main():
     order = erasing_order(torch.rand(16, 224, 224), random_order(torch.arange(16), 224 * 224))
     for name, taken in selection(order, arguments.rounds).items():
         print(f"| {name} | {taken:.2f} |")
-    print(
-        f"\nPeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB"
-    )
+    print(f"\nPeak memory of the process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,7 @@ def topics(text: str) -> list[Topic]:
     marked = [Topic(match["command"]) for match in BLOCK.finditer(text)]
     begun = len(re.findall("<!-- bench: ", text))
     if not marked or len(marked) != begun:
-        raise CalmError(
-            f"{len(marked)} of {begun} '<!-- bench: SCRIPT -->' marks are followed by '<!-- end -->'"
-        )
+        raise CalmError(f"{len(marked)} of {begun} '<!-- bench: SCRIPT -->' marks are followed by '<!-- end -->'")
     return marked
 
 
@@ -96,9 +94,7 @@ def run(topic: Topic, folder: Path) -> str:
 
 def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
     """Run the selected topics and return the exit status."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("topic", nargs="*")
     wanted = parser.parse_args(arguments).topic
     page = folder / "README.md"

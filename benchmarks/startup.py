@@ -40,15 +40,11 @@ PARTS = ("import calm", "import calm; calm.load", "import calm; calm.create_mode
 
 def start(code: str, rounds: int) -> tuple[float, list[str]]:
     """Median seconds of the processor of a Python process that runs ``code``, and the large libraries in it."""
-    report = (
-        f"\nimport json, sys\nprint(json.dumps([n for n in {LARGE!r} if n in sys.modules]), file=sys.stderr)"
-    )
+    report = f"\nimport json, sys\nprint(json.dumps([n for n in {LARGE!r} if n in sys.modules]), file=sys.stderr)"
     times = []
     for _ in range(rounds):
         before = children()
-        done = subprocess.run(
-            [sys.executable, "-c", code + report], capture_output=True, text=True, check=True
-        )
+        done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, check=True)
         times.append(children() - before)
     return measure.median(times), json.loads(done.stderr.splitlines()[-1])
 
@@ -61,9 +57,7 @@ def children() -> float:
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), help="whose --help is run")
     parser.add_argument("--code", nargs="+", default=PARTS, help="what else is timed")

@@ -116,9 +116,7 @@ def compare(setting: Setting, rounds: int) -> tuple[list[list[object]], Callable
 
 def main() -> None:
     """Time and print."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="resnet50")
     parser.add_argument("--size", type=int, default=224, help="pixels of a side")
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 4)

@@ -57,9 +57,7 @@ def main(demo: Path) -> None:
             ]
         )
     columns = ["image", "CALM: p(y, z | x)", "CALM: prior p(z | x)", "CAM", "CALM: why, and not ..."]
-    Image.fromarray(panel(rows, columns=columns, cell=CELL)).save(
-        Path(__file__).parent / "birds.png", optimize=True
-    )
+    Image.fromarray(panel(rows, columns=columns, cell=CELL)).save(Path(__file__).parent / "birds.png", optimize=True)
 
 
 if __name__ == "__main__":

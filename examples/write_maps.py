@@ -29,13 +29,9 @@ def write_maps(run: str, data: str, out: Path, method: str, batch_size: int = 32
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", help="a run of calm train, or a saved model")
     parser.add_argument("data", help="folder of the data set")
     parser.add_argument("out", type=Path, help="folder for the maps")
-    parser.add_argument(
-        "--method", default="joint", help="any of calm.baselines.METHODS (default: %(default)s)"
-    )
+    parser.add_argument("--method", default="joint", help="any of calm.baselines.METHODS (default: %(default)s)")
     write_maps(**vars(parser.parse_args()))

@@ -11,10 +11,7 @@ from jaxtyping import install_import_hook
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)  # the suite runs in parallel processes
 
-install_import_hook(
-    ["calm.latent", "calm.heatmaps", "calm.output"],
-    "beartype.beartype",
-)
+install_import_hook(["calm.latent", "calm.heatmaps", "calm.output"], "beartype.beartype")
 
 
 @pytest.fixture(autouse=True)

@@ -58,9 +58,7 @@ def write_pack(
             write_image(root / name, size, seed)
         lists = root / "metadata" / split
         write_lines(lists / "image_ids.txt", ids)
-        write_lines(
-            lists / "class_labels.txt", [f"{name},{label}" for name, label in zip(ids, of_split, strict=True)]
-        )
+        write_lines(lists / "class_labels.txt", [f"{name},{label}" for name, label in zip(ids, of_split, strict=True)])
         write_lines(lists / "image_sizes.txt", [f"{name},{size[0]},{size[1]}" for name in ids])
         write_lines(lists / "localization.txt", [f"{name},1,1,5,4" for name in ids])
     if classes is not None:

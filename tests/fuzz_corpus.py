@@ -24,11 +24,7 @@ FLAT = (200, 120, 40, 128)
 def pixels_of(size: tuple[int, int], *, noise: bool) -> NDArray[np.uint8]:
     """(H, W, 4) RGBA, of noise or of one half transparent colour, `FLAT`."""
     shape = (size[1], size[0], 4)
-    return (
-        np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8)
-        if noise
-        else np.full(shape, FLAT, np.uint8)
-    )
+    return np.random.default_rng(3).integers(0, 256, shape, dtype=np.uint8) if noise else np.full(shape, FLAT, np.uint8)
 
 
 @cache

@@ -82,9 +82,7 @@ def ml_loss(joint_: Tensor, targets: list[int]) -> float:
     return sum(-math.log(float(total[b, y])) for b, y in enumerate(targets)) / len(targets)
 
 
-def em_loss(
-    joint_: Tensor, targets: list[int], temperature: float = 1.0, believed: Tensor | None = None
-) -> float:
+def em_loss(joint_: Tensor, targets: list[int], temperature: float = 1.0, believed: Tensor | None = None) -> float:
     """Mean of -sum_z q(z) log joint(z), q proportional to believed ** temperature (believed: the joint itself)."""
     losses = []
     for b, y in enumerate(targets):

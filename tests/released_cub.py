@@ -12,14 +12,7 @@ from pathlib import Path
 from calm_birds import write_birds
 
 ROOT = Path(__file__).parent.parent
-SMALL = (
-    "--crop_size=32",
-    "--resize_size=40",
-    "--batch_size=4",
-    "--workers=0",
-    "--epochs=1",
-    "--pretrained=False",
-)
+SMALL = ("--crop_size=32", "--resize_size=40", "--batch_size=4", "--workers=0", "--epochs=1", "--pretrained=False")
 
 
 def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> Path:
@@ -35,9 +28,7 @@ def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> P
     boxes = column("bounding_boxes.txt")
     for split, side in (("train", "1"), ("val", "1"), ("test", "0")):
         numbers = [number for number in paths if sides[number] == side]
-        rows: dict[str, list[str]] = {
-            name: [] for name in ("image_ids", "class_labels", "image_sizes", "localization")
-        }
+        rows: dict[str, list[str]] = {name: [] for name in ("image_ids", "class_labels", "image_sizes", "localization")}
         for number in numbers:
             x, y, w, h = (int(float(value)) for value in boxes[number].split())
             rows["image_ids"].append(paths[number])

@@ -68,9 +68,7 @@ def vgg_layers(large: bool, use_bn: bool) -> list[nn.Module]:
     return [layer for layer in layers if not any(layer is pool for pool in gone)]
 
 
-def random_weights(
-    shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64
-) -> dict[str, Tensor]:
+def random_weights(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Weights that keep activations of order 1, with BatchNorm statistics that are not the initial ones."""
     generator = torch.Generator().manual_seed(1)
     state = {}

@@ -25,9 +25,7 @@ def meta_backbone(architecture, large, use_bn=True):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_released_backbones_have_the_released_keys_and_shapes(layout):
     heads = ("conv_last.", "attention.")
-    expected = {
-        k: s for k, s in oracle.expected_shapes(*layout, classes=20).items() if not k.startswith(heads)
-    }
+    expected = {k: s for k, s in oracle.expected_shapes(*layout, classes=20).items() if not k.startswith(heads)}
     state = meta_backbone(*layout).state_dict()
     assert {key: tuple(tensor.shape) for key, tensor in state.items()} == expected
 
@@ -98,11 +96,7 @@ def test_build_backbone_builds_every_registered_name(name):
 
 @pytest.mark.parametrize(
     ("name", "close"),
-    [
-        ("resnet5o", "resnet50"),
-        ("vit_tiny_patch16_24", "vit_tiny_patch16_224"),
-        ("timm/convnext_ato", "convnext_atto"),
-    ],
+    [("resnet5o", "resnet50"), ("vit_tiny_patch16_24", "vit_tiny_patch16_224"), ("timm/convnext_ato", "convnext_atto")],
 )
 def test_build_backbone_suggests_names_close_to_an_unknown_one(name, close):
     with pytest.raises(CalmError, match=f"unknown backbone '{name}'.*small_resnet.*did you mean.*'{close}'"):

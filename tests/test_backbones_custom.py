@@ -51,9 +51,7 @@ def test_adapt_backbone_trusts_a_module_that_needs_another_size(attribute):
 
 
 def test_adapt_backbone_refuses_a_module_that_does_not_run():
-    with pytest.raises(
-        CalmError, match=r"Linear does not run on an image of 224 x 224 pixels: .*out_channels"
-    ):
+    with pytest.raises(CalmError, match=r"Linear does not run on an image of 224 x 224 pixels: .*out_channels"):
         adapt_backbone(nn.Linear(3, 3))
 
 
@@ -70,11 +68,7 @@ class Pair(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("module", "found"),
-    [
-        (nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), r"shape \(1, 3\)"),
-        (Pair(), "tuple"),
-    ],
+    ("module", "found"), [(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()), r"shape \(1, 3\)"), (Pair(), "tuple")]
 )
 def test_adapt_backbone_refuses_anything_but_a_feature_map(module, found):
     with pytest.raises(CalmError, match=f"one image of 224 x 224 pixels it returned {found}"):

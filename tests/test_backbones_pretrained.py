@@ -115,9 +115,7 @@ def test_imagenet_weights_runs_no_code(cache, tmp_path):
 
 
 def test_load_pretrained_refuses_weights_of_another_network(monkeypatch):
-    monkeypatch.setattr(
-        WeightsEnum, "get_state_dict", lambda self, **_: {"conv1.weight": torch.zeros(64, 3, 7, 7)}
-    )
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: {"conv1.weight": torch.zeros(64, 3, 7, 7)})
     with pytest.raises(CalmError, match="do not fit ResNet50: missing"):
         build_backbone("resnet50", pretrained=True)
     monkeypatch.setattr(WeightsEnum, "get_state_dict", lambda self, **_: {"conv1.weight": torch.zeros(1)})

@@ -129,9 +129,7 @@ def test_attribute_defaults_are_those_of_the_paper(model: CalmModel, images: Ten
         "integrated-gradients": {"steps": 50},
         "smoothgrad": {"samples": 50, "noise": 0.25, "seed": 0},
     }.items():
-        assert torch.equal(
-            attribute(model, one, target, name), attribute(model, one, target, name, **options)
-        )
+        assert torch.equal(attribute(model, one, target, name), attribute(model, one, target, name, **options))
     expected = oracle("integrated-gradients", model, images[0], 0, 50, 0)
     torch.testing.assert_close(attribute(model, one, target)[0], expected)
 
@@ -204,9 +202,7 @@ FORMULAS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hirescam": lambda a, g: (g * a).sum(dim=0).relu(),
     "layercam": lambda a, g: (g.relu() * a).sum(dim=0).relu(),
     "xgradcam": lambda a, g: (
-        ((g * a).sum(dim=(1, 2), keepdim=True) / (a.sum(dim=(1, 2), keepdim=True) + 1e-7) * a)
-        .sum(dim=0)
-        .relu()
+        ((g * a).sum(dim=(1, 2), keepdim=True) / (a.sum(dim=(1, 2), keepdim=True) + 1e-7) * a).sum(dim=0).relu()
     ),
 }
 
@@ -231,9 +227,7 @@ def test_scorecam_weights_masks_by_the_score_they_keep(model: CalmModel, images:
     maps = attribute(model, images, TARGETS, "scorecam", size=(3, 4), batch_size=4)
     for got, image, target in zip(maps, images, TARGETS, strict=True):
         features = model.encode(image[None])[0].detach()
-        masks = nn.functional.interpolate(features[None], size=(12, 16), mode="bilinear", align_corners=True)[
-            0
-        ]
+        masks = nn.functional.interpolate(features[None], size=(12, 16), mode="bilinear", align_corners=True)[0]
         low, high = masks.amin(dim=(1, 2), keepdim=True), masks.amax(dim=(1, 2), keepdim=True)
         masked = image * ((masks - low) / (high - low + 1e-8))[:, None]
         weights = torch.stack([score(model, x, int(target)) for x in masked]).softmax(dim=0).detach()
@@ -244,9 +238,7 @@ def test_scorecam_weights_masks_by_the_score_they_keep(model: CalmModel, images:
 def test_gradcam_reads_an_earlier_layer(model: CalmModel, images: Tensor) -> None:
     by_name = attribute(model, images, TARGETS, "gradcam", target_layer="backbone.second", size=(3, 4))
     module = model.backbone.second
-    assert torch.equal(
-        by_name, attribute(model, images, TARGETS, "gradcam", target_layer=module, size=(3, 4))
-    )  # type: ignore[arg-type]
+    assert torch.equal(by_name, attribute(model, images, TARGETS, "gradcam", target_layer=module, size=(3, 4)))  # type: ignore[arg-type]
     assert not torch.allclose(by_name, attribute(model, images, TARGETS, "gradcam", size=(3, 4)))
 
 
@@ -254,9 +246,7 @@ def test_layercam_reads_a_layer_before_an_in_place_one(images: Tensor) -> None:
     maps = []
     for in_place in (False, True):
         model = make("calm-em")
-        model.backbone.first = nn.Sequential(
-            model.backbone.first, nn.Tanh(), nn.LeakyReLU(0.3, inplace=in_place)
-        )
+        model.backbone.first = nn.Sequential(model.backbone.first, nn.Tanh(), nn.LeakyReLU(0.3, inplace=in_place))
         maps.append(attribute(model, images, TARGETS, "layercam", target_layer="backbone.first.1"))
     assert torch.equal(*maps)
 
@@ -357,10 +347,7 @@ def test_attribute_restores_all_state(name: str, failing: bool, images: Tensor) 
             [m.training for m in model.modules()],
             [p.requires_grad for p in model.parameters()],
             [p.grad for p in model.parameters()],
-            [
-                len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-                for m in model.modules()
-            ],
+            [len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules()],
             [value.tolist() for value in model.state_dict().values()],
             images.requires_grad,
             images.grad,
@@ -396,21 +383,12 @@ def test_aliases_name_methods(alias: str) -> None:
     assert ALIASES[alias] in METHODS
 
 
-OPTIONS = {
-    "steps": 3,
-    "samples": 3,
-    "noise": 0.1,
-    "seed": 1,
-    "target_layer": "backbone",
-    "superclass": {0: [0]},
-}
+OPTIONS = {"steps": 3, "samples": 3, "noise": 0.1, "seed": 1, "target_layer": "backbone", "superclass": {0: [0]}}
 
 
 @pytest.mark.parametrize("name", [*BASELINES, "joint"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_attribute_refuses_an_option_that_the_method_does_not_read(
-    name: str, option: str, images: Tensor
-) -> None:
+def test_attribute_refuses_an_option_that_the_method_does_not_read(name: str, option: str, images: Tensor) -> None:
     read = BASELINES[name].options if name in BASELINES else {"superclass"}
     if option in read:
         return
@@ -429,9 +407,7 @@ def test_attribute_refuses_an_option_that_the_method_does_not_read(
         ("gradcam", {"target_layer": nn.Identity()}, "not part of the model"),
     ],
 )
-def test_attribute_refuses_wrong_values(
-    name: str, wrong: dict[str, object], message: str, images: Tensor
-) -> None:
+def test_attribute_refuses_wrong_values(name: str, wrong: dict[str, object], message: str, images: Tensor) -> None:
     with pytest.raises(CalmError, match=message):
         attribute(make("cam"), images, TARGETS, name, **wrong)  # type: ignore[arg-type]
 
@@ -452,9 +428,7 @@ def test_attribute_checks_images_and_targets(images: Tensor) -> None:
             attribute(model, wrong_images, wrong_targets, "gradient")
 
 
-def test_attribute_without_pytorch_grad_cam_names_the_extra(
-    monkeypatch: pytest.MonkeyPatch, images: Tensor
-) -> None:
+def test_attribute_without_pytorch_grad_cam_names_the_extra(monkeypatch: pytest.MonkeyPatch, images: Tensor) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(CalmError, match=r"pip install 'calm\[baselines\]'"):
         attribute(make("cam"), images, TARGETS, "gradcam")

@@ -108,9 +108,7 @@ def test_ways_take_turns_and_start_from_a_new_one_each_round(module: Callable[[s
     assert [len(values) for values in times.values()] == [2, 2, 2]
 
 
-def test_ratio_is_the_median_over_rounds_not_that_of_the_medians(
-    module: Callable[[str], ModuleType],
-) -> None:
+def test_ratio_is_the_median_over_rounds_not_that_of_the_medians(module: Callable[[str], ModuleType]) -> None:
     assert module("measure").ratio([2.0, 8.0, 3.0], [1.0, 4.0, 30.0]) == 2.0
 
 

@@ -28,9 +28,7 @@ def seed(number: int) -> np.random.SeedSequence:
 def protocol_groups(first: tuple[bool, ...], second: tuple[bool, ...]) -> set[str]:
     """The part groups that the cue-localization protocol finds for two rows of attributes."""
     names = [name for name, a, b in zip(ATTRIBUTES, first, second, strict=True) if a != b]
-    return {
-        group for name in names for group, words in SUBSTRINGS.items() if any(word in name for word in words)
-    }
+    return {group for name in names for group, words in SUBSTRINGS.items() if any(word in name for word in words)}
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +69,7 @@ def test_the_protocol_finds_exactly_the_groups_whose_looks_differ() -> None:
     species = choose_species(MAX_SPECIES)
     rows = np.array([species_attributes(kind) for kind in species])
     names = [
-        [group for group, words in SUBSTRINGS.items() if any(word in name for word in words)]
-        for name in ATTRIBUTES
+        [group for group, words in SUBSTRINGS.items() if any(word in name for word in words)] for name in ATTRIBUTES
     ]
     for first, second in combinations(range(MAX_SPECIES), 2):
         found = {group for index in np.flatnonzero(rows[first] != rows[second]) for group in names[index]}
@@ -110,9 +107,7 @@ def test_pictures_have_the_size_asked_for(size: int) -> None:
     assert drawing.labels.shape == (size, size)
 
 
-def test_points_lie_on_the_pixel_of_their_part_and_only_visible_parts_have_one(
-    drawings: list[Drawing],
-) -> None:
+def test_points_lie_on_the_pixel_of_their_part_and_only_visible_parts_have_one(drawings: list[Drawing]) -> None:
     for drawing in drawings:
         for number, point in enumerate(drawing.points, 1):
             if point is None:
@@ -143,9 +138,7 @@ def test_the_side_that_shows_follows_from_where_the_bird_faces(drawings: list[Dr
         if not head.any() or not tail.any():
             continue
         faces_right = np.nonzero(head)[1].mean() > np.nonzero(tail)[1].mean()
-        area = {
-            side: int((drawing.labels == PARTS.index(f"{side} wing") + 1).sum()) for side in ("left", "right")
-        }
+        area = {side: int((drawing.labels == PARTS.index(f"{side} wing") + 1).sum()) for side in ("left", "right")}
         near, far = ("right", "left") if faces_right else ("left", "right")
         assert area[near] > area[far]
 

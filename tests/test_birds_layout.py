@@ -78,9 +78,7 @@ def test_each_species_has_its_share_of_test_images(birds: BirdsSummary) -> None:
 
 
 def test_boxes_are_the_extents_of_the_segmentations(birds: BirdsSummary) -> None:
-    for (_, image), box in zip(
-        rows(birds.root / "images.txt"), rows(birds.root / "bounding_boxes.txt"), strict=True
-    ):
+    for (_, image), box in zip(rows(birds.root / "images.txt"), rows(birds.root / "bounding_boxes.txt"), strict=True):
         assert all(re.fullmatch(r"\d+\.0", value) for value in box[1:])
         picture = read(birds.root / "images" / image)
         mask = read(birds.root / "segmentations" / image.replace(".jpg", ".png"))
@@ -124,9 +122,7 @@ def test_attribute_files_agree_with_each_other(birds: BirdsSummary) -> None:
     )
     assert percent.shape == (5, 312)
     assert set(np.unique(percent)) == {0.0, 100.0}
-    labels = np.array([float(v) for row in rows(folder / "image_attribute_labels.txt") for v in row]).reshape(
-        -1, 5
-    )
+    labels = np.array([float(v) for row in rows(folder / "image_attribute_labels.txt") for v in row]).reshape(-1, 5)
     assert labels.shape == (20 * 312, 5)
     assert np.array_equal(labels[:, 0], np.repeat(np.arange(1, 21), 312))
     assert np.array_equal(labels[:, 1], np.tile(np.arange(1, 313), 20))
@@ -173,9 +169,7 @@ def test_a_folder_of_somebody_elses_files_is_refused(tmp_path: Path) -> None:
         write_birds(tmp_path / "notes.txt", **SMALL)
 
 
-def test_a_killed_run_looks_incomplete_and_the_same_call_completes_it(
-    birds: BirdsSummary, tmp_path: Path
-) -> None:
+def test_a_killed_run_looks_incomplete_and_the_same_call_completes_it(birds: BirdsSummary, tmp_path: Path) -> None:
     root = tmp_path / "birds"
     code = f"from calm_birds import write_birds; write_birds({str(root)!r}, workers=1, **{SMALL!r})"
     process = subprocess.Popen(

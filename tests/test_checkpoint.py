@@ -63,8 +63,7 @@ def folder(saved, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("method", "prior"),
-    [("calm-em", "relu"), ("calm-ml", "exp"), ("calm-em", "softplus"), ("cam", "softplus")],
+    ("method", "prior"), [("calm-em", "relu"), ("calm-ml", "exp"), ("calm-em", "softplus"), ("cam", "softplus")]
 )
 def test_load_returns_the_saved_model(tmp_path, method, prior):
     model = trained(
@@ -84,8 +83,7 @@ def test_load_returns_the_saved_model(tmp_path, method, prior):
 
 
 @pytest.mark.parametrize(
-    ("backbone", "options"),
-    [("test_vit", {}), ("timm/resnet10t", {"output_stride": 8}), ("vgg16", {"use_bn": False})],
+    ("backbone", "options"), [("test_vit", {}), ("timm/resnet10t", {"output_stride": 8}), ("vgg16", {"use_bn": False})]
 )
 def test_load_builds_a_backbone_with_its_options(tmp_path, backbone, options):
     model = create_model(backbone, 3, **options).eval()
@@ -209,9 +207,7 @@ def test_load_counts_and_names_keys_that_do_not_fit(folder, monkeypatch):
     state["head.conv_last.bias"] = torch.zeros(4)
     state["head.attention.weight"] = state["head.attention.weight"].int()
     safetensors.torch.save_file(state, folder / WEIGHTS)
-    monkeypatch.setattr(
-        "calm.checkpoint._sha256", lambda _: json.loads((folder / CARD).read_text())["weights_sha256"]
-    )
+    monkeypatch.setattr("calm.checkpoint._sha256", lambda _: json.loads((folder / CARD).read_text())["weights_sha256"])
     with pytest.raises(
         CalmError,
         match=r"1 missing: head\.attention\.bias; 1 unexpected: extra; 2 of another kind: .*"
@@ -324,9 +320,7 @@ def test_push_to_hub_says_that_it_was_refused(hub):
 
 
 SAMPLE = Card(
-    ModelConfig(
-        "resnet50", 2, "calm-ml", large_feature_map=False, output_stride=None, prior_activation="exp"
-    ),
+    ModelConfig("resnet50", 2, "calm-ml", large_feature_map=False, output_stride=None, prior_activation="exp"),
     ("crow", "Rabe ü"),
     Preprocessing((96, 64), (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),
     {"epochs": 3, "nested": {"list": [1, None, "x"]}},

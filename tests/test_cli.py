@@ -79,13 +79,7 @@ def test_main_without_a_command_is_a_mistake(capsys: pytest.CaptureFixture[str])
 
 
 def stand_in(
-    files: list[Path],
-    size: int,
-    *,
-    model: str,
-    kind: Literal["a", "b"] = "a",
-    deep: bool = False,
-    lr: float = 0.1,
+    files: list[Path], size: int, *, model: str, kind: Literal["a", "b"] = "a", deep: bool = False, lr: float = 0.1
 ) -> dict[str, Any]:
     """Do something.
 
@@ -130,18 +124,9 @@ def results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_main_turns_flags_into_arguments_and_the_result_into_the_exit_code(results: list[Any]) -> None:
     assert main(["test", "a", "b", "3", "--model=m", "--kind", "b", "--deep"]) == 7
-    assert results == [
-        {"files": [Path("a"), Path("b")], "size": 3, "model": "m", "kind": "b", "deep": True, "lr": 0.1}
-    ]
+    assert results == [{"files": [Path("a"), Path("b")], "size": 3, "model": "m", "kind": "b", "deep": True, "lr": 0.1}]
     assert main(["test", "a", "3", "--model", "m", "--deep=false", "--lr", "2"]) == 7
-    assert results[1] == {
-        "files": [Path("a")],
-        "size": 3,
-        "model": "m",
-        "kind": "a",
-        "deep": False,
-        "lr": 2.0,
-    }
+    assert results[1] == {"files": [Path("a")], "size": 3, "model": "m", "kind": "a", "deep": False, "lr": 2.0}
 
 
 @pytest.mark.parametrize(
@@ -217,9 +202,7 @@ def test_main_attribute_explains_an_image_with_a_saved_model(
     assert "no class 'gull'" in capsys.readouterr().err
 
 
-def test_main_data_check_returns_1_for_a_bad_data_set(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_main_data_check_returns_1_for_a_bad_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for folder in ("train/owl", "train/auk", "test/owl", "test/auk"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "broken.jpg").write_text("no image")

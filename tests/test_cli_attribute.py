@@ -76,9 +76,7 @@ def test_attribute_files_prints_markup_in_names_as_it_is(
 
 
 @pytest.mark.parametrize("method", ["integrated-gradients", "gradcam"])
-def test_attribute_files_writes_the_same_files_for_baselines(
-    method: str, model: CalmModel, tmp_path: Path
-) -> None:
+def test_attribute_files_writes_the_same_files_for_baselines(method: str, model: CalmModel, tmp_path: Path) -> None:
     file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
     attribute_files([str(file)], model="m", method=method, target="owl", out=out)
     assert np.load(out / f"a.{method}.npy").shape == (24, 40)
@@ -117,9 +115,7 @@ def test_attribute_files_batches_pictures_of_any_size(calm_model: CalmModel, tmp
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
-def test_attribute_files_names_bad_images_and_explains_the_others(
-    calm_model: CalmModel, tmp_path: Path
-) -> None:
+def test_attribute_files_names_bad_images_and_explains_the_others(calm_model: CalmModel, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     good = [write_picture(folder / f"{name}.png", seed=ord(name)) for name in "ac"]
     (folder / "b.jpg").write_text("not an image")
@@ -155,8 +151,7 @@ def test_find_images_finds_each_once_under_a_unique_name(tmp_path: Path) -> None
     one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg")
     (tmp_path / "x" / "notes.txt").write_text("no image")
     found, missing = find_images(
-        [str(one), str(tmp_path / "x"), str(tmp_path / "*" / "*.jpg"), str(tmp_path / "z*.png")],
-        tmp_path / "out",
+        [str(one), str(tmp_path / "x"), str(tmp_path / "*" / "*.jpg"), str(tmp_path / "z*.png")], tmp_path / "out"
     )
     assert [entry.path for entry in found] == [one, two]
     assert [entry.name for entry in found] == ["a", "A-2"]
@@ -169,12 +164,7 @@ def test_find_images_finds_each_once_under_a_unique_name(tmp_path: Path) -> None
 
 def test_attribute_files_finds_mistakes_before_writing(calm_model: CalmModel, tmp_path: Path) -> None:
     file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
-    for options in (
-        {"target": "nobody"},
-        {"batch_size": 0},
-        {"method": "gradient", "grid": True},
-        {"out": file},
-    ):
+    for options in ({"target": "nobody"}, {"batch_size": 0}, {"method": "gradient", "grid": True}, {"out": file}):
         with pytest.raises(CalmError):
             attribute_files([str(file)], model="m", **{"out": out} | options)  # type: ignore[arg-type]
     assert not out.exists()

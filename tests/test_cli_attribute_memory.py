@@ -49,13 +49,7 @@ def explained(folder: Path, sizes: dict[str, tuple[int, int]], megabytes: int) -
 
 def test_attribute_explains_thin_and_large_pictures_in_bounded_memory(tmp_path: Path) -> None:
     """The overlay of a line, if made as high as SMALLEST_PICTURE, would have 13 million columns."""
-    sizes = {
-        "wide": (60_000, 1),
-        "high": (1, 60_000),
-        "one": (1, 1),
-        "short": (300, 2),
-        "large": (3600, 2800),
-    }
+    sizes = {"wide": (60_000, 1), "high": (1, 60_000), "one": (1, 1), "short": (300, 2), "large": (3600, 2800)}
     assert explained(tmp_path, sizes, 700) == {
         "wide": (60_000, 1),
         "high": (1, 60_000),
@@ -68,8 +62,4 @@ def test_attribute_explains_thin_and_large_pictures_in_bounded_memory(tmp_path: 
 @pytest.mark.skipif(not FULL, reason="takes a minute: CALM_STRESS=full")
 def test_attribute_explains_larger_pictures_in_bounded_memory(tmp_path: Path) -> None:
     sizes = {"square": (5000, 5000), "line": (500_000, 1), "column": (2, 500_000)}
-    assert explained(tmp_path, sizes, 1500) == {
-        "square": (2000, 2000),
-        "line": (65_535, 1),
-        "column": (1, 65_535),
-    }
+    assert explained(tmp_path, sizes, 1500) == {"square": (2000, 2000), "line": (65_535, 1), "column": (1, 65_535)}

@@ -15,13 +15,7 @@ from calm.errors import CalmError
 
 
 def stand_in(
-    files: list[Path],
-    size: int,
-    *,
-    model: str,
-    kind: Literal["a", "b"] = "a",
-    deep: bool = False,
-    lr: float = 0.1,
+    files: list[Path], size: int, *, model: str, kind: Literal["a", "b"] = "a", deep: bool = False, lr: float = 0.1
 ) -> None:
     """Do something.
 
@@ -62,9 +56,7 @@ def stand_in(
         ("evaluate all --modle x", "unknown flag --modle; did you mean --model[?]"),
     ],
 )
-def test_parse_names_the_fix_of_a_mistyped_line(
-    line: str, message: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parse_names_the_fix_of_a_mistyped_line(line: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(line.split()) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(f"calm: {message}.*\n", said), said

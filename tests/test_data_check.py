@@ -295,9 +295,7 @@ def test_check_counts_the_pairs_of_cue_localization(birds: Path) -> None:
     assert sum(pairs.values()) == 6
     said = ", ".join(f"{number} in {count}" for count, number in pairs.items() if number)
     assert (
-        cues
-        == "cue localization: 15 parts in 7 groups, 312 attributes; pairs of classes by differing groups: "
-        + said
+        cues == "cue localization: 15 parts in 7 groups, 312 attributes; pairs of classes by differing groups: " + said
     )
     assert images == "4 train, 4 test images: no errors, no warnings"
 

@@ -90,11 +90,7 @@ def test_part_regions_equals_the_slow_reading(seed, images, size, shown):
 @pytest.mark.parametrize("far", [10.0, 3e3, 1e5, 1e7])
 def test_part_regions_keeps_the_order_of_points_far_outside(far):
     xy, visible = torch.zeros(1, 15, 2, dtype=torch.float64), torch.zeros(1, 15, dtype=torch.bool)
-    for part, x in (
-        (9, -far),
-        (1, -far - 1),
-        (12, 4 + far),
-    ):  # wing nearer than back, on the left; leg on the right
+    for part, x in ((9, -far), (1, -far - 1), (12, 4 + far)):  # wing nearer than back, on the left; leg on the right
         xy[0, part - 1, 0], visible[0, part - 1] = x, True
     regions = part_regions(PartPoints(("a",), xy, visible), torch.tensor([[5, 2]]), size=(2, 5))
     assert regions[0].tolist() == [[6, 6, 5, 5, 5]] * 2
@@ -113,12 +109,7 @@ def test_part_regions_gives_a_tie_to_the_first_group():
 
 
 def test_group_votes_follow_the_words_in_a_name():
-    names = [
-        "has_throat_color::red",
-        "has_size::small",
-        "has_shape::long-legged-like",
-        "has_upper_tail_color::red",
-    ]
+    names = ["has_throat_color::red", "has_size::small", "has_shape::long-legged-like", "has_upper_tail_color::red"]
     groups = [[GROUPS[i] for i in row.nonzero().flatten()] for row in group_votes(names)]
     assert groups == [["head"], [], ["leg"], ["tail"]]
     assert tuple(group.name for group in CUB_GROUPS) == GROUPS
@@ -161,10 +152,7 @@ def test_read_pairs_finds_the_groups_in_which_birds_were_made_to_differ(birds):
 def test_part_regions_hold_their_own_visible_points_inside_the_bird(birds):
     points = read_part_points(birds)
     masks = torch.stack(
-        [
-            read_segmentation((birds / "segmentations" / name).with_suffix(".png"), (48, 48))
-            for name in points.ids
-        ]
+        [read_segmentation((birds / "segmentations" / name).with_suffix(".png"), (48, 48)) for name in points.ids]
     )
     regions = part_regions(points, torch.full((len(points.ids), 2), 48), size=(48, 48), inside=masks)
     assert ((regions >= 0) == masks).all()

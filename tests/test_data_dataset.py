@@ -144,9 +144,7 @@ def test_cache_holds_images_of_different_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("crop", ["resize-crop", "pad-shift", "none"])
-def test_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(
-    tmp_path: Path, crop: Crop
-) -> None:
+def test_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(tmp_path: Path, crop: Crop) -> None:
     sizes = [(40, 30), (9, 17), (16, 20), (64, 64)]
     paths = [write_image(tmp_path / f"{number}.png", size, number) for number, size in enumerate(sizes)]
     split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
@@ -195,9 +193,7 @@ def _unread(size: int) -> ImageDataset:
     return ImageDataset(Split("train", (record,) * size, ("a",), Path()), eval_transform(SMALL))
 
 
-def _batches(
-    size: int, batch: int, ranks: int, remainder: Remainder, *, shuffle: bool = True
-) -> list[list[list[int]]]:
+def _batches(size: int, batch: int, ranks: int, remainder: Remainder, *, shuffle: bool = True) -> list[list[list[int]]]:
     """By process, the batches a data loader forms."""
     result = []
     for rank in range(ranks):
@@ -217,9 +213,7 @@ sizes = st.tuples(st.integers(1, 70), st.integers(1, 6), st.integers(1, 4))
 
 @settings(deadline=None)
 @given(sizes, st.booleans())
-def test_sampler_union_of_all_processes_is_the_batch_of_one(
-    case: tuple[int, int, int], shuffle: bool
-) -> None:
+def test_sampler_union_of_all_processes_is_the_batch_of_one(case: tuple[int, int, int], shuffle: bool) -> None:
     size, local, ranks = case
     for remainder in ("drop", "keep"):
         if remainder == "drop" and local * ranks > size:
@@ -260,10 +254,7 @@ def test_sampler_sets_the_epoch_of_its_dataset_and_begins_with_it(split: Split) 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (
-            {"batch_size": 7, "world_size": 2, "rank": 0},
-            "batch_size is 7: give a multiple of the 2 processes",
-        ),
+        ({"batch_size": 7, "world_size": 2, "rank": 0}, "batch_size is 7: give a multiple of the 2 processes"),
         ({"batch_size": 0}, "batch_size is 0"),
         ({"batch_size": 41}, "batch_size is 41, but there are only 40 images"),
         ({"batch_size": 4, "rank": 2, "world_size": 2}, "rank is 2: allowed are 0 to world_size - 1 = 1"),

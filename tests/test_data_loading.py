@@ -123,10 +123,7 @@ def test_detect_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> Non
     ("arguments", "message"),
     [
         ({"split": "valid"}, "unknown split 'valid': allowed are train, val, test; did you mean 'val'"),
-        (
-            {"layout": "cubs"},
-            "unknown layout 'cubs': allowed are auto, cub, metadata, folder; did you mean 'cub'",
-        ),
+        ({"layout": "cubs"}, "unknown layout 'cubs': allowed are auto, cub, metadata, folder; did you mean 'cub'"),
         ({"val_fraction": 0.5}, "val_fraction is 0.5"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
         (
@@ -138,9 +135,7 @@ def test_detect_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> Non
         ({"layout": "cub", "metadata_root": "."}, "the layout 'cub' has no such folder"),
     ],
 )
-def test_load_split_refuses_wrong_arguments(
-    tmp_path: Path, arguments: dict[str, object], message: str
-) -> None:
+def test_load_split_refuses_wrong_arguments(tmp_path: Path, arguments: dict[str, object], message: str) -> None:
     write_cub(tmp_path)
     given = {"split": "train", **arguments}
     root = tmp_path / str(given.pop("root", "."))
@@ -163,9 +158,7 @@ def test_load_splits_carves_a_lacking_test_beside_an_own_val(tmp_path: Path) -> 
 
 
 def test_fingerprint_is_the_same_in_another_place_and_order(tmp_path: Path) -> None:
-    here, there = (
-        load_split(write_cub(tmp_path / name, masks=True), "train", val_fraction=0) for name in "ab"
-    )
+    here, there = (load_split(write_cub(tmp_path / name, masks=True), "train", val_fraction=0) for name in "ab")
     assert fingerprint(here) == fingerprint(there)
     assert fingerprint(here) == fingerprint(replace(here, records=here.records[::-1]))
     assert len(fingerprint(here)) == 64

@@ -12,14 +12,7 @@ from hypothesis import strategies as st
 
 from calm.data.cub import names_from_folders, read_names
 from calm.data.loading import load_split, load_splits
-from calm.data.metadata import (
-    IMAGE_ROOTS,
-    MetadataSource,
-    read_ids,
-    read_labels,
-    read_localization,
-    read_sizes,
-)
+from calm.data.metadata import IMAGE_ROOTS, MetadataSource, read_ids, read_labels, read_localization, read_sizes
 from calm.data.records import ProblemLog, whole_number
 from calm.errors import CalmError
 
@@ -153,15 +146,11 @@ def test_load_split_names_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 def test_class_names_come_from_folders_or_are_numbers_without_classes_txt(tmp_path: Path) -> None:
     assert load_split(write_pack(tmp_path, classes=None), "val").class_names == ("0", "1")
-    for split, images in (
-        ("train", ("b/1.png", "b/2.png", "a/1.png")),
-        ("val", ("x/1.png", "x/2.png", "x/3.png")),
-    ):
+    for split, images in (("train", ("b/1.png", "b/2.png", "a/1.png")), ("val", ("x/1.png", "x/2.png", "x/3.png"))):
         lists = tmp_path / "metadata" / split
         write_lines(lists / "image_ids.txt", images)
         write_lines(
-            lists / "class_labels.txt",
-            [f"{image},{label}" for image, label in zip(images, (0, 0, 1), strict=True)],
+            lists / "class_labels.txt", [f"{image},{label}" for image, label in zip(images, (0, 0, 1), strict=True)]
         )
     assert MetadataSource(tmp_path, tmp_path / "metadata").class_names == ("b", "a")
 
@@ -202,9 +191,7 @@ def test_read_names_are_short_and_unique(tmp_path: Path, lines: list[str], expec
         ([], "there are none"),
     ],
 )
-def test_read_names_refuses_wrong_lists_with_the_place(
-    tmp_path: Path, lines: list[str], message: str
-) -> None:
+def test_read_names_refuses_wrong_lists_with_the_place(tmp_path: Path, lines: list[str], message: str) -> None:
     write_lines(tmp_path / "classes.txt", lines)
     with pytest.raises(CalmError, match=message):
         read_names(tmp_path / "classes.txt")
@@ -234,11 +221,7 @@ def test_images_root_finds_the_images_of_each_split_of_the_released_layout(
 ) -> None:
     _released(tmp_path, name, split, folder)
     given = {"metadata_root": tmp_path / "metadata" / name, "val_fraction": 0}
-    for root in (
-        tmp_path / "dataset",
-        tmp_path / "dataset" / folder,
-        tmp_path / "dataset" / folder.split("/")[0],
-    ):
+    for root in (tmp_path / "dataset", tmp_path / "dataset" / folder, tmp_path / "dataset" / folder.split("/")[0]):
         loaded = load_split(root, split, **given)  # type: ignore[arg-type]
         assert [record.path for record in loaded.records] == [
             tmp_path / "dataset" / folder / image for image in ("x/a.png", "y/b.png")
@@ -258,9 +241,7 @@ def test_load_split_finds_the_released_metadata_below_the_root(tmp_path: Path) -
 
 def test_images_root_says_where_images_were_looked_for(tmp_path: Path) -> None:
     _released(tmp_path, "ILSVRC", "val", "elsewhere")
-    with pytest.raises(
-        CalmError, match=r"none of the ILSVRC val images \(such as x/a.png\)[^$]*dataset/ImageNetV2\n"
-    ):
+    with pytest.raises(CalmError, match=r"none of the ILSVRC val images \(such as x/a.png\)[^$]*dataset/ImageNetV2\n"):
         load_split(tmp_path / "dataset", "val", metadata_root=tmp_path / "metadata/ILSVRC", val_fraction=0)
 
 

@@ -42,9 +42,7 @@ def test_unpack_returns_files_as_they_were_packed(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", MAKERS)
-@pytest.mark.parametrize(
-    "name", ["../outside", "a/../../outside", "/outside", "C:/outside", "a\\..\\outside"]
-)
+@pytest.mark.parametrize("name", ["../outside", "a/../../outside", "/outside", "C:/outside", "a\\..\\outside"])
 def test_unpack_refuses_members_that_leave_the_folder(tmp_path, kind, name):
     path = MAKERS[kind](tmp_path / f"x.{kind}", {name: b"x"})
     with pytest.raises(CalmError, match="leaves the folder"):

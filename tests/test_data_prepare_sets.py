@@ -84,11 +84,7 @@ def test_prepare_cub_refuses_another_checksum_or_count_and_leaves_nothing(tmp_pa
 
 def test_prepare_names_an_absent_archive_with_its_address(tmp_path):
     make_zip(tmp_path / "other.zip", {"a": b"x"})
-    for name, address in {
-        "cub": "data.caltech.edu",
-        "tiny-imagenet": "cs231n",
-        "ilsvrc": "image-net.org",
-    }.items():
+    for name, address in {"cub": "data.caltech.edu", "tiny-imagenet": "cs231n", "ilsvrc": "image-net.org"}.items():
         with pytest.raises(CalmError, match=address):
             prepare(name, [tmp_path / "other.zip"], tmp_path / "out")
     with pytest.raises(CalmError, match="does not exist"):
@@ -136,9 +132,7 @@ def test_prepare_tiny_imagenet_writes_the_metadata_format(tmp_path, monkeypatch)
         .startswith("images/train/n00000002/n00000002_0.JPEG,16,16\n")
     )
     assert check(out).ok
-    assert {
-        name: len(split.records) for name, split in load_splits(out, ("train", "val", "test")).items()
-    } == {
+    assert {name: len(split.records) for name, split in load_splits(out, ("train", "val", "test")).items()} == {
         "train": 6,
         "val": 4,
         "test": 4,

@@ -93,9 +93,7 @@ def test_train_transform_flips_that_often() -> None:
     flipped = sum(torch.equal(one, plain.flip(-1)) for one in found)
     assert flipped + sum(torch.equal(one, plain) for one in found) == 400
     assert 60 < flipped < 140
-    assert all(
-        torch.equal(one, plain.flip(-1)) for one in varied(dataclasses.replace(PLAIN, flip=1.0), draws=3)
-    )
+    assert all(torch.equal(one, plain.flip(-1)) for one in varied(dataclasses.replace(PLAIN, flip=1.0), draws=3))
 
 
 def test_train_transform_random_resized_crop_shows_a_share_of_the_image() -> None:
@@ -186,9 +184,7 @@ def test_augmentation_turns_lists_into_tuples() -> None:
 
 def _batch(size: int = 6, classes: int = 3) -> tuple[Tensor, Tensor]:
     """Image i is constant i."""
-    return torch.arange(size).float().view(-1, 1, 1, 1).expand(size, 3, 8, 8).clone(), torch.arange(
-        size
-    ) % classes
+    return torch.arange(size).float().view(-1, 1, 1, 1).expand(size, 3, 8, 8).clone(), torch.arange(size) % classes
 
 
 @settings(max_examples=40, deadline=None)

@@ -22,11 +22,7 @@ from calm.model import load
 
 SMALL = {"species": 3, "images_per_species": 14, "size": 32, "epochs": 1}
 BENCHMARKS = ["cue-localization", "remove-and-classify", "localization", "classification"]
-SECTIONS = [
-    *("the-birds", "evidence", "mistakes", "differences", "numbers", "training"),
-    *BENCHMARKS,
-    "making",
-]
+SECTIONS = [*("the-birds", "evidence", "mistakes", "differences", "numbers", "training"), *BENCHMARKS, "making"]
 
 
 class Document(HTMLParser):
@@ -115,14 +111,7 @@ def test_demo_page_has_whole_pictures_with_descriptions(page):
 
 def test_demo_page_has_the_figures_of_the_runs(page, folder):
     (table,) = [rows for rows in page.tables if rows[0][:2] == ["model", "accuracy"]]
-    assert table[0] == [
-        "model",
-        "accuracy",
-        "nll",
-        "calibration error",
-        "images/s in training",
-        "seconds of training",
-    ]
+    assert table[0] == ["model", "accuracy", "nll", "calibration error", "images/s in training", "seconds of training"]
     for row, method, label in ((table[1], "calm-em", "CALM-EM"), (table[2], "cam", "CAM")):
         result = json.loads((folder / "runs" / method / "result.json").read_text())
         test = result["best"]["test"]
@@ -142,17 +131,11 @@ def test_demo_page_counts_the_mistakes_of_the_saved_models(page, folder):
     for method in ("calm-em", "cam"):
         model = load(folder / "runs" / method)
         dataset = ImageDataset(test, eval_transform(model.preprocessing))
-        images, labels = (
-            torch.stack([dataset[i][0] for i in range(len(dataset))]),
-            [r.label for r in test.records],
-        )
+        images, labels = (torch.stack([dataset[i][0] for i in range(len(dataset))]), [r.label for r in test.records])
         with torch.no_grad():
             said = model(images).probs.argmax(dim=1).tolist()
         wrong.append(sum(a != b for a, b in zip(said, labels, strict=True)))
-    assert (
-        f"CALM is wrong about {wrong[0]} of {len(test.records)} test images and CAM about {wrong[1]};"
-        in page.text
-    )
+    assert f"CALM is wrong about {wrong[0]} of {len(test.records)} test images and CAM about {wrong[1]};" in page.text
 
 
 def figures(folder, benchmark):
@@ -168,17 +151,7 @@ def test_demo_page_has_the_results_that_calm_evaluate_stores(page, folder):
         assert set(stored) >= {"CALM-EM joint", "CAM cam"}
         methods = [] if benchmark == "classification" else ["--method", "joint", "cam", "gradient"]
         before = sorted((folder / "evaluation" / benchmark).iterdir())
-        evaluate(
-            [
-                benchmark,
-                *models,
-                *methods,
-                "--data",
-                str(folder / "birds"),
-                "--out",
-                str(folder / "evaluation"),
-            ]
-        )
+        evaluate([benchmark, *models, *methods, "--data", str(folder / "birds"), "--out", str(folder / "evaluation")])
         assert sorted((folder / "evaluation" / benchmark).iterdir()) == before
     shown = [dict(zip(rows[0][1:], row[1:], strict=True)) | {"method": row[0], "head": rows[0][1]}
              for rows in page.tables if rows[0][0] == "method" for row in rows[1:]]  # fmt: skip

@@ -77,9 +77,7 @@ def test_evaluate_puts_models_and_methods_in_one_table(place, tmp_path, capsys):
 def test_evaluate_says_which_figures_lack_the_truth(place, tmp_path, capsys):
     data = Path(shutil.copytree(place / "birds", tmp_path / "birds"))
     test = load_split(data, "test").records[3]
-    number = next(
-        line.split()[0] for line in (data / "images.txt").read_text().splitlines() if line.endswith(test.id)
-    )
+    number = next(line.split()[0] for line in (data / "images.txt").read_text().splitlines() if line.endswith(test.id))
     boxes = (data / "bounding_boxes.txt").read_text().splitlines(keepends=True)
     (data / "bounding_boxes.txt").write_text("".join(b for b in boxes if b.split()[0] != number))
     flags = words(place, "--out", str(tmp_path / "out"), models=("cam",))
@@ -114,13 +112,7 @@ def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypat
     default = {"fill": "zero", "fractions": (0.1, 0.3, 0.5, 0.7, 0.9), "draws": 3, "explain": "label"}
     assert usual.provenance["options"] == {**common, **default}
     head = (tmp_path / "table.md").read_text().splitlines()[2]
-    assert [cell.split()[0] for cell in head.strip("| ").split(" | ")] == [
-        "method",
-        "R_5",
-        "R_50",
-        "R",
-        "top-1",
-    ]
+    assert [cell.split()[0] for cell in head.strip("| ").split(" | ")] == ["method", "R_5", "R_50", "R", "top-1"]
     split = calm.data.load_split(place / "birds", "test")
     told = [
         runner.result_path(
@@ -161,9 +153,7 @@ def test_result_path_depends_on_annotation(place, tmp_path):
     subject = calm.evaluate.model_subject(calm.load(place / "cam"))
 
     def places(data):
-        return {
-            name: runner.result_path(name, subject, data, tmp_path, {}) for name in calm.evaluate.BENCHMARKS
-        }
+        return {name: runner.result_path(name, subject, data, tmp_path, {}) for name in calm.evaluate.BENCHMARKS}
 
     def changed(one, two):
         return {name for name in one if one[name] != two[name]}
@@ -181,9 +171,7 @@ def test_result_path_depends_on_annotation(place, tmp_path):
     assert changed(masks, places(runner.Data.of(narrow, tmp_path / "birds"))) == set(calm.evaluate.BENCHMARKS)
     (tmp_path / "birds/attributes/attributes.txt").rename(tmp_path / "attributes.txt")  # as in CUB's archive
     moved = places(runner.Data.of(split, tmp_path / "birds"))
-    (tmp_path / "attributes.txt").write_text(
-        (tmp_path / "attributes.txt").read_text().replace("wing", "tail")
-    )
+    (tmp_path / "attributes.txt").write_text((tmp_path / "attributes.txt").read_text().replace("wing", "tail"))
     assert changed(moved, places(runner.Data.of(split, tmp_path / "birds"))) == {"cue-localization"}
 
 
@@ -192,16 +180,13 @@ def test_result_path_does_not_depend_on_the_label(place, tmp_path):
 
     shutil.copytree(place / "cam", tmp_path / "cam")
     torch.manual_seed(1)
-    calm.create_model(
-        "small_resnet", 4, "cam", preprocessing=calm.Preprocessing(size=(48, 48))
-    ).save_pretrained(tmp_path / "other")
+    calm.create_model("small_resnet", 4, "cam", preprocessing=calm.Preprocessing(size=(48, 48))).save_pretrained(
+        tmp_path / "other"
+    )
     alone = ["classification", *words(tmp_path, "--out", str(tmp_path / "out"), models=("cam",))]
     alone[alone.index(str(tmp_path / "birds"))] = str(place / "birds")
     (first,) = evaluate(alone)
-    alone[alone.index("--model") + 1 : alone.index("--data")] = [
-        str(tmp_path / "cam"),
-        str(tmp_path / "other"),
-    ]
+    alone[alone.index("--model") + 1 : alone.index("--data")] = [str(tmp_path / "cam"), str(tmp_path / "other")]
     both = evaluate(alone)
     assert [result.label for result in both] == ["CAM cam (cam)", "CAM cam (other)"]
     assert both[0].figures == first.figures
@@ -217,18 +202,11 @@ def test_result_path_depends_on_the_model_configuration(place, tmp_path):
     config = model.config
     for change in ({"large_feature_map": False}, {"prior_activation": "relu"}):
         model.config = replace(config, **change)
-        assert (
-            runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {})
-            != first
-        )
+        assert runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
     model.config = config
-    assert (
-        runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) == first
-    )
+    assert runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) == first
     model.preprocessing = replace(model.preprocessing, mean=(0.1, 0.2, 0.3))
-    assert (
-        runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
-    )
+    assert runner.result_path("classification", calm.evaluate.model_subject(model), data, tmp_path, {}) != first
 
 
 def test_evaluate_all_leaves_out_what_has_no_annotation(place, tmp_path):
@@ -263,26 +241,18 @@ def test_run_split_carves_as_the_run_did(place, tmp_path, capsys):
     both = ["--model", str(tmp_path / "one/best"), str(tmp_path / "three")]
     assert len(evaluate(["classification", *both, *flags])) == 2
     mixed = ["--model", str(place / "cam"), str(tmp_path / "one"), str(tmp_path / "two")]
-    with pytest.raises(
-        CalmError, match=r"one \(val_fraction 0\.34\) than for .*two \(val_fraction 0\.17\): evaluate"
-    ):
+    with pytest.raises(CalmError, match=r"one \(val_fraction 0\.34\) than for .*two \(val_fraction 0\.17\): evaluate"):
         evaluate(["classification", *mixed, *flags])
     ids = [record.id for record in split.records]
     group = Group(found.benchmark, (found,), found.provenance["data"])
     assert [scene.record.id for scene in scenes(group, ids)] == ids  # the report reads the same images
-    for text, words in (
-        ("[]", "has no list 'reading'"),
-        ("reading: {val_fraction: many}", "val_fraction is 'many'"),
-    ):
+    for text, words in (("[]", "has no list 'reading'"), ("reading: {val_fraction: many}", "val_fraction is 'many'")):
         (tmp_path / "two/config.yaml").write_text(text)
         with pytest.raises(CalmError, match=rf"two/config\.yaml.*{words}"):
             evaluate(["classification", *mixed, *flags])
     (tmp_path / "two/config.yaml").write_text("reading: {val_fraction: 0.17}")
     train = ["--data", str(place / "birds"), *flags[2:]]  # has a test split of its own
-    assert (
-        len(evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *train]))
-        == 2
-    )
+    assert len(evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *train])) == 2
 
 
 @pytest.mark.parametrize(
@@ -296,11 +266,7 @@ def test_run_split_carves_as_the_run_did(place, tmp_path, capsys):
         ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
         ("classification", ["--steps", "5"], "classification does not read --steps"),
         ("localization", ["--steps", "5"], "no --method reads --steps"),
-        (
-            "classification",
-            ["--split", "tset"],
-            "unknown value 'tset' in --split: allowed are train, val, test",
-        ),
+        ("classification", ["--split", "tset"], "unknown value 'tset' in --split: allowed are train, val, test"),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
         ("classification", ["--models", "x"], "unknown flag --models; did you mean --model?"),
         ("classification", ["--fill", "blur"], "classification does not read --fill"),
@@ -328,11 +294,7 @@ def test_evaluate_fits_boxes_to_minmax_maps_by_default(place, tmp_path):
     clipped = figures("--norm", "clipping", "--thresholds", "log")
     of_boxes = {name for name in usual if name.startswith(("maxboxacc", "top"))}
     assert len(of_boxes) >= 5
-    assert {name for name in usual if usual[name] != stretched[name]} == {
-        "pxap",
-        "pxap_released",
-        "energy_inside",
-    }
+    assert {name for name in usual if usual[name] != stretched[name]} == {"pxap", "pxap_released", "energy_inside"}
     assert {name for name in usual if usual[name] != clipped[name]} <= of_boxes
     assert usual["maxboxacc_v2"] != clipped["maxboxacc_v2"]
 
@@ -353,9 +315,7 @@ def test_format_estimate_writes_figures_in_their_unit():
     assert format_estimate(half, FigureSpec("x")) == "50.0 (40.0-62.5)"
     assert format_estimate(half, FigureSpec("x", "nats", "lower")) == "0.500 (0.400-0.625)"
     assert format_estimate(Estimate(0.25, math.nan, math.nan), FigureSpec("x")) == "25.0"
-    assert (
-        format_estimate(Estimate(-0.1, -0.2, -0.05), FigureSpec("x", "ratio")) == "-0.100 (-0.200 to -0.050)"
-    )
+    assert format_estimate(Estimate(-0.1, -0.2, -0.05), FigureSpec("x", "ratio")) == "-0.100 (-0.200 to -0.050)"
     assert format_estimate(None, FigureSpec("x")) == "-"
 
 
@@ -408,9 +368,7 @@ def test_evaluate_scores_a_folder_of_maps(place, tmp_path):
         evaluate(["localization", "--data", str(place / "birds")])
     for flag in (["--workers", "2"], ["--device", "cpu"]):
         with pytest.raises(CalmError, match="--workers and --device are about models"):
-            evaluate(
-                ["localization", "--data", str(place / "birds"), "--maps", str(tmp_path / "maps"), *flag]
-            )
+            evaluate(["localization", "--data", str(place / "birds"), "--maps", str(tmp_path / "maps"), *flag])
     (tmp_path / "maps").rename(tmp_path / "one")
     for name in ("a", "b"):
         shutil.copytree(tmp_path / "one", tmp_path / name / "maps")

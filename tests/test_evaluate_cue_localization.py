@@ -44,12 +44,7 @@ def slow_pairs(root):
     table = np.loadtxt(root / "attributes/class_attribute_labels_continuous.txt") >= 50
     for a, b in combinations(range(len(table)), 2):
         groups = sorted(
-            {
-                g
-                for n in np.flatnonzero(table[a] != table[b])
-                for g in range(7)
-                if any(w in names[n] for w in WORDS[g])
-            }
+            {g for n in np.flatnonzero(table[a] != table[b]) for g in range(7) if any(w in names[n] for w in WORDS[g])}
         )
         if len(groups) in (1, 2, 3):
             yield a, b, groups
@@ -139,17 +134,14 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
     for number, values in wanted.items():
         if values:
             assert got.figures[f"mpxap_{number}"].value == pytest.approx(np.mean(values), abs=2e-5)
-            assert got.figures[f"mpxap_released_{number}"].value == pytest.approx(
-                np.mean(released[number]), abs=2e-5
-            )
+            assert got.figures[f"mpxap_released_{number}"].value == pytest.approx(np.mean(released[number]), abs=2e-5)
     assert got.details["samples"] > got.details["images"]  # images serve several pairs
 
 
 def test_cue_localization_does_not_depend_on_batches(birds, models):
     root, split = birds
     one, many = (
-        cue_localization(model_subject(models["cam"]), split, root, batch_size=size, replicates=5)
-        for size in (1, 7)
+        cue_localization(model_subject(models["cam"]), split, root, batch_size=size, replicates=5) for size in (1, 7)
     )
     for name, estimate in one.figures.items():
         assert many.figures[name].value == pytest.approx(estimate.value, abs=1e-5), name
@@ -235,9 +227,7 @@ def test_read_cue_data_takes_groups_of_the_data_set(birds, models, tmp_path):
     data = read_cue_data(split, other, (1, 2))
     assert [group.name for group in data.groups] == ["upper", "lower"]
     assert {group for pair in data.pairs for group in pair.groups} <= {0, 1}
-    assert (
-        cue_localization(model_subject(models["cam"]), split, data, replicates=5).figures["mpxap"].value > 0
-    )
+    assert cue_localization(model_subject(models["cam"]), split, data, replicates=5).figures["mpxap"].value > 0
 
 
 @pytest.mark.parametrize(

@@ -88,11 +88,7 @@ def test_remove_and_classify_equals_images_taken_one_by_one(split, fill, method,
             maps = normalize(resize_maps(grid, (16, 20)), "minmax" if method == "cam" else "clipping")
             numbers = random_order(key, 320, 5)
             other = random_order(key, 320, draw_seed(5, 1))
-            orders = [
-                ("topk", erasing_order(maps, numbers), 1),
-                ("random", numbers, 0.5),
-                ("random", other, 0.5),
-            ]
+            orders = [("topk", erasing_order(maps, numbers), 1), ("random", numbers, 0.5), ("random", other, 0.5)]
             chances = {"topk": [], "random": []}
             for name, order, share in orders:
                 for k, fraction in enumerate(fractions):
@@ -115,9 +111,7 @@ def test_remove_and_classify_equals_images_taken_one_by_one(split, fill, method,
 
 def test_remove_and_classify_does_not_depend_on_batches(split, tmp_path):
     model = model_of()
-    runs = [
-        remove_and_classify(model_subject(model), split, batch_size=size, replicates=10) for size in (2, 7)
-    ]
+    runs = [remove_and_classify(model_subject(model), split, batch_size=size, replicates=10) for size in (2, 7)]
     for name, figure in runs[0].figures.items():
         assert list(runs[1].figures[name]) == pytest.approx(list(figure), nan_ok=True, abs=1e-6)
     for name, score in runs[0].scores.items():  # scores equal but for rounding may change places
@@ -131,9 +125,7 @@ def test_remove_and_classify_takes_map_and_prediction_from_one_pass(split):
     subject = model_subject(model_of())
     counting = Counting(subject.predict)
     told = []
-    remove_and_classify(
-        with_predict(subject, counting), split, batch_size=7, replicates=0, progress=told.append
-    )
+    remove_and_classify(with_predict(subject, counting), split, batch_size=7, replicates=0, progress=told.append)
     assert counting.passes == 1 + 5 + 3 * 5  # of three draws
     assert told == [7]
 
@@ -191,9 +183,7 @@ def test_insertion_deletion_equals_pixels_sorted_one_image_at_a_time(split, expl
 
 
 def test_remove_and_classify_names_fractions_of_any_size(split):
-    found = remove_and_classify(
-        model_subject(model_of()), split, fractions=(0.001, 0.002, 0.29), replicates=5
-    )
+    found = remove_and_classify(model_subject(model_of()), split, fractions=(0.001, 0.002, 0.29), replicates=5)
     assert list(found.figures) == ["r0.1", "r0.2", "r29", "r_area", "top1"]
     assert figure_spec("r0.1").better == figure_spec("r29").better == "lower"
     assert figure_spec("r0.1").title == "R_0.1"
@@ -262,12 +252,7 @@ def test_randomisation_leaves_the_model_and_repeats_itself(split):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told = []
     found = randomisation(
-        model_subject(model, method="posterior"),
-        split,
-        images=4,
-        batch_size=3,
-        replicates=10,
-        progress=told.append,
+        model_subject(model, method="posterior"), split, images=4, batch_size=3, replicates=10, progress=told.append
     )
     assert (sum(told), len(told)) == (len(split.records), 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

@@ -107,23 +107,17 @@ def test_localization_scores_of_images_include_threshold_1(tmp_path):
     """By hand: the truth is the one pixel that scores 1, and two others score above 0.999, the last threshold but 1."""
     mask, size = np.array([[255, 0], [0, 0]], dtype=np.uint8), (2, 2)
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    split = Split(
-        "test", (Record("a.png", tmp_path / "a.png", 0, masks=(tmp_path / "mask.png",)),), ("a",), tmp_path
-    )
+    split = Split("test", (Record("a.png", tmp_path / "a.png", 0, masks=(tmp_path / "mask.png",)),), ("a",), tmp_path)
     (tmp_path / "maps").mkdir()
     np.save(tmp_path / "maps" / "a.png.npy", np.array([[1, 0.9995], [0.9992, 0]], dtype=np.float32))
-    result = localization(
-        open_map_folder(tmp_path / "maps", split, size=size), split, size=size, replicates=0
-    )
+    result = localization(open_map_folder(tmp_path / "maps", split, size=size), split, size=size, replicates=0)
     assert result.scores == {"a.png": 1.0}
     assert result.figures["pxap"].value == 1.0
 
 
 def test_localization_scores_boxes_and_masks_together(tmp_path):
     by_box, by_mask = (write_split(tmp_path / kind, kind) for kind in ("boxes", "masks"))
-    records = tuple(
-        replace(mask, boxes=box.boxes) for mask, box in zip(by_mask.records, by_box.records, strict=True)
-    )
+    records = tuple(replace(mask, boxes=box.boxes) for mask, box in zip(by_mask.records, by_box.records, strict=True))
     subject = bright(normalization="minmax", thresholds="even", about={})
     both, boxes, pixels = (
         localization(subject, split, **FAST) for split in (replace(by_mask, records=records), by_box, by_mask)
@@ -255,9 +249,7 @@ def test_localization_reads_the_openimages_layout(tmp_path, capsys):
 
         drawn = [write(f"m{number}", box) for number, box in enumerate(instances)]
         ignore = write("ignore", ignored) if ignored else ("", np.zeros((32, 32), dtype=bool))
-        lines += [
-            f"{name},{file},{ignore[0] if not number else ''}" for number, (file, _) in enumerate(drawn)
-        ]
+        lines += [f"{name},{file},{ignore[0] if not number else ''}" for number, (file, _) in enumerate(drawn)]
         inside = np.any([grey for _, grey in drawn], axis=0)
         scores = np.where(inside, 0.6, 0.3) + generator.uniform(-0.25, 0.25, (32, 32))
         maps.append(scores.astype(np.float32))
@@ -285,10 +277,7 @@ def test_localization_reads_the_openimages_layout(tmp_path, capsys):
     assert 0.7 < area < 0.95
     assert figures["pxap"].value == pytest.approx(area, abs=1e-9)
     assert figures["pxap"].low < area < figures["pxap"].high
-    inside = [
-        (values[where == 1]).sum() / values[where >= 0].sum()
-        for values, where in zip(maps, truth, strict=True)
-    ]
+    inside = [(values[where == 1]).sum() / values[where >= 0].sum() for values, where in zip(maps, truth, strict=True)]
     assert figures["energy_inside"].value == pytest.approx(np.mean(inside), abs=1e-6)
     table = (out / "table.csv").read_text().splitlines()
     assert any(line.startswith("localization,data,test,maps,pxap,") for line in table)

@@ -45,14 +45,10 @@ def launch(command_lines: list[list[str]], size: int = 2) -> list[subprocess.Pop
     running = []
     for rank in range(size):
         names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-        environment = (
-            os.environ | {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
-        )
+        environment = os.environ | {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-W", "error", str(SCRIPT), tasks]
         running.append(
-            subprocess.Popen(
-                command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         )
     return running
 
@@ -191,10 +187,7 @@ def test_process_group_refuses_a_launcher_without_address(monkeypatch):
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with (
-        pytest.raises(CalmError, match=r"WORLD_SIZE is 2, .*RANK.*: start them with torchrun"),
-        process_group(),
-    ):
+    with pytest.raises(CalmError, match=r"WORLD_SIZE is 2, .*RANK.*: start them with torchrun"), process_group():
         pytest.fail("ran")
 
 

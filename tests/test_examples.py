@@ -75,6 +75,4 @@ def test_written_maps_give_the_figures_of_their_model(tmp_path):
     shared = own.figures.keys() & theirs.figures.keys()
     assert {"pxap", "maxboxacc_v2"} <= shared
     for name in shared:
-        assert list(theirs.figures[name]) == pytest.approx(list(own.figures[name]), nan_ok=True, abs=1e-6), (
-            name
-        )
+        assert list(theirs.figures[name]) == pytest.approx(list(own.figures[name]), nan_ok=True, abs=1e-6), name

@@ -71,16 +71,11 @@ def test_explain_restores_the_mode_of_the_model() -> None:
 
 def test_draw_puts_the_ring_of_a_shrunk_overlay_at_the_place() -> None:
     """Compared with the overlay of the same map without a ring."""
-    model, picture = (
-        make_model("calm-em"),
-        np.random.default_rng(3).integers(0, 256, (2600, 3900, 3), dtype=np.uint8),
-    )
+    model, picture = (make_model("calm-em"), np.random.default_rng(3).integers(0, 256, (2600, 3900, 3), dtype=np.uint8))
     (answer,) = explain(model, [picture], Query("joint"))
     grid = torch.zeros(4, 4)
     grid[1, 2] = 1
-    answer = replace(
-        answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))}
-    )
+    answer = replace(answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))})
     drawn = draw(picture, answer, Query("joint"))
     assert drawn.shape[:2] == (1633, 2449)
     ringed = (drawn != overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)

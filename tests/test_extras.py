@@ -60,11 +60,7 @@ def top_modules(requirements: list[str]) -> set[str]:
     """The top-level modules that requirements install."""
     wanted = {distribution(requirement) for requirement in requirements}
     homes = packages_distributions()
-    return {
-        module
-        for module, names in homes.items()
-        if wanted & {name.lower().replace("_", "-") for name in names}
-    }
+    return {module for module, names in homes.items() if wanted & {name.lower().replace("_", "-") for name in names}}
 
 
 def run_without(modules: set[str], code: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -140,17 +136,13 @@ def base_install(tmp_path_factory: pytest.TempPathFactory) -> BaseInstall:
     return folder, run_without(set().union(*EXTRAS.values()), EXPLAIN + RUN.format(lines=lines), folder)
 
 
-def test_a_base_install_loads_predicts_and_explains(
-    base_install: BaseInstall,
-) -> None:
+def test_a_base_install_loads_predicts_and_explains(base_install: BaseInstall) -> None:
     folder, done = base_install
     assert done.returncode == 0, done.stderr
     assert list((folder / "maps").rglob("*.npy"))
 
 
-def test_a_command_says_which_extra_it_lacks(
-    base_install: BaseInstall,
-) -> None:
+def test_a_command_says_which_extra_it_lacks(base_install: BaseInstall) -> None:
     messages = [line for line in base_install[1].stderr.splitlines() if "pip install" in line]
     extras = [re.findall(r"pip install 'calm\[(.*?)\]'", line) for line in messages]
     assert extras == [[extra] for extra in LACKING.values()]
@@ -163,9 +155,7 @@ def test_training_needs_its_extra_only(tmp_path: Path) -> None:
 
     write_birds(tmp_path / "birds", species=2, images_per_species=6, size=32)
     code = RUN.format(
-        lines=[
-            "train --preset birds --data birds --epochs 1 --batch_size 4 --run_dir run --backbone tiny_resnet"
-        ]
+        lines=["train --preset birds --data birds --epochs 1 --batch_size 4 --run_dir run --backbone tiny_resnet"]
     )
     # torchmetrics asks for matplotlib's installed version before it imports it, so matplotlib cannot be hidden from it.
     missing = set().union(*EXTRAS.values()) - EXTRAS["train"] - {"matplotlib"}

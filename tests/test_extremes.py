@@ -54,9 +54,7 @@ def exact_model(classes: int, method: str, activation: str, denominator: str) ->
     return model
 
 
-def formatted(
-    model: CalmModel, features: Tensor, name: str
-) -> tuple[CalmModel, Tensor, AbstractContextManager]:
+def formatted(model: CalmModel, features: Tensor, name: str) -> tuple[CalmModel, Tensor, AbstractContextManager]:
     """Model and features in a number format, and the context to compute in."""
     kind, _, automatic = name.rpartition(" ")
     dtype = getattr(torch, automatic)
@@ -116,13 +114,7 @@ def log_joint(logits: Tensor, scores: Tensor, activation: str) -> Tensor:
 
 
 def expected_loss(
-    logits: Tensor,
-    scores: Tensor,
-    targets: Tensor,
-    method: str,
-    activation: str,
-    temperature: float,
-    largest: float,
+    logits: Tensor, scores: Tensor, targets: Tensor, method: str, activation: str, temperature: float, largest: float
 ) -> float:
     """The formulas of the losses, in float64, for soft targets; hard ones as their one-hot rows. ``largest`` is the
     largest activation that the format holds: more is cut to it."""
@@ -187,9 +179,7 @@ def test_loss_of_extreme_activations_is_that_of_the_formulas(
         loss = model.output_loss(output, targets, temperature=temperature)
     reached = features.detach().double() * SCALE
     largest = 65504 if name in ("float16", "autocast float16") else math.inf
-    expected = expected_loss(
-        reached[:, :-1], reached[:, -1:], targets, method, activation, temperature, largest
-    )
+    expected = expected_loss(reached[:, :-1], reached[:, -1:], targets, method, activation, temperature, largest)
     rounding = 3e-2 if "bfloat16" in name else 4e-3 if "float16" in name else 1e-5
     # Of equal scores that round apart one wins: the formulas are compared where the format tells them apart.
     assert float(loss.detach()) == pytest.approx(

@@ -136,9 +136,7 @@ def _new_process(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def writer(tmp_path: Path):
     """Another process amid writing a file and filling a folder."""
-    with subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "ready\n"
         yield process
         process.kill()
@@ -229,10 +227,7 @@ def test_atomic_path_reports_a_librarys_full_disk_by_the_final_name(tmp_path, sa
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with (
-            pytest.raises(OSError, match=r"large.*a\.png") as caught,
-            atomic_path(tmp_path / "a.png") as temporary,
-        ):
+        with pytest.raises(OSError, match=r"large.*a\.png") as caught, atomic_path(tmp_path / "a.png") as temporary:
             save(temporary, tensor)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -84,21 +84,7 @@ def test_load_of_a_damaged_card(saved: Path, work: Path, data: st.DataObject) ->
     read(work)
 
 
-NUMBERS = (
-    "NaN",
-    "Infinity",
-    "-1e999",
-    "1e308",
-    "9" * 30,
-    "-0",
-    "0",
-    "1",
-    "2",
-    "-1",
-    "1.5",
-    "1e2",
-    "8193",
-)
+NUMBERS = ("NaN", "Infinity", "-1e999", "1e308", "9" * 30, "-0", "0", "1", "2", "-1", "1.5", "1e2", "8193")
 OTHERS = (
     "null",
     "true",
@@ -121,9 +107,7 @@ def test_load_of_a_card_with_other_values(saved: Path, work: Path, data: st.Data
     shutil.copyfile(saved / WEIGHTS, work / WEIGHTS)
     card = json.loads((saved / CARD).read_text())
     for _ in range(data.draw(st.integers(1, 2))):
-        place = data.draw(
-            st.sampled_from([card, card["model"], card["preprocessing"], card["preprocessing"]["size"]])
-        )
+        place = data.draw(st.sampled_from([card, card["model"], card["preprocessing"], card["preprocessing"]["size"]]))
         keys = sorted(place) if isinstance(place, dict) else [0, 1]
         key = data.draw(st.sampled_from(keys))
         match data.draw(st.integers(0, 4)):
@@ -164,9 +148,7 @@ HEAD = "head.conv_last.weight"
         (lambda state: {}, "is none for 3 classes"),
     ],
 )
-def test_load_refuses_weights_of_another_shape_or_kind(
-    saved: Path, tmp_path: Path, change: Any, words: str
-) -> None:
+def test_load_refuses_weights_of_another_shape_or_kind(saved: Path, tmp_path: Path, change: Any, words: str) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "model"))
     safetensors.torch.save_file(change(stored(folder)), folder / WEIGHTS)
     sign(folder)
@@ -181,9 +163,7 @@ def test_load_refuses_weights_of_another_shape_or_kind(
     [
         ('{"format": 1, "format": 1}', "'format' is there twice"),
         ('{"format": ' + "9" * 30 + "}", "of a newer release"),
-        pytest.param(
-            '{"format": 1, "model": {"backbone": "' + "x" * 9000 + '"}}', "lacks the field", id="long"
-        ),
+        pytest.param('{"format": 1, "model": {"backbone": "' + "x" * 9000 + '"}}', "lacks the field", id="long"),
         ("[1]", "must be a JSON object"),
         ("", "as JSON"),
         ("\ufeff{}", "must be a JSON object"),
@@ -221,12 +201,7 @@ def test_load_refuses_a_part_that_is_no_regular_file(saved: Path, tmp_path: Path
 
 def content(**fields: Any) -> dict[str, Any]:
     state = {"module.conv_last.weight": torch.ones(3, 4, 1, 1), "module.attention.0.bias": torch.ones(1)}
-    whole = {
-        "architecture": "resnet50",
-        "epoch": 3,
-        "state_dict": state,
-        "optimizer": {"state": {0: torch.ones(2)}},
-    }
+    whole = {"architecture": "resnet50", "epoch": 3, "state_dict": state, "optimizer": {"state": {0: torch.ones(2)}}}
     return whole | fields
 
 
@@ -271,9 +246,7 @@ def test_read_released_of_damaged_checkpoints(released: Path, data: st.DataObjec
         lambda marker: None,
     ],
 )
-def test_read_released_refuses_what_is_no_released_checkpoint(
-    tmp_path: Path, make: Any, legacy: bool
-) -> None:
+def test_read_released_refuses_what_is_no_released_checkpoint(tmp_path: Path, make: Any, legacy: bool) -> None:
     path = tmp_path / "last_checkpoint.pth.tar"
     torch.save(make(tmp_path / "marker"), path, _use_new_zipfile_serialization=not legacy)
     assert outcome(partial(read_released, path), path.name) is None

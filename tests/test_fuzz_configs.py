@@ -60,9 +60,7 @@ def read(path: Path) -> None:
 
 @cases(50)
 @given(data=st.data())
-def test_parse_of_damaged_configurations(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_parse_of_damaged_configurations(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "configs"
     folder.mkdir(exist_ok=True)
     (folder / "mine.yaml").write_bytes(data.draw(damaged_text(WHOLE, WORDS)))
@@ -71,12 +69,7 @@ def test_parse_of_damaged_configurations(
 
 
 LEAVES = st.one_of(
-    st.none(),
-    st.booleans(),
-    st.integers(),
-    st.floats(),
-    st.text(max_size=8),
-    st.sampled_from(["cam", "0.5:1"]),
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.sampled_from(["cam", "0.5:1"])
 )
 GROUPS = ("reading", "augment", "model", "loss", "optim", "hardware", "log")
 
@@ -86,14 +79,10 @@ GROUPS = ("reading", "augment", "model", "loss", "optim", "hardware", "log")
 def test_parse_of_values_of_any_type(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     tree = yaml.safe_load(WHOLE)
     for _ in range(data.draw(st.integers(1, 3))):
-        place = data.draw(
-            st.sampled_from([tree, *(tree[name] for name in GROUPS if isinstance(tree.get(name), dict))])
-        )
+        place = data.draw(st.sampled_from([tree, *(tree[name] for name in GROUPS if isinstance(tree.get(name), dict))]))
         name = data.draw(st.one_of(st.sampled_from(sorted(place)), st.text(max_size=5)))
         place[name] = data.draw(
-            st.one_of(
-                LEAVES, st.lists(LEAVES, max_size=3), st.dictionaries(st.text(max_size=3), LEAVES, max_size=2)
-            )
+            st.one_of(LEAVES, st.lists(LEAVES, max_size=3), st.dictionaries(st.text(max_size=3), LEAVES, max_size=2))
         )
     path = tmp_path_factory.getbasetemp() / "typed.yaml"
     path.write_text(yaml.safe_dump(tree, allow_unicode=True), "utf-8", "surrogatepass")
@@ -142,7 +131,5 @@ def test_parse_refuses_what_cannot_be_a_configuration(tmp_path: Path, text: str,
 
 
 def test_parse_reads_aliases_that_stay_small(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(
-        "data: x\nmodel: {prior_activation: &how exp}\naugment: &none {flip: 0.0}\n"
-    )
+    (tmp_path / "a.yaml").write_text("data: x\nmodel: {prior_activation: &how exp}\naugment: &none {flip: 0.0}\n")
     assert parse(["--config", str(tmp_path / "a.yaml")]).augment.flip == 0

@@ -78,19 +78,7 @@ WORDS = (
         "#",
         "'",
     ),
-    *(
-        "images",
-        "images/train",
-        "%s",
-        "{}",
-        "001.Bird_1/Bird_1_0.jpg",
-        "~",
-        "$HOME",
-        "\x85",
-        "\x1c",
-        "\r",
-        "\t",
-    ),
+    *("images", "images/train", "%s", "{}", "001.Bird_1/Bird_1_0.jpg", "~", "$HOME", "\x85", "\x1c", "\r", "\t"),
 )
 
 
@@ -146,17 +134,13 @@ METADATA = (
 
 @cases(80, 1200)
 @given(data=st.data())
-def test_load_splits_of_damaged_metadata(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_load_splits_of_damaged_metadata(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "metadata"
     folder.mkdir(exist_ok=True)
     root, name = one_damaged(folder, write_pack, METADATA, data)
     if data.draw(st.booleans()):
         (root / "classes.txt").unlink()
-    read_splits(
-        root, name, name.replace("image_sizes", "localization")
-    )  # a box outside of an image said to be small
+    read_splits(root, name, name.replace("image_sizes", "localization"))  # a box outside of an image said to be small
 
 
 def write_masked_pack(root: Path) -> Path:
@@ -183,17 +167,12 @@ def test_load_splits_of_damaged_masks(tmp_path_factory: pytest.TempPathFactory, 
     read_splits(*one_damaged(folder, write_masked_pack, lists, data))
 
 
-CUB = tuple(
-    f"{name}.txt"
-    for name in ("images", "classes", "image_class_labels", "train_test_split", "bounding_boxes")
-)
+CUB = tuple(f"{name}.txt" for name in ("images", "classes", "image_class_labels", "train_test_split", "bounding_boxes"))
 
 
 @cases(80, 1200)
 @given(data=st.data())
-def test_load_splits_of_damaged_cub_files(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_load_splits_of_damaged_cub_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "cub"
     folder.mkdir(exist_ok=True)
     root, name = one_damaged(folder, partial(write_cub, masks=True), CUB, data)
@@ -225,19 +204,13 @@ CUES = (
 )
 
 
-REFERRING = {
-    "attributes/attributes.txt": CUES[2],
-    "images.txt": CUES[4],
-    "parts/parts.txt": CUES[4],
-}
+REFERRING = {"attributes/attributes.txt": CUES[2], "images.txt": CUES[4], "parts/parts.txt": CUES[4]}
 """Where a line that is missing in one file is missed: an error may name either."""
 
 
 @cases(100, 6600)
 @given(data=st.data())
-def test_readers_of_cues_on_damaged_files(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_readers_of_cues_on_damaged_files(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     folder = tmp_path_factory.getbasetemp() / "cues"
     folder.mkdir(exist_ok=True)
     root, name = one_damaged(folder, write_cues, CUES, data)
@@ -266,9 +239,7 @@ NAMES = st.one_of(
     st.sampled_from(WORDS),
     st.text(max_size=8),
     st.binary(min_size=1, max_size=4).map(os.fsdecode),
-    st.sampled_from(
-        ["train", "val", "test", ".hidden", "__pycache__", "a.jpg", "CON", "-rf", "a\nb", "a\x1b[31m"]
-    ),
+    st.sampled_from(["train", "val", "test", ".hidden", "__pycache__", "a.jpg", "CON", "-rf", "a\nb", "a\x1b[31m"]),
 )
 
 
@@ -326,9 +297,7 @@ def test_load_splits_never_repeats_a_long_line(tmp_path: Path) -> None:
     assert len(str(caught.value)) < 20_000
 
 
-def test_load_splits_refuses_a_line_longer_than_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_load_splits_refuses_a_line_longer_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The limit bounds the memory of a file without line ends."""
     monkeypatch.setattr(records, "MAX_LINE", 20)
     with pytest.raises(CalmError, match=r"image_ids\.txt:1: a line of more than 20 characters"):
@@ -347,9 +316,7 @@ def test_load_splits_refuses_a_label_beyond_the_limit_before_it_makes_names_for_
         load_splits(root)
 
 
-def test_read_part_points_refuses_more_parts_than_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_part_points_refuses_more_parts_than_the_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table of images times parts is allocated from the lengths of two lists."""
     monkeypatch.setattr(cues, "MAX_PARTS", 2)
     with pytest.raises(CalmError, match=r"parts\.txt lists 3 parts: at most 2 are read"):

@@ -20,10 +20,7 @@ from calm.data.cues import read_segmentation
 from calm.errors import CalmError
 from calm.images import Preprocessing, image_size, probe, read_rgb
 
-pytestmark = [
-    pytest.mark.stress,
-    pytest.mark.filterwarnings("ignore::UserWarning"),
-]  # Pillow's, of odd metadata
+pytestmark = [pytest.mark.stress, pytest.mark.filterwarnings("ignore::UserWarning")]  # Pillow's, of odd metadata
 
 
 def read_every_way(path: Path) -> None:
@@ -73,10 +70,7 @@ def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[in
     read_every_way(path)
     path.write_bytes(files_of(size, noise=True)[name])
     read_every_way(path)
-    exact = (
-        name.startswith(("plain", "turned", "deep", "pages", "text", "lzw", "cmyk", "animated.png"))
-        and not lossy
-    )
+    exact = name.startswith(("plain", "turned", "deep", "pages", "text", "lzw", "cmyk", "animated.png")) and not lossy
     if exact and not name.endswith("gif"):
         shown = pixels_of(size, noise=True)[..., :3]
         assert (read_rgb(path, exif=True) == (np.rot90(shown, -1) if "turned" in name else shown)).all()
@@ -84,9 +78,7 @@ def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[in
 
 @cases(100, 3000)
 @given(data=st.data())
-def test_read_rgb_of_a_damaged_file_names_it(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
-) -> None:
+def test_read_rgb_of_a_damaged_file_names_it(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(corpus())))
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(data.draw(damaged(corpus()[name])))
@@ -125,17 +117,7 @@ def odd_things(folder: Path) -> dict[str, Path]:
     folder.mkdir(exist_ok=True)
     paths = {
         name: folder / f"{name}.jpg"
-        for name in (
-            "page",
-            "empty",
-            "lfs",
-            "script",
-            "folder",
-            "loop",
-            "dangling",
-            "itself",
-            "device",
-        )
+        for name in ("page", "empty", "lfs", "script", "folder", "loop", "dangling", "itself", "device")
     }
     paths["page"].write_bytes(b"\n<!DOCTYPE html><html><title>404</title></html>")
     paths["empty"].write_bytes(b"")
@@ -196,9 +178,7 @@ def test_read_rgb_ignores_damaged_exif_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_rgb_rotates_each_orientation_as_the_standard_says(
-    tmp_path: Path, orientation: int, suffix: str
-) -> None:
+def test_read_rgb_rotates_each_orientation_as_the_standard_says(tmp_path: Path, orientation: int, suffix: str) -> None:
     """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274), here for two bars of 8 pixels
     that meet in one corner, since JPEG blurs."""
     rows, columns = {

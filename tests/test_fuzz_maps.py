@@ -55,11 +55,7 @@ def folder(tmp_path: Path) -> Path:
     data=st.data(),
 )
 def test_open_map_folder_of_damaged_maps(
-    tmp_path_factory: pytest.TempPathFactory,
-    dtype: str,
-    fortran: bool,
-    version: tuple[int, int],
-    data: st.DataObject,
+    tmp_path_factory: pytest.TempPathFactory, dtype: str, fortran: bool, version: tuple[int, int], data: st.DataObject
 ) -> None:
     folder = tmp_path_factory.getbasetemp() / "maps"
     (folder / "birds").mkdir(parents=True, exist_ok=True)
@@ -126,8 +122,7 @@ def test_open_map_folder_never_unpickles_objects(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to(os.devnull)],
+    "make", [Path.mkdir, lambda path: path.symlink_to(path), lambda path: path.symlink_to(os.devnull)]
 )
 def test_open_map_folder_refuses_what_is_no_regular_file(folder: Path, make: Callable[[Path], Any]) -> None:
     make(folder / "birds" / "a.npy")

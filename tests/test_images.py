@@ -191,9 +191,9 @@ def test_preprocessing_gives_the_same_batch_for_every_source(tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(PIXELS).save(path)
     prepare = Preprocessing(size=(6, 8))
-    want = (
-        torch.from_numpy(PIXELS).permute(2, 0, 1) / 255 - torch.tensor(prepare.mean).view(3, 1, 1)
-    ) / torch.tensor(prepare.std).view(3, 1, 1)
+    want = (torch.from_numpy(PIXELS).permute(2, 0, 1) / 255 - torch.tensor(prepare.mean).view(3, 1, 1)) / torch.tensor(
+        prepare.std
+    ).view(3, 1, 1)
     for source in (path, str(path), Image.fromarray(PIXELS), PIXELS, torch.from_numpy(PIXELS)):
         assert_close(prepare(source), want[None])
     assert prepare([path, PIXELS]).shape == (2, 3, 6, 8)

@@ -48,9 +48,7 @@ def test_output_quantities_equal_the_oracle(activation, shape, seed, spread):
         got = quantities(CalmOutput(*low, activation))
         for name, value in got.items():
             assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32), name
-            if (
-                name == "posterior"
-            ):  # 0 / 0 where p(y | x) underflows float64: compare only what the oracle can say
+            if name == "posterior":  # 0 / 0 where p(y | x) underflows float64: compare only what the oracle can say
                 known = want_low[name].isfinite()
                 assert_close(value.double()[known], want_low[name][known], rtol=2e-5, atol=1e-10)
             else:

@@ -31,10 +31,7 @@ def oracle(scores, truth, thresholds):
         chosen = 0
         if contours:
             corners = [cv2.boundingRect(contour) for contour in contours]
-            overlaps = [
-                overlap((x, y, min(x + w, width - 1), min(y + h, height - 1)), truth)
-                for x, y, w, h in corners
-            ]
+            overlaps = [overlap((x, y, min(x + w, width - 1), min(y + h, height - 1)), truth) for x, y, w, h in corners]
             areas = [cv2.contourArea(contour) for contour in contours]
             chosen = areas.index(max(areas))
         largest.append(overlaps[chosen])
@@ -83,9 +80,7 @@ def cases(draw):
 @given(cases(), st.sampled_from([EVEN[::7], LOG[::7], np.array([0.0, 0.2, 0.5, 1.0])]))
 def test_threshold_ious_equal_thresholding_a_thousand_times(case, thresholds):
     scores, truth = case
-    for ours, theirs in zip(
-        threshold_ious(scores, truth, thresholds), oracle(*case, thresholds), strict=True
-    ):
+    for ours, theirs in zip(threshold_ious(scores, truth, thresholds), oracle(*case, thresholds), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -95,10 +90,7 @@ def all_boxes(scores, threshold):
     height, width = grey.shape
     picture = cv2.threshold(grey, int(threshold * grey.max()), 255, cv2.THRESH_BINARY)[1]
     contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
-    found = [
-        [x, y, min(x + w, width - 1), min(y + h, height - 1)]
-        for x, y, w, h in map(cv2.boundingRect, contours)
-    ]
+    found = [[x, y, min(x + w, width - 1), min(y + h, height - 1)] for x, y, w, h in map(cv2.boundingRect, contours)]
     areas = [cv2.contourArea(contour) for contour in contours]
     return found, found[areas.index(max(areas))] if found else None
 
@@ -139,9 +131,7 @@ def test_threshold_ious_are_equal_at_the_size_of_the_protocol(grid, thresholds):
     if grid == 224:
         scores, thresholds = np.round(scores, 2), thresholds[::40]  # noise: thousands of contours each
     truth = np.array([[20, 30, 150, 200], [5, 5, 40, 60], [3, 3, 3, 3]])
-    for ours, theirs in zip(
-        threshold_ious(scores, truth, thresholds), oracle(scores, truth, thresholds), strict=True
-    ):
+    for ours, theirs in zip(threshold_ious(scores, truth, thresholds), oracle(scores, truth, thresholds), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -221,9 +211,7 @@ def test_max_box_acc_equals_a_loop_over_images_and_thresholds():
 
 def test_max_box_acc_interval_has_its_own_best_threshold():
     maps, boxes, keys, *_ = cases()
-    hits = np.stack(
-        [oracle(m.numpy(), b.numpy(), CUTS.tolist())[0] for m, b in zip(maps, boxes, strict=True)]
-    )
+    hits = np.stack([oracle(m.numpy(), b.numpy(), CUTS.tolist())[0] for m, b in zip(maps, boxes, strict=True)])
     drawn = weights(keys, 50)[1:].numpy()
     values = [(row[:, None] * (hits >= 0.5)).sum(0).max() / row.sum() for row in drawn]
     result = fed([12]).compute()
@@ -255,9 +243,7 @@ def test_max_box_acc_of_the_box_itself_is_one():
 
 
 def test_max_box_acc_memory_does_not_grow_with_images():
-    sizes = [
-        sum(getattr(metric, name).numel() for name in metric._defaults) for metric in (fed([12]), fed([3]))
-    ]
+    sizes = [sum(getattr(metric, name).numel() for name in metric._defaults) for metric in (fed([12]), fed([3]))]
     assert sizes[0] == sizes[1]
 
 

@@ -31,9 +31,7 @@ def test_classification_equals_torchmetrics(seed, images, classes, spread):
         metric.update(probs[part], labels[part], keys[part])
     found = metric.compute()
     if spread:  # without, all classes tie
-        assert found.top1.value == pytest.approx(
-            float(MulticlassAccuracy(classes, average="micro")(probs, labels))
-        )
+        assert found.top1.value == pytest.approx(float(MulticlassAccuracy(classes, average="micro")(probs, labels)))
         five = MulticlassAccuracy(classes, top_k=min(5, classes), average="micro")
         assert found.top5.value == pytest.approx(float(five(probs, labels)))
         error = MulticlassCalibrationError(classes, n_bins=15)(probs, labels)

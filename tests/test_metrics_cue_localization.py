@@ -13,9 +13,7 @@ from calm.metrics.cue_localization import CueLocalization
 from calm.metrics.pixels import thresholds
 
 
-def _cues(
-    accumulation: str, counting: str = "strict"
-) -> tuple[CueLocalization, list[tuple[list[float], list[bool]]]]:
+def _cues(accumulation: str, counting: str = "strict") -> tuple[CueLocalization, list[tuple[list[float], list[bool]]]]:
     """Three pairs, given in an order that is not that of their groups; and their pixels."""
     metric = CueLocalization([2, 1, 2, 3], "log", counting, accumulation, replicates=100)
     held: list[tuple[list[float], list[bool]]] = [([], []) for _ in range(4)]

@@ -188,9 +188,7 @@ def test_remove_and_classify_counts_images():
 
         ratios.append([right(topk[:, k]) / right(chance[:, k]) for k in range(3)])
         images = sum(times[r].tolist())
-        heights.append(
-            slow_height(fractions, right(whole) / images, [right(topk[:, k]) / images for k in range(3)])
-        )
+        heights.append(slow_height(fractions, right(whole) / images, [right(topk[:, k]) / images for k in range(3)]))
     for k in range(3):
         low, high = np.percentile([row[k] for row in ratios[1:]], [2.5, 97.5])
         assert list(found.ratio[k]) == pytest.approx([ratios[0][k], low, high])
@@ -213,9 +211,7 @@ def test_remove_and_classify_interval_covers_images_and_draws():
         random = torch.rand(images, draws, generator=generator) < difficulty
         return topk, random.double().mean(dim=1, keepdim=True)
 
-    ratios = torch.tensor(
-        [float(topk.sum() / random.sum()) for topk, random in (sample() for _ in range(400))]
-    )
+    ratios = torch.tensor([float(topk.sum() / random.sum()) for topk, random in (sample() for _ in range(400))])
     widths = []
     for _ in range(5):
         metric = RemoveAndClassify((0.5,), replicates=400)

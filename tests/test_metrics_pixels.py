@@ -234,9 +234,7 @@ KINDS = {
     "zero": torch.tensor([0.0], dtype=torch.float64),
     "too small for float32": 10 ** -torch.linspace(60, 0, 500, dtype=torch.float64),
     "closer than float32": 0.3 + torch.arange(40, dtype=torch.float64) * 1e-10,
-    "unequally spaced": torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    .sort()
-    .values,
+    "unequally spaced": torch.rand(200, generator=torch.Generator().manual_seed(0), dtype=torch.float64).sort().values,
 }
 
 

@@ -43,9 +43,7 @@ def test_pointing_metrics_equal_loops_over_pixels(pixels, tolerance):
     inside = math.fsum(float(maps[0][place]) for place in true)
     got = float(peak_hits(maps, truth, ignore, tolerance=tolerance))
     assert got == pytest.approx(sum(hits) / len(hits) if hits else 0.0)
-    assert float(energy_inside(maps, truth, ignore)) == pytest.approx(
-        inside / whole if whole else 0.0, rel=1e-12
-    )
+    assert float(energy_inside(maps, truth, ignore)) == pytest.approx(inside / whole if whole else 0.0, rel=1e-12)
 
 
 def test_pointing_metrics_of_a_case_by_hand():

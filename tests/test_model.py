@@ -56,12 +56,8 @@ def test_model_is_the_formula_on_its_features(activation):
     output = model(IMAGES)
     assert_close(output.joint.double(), joint, rtol=1e-5, atol=1e-8)
     assert_close(output.probs.double(), oracle.likelihood(joint), rtol=1e-5, atol=1e-8)
-    assert model.loss(IMAGES, TARGETS).item() == pytest.approx(
-        oracle.em_loss(joint, TARGETS.tolist()), rel=1e-5
-    )
-    assert model.loss_from_features(features, TARGETS).item() == pytest.approx(
-        model.loss(IMAGES, TARGETS).item()
-    )
+    assert model.loss(IMAGES, TARGETS).item() == pytest.approx(oracle.em_loss(joint, TARGETS.tolist()), rel=1e-5)
+    assert model.loss_from_features(features, TARGETS).item() == pytest.approx(model.loss(IMAGES, TARGETS).item())
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -82,13 +78,9 @@ def test_attribute_takes_one_target_for_all_images_or_a_list(method):
     for one in (4, torch.tensor(4), np.int64(4), [4, 4, 4]):
         assert_close(output.attribute(one, kind), output.attribute(every, kind), rtol=0, atol=0)
         assert_close(model.attribute(IMAGES, one), model.attribute(IMAGES, every), rtol=0, atol=0)
-        assert_close(
-            calm.attribute(model, IMAGES, one, "gradient"), calm.attribute(model, IMAGES, every, "gradient")
-        )
+        assert_close(calm.attribute(model, IMAGES, one, "gradient"), calm.attribute(model, IMAGES, every, "gradient"))
     assert_close(model.attribute(IMAGES, [[0, 1], [2, 3], [4, 0]])[1, 1], model.attribute(IMAGES, 3)[1])
-    assert_close(
-        model.difference(IMAGES, [0, 1, 4], 2), model.difference(IMAGES, torch.tensor([0, 1, 4]), every - 2)
-    )
+    assert_close(model.difference(IMAGES, [0, 1, 4], 2), model.difference(IMAGES, torch.tensor([0, 1, 4]), every - 2))
 
 
 @pytest.mark.parametrize("wrong", ["albatross", None, True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
@@ -128,11 +120,7 @@ def test_loss_takes_indices_of_any_integer_type(method):
     ],
 )
 def test_encode_refuses_what_is_no_batch_of_images(images, message):
-    for ask in (
-        tiny(),
-        lambda wrong: tiny().attribute(wrong, 0),
-        lambda wrong: calm.attribute(tiny(), wrong, 0),
-    ):
+    for ask in (tiny(), lambda wrong: tiny().attribute(wrong, 0), lambda wrong: calm.attribute(tiny(), wrong, 0)):
         with pytest.raises(CalmError, match=message):
             ask(images)
 
@@ -162,9 +150,7 @@ def test_loss_with_teacher_uses_its_posterior_without_gradient():
     model, teacher = tiny(), tiny()
     loss = model.loss(IMAGES, TARGETS, teacher=teacher)
     want = oracle.em_loss(
-        model(IMAGES).joint.detach().double(),
-        TARGETS.tolist(),
-        believed=teacher(IMAGES).joint.detach().double(),
+        model(IMAGES).joint.detach().double(), TARGETS.tolist(), believed=teacher(IMAGES).joint.detach().double()
     )
     assert loss.item() == pytest.approx(want, rel=1e-5)
     loss.backward()
@@ -315,9 +301,7 @@ def test_output_belongs_to_its_forward_pass_after_a_change_of_weights(method):
     model.loss(IMAGES, TARGETS).backward()
     optimizer.step()
     model.double()
-    for got, expected in zip(
-        (output.probs, output.logits, output.attribute(TARGETS, kind)), want, strict=True
-    ):
+    for got, expected in zip((output.probs, output.logits, output.attribute(TARGETS, kind)), want, strict=True):
         assert_close(got.detach(), expected, rtol=0, atol=0)
 
 
@@ -428,15 +412,11 @@ def test_head_may_lack_a_bias(without):
         CalmOutput(head.conv_last(features), head.attention(features)).loss(targets),
     )
     assert_close(*losses)
-    for one, other in zip(
-        *(torch.autograd.grad(loss, list(head.parameters())) for loss in losses), strict=True
-    ):
+    for one, other in zip(*(torch.autograd.grad(loss, list(head.parameters())) for loss in losses), strict=True):
         assert_close(one, other)
 
 
-@pytest.mark.parametrize(
-    "options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}], ids=str
-)
+@pytest.mark.parametrize("options", [{"kernel_size": 3, "padding": 1}, {"kernel_size": 1, "stride": 2}], ids=str)
 def test_head_calls_other_convolutions_in_the_place_of_its_own(options):
     torch.manual_seed(1)
     head = CalmHead(3, 4)

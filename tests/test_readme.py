@@ -64,9 +64,7 @@ def test_citation_names_the_paper_of_the_readme():
 
 
 def test_readme_commands_parse():
-    lines = [
-        line.split("#")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
-    ]
+    lines = [line.split("#")[0].strip() for line in (ROOT / "README.md").read_text(encoding="utf-8").splitlines()]
     commands = [shlex.split(line)[1:] for line in lines if line.startswith("calm ")]
     assert len(commands) >= 5
     for words in commands:

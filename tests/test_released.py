@@ -49,16 +49,12 @@ def probabilities_by_hand(state, images, architecture, large, use_bn, method):
     logits = torch.nn.functional.conv2d(features, state["conv_last.weight"], state["conv_last.bias"])
     if method == "cam":
         return logits.mean(dim=(2, 3)).softmax(dim=1)
-    scores = torch.nn.functional.conv2d(
-        features, state["attention.0.weight"], state["attention.0.bias"]
-    ).relu()
+    scores = torch.nn.functional.conv2d(features, state["attention.0.weight"], state["attention.0.bias"]).relu()
     prior = scores / scores.sum(dim=(2, 3), keepdim=True)
     return (logits.softmax(dim=1) * prior).sum(dim=(2, 3))
 
 
-@pytest.mark.parametrize(
-    ("layout", "method"), [*zip(oracle.VARIANTS, ["calm-em", "calm-ml", "cam"] * 2, strict=True)]
-)
+@pytest.mark.parametrize(("layout", "method"), [*zip(oracle.VARIANTS, ["calm-em", "calm-ml", "cam"] * 2, strict=True)])
 def test_convert_gives_a_model_that_predicts_as_the_formulas_say(tmp_path, layout, method):
     architecture, large, use_bn = layout
     state = layout_state(*layout)
@@ -110,9 +106,7 @@ def test_load_released_accepts_file_or_folder_and_keeps_random_state(resnet):
     folder, state = resnet
     before = torch.get_rng_state()
     model = load_released(folder / FILE, method="calm-em", large_feature_map=True)
-    assert_close(
-        model.state_dict(), load_released(str(folder), method="calm-em", large_feature_map=True).state_dict()
-    )
+    assert_close(model.state_dict(), load_released(str(folder), method="calm-em", large_feature_map=True).state_dict())
     assert torch.equal(torch.get_rng_state(), before)
     assert not model.training
     assert torch.equal(model.head.attention.weight, state["attention.0.weight"])
@@ -120,18 +114,14 @@ def test_load_released_accepts_file_or_folder_and_keeps_random_state(resnet):
 
 def test_conversion_report_names_missing_batch_counters(resnet, tmp_path):
     state = {key: tensor for key, tensor in resnet[1].items() if not key.endswith("num_batches_tracked")}
-    report = convert(
-        write(tmp_path / FILE, state), method="calm-em", large_feature_map=True, out=tmp_path / "out"
-    )
+    report = convert(write(tmp_path / FILE, state), method="calm-em", large_feature_map=True, out=tmp_path / "out")
     assert len(report.absent) == 53
     assert "absent backbone.bn1.num_batches_tracked: starts at 0" in str(report)
 
 
 def test_read_released_keeps_a_prefix_that_only_some_keys_have(resnet, tmp_path):
     state = {("module." if key.startswith("bn1") else "") + key: tensor for key, tensor in resnet[1].items()}
-    with pytest.raises(
-        CalmError, match=r"4 missing: backbone\.bn1\.weight.*5 unexpected: backbone\.module\.bn1"
-    ):
+    with pytest.raises(CalmError, match=r"4 missing: backbone\.bn1\.weight.*5 unexpected: backbone\.module\.bn1"):
         load_released(write(tmp_path / FILE, state), method="calm-em", large_feature_map=True)
 
 
@@ -172,13 +162,7 @@ def test_load_released_refuses_class_names_of_another_number(resnet, tmp_path):
     with pytest.raises(CalmError, match="2 class names for 3 classes"):
         load_released(resnet[0], method="cam", large_feature_map=True, class_names=["a", "b"])
     with pytest.raises(CalmError, match=r"cannot read the class names .*none\.txt"):
-        convert(
-            resnet[0],
-            method="cam",
-            large_feature_map=True,
-            out=tmp_path / "o",
-            class_names=tmp_path / "none.txt",
-        )
+        convert(resnet[0], method="cam", large_feature_map=True, out=tmp_path / "o", class_names=tmp_path / "none.txt")
 
 
 # Wrong files
@@ -229,10 +213,7 @@ def test_load_released_names_a_missing_file(tmp_path, name):
         ({"architecture": "vgg16", "state_dict": {"conv1.weight": 3}}, "not so is 'conv1.weight'"),
         ({"architecture": "vgg16", "state_dict": {1: torch.zeros(1)}}, "not so is 1"),
         ({"architecture": "vgg16", "state_dict": {"a": torch.zeros(1).expand(100)}}, "not so is 'a'"),
-        (
-            {"architecture": "vgg16", "state_dict": {"a": torch.zeros(1)}},
-            "lacks the classifier conv_last.weight",
-        ),
+        ({"architecture": "vgg16", "state_dict": {"a": torch.zeros(1)}}, "lacks the classifier conv_last.weight"),
         (
             {"architecture": "vgg16", "state_dict": {"a": torch.tensor([1, torch.nan])}},
             "NaN or infinity.* a: .*diverged",
@@ -281,9 +262,7 @@ def test_load_released_runs_no_code_and_names_what_was_asked(tmp_path, place):
         "legacy": whole | {"epoch": code},
     }[place]
     torch.save(content, tmp_path / FILE, _use_new_zipfile_serialization=place != "legacy")
-    with pytest.raises(
-        CalmError, match=r"can be read safely: it asks for posix\.mknod.*nothing in it was run"
-    ):
+    with pytest.raises(CalmError, match=r"can be read safely: it asks for posix\.mknod.*nothing in it was run"):
         load_it(tmp_path)
     assert not marker.exists()
     torch.load(tmp_path / FILE, weights_only=False)
@@ -312,9 +291,7 @@ def test_released_state_dict_has_exactly_the_released_keys(layout):
 
 
 def test_save_released_round_trips(tmp_path):
-    model = create_model(
-        "resnet50", CLASSES, "calm-ml", prior_activation="relu", prior_denominator="constant"
-    )
+    model = create_model("resnet50", CLASSES, "calm-ml", prior_activation="relu", prior_denominator="constant")
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
     model.loss(torch.randn(2, 3, 32, 32), torch.tensor([0, 1])).backward()
     optimizer.step()

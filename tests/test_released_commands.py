@@ -185,10 +185,7 @@ def test_main_does_not_train_a_finished_experiment_again(project: Project) -> No
         ("--attribution_method=CAM", "--attribution_method says cam, but the checkpoint"),
         ("--large_feature_map=False", "--large_feature_map says False"),
         ("--architecture=vgg16", "--architecture says vgg16"),
-        (
-            "--load_checkpoint=nowhere/",
-            "save/nowhere, which --load_checkpoint names; leave it out to take save/",
-        ),
+        ("--load_checkpoint=nowhere/", "save/nowhere, which --load_checkpoint names; leave it out to take save/"),
         ("--use_load_checkpoint=False", "--use_load_checkpoint=True"),
         ("--score_map_process=vanilla", "cam"),
         ("--score_map_process=jointll-superclass", "superclass"),

@@ -105,9 +105,7 @@ def test_parse_takes_every_spelling_of_the_released_readme() -> None:
         "--no_such_flag=1",
     ],
 )
-def test_parse_refuses_what_the_released_parser_refuses(
-    wrong: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_parse_refuses_what_the_released_parser_refuses(wrong: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         flags(wrong)
     assert end.value.code == 2
@@ -116,14 +114,7 @@ def test_parse_refuses_what_the_released_parser_refuses(
 
 @pytest.mark.parametrize(
     "wrong",
-    [
-        "--seed=-1",
-        "--crop_size=0",
-        "--batch_size=0",
-        "--workers=-1",
-        "--crop_size=300",
-        "--cam_curve_interval=1",
-    ],
+    ["--seed=-1", "--crop_size=0", "--batch_size=0", "--workers=-1", "--crop_size=300", "--cam_curve_interval=1"],
 )
 def test_parse_names_values_that_cannot_work(wrong: str) -> None:
     with pytest.raises(CalmError, match=wrong):
@@ -137,11 +128,7 @@ def test_train_config_is_the_released_preset_with_the_flags() -> None:
     assert (config.method, config.backbone, config.epochs, config.seed) == ("calm-ml", "resnet50", 40, 0)
     assert (config.batch_size, config.lr) == (64, 0.02)
     assert (config.model.prior_activation, config.model.prior_denominator) == ("relu", "constant")
-    assert (config.model.pretrained, config.model.large_feature_map, config.model.use_bn) == (
-        True,
-        False,
-        True,
-    )
+    assert (config.model.pretrained, config.model.large_feature_map, config.model.use_bn) == (True, False, True)
     optim = config.optim
     assert (optim.grouping, optim.schedule, optim.step_epochs) == ("released", "released-step", 7)
     assert (optim.head_ratio, optim.momentum, optim.weight_decay) == (3, 0.8, 0.5)

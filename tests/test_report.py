@@ -49,9 +49,7 @@ class Texts(HTMLParser):
 
 
 def empty_page(title="t", sections=()):
-    summary = Section(
-        "", "summary_benchmarks", {"methods": 1, "benchmarks": 2, "figures": [("98 %", title, "of 540")]}
-    )
+    summary = Section("", "summary_benchmarks", {"methods": 1, "benchmarks": 2, "figures": [("98 %", title, "of 540")]})
     return Page(title, "kind", summary, sections)
 
 
@@ -113,12 +111,7 @@ def test_strip_says_what_pictures_show():
 
 
 def test_table_marks_the_best_and_treats_ties_and_chance_fairly():
-    columns = [
-        Column("accuracy", "%", "higher"),
-        Column("nll", ".2f", "lower"),
-        Column("seconds", ".0f"),
-        Column("n"),
-    ]
+    columns = [Column("accuracy", "%", "higher"), Column("nll", ".2f", "lower"), Column("seconds", ".0f"), Column("n")]
     rows = [
         Row("a", [0.98761, 0.5, 3.2, "7"], [(0.97, 0.99), None, None, None]),
         Row("b", [0.98764, 0.4, None, "8"]),

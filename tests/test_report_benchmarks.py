@@ -186,9 +186,7 @@ def test_benchmark_section_folds_minor_figures_and_never_bolds_chance():
     both = group(made("cue-localization", figures=figures), made("cue-localization", "CAM cam", figures=less))
     body = benchmark_section(both, styles([both])).body
     before, fold = body.split("<summary>More figures</summary>")
-    columns = [
-        re.findall(r'<th scope="col">([^<]+)', part.split("<summary>")[0])[1:] for part in (before, fold)
-    ]
+    columns = [re.findall(r'<th scope="col">([^<]+)', part.split("<summary>")[0])[1:] for part in (before, fold)]
     assert columns == [["1 part", "mPxAP", "chance"], ["1 part released", "mPxAP released", "part of image"]]
     assert body.count("<b>") == 4  # of CALM-EM: not its chance levels
     notes = Texts(body).of("dt")
@@ -209,9 +207,7 @@ def test_dot_chart_puts_dots_at_their_values_with_intervals():
     html = dot_chart([Line(range(3), values, "a", "calm", band=ends)], "xyz", title="t", x_label="x")
     dots = [
         (float(x), float(y))
-        for x, y in re.findall(
-            r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--calm\)', html
-        )
+        for x, y in re.findall(r'<use xlink:href="#[^"]+" x="([\d.]+)" y="([\d.]+)" style="fill: var\(--calm\)', html)
     ]
     bars = drawn_paths(html, "calm")
     bars = [bar for bar in bars if len(bar) == 2 and bar[0, 0] == bar[1, 0]]
@@ -224,12 +220,7 @@ def test_dot_chart_puts_dots_at_their_values_with_intervals():
 
 def test_published_figures_stand_beside_ours_on_the_same_data_only():
     cub = {
-        "data": {
-            "images": 5794,
-            "classes": 200,
-            "fingerprint": "f",
-            "class_counts": {"001.Black_footed_Albatross": 30},
-        }
+        "data": {"images": 5794, "classes": 200, "fingerprint": "f", "class_counts": {"001.Black_footed_Albatross": 30}}
     }
     ours = group(cue_result(provenance=cub))
     body = benchmark_section(ours, styles([ours])).body
@@ -270,10 +261,7 @@ def birds(tmp_path_factory):
     split = load_split(folder / "birds", "test")
     torch.manual_seed(0)
     model = create_model(
-        "small_resnet",
-        split.num_classes,
-        class_names=split.class_names,
-        preprocessing=Preprocessing((64, 64)),
+        "small_resnet", split.num_classes, class_names=split.class_names, preprocessing=Preprocessing((64, 64))
     )
     model.save_pretrained(folder / "model")
     data = {
@@ -305,9 +293,7 @@ def test_gallery_shows_the_models_maps_on_the_images_of_the_result(birds):
         expected = output.joint[0, record.label].detach()
         torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-4)
     html = drawn_gallery(result, made(label="CAM cam"))
-    assert (
-        html.count("data:image/jpeg") == 10 * 2
-    )  # of the method without scores and model nothing can be drawn
+    assert html.count("data:image/jpeg") == 10 * 2  # of the method without scores and model nothing can be drawn
     assert "The maps of CAM cam are not shown: its provenance names no model." in html
     assert Texts(html).of("h3") == ["Best", "Worst", "At random"]
 
@@ -361,11 +347,7 @@ def test_report_writes_one_page_that_needs_no_other_file(birds, tmp_path, capsys
     html = out.read_text(encoding="utf-8")
     Texts(html)
     headings = Texts(html).of("h2")
-    assert headings == [
-        "Cue localization on birds",
-        "Localization on birds",
-        "How it was made",
-    ]
+    assert headings == ["Cue localization on birds", "Localization on birds", "How it was made"]
     assert html.count('<details class="gallery" open>') == 2
     assert not re.search(r"url\((?!#)|@import|<link|<script|src=\"(?!data:)|href=\"(?!#)", html)
     ids = re.findall(r' id="([^"]+)"', html)
@@ -387,9 +369,7 @@ def of_calm(provenance, **data):
 def test_report_tells_the_story_of_a_calm_model_without_cam(birds, tmp_path):
     _, _, _, provenance, scores = birds
     top1 = {"top1": Estimate(0.25, 0.2, 0.3)}
-    made("classification", figures=top1, provenance=of_calm(provenance), scores=scores).save(
-        tmp_path / "a.json"
-    )
+    made("classification", figures=top1, provenance=of_calm(provenance), scores=scores).save(tmp_path / "a.json")
     assert main(["report", str(tmp_path), "--out", str(tmp_path / "report.html")]) == 0
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
     texts = Texts(html)
@@ -418,11 +398,7 @@ def test_report_shows_classes_of_any_data_set_and_two_of_them_apart(birds, tmp_p
     assert page.sections[-1].values["problems"] == []
     html = render(page)
     titles = [section.title for section in page.sections]
-    assert titles[:3] == [
-        "The birds (birds)",
-        "Where is the evidence? (birds)",
-        "And when it is wrong? (birds)",
-    ]
+    assert titles[:3] == ["The birds (birds)", "Where is the evidence? (birds)", "And when it is wrong? (birds)"]
     assert "The classes (photos)" in titles
     assert len({section.anchor for section in page.sections}) == len(titles)
     assert "<script>x" not in html
@@ -432,8 +408,6 @@ def test_report_shows_classes_of_any_data_set_and_two_of_them_apart(birds, tmp_p
 def test_report_says_why_single_images_are_left_out(birds, tmp_path):
     _, _, _, provenance, _ = birds
     moved = of_calm(provenance, root=str(tmp_path / "gone"))
-    made("classification", figures={"top1": Estimate(0.25, 0.2, 0.3)}, provenance=moved).save(
-        tmp_path / "a.json"
-    )
+    made("classification", figures={"top1": Estimate(0.25, 0.2, 0.3)}, provenance=moved).save(tmp_path / "a.json")
     html = render(report_page([tmp_path], base=tmp_path))
     assert "The sections on single images are left out: there is no folder gone." in html

@@ -9,16 +9,7 @@ import pytest
 
 from calm.cli import COMMANDS
 
-NEVER = {
-    "matplotlib",
-    "captum",
-    "gradio",
-    "lightning",
-    "torchvision",
-    "torchmetrics",
-    "timm",
-    "pytorch_grad_cam",
-}
+NEVER = {"matplotlib", "captum", "gradio", "lightning", "torchvision", "torchmetrics", "timm", "pytorch_grad_cam"}
 HEAVY = NEVER | {"torch", "scipy", "tensorboard", "huggingface_hub", "safetensors"}
 
 

@@ -43,9 +43,7 @@ def test_preset_says_only_what_it_changes(name: str) -> None:
     default = config_dict(TrainConfig(data=Path("x")))
 
     def leaves(tree: dict[str, Any], before: str = "") -> dict[str, Any]:
-        parts = [
-            leaves(v, f"{before}{k}.") if isinstance(v, dict) else {before + k: v} for k, v in tree.items()
-        ]
+        parts = [leaves(v, f"{before}{k}.") if isinstance(v, dict) else {before + k: v} for k, v in tree.items()]
         return {name: value for part in parts for name, value in part.items()}
 
     written = leaves(yaml.safe_load(preset_path(name).read_text()))
@@ -68,12 +66,7 @@ def test_parse_lets_flags_win_over_files_and_files_over_presets(tmp_path: Path) 
     file = tmp_path / "mine.yaml"
     file.write_text("data: here\nlr: 0.3\nepochs: 7\n")
     config = parse(["--preset", "small", f"--config={file}", "--epochs=9", "--optim.betas=[0.8,0.9]"])
-    assert (config.backbone, config.lr, config.epochs, config.optim.betas) == (
-        "small_resnet",
-        0.3,
-        9,
-        (0.8, 0.9),
-    )
+    assert (config.backbone, config.lr, config.epochs, config.optim.betas) == ("small_resnet", 0.3, 9, (0.8, 0.9))
 
 
 def test_parse_reads_what_print_config_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -139,9 +132,7 @@ def test_inspect_names_what_differs(tmp_path: Path) -> None:
     assert inspect(tmp_path / "run", config) == "new"
     write_config(config, tmp_path / "run")
     assert inspect(tmp_path / "run", config) == "unfinished"
-    assert (
-        inspect(tmp_path / "run", replace(config, reading=DataOptions(workers=1, cache=True))) == "unfinished"
-    )
+    assert inspect(tmp_path / "run", replace(config, reading=DataOptions(workers=1, cache=True))) == "unfinished"
     with pytest.raises(CalmError, match=r"lr: 0.01 there, 0.5 now\n  optim.name: 'sgd' there, 'adamw' now"):
         inspect(tmp_path / "run", replace(config, lr=0.5, optim=OptimOptions(name="adamw")))
     with pytest.raises(CalmError, match="holds no run"):

@@ -17,16 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from train_cases import (
-    SIZE,
-    checkpoint_of,
-    rich_config,
-    start,
-    tiny_config,
-    tiny_net,
-    weights_of,
-    write_squares,
-)
+from train_cases import SIZE, checkpoint_of, rich_config, start, tiny_config, tiny_net, weights_of, write_squares
 
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
@@ -36,14 +27,7 @@ from calm.errors import CalmError
 from calm.images import Preprocessing
 from calm.model import CalmModel, create_model, load
 from calm.train import train
-from calm.train.config import (
-    Hardware,
-    LogOptions,
-    LossOptions,
-    OptimOptions,
-    RunLength,
-    TrainConfig,
-)
+from calm.train.config import Hardware, LogOptions, LossOptions, OptimOptions, RunLength, TrainConfig
 from calm.train.optim import build_scheduler
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
@@ -82,10 +66,7 @@ def trained_by_hand(config: TrainConfig) -> CalmModel:
         order = list(sampler)
         for step in range(run.steps_per_epoch):
             items = [dataset[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]]
-            images, labels = (
-                torch.stack([item[0] for item in items]),
-                torch.tensor([item[1] for item in items]),
-            )
+            images, labels = (torch.stack([item[0] for item in items]), torch.tensor([item[1] for item in items]))
             loss = model.loss(images, labels)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -125,9 +106,7 @@ def test_train_accumulating_parts_of_a_batch_takes_the_same_steps(data: Path, tm
     assert_close(*runs, rtol=1e-4, atol=1e-6)
     with pytest.raises(CalmError, match="equal parts"):
         train(
-            replace(config, run_dir=tmp_path / "3", optim=OptimOptions(accumulate=3)),
-            backbone=tiny_net(),
-            quiet=True,
+            replace(config, run_dir=tmp_path / "3", optim=OptimOptions(accumulate=3)), backbone=tiny_net(), quiet=True
         )
 
 
@@ -165,9 +144,7 @@ def test_train_saves_models_with_the_accuracy_that_the_result_says(rich: Path, d
     assert result["best"]["epoch"] == int(ranked[0]["epoch"])
 
 
-def test_train_leaves_a_finished_run_alone(
-    rich: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_train_leaves_a_finished_run_alone(rich: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in rich.rglob("*")}
     assert train(rich_config(data, rich), backbone=tiny_net()) == rich
     assert "is finished" in capsys.readouterr().out
@@ -190,9 +167,7 @@ def test_train_names_bad_images_or_skips_and_counts_them(data: Path, tmp_path: P
     with pytest.raises(CalmError, match=r"3\.png"):
         train(config, backbone=tiny_net(), quiet=True)
     assert not (tmp_path / "run").exists()
-    run = train(
-        replace(config, reading=replace(config.reading, skip_bad=True)), backbone=tiny_net(), quiet=True
-    )
+    run = train(replace(config, reading=replace(config.reading, skip_bad=True)), backbone=tiny_net(), quiet=True)
     assert json.loads((run / "data.json").read_text())["check"]["left_out"]["train"] == 1
 
 
@@ -204,9 +179,7 @@ def test_train_refuses_too_few_images_for_a_batch(data: Path, tmp_path: Path) ->
 def test_train_stops_a_diverging_run_and_saves_nothing_bad(data: Path, tmp_path: Path) -> None:
     optim = OptimOptions(schedule="constant", momentum=0.0, nesterov=False)
     config = tiny_config(data, tmp_path / "run", lr=1e30, optim=optim)
-    with pytest.raises(
-        CalmError, match=r"not finite at step \d+ \(epoch 1, learning rate 1e\+31\).*lower lr"
-    ):
+    with pytest.raises(CalmError, match=r"not finite at step \d+ \(epoch 1, learning rate 1e\+31\).*lower lr"):
         train(config, backbone=tiny_net(stateful=False), quiet=True)
     assert not (tmp_path / "run" / "last").exists()
     assert not list((tmp_path / "run").rglob("*.ckpt"))
@@ -218,9 +191,7 @@ def test_train_starts_from_given_weights(rich: Path, data: Path, tmp_path: Path)
     run = train(config, backbone=tiny_net().eval(), quiet=True)
     start = load(rich, backbone=tiny_net())
     trained = weights_of(run)
-    assert_close(
-        dict(start.named_parameters()), {name: trained[name] for name, _ in start.named_parameters()}
-    )
+    assert_close(dict(start.named_parameters()), {name: trained[name] for name, _ in start.named_parameters()})
 
 
 @pytest.mark.parametrize(
@@ -243,9 +214,7 @@ def test_train_refuses_impossible_hardware(data: Path, tmp_path: Path) -> None:
         train(config, backbone=tiny_net(), quiet=True)
 
 
-def test_train_restores_generators_and_settings(
-    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_train_restores_generators_and_settings(data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     state, level = torch.get_rng_state(), logging.getLogger("lightning.fabric").level
     hardware = Hardware(accelerator="cpu", deterministic=True)
     train(tiny_config(data, tmp_path / "run", epochs=1, hardware=hardware), backbone=tiny_net(), quiet=True)
@@ -312,9 +281,7 @@ def test_train_after_a_kill_after_the_last_epoch_only_measures(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_train_stopped_by_a_signal_says_so_and_continues(
-    tmp_path: Path, sent: signal.Signals, code: int
-) -> None:
+def test_train_stopped_by_a_signal_says_so_and_continues(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     data, run = write_squares(tmp_path / "data"), tmp_path / "run"
     command = [sys.executable, "-m", "calm.cli", "train", "--preset", "birds", "--data", str(data)]
     command += ["--run_dir", str(run), "--backbone", "tiny_resnet", "--batch_size", "8", "--epochs"]
@@ -343,9 +310,7 @@ def test_train_stopped_by_a_signal_says_so_and_continues(
 
 @pytest.mark.slow
 def test_train_in_two_processes_takes_the_steps_of_one(tmp_path: Path) -> None:
-    data = write_squares(
-        tmp_path / "data", train=13, other=3
-    )  # 39 and 9 images: neither divides by two processes
+    data = write_squares(tmp_path / "data", train=13, other=3)  # 39 and 9 images: neither divides by two processes
     one, two = tmp_path / "one", tmp_path / "two"
     process = start(data=str(data), run_dir=str(two), kind="processes")
     assert process.returncode == 0, process.stderr

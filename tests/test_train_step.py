@@ -21,9 +21,7 @@ from calm.train.optim import Average
 from calm.train.step import FiniteGuard, Position, TrainingMeasures, TrainingStep, check_weights, diagnose
 
 
-def output_of(
-    batch: int = 5, classes: int = 7, *, activation: str = "softplus", scale: float = 2.0
-) -> CalmOutput:
+def output_of(batch: int = 5, classes: int = 7, *, activation: str = "softplus", scale: float = 2.0) -> CalmOutput:
     logits = scale * torch.randn(batch, classes, 3, 4)
     return CalmOutput(logits, torch.randn(batch, 1, 3, 4), activation)  # type: ignore[arg-type]
 
@@ -146,9 +144,7 @@ class Waits(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        if name in WAITS or (
-            name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])
-        ):
+        if name in WAITS or (name == "index" and any(t is not None and t.dtype == torch.bool for t in args[1])):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 
@@ -174,9 +170,7 @@ def waits_of_a_step(method: Method, step: int, prior: str, loss: LossOptions) ->
         ("calm-em", "softplus", LossOptions(posterior="ema")),
     ],
 )
-def test_training_step_between_two_looks_waits_for_nothing(
-    method: Method, prior: str, loss: LossOptions
-) -> None:
+def test_training_step_between_two_looks_waits_for_nothing(method: Method, prior: str, loss: LossOptions) -> None:
     assert waits_of_a_step(method, 3, prior, loss) == []
 
 

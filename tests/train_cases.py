@@ -29,9 +29,7 @@ class TinyNet(nn.Module):
 
     def __init__(self, *, stateful: bool = True) -> None:
         super().__init__()
-        between: list[nn.Module] = (
-            [nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2)] if stateful else [nn.ReLU()]
-        )
+        between: list[nn.Module] = [nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(0.2)] if stateful else [nn.ReLU()]
         self.layers = nn.Sequential(
             nn.Conv2d(3, 6, 3, stride=4, padding=1), *between, nn.Conv2d(6, 6, 3, padding=1), nn.ReLU()
         )

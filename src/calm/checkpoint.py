@@ -73,9 +73,7 @@ class Card:
 
     def __post_init__(self) -> None:
         if len(self.class_names) != self.model.num_classes:
-            raise CalmError(
-                f"class_names has {len(self.class_names)} names for num_classes {self.model.num_classes}"
-            )
+            raise CalmError(f"class_names has {len(self.class_names)} names for num_classes {self.model.num_classes}")
 
     def write(self, path: Path) -> None:
         """Write the card to ``path`` atomically.
@@ -98,9 +96,7 @@ class Card:
         """
         content = read_json(path, "model card")
         if not isinstance(content, dict) or type(content.get("format")) is not int:
-            raise CalmError(
-                f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}"
-            )
+            raise CalmError(f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}")
         version = content.pop("format")
         if version > FORMAT:
             raise CalmError(
@@ -307,12 +303,8 @@ def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
     try:
         found = _sha256(path)
         state: dict[str, Tensor] = load_file(path)
-    except (
-        Exception
-    ) as error:  # besides OSError and SafetensorError, KeyError for a dtype that torch does not have
-        raise CalmError(
-            f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}"
-        ) from error
+    except Exception as error:  # besides OSError and SafetensorError, KeyError for a dtype that torch does not have
+        raise CalmError(f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}") from error
     if found != card.weights_sha256:
         raise CalmError(
             f"{path} is not the file that {CARD} describes (sha256 {found[:12]}..., should be "
@@ -340,9 +332,7 @@ def _locate(source: str | os.PathLike[str]) -> Path:
         raise CalmError(f"{path} is a file, but a saved model is a folder with {CARD} and {WEIGHTS}: {hint}")
     name = os.fspath(source)
     if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):
-        raise CalmError(
-            f"no saved model at {name}: no such folder{_beside(path)}, and no hub id either (owner/name)"
-        )
+        raise CalmError(f"no saved model at {name}: no such folder{_beside(path)}, and no hub id either (owner/name)")
     return _download(name)
 
 
@@ -361,9 +351,7 @@ def _model_folder(path: Path) -> Path:
         if (folder / CARD).is_file():
             return folder
     if (path / "last_checkpoint.pth.tar").is_file():
-        raise CalmError(
-            f"{path} holds a checkpoint of the released code: use calm.load_released or calm convert"
-        )
+        raise CalmError(f"{path} holds a checkpoint of the released code: use calm.load_released or calm convert")
     raise CalmError(f"{path} holds no saved model: there is no {CARD}, best/{CARD} or last/{CARD} in it")
 
 

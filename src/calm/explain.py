@@ -118,9 +118,7 @@ def class_index(model: CalmModel, text: str) -> int:
         return int(wanted)
     close = [model.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
     hint = f"; close are {', '.join(map(repr, close))}" if close else ""
-    raise CalmError(
-        f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}"
-    )
+    raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}")
 
 
 def _folded(name: str) -> str:
@@ -156,9 +154,7 @@ class Explanation:
         return resize_maps(self.grid, self.size)
 
 
-def explain(
-    model: CalmModel, pictures: Sequence[Picture], query: Query, *, top: int = 5
-) -> list[Explanation]:
+def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top: int = 5) -> list[Explanation]:
     """Explain pictures, (H, W, 3) uint8 RGB of any sizes, in one batch. The model's state is restored afterwards.
 
     Raises:
@@ -188,10 +184,7 @@ def explain(
             classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
             maps = output.attribute(classes, query.method)
     maps, classes, best, probs = maps.cpu(), classes.cpu(), best.cpu(), probs.cpu()
-    return [
-        _explanation(picture, probs[i], best[i], classes[i], maps[i], query)
-        for i, picture in enumerate(pictures)
-    ]
+    return [_explanation(picture, probs[i], best[i], classes[i], maps[i], query) for i, picture in enumerate(pictures)]
 
 
 def _explanation(

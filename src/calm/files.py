@@ -150,9 +150,7 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
         if node is None:
             return None
         if _yaml_size(node, {}) > MAX_YAML_NODES:
-            raise CalmError(
-                f"{what} {path} stands for more than {MAX_YAML_NODES:,} values: use fewer aliases"
-            )
+            raise CalmError(f"{what} {path} stands for more than {MAX_YAML_NODES:,} values: use fewer aliases")
         return loader.construct_document(node)
     except CalmError:
         raise
@@ -349,9 +347,7 @@ def disk_errors_about(final: Path) -> Iterator[None]:
 
 def _disk_error(error: BaseException) -> int | None:
     """Return the errno of a full or read-only disk that made a writer fail; None if another file is at fault."""
-    if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(
-        match[1]
-    ) in _DISK_ERRORS:  # safetensors
+    if (match := re.search(r"\(os error (\d+)\)", str(error))) and int(match[1]) in _DISK_ERRORS:  # safetensors
         return int(match[1])
     cause: BaseException | None = error
     while cause is not None:  # torch.save raises another error after the disk's

@@ -83,11 +83,7 @@ def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[T
     return resized.reshape(*maps.shape[:-2], *size)
 
 
-_NINTHS = (
-    ("upper left", "top", "upper right"),
-    ("left", "centre", "right"),
-    ("lower left", "bottom", "lower right"),
-)
+_NINTHS = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
 
 
 @dataclass(frozen=True)
@@ -137,6 +133,4 @@ def _third(index: int, length: int) -> slice:
 
 def _mass(values: Tensor) -> float:
     """Return the sum of the positive values in float64, in parts, since a map may be as large as a photograph."""
-    return sum(
-        (float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0
-    )
+    return sum((float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0)

@@ -151,9 +151,7 @@ def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
     return read_pixels(path, lambda image: to_rgb(_upright(image) if exif else image))
 
 
-def read_pixels(
-    path: Path, convert: Callable[[Image.Image], Image.Image], what: str = "image"
-) -> NDArray[np.uint8]:
+def read_pixels(path: Path, convert: Callable[[Image.Image], Image.Image], what: str = "image") -> NDArray[np.uint8]:
     """Return an image file's pixels as uint8, after ``convert`` has made them 8 bits a channel.
 
     ``what`` describes the image in messages.
@@ -316,9 +314,7 @@ def check_images(images: Tensor) -> None:
     from torch import Tensor
 
     if not isinstance(images, Tensor):
-        raise CalmError(
-            f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files"
-        )
+        raise CalmError(f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
         given = f"{images.dtype} {tuple(images.shape)}"
         raise CalmError(f"images must be floats of shape (B, 3, H, W), got {given}")

@@ -21,9 +21,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     """
     device = name
     if name == "auto":
-        device = (
-            "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-        )
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
@@ -43,11 +41,7 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]
     gpus = {parameter.device.index for parameter, _ in frozen if parameter.device.type == "cuda"}
     try:
-        with (
-            torch.random.fork_rng(devices=sorted(gpus)),
-            torch.inference_mode(False),
-            torch.enable_grad(),
-        ):
+        with torch.random.fork_rng(devices=sorted(gpus)), torch.inference_mode(False), torch.enable_grad():
             module.eval()
             for parameter, _ in frozen:
                 parameter.requires_grad_(False)

@@ -83,15 +83,11 @@ def log_conditional(logits: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"
     return F.log_softmax(widen(logits), dim=1)
 
 
-def target_log_conditional(
-    logits: Float[Tensor, "b c *grid"], targets: Int[Tensor, " b"]
-) -> Float[Tensor, b * grid]:
+def target_log_conditional(logits: Float[Tensor, "b c *grid"], targets: Int[Tensor, " b"]) -> Float[Tensor, b * grid]:
     """Return log p(y | x, z) of each image's target class y alone: cross-entropy at each location."""
     expanded = targets.view(-1, *(1,) * (logits.ndim - 2)).expand(-1, *logits.shape[2:])
     # No class index is ignored; PyTorch's default would give the loss of a target -100 as 0.
-    return -F.cross_entropy(
-        widen(logits), expanded, reduction="none", ignore_index=torch.iinfo(torch.int64).min
-    )
+    return -F.cross_entropy(widen(logits), expanded, reduction="none", ignore_index=torch.iinfo(torch.int64).min)
 
 
 def log_prior(
@@ -128,9 +124,7 @@ def log_prior(
     return log_activation - (log_sum.detach() if denominator == "constant" else log_sum)
 
 
-def log_joint(
-    log_conditional: Float[Tensor, "b c h w"], log_prior: Float[Tensor, "b h w"]
-) -> Float[Tensor, "b c h w"]:
+def log_joint(log_conditional: Float[Tensor, "b c h w"], log_prior: Float[Tensor, "b h w"]) -> Float[Tensor, "b c h w"]:
     """Return log p(y, z | x) = log p(y | x, z) + log p(z | x): the attribution map of the paper."""
     return log_conditional + log_prior.unsqueeze(1)
 
@@ -176,9 +170,7 @@ def ml_loss(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
 
 @torch.no_grad()
 def e_step(
-    log_joint: Float[Tensor, "*rows h w"],
-    temperature: float = 1.0,
-    teacher: Float[Tensor, "*rows h w"] | None = None,
+    log_joint: Float[Tensor, "*rows h w"], temperature: float = 1.0, teacher: Float[Tensor, "*rows h w"] | None = None
 ) -> Float[Tensor, "*rows h w"]:
     """Return q(z), the posterior that the M-step takes as given: joint ** temperature, normalised. It has no gradient.
 
@@ -202,9 +194,7 @@ def e_step(
     return log_posterior(tempered).exp()
 
 
-def em_loss(
-    posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*rows h w"]
-) -> Float[Tensor, "*rows"]:
+def em_loss(posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
     """Return the CALM-EM loss of the M-step, -sum_z q(z) log p(y, z | x), in nats, one value per row.
 
     A location with q(z) = 0 adds nothing to the value or the gradient, even where its log joint is -inf. Where q (of a
@@ -240,9 +230,7 @@ def as_targets(targets: Any, images: int) -> Tensor:
     try:
         tensor = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalmError(
-            f"targets must be class indices, one or a list or a tensor, got {shown(targets)}"
-        ) from error
+        raise CalmError(f"targets must be class indices, one or a list or a tensor, got {shown(targets)}") from error
     return tensor if tensor.ndim else tensor.expand(images)
 
 
@@ -260,15 +248,12 @@ def check_classes(targets: Any, images: int, classes: int) -> Int[Tensor, " b"] 
     tensor = as_targets(targets, images)
     if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2):
         raise CalmError(
-            "targets must be class indices of shape (B,) or (B, K), got"
-            f" {tensor.dtype} of shape {tuple(tensor.shape)}"
+            f"targets must be class indices of shape (B,) or (B, K), got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
     if len(tensor) != images:
         raise CalmError(f"{len(tensor)} targets for {images} images: give one row per image")
     if tensor.numel() and not torch.compiler.is_compiling():
         low, high = int(tensor.min()), int(tensor.max())
         if low < 0 or high >= classes:
-            raise CalmError(
-                f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}"
-            )
+            raise CalmError(f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
     return tensor.long()

@@ -76,9 +76,7 @@ class CalmHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
         """Score the classes at each location, and the locations."""
-        return CalmOutput(
-            self.conv_last(features), self.attention(features), self.activation, self.denominator
-        )
+        return CalmOutput(self.conv_last(features), self.attention(features), self.activation, self.denominator)
 
 
 class CamHead(nn.Module):
@@ -219,9 +217,7 @@ class CalmModel(nn.Module):
         if isinstance(output, CalmOutput) and not isinstance(teacher, CamOutput):
             return output.loss(targets, method=self.config.method, temperature=temperature, teacher=teacher)
         if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
-            raise CalmError(
-                "temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'"
-            )
+            raise CalmError("temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'")
         return output.loss(targets)
 
     @torch.no_grad()
@@ -278,12 +274,7 @@ class CalmModel(nn.Module):
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
         return checkpoint.write(
-            folder,
-            self.state_dict(),
-            self.config,
-            self.class_names,
-            self.preprocessing,
-            self.training_summary,
+            folder, self.state_dict(), self.config, self.class_names, self.preprocessing, self.training_summary
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
@@ -369,9 +360,7 @@ def create_model(
             output_stride=output_stride,
         )
     elif pretrained or output_stride is not None:
-        raise CalmError(
-            "pretrained and output_stride choose among named backbones: your own module comes as it is"
-        )
+        raise CalmError("pretrained and output_stride choose among named backbones: your own module comes as it is")
     else:
         body = adapt_backbone(backbone, preprocessing.size)
     expected = getattr(body, "normalization", None)
@@ -388,10 +377,7 @@ def create_model(
 
 
 def load(
-    source: str | os.PathLike[str],
-    *,
-    backbone: nn.Module | None = None,
-    map_location: str | torch.device = "cpu",
+    source: str | os.PathLike[str], *, backbone: nn.Module | None = None, map_location: str | torch.device = "cpu"
 ) -> CalmModel:
     """Load a saved model, in eval mode. The global random state is left as it was.
 
@@ -417,10 +403,7 @@ def load(
     try:
         with torch.random.fork_rng(devices=[]):
             model = create_model(
-                backbone or config.backbone,
-                class_names=card.class_names,
-                preprocessing=card.preprocessing,
-                **options,
+                backbone or config.backbone, class_names=card.class_names, preprocessing=card.preprocessing, **options
             )
     except CalmError as error:
         raise CalmError(f"{folder / checkpoint.CARD}: {error}") from error

@@ -172,12 +172,7 @@ class CalmOutput(_Output):
         return latent.target_log_conditional(self.logits, targets) + self.log_prior
 
     def loss(
-        self,
-        targets: Tensor,
-        *,
-        method: str = "calm-em",
-        temperature: float = 1.0,
-        teacher: CalmOutput | None = None,
+        self, targets: Tensor, *, method: str = "calm-em", temperature: float = 1.0, teacher: CalmOutput | None = None
     ) -> Float[Tensor, ""]:
         """Return the mean loss over the batch, in nats.
 
@@ -395,9 +390,7 @@ def attribute(
     classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
     if (spec.over == "superclass") != (superclass is not None):
         problem = (
-            "needs superclass=, a mapping from target to its classes"
-            if superclass is None
-            else "takes no superclass="
+            "needs superclass=, a mapping from target to its classes" if superclass is None else "takes no superclass="
         )
         raise CalmError(f"map kind {kind!r} {problem}")
     if spec.over == "target":
@@ -439,9 +432,7 @@ def _superclass_members(
             raise CalmError(f"superclass has no classes for target {target}: it names {sorted(superclass)}")
         wrong = [member for member in members if not 0 <= member < classes]
         if wrong:
-            raise CalmError(
-                f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {classes - 1}"
-            )
+            raise CalmError(f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {classes - 1}")
         rows.append(members)
     longest = max(map(len, rows), default=1)
     padded = targets.new_tensor([row + [0] * (longest - len(row)) for row in rows])

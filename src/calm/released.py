@@ -218,11 +218,7 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
 
 
 def save_released(
-    model: CalmModel,
-    path: str | os.PathLike[str],
-    *,
-    epoch: int,
-    optimizer: torch.optim.Optimizer | None = None,
+    model: CalmModel, path: str | os.PathLike[str], *, epoch: int, optimizer: torch.optim.Optimizer | None = None
 ) -> None:
     """Write ``model`` to the file ``path``, atomically, as a checkpoint that the released code can read.
 

@@ -287,9 +287,7 @@ def panel(
     for index, row in enumerate(rows):
         if index < len(labels):
             pen.text((gap, y + heights[index] // 2), labels[index], INK, bold, anchor="lm")
-        for tile, picture, caption, middle in zip(
-            row, pictures[index], captions[index], middles, strict=False
-        ):
+        for tile, picture, caption, middle in zip(row, pictures[index], captions[index], middles, strict=False):
             if tile is None or picture is None:
                 continue
             x, above = middle - picture.width // 2, y + (heights[index] - picture.height) // 2
@@ -308,9 +306,7 @@ def _fitted(image: Picture, cell: int) -> Image.Image:
     """The picture with its longer side at ``cell`` pixels."""
     height, width = _checked(image).shape[:2]
     scale = cell / max(height, width)
-    return Image.fromarray(
-        resize_picture(image, (max(1, round(height * scale)), max(1, round(width * scale))))
-    )
+    return Image.fromarray(resize_picture(image, (max(1, round(height * scale)), max(1, round(width * scale)))))
 
 
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont

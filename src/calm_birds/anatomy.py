@@ -162,9 +162,7 @@ def bill(shape: str, density: float) -> Surface:
     """Return a bill of one of CUB's shapes, in the head's frame."""
     length, bend, high, wide, power = _BILLS[shape]
     root, axis = np.array([0.130, 0, -0.012], np.float32), np.array([1, 0, 0], np.float32)
-    return _cone(
-        root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density
-    )
+    return _cone(root, axis, np.array([0, 0, -bend], np.float32), length, (high, wide), power, "beak", density)
 
 
 @lru_cache(maxsize=64)
@@ -374,9 +372,7 @@ def sample_pose(rng: np.random.Generator, side: int) -> Pose:
     def pixel(point: Array) -> Array:
         return np.array([centre[0] + unit * point[0], centre[1] - unit * point[1]], np.float32)
 
-    left, right = (
-        Leg(pixel(hip), pixel(ankle), pixel(foot), float(unit * hip[2])) for hip, ankle, foot in legs
-    )
+    left, right = (Leg(pixel(hip), pixel(ankle), pixel(foot), float(unit * hip[2])) for hip, ankle, foot in legs)
     along = np.array([1, slope, 0], np.float32)
     anchor = np.array([middle, low - 0.02, 0], np.float32)
     perch = (pixel(anchor - along), pixel(anchor + along))

@@ -77,9 +77,7 @@ def attribute_group(attribute: str) -> str | None:
     ('tail', None)
     """
     topic = attribute.split("::")[0]
-    return next(
-        (group for group, words in _GROUP_WORDS.items() if any(word in topic for word in words)), None
-    )
+    return next((group for group, words in _GROUP_WORDS.items() if any(word in topic for word in words)), None)
 
 
 def _colors(look: Plumage | Tail) -> set[str]:

@@ -311,9 +311,7 @@ def paint_bird(painting: Painting, species: Species, pose: Pose, light: Light, t
         front = np.flatnonzero(turned[:, 2] > -0.05)
         visible.append((pose.place(points[front]), turned[front], colors[front], part[front]))
     where, normals, colors, labels = (np.concatenate(arrays) for arrays in zip(*visible, strict=True))
-    column, row = (
-        (where[:, :2] - 0.5).astype(np.int32).T
-    )  # truncated, not floored: points outside are left out below
+    column, row = (where[:, :2] - 0.5).astype(np.int32).T  # truncated, not floored: points outside are left out below
     inside = np.flatnonzero((where[:, :2] >= 0.5).all(1) & (column < side - 1) & (row < side - 1))
     order = inside[np.argsort(where[inside, 2])]
     flat = row[order] * side + column[order]

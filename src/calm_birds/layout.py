@@ -28,14 +28,7 @@ from numpy.typing import NDArray
 
 from calm.errors import CalmError
 from calm.files import atomic_path, remove_abandoned, write_json, write_text
-from calm_birds.attributes import (
-    ATTRIBUTES,
-    CERTAINTIES,
-    PART_GROUP,
-    PARTS,
-    attribute_group,
-    species_attributes,
-)
+from calm_birds.attributes import ATTRIBUTES, CERTAINTIES, PART_GROUP, PARTS, attribute_group, species_attributes
 from calm_birds.scene import draw_bird
 from calm_birds.species import GROUPS, MAX_SPECIES, Species, choose_species
 
@@ -147,9 +140,7 @@ def _draw_share(
         seed = np.random.SeedSequence([config.seed, item.number, 0])
         drawing = draw_bird(species[item.label], seed, config.size)
         _write_image(root / "images" / f"{item.stem}.jpg", drawing.image[..., ::-1], _JPEG)
-        _write_image(
-            root / "segmentations" / f"{item.stem}.png", drawing.mask.astype(np.uint8) * np.uint8(255)
-        )
+        _write_image(root / "segmentations" / f"{item.stem}.png", drawing.mask.astype(np.uint8) * np.uint8(255))
         truths.append(Truth(drawing.box, drawing.points))
     return truths
 
@@ -158,9 +149,7 @@ def _start_worker(task: dict[str, Any]) -> subprocess.Popen[str]:
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", __name__, json.dumps(task)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe
-    )
+    return subprocess.Popen(command, env=environment, text=True, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe)
 
 
 def _work(task: dict[str, Any]) -> None:
@@ -192,9 +181,7 @@ def draw_items(root: Path, config: BirdsConfig, workers: int) -> list[Truth]:
         for child in children:
             output, errors = child.communicate()
             if child.returncode != 0:
-                raise RuntimeError(
-                    f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}"
-                )
+                raise RuntimeError(f"a process that draws birds ended with code {child.returncode}: {errors[-800:]}")
             results.append([_read_truth(*row) for row in json.loads(output)])
     finally:
         for child in children:
@@ -212,9 +199,7 @@ def _write_numbered(path: Path, names: Sequence[str]) -> None:
     _write_lines(path, (f"{number} {name}" for number, name in enumerate(names, 1)))
 
 
-def _write_image_lists(
-    root: Path, items: Sequence[Item], truths: Sequence[Truth], class_names: Sequence[str]
-) -> None:
+def _write_image_lists(root: Path, items: Sequence[Item], truths: Sequence[Truth], class_names: Sequence[str]) -> None:
     _write_numbered(root / "classes.txt", class_names)
     boxes = [" ".join(f"{value}.0" for value in truth.box) for truth in truths]
     for name, values in (
@@ -312,9 +297,7 @@ def _claim(root: Path, record: dict[str, Any]) -> bool:
             )
         return path.name == MANIFEST
     if root.exists() and any(root.iterdir()):
-        raise CalmError(
-            f"{where}: the folder is not empty and not a set of birds; choose an empty or new folder"
-        )
+        raise CalmError(f"{where}: the folder is not empty and not a set of birds; choose an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / PARTIAL, record)
     return False

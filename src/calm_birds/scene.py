@@ -53,9 +53,7 @@ _LEAF = ((84, 128, 58), (122, 160, 74), (60, 104, 62), (150, 160, 70), (178, 128
 
 
 def _tone(rng: Generator, color: _Color, spread: float = 0.08) -> tuple[float, float, float]:
-    r, g, b = np.clip(
-        np.array(color) / 255 * (1 + rng.normal(0, spread)) + rng.normal(0, spread / 4, 3), 0, 1
-    )
+    r, g, b = np.clip(np.array(color) / 255 * (1 + rng.normal(0, spread)) + rng.normal(0, spread / 4, 3), 0, 1)
     return float(r), float(g), float(b)
 
 
@@ -75,9 +73,7 @@ def _line(canvas: _Canvas, points: Array, color: tuple[float, ...] | int, width:
     cv2.polylines(canvas, [_fixed(points)], False, color, max(1, round(width)), cv2.LINE_8, _SHIFT)
 
 
-def _ellipse(
-    canvas: Array, at: Array, axes: tuple[float, float], color: tuple[float, ...], angle: float = 0.0
-) -> None:
+def _ellipse(canvas: Array, at: Array, axes: tuple[float, float], color: tuple[float, ...], angle: float = 0.0) -> None:
     """A filled ellipse around ``at``; centre and semi-axes are cut to whole pixels, axes to at least 1."""
     whole = (max(1, int(axes[0])), max(1, int(axes[1])))
     cv2.ellipse(canvas, (int(at[0]), int(at[1])), whole, angle, 0, 360, color, -1)
@@ -87,9 +83,7 @@ def _disc(canvas: Array, at: Array, radius: float, color: tuple[float, ...]) -> 
     cv2.circle(canvas, (int(at[0]), int(at[1])), max(1, int(radius)), color, -1)
 
 
-def _leaf_shape(
-    at: Array, length: float, width: float, angle: float, bend: float = 0.0
-) -> tuple[Array, Array]:
+def _leaf_shape(at: Array, length: float, width: float, angle: float, bend: float = 0.0) -> tuple[Array, Array]:
     """Outline (26, 2) and midrib (13, 2) of a leaf whose stem is at ``at``."""
     t = np.linspace(0, 1, 13)
     half = width * np.sin(np.pi * t**0.8) * (1 - 0.25 * t)
@@ -99,9 +93,7 @@ def _leaf_shape(
     return np.asarray(outline, np.float32), np.asarray(rib, np.float32)
 
 
-def _paint_leaf(
-    canvas: Array, rng: Generator, shape: tuple[Array, Array], color: _Color, rib_width: float
-) -> None:
+def _paint_leaf(canvas: Array, rng: Generator, shape: tuple[Array, Array], color: _Color, rib_width: float) -> None:
     outline, rib = shape
     base = _tone(rng, color)
     _polygon(canvas, outline, base)
@@ -231,13 +223,7 @@ def _paint_post(canvas: Array, rng: Generator, middle: Array, half: float, bark:
 
 
 def _paint_branch(
-    canvas: Array,
-    rng: Generator,
-    middle: Array,
-    along: Array,
-    down: Array,
-    thick: float,
-    bark: tuple[float, ...],
+    canvas: Array, rng: Generator, middle: Array, along: Array, down: Array, thick: float, bark: tuple[float, ...]
 ) -> None:
     """A branch across the whole picture, ``thick`` below the feet, with cracks in its bark and a few leaves."""
     side = canvas.shape[0]

@@ -13,13 +13,7 @@ from stress import commands, trees
 from stress.commands import Inputs, Undisturbed
 from stress.processes import Server, server
 
-RESULTS = {
-    "train": "trained",
-    "evaluate": "evaluated",
-    "birds": "drawn",
-    "prepare": "prepared",
-    "convert": "converted",
-}
+RESULTS = {"train": "trained", "evaluate": "evaluated", "birds": "drawn", "prepare": "prepared", "convert": "converted"}
 """Where the undisturbed runs have their output."""
 
 

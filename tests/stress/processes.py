@@ -24,13 +24,7 @@ import calm
 CHANGES = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate")
 NETWORK = ("socket.connect", "socket.sendto", "socket.sendmsg", "socket.getaddrinfo", "socket.gethostby")
 COMMANDS = ("train", "evaluate", "data birds", "data prepare", "convert")
-LATER = (
-    "calm.train.run",
-    "torch.utils.tensorboard",
-    "calm.cli.evaluate",
-    "calm.released",
-    "calm.data.cues",
-)
+LATER = ("calm.train.run", "torch.utils.tensorboard", "calm.cli.evaluate", "calm.released", "calm.data.cues")
 """Modules that a command imports when it runs."""
 
 
@@ -177,9 +171,7 @@ class _Watch:
                 return
             if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
                 self._change("open", path)
-            elif (
-                _path(path).is_absolute() or _path(path).exists()
-            ):  # else relative to a folder that shutil has open
+            elif _path(path).is_absolute() or _path(path).exists():  # else relative to a folder that shutil has open
                 self.reads[_absolute(path)] = None
         elif event in CHANGES:
             two = event in ("os.rename", "os.link")

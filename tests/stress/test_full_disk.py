@@ -37,12 +37,7 @@ def disk(name: str, undisturbed: Callable[[str], Undisturbed], trial: Path) -> I
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("free", FREE)
 def test_a_full_disk_is_told_in_one_line_and_the_same_command_ends_well_when_there_is_room(
-    name: str,
-    free: float,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    disk: Disk,
+    name: str, free: float, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, disk: Disk
 ) -> None:
     alone, root = undisturbed(name), disk.root / "root"
     root.mkdir()
@@ -55,9 +50,7 @@ def test_a_full_disk_is_told_in_one_line_and_the_same_command_ends_well_when_the
     assert trees.digests(root) == alone.digests
 
 
-@pytest.mark.parametrize(
-    "name", some("evaluate", "birds", without=["convert"])
-)  # that one finds room: its leavings
+@pytest.mark.parametrize("name", some("evaluate", "birds", without=["convert"]))  # that one finds room: its leavings
 def test_what_was_there_before_the_disk_was_full_stays_as_it_was(
     name: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, disk: Disk
 ) -> None:
@@ -104,12 +97,7 @@ def test_standard_output_on_a_full_disk_is_told_in_one_line(words: list[str]) ->
 @pytest.mark.parametrize("name", some("train", "prepare"))
 @pytest.mark.parametrize("largest", LARGEST)
 def test_a_limit_of_the_size_of_files_is_told_in_one_line_and_the_same_command_ends_well_without_it(
-    name: str,
-    largest: float,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    trial: Path,
+    name: str, largest: float, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
     alone = undisturbed(name)
     limit = max(SMALLEST, int(largest * max(path.stat().st_size for path in alone.root.rglob("*.*"))))

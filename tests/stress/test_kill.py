@@ -20,27 +20,19 @@ KILLS = count(reduced=2, full=30)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_nothing_is_written_under_its_final_name(
-    name: str, undisturbed: Callable[[str], Undisturbed]
-) -> None:
+def test_nothing_is_written_under_its_final_name(name: str, undisturbed: Callable[[str], Undisturbed]) -> None:
     alone = undisturbed(name)
     opened = [Path(path).relative_to(alone.root) for event, path in alone.ended.changes if event == "open"]
     assert opened
     growing = [path for path in opened if set(path.parts) & set(trees.GROWING)]
     assert [
-        str(path)
-        for path in opened
-        if path not in growing and not any(part.startswith(".") for part in path.parts)
+        str(path) for path in opened if path not in growing and not any(part.startswith(".") for part in path.parts)
     ] == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_killed_command_ends_as_if_it_had_not_been(
-    name: str,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    trial: Path,
+    name: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
     alone = undisturbed(name)
     chance = random.Random(name)
@@ -48,10 +40,7 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
     while sum(kills.values()) < KILLS:
         told: list[object] = []
         for _ in range(chance.choice((1, 1, 1, 2, 5))):
-            seconds, change = (
-                chance.uniform(0, alone.ended.seconds),
-                chance.randrange(len(alone.ended.changes)),
-            )
+            seconds, change = (chance.uniform(0, alone.ended.seconds), chance.randrange(len(alone.ended.changes)))
             kind, moment = chance.choice((("kill_after", seconds), ("kill_at", change)))
             told.append({kind: moment})
             ended = commands.run(name, inputs, trial, processes, **{kind: moment})

@@ -76,12 +76,7 @@ def test_a_disk_that_is_mounted_for_reading_stays_as_it_was(
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("place", ["out", "parent"])
 def test_a_file_where_a_folder_should_be_is_told_and_kept(
-    name: str,
-    place: str,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    trial: Path,
+    name: str, place: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
     undisturbed(name)
     file = trial / "out" if place == "out" else trial / "parent"
@@ -106,19 +101,12 @@ def test_a_file_where_a_folder_should_be_is_told_and_kept(
     ],
 )
 def test_an_input_that_must_not_be_read_is_named(
-    name: str,
-    hidden: str,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    trial: Path,
+    name: str, hidden: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, trial: Path
 ) -> None:
     undisturbed(name)
     trial.chmod(0o777)
     with forbidden(inputs.root / hidden, 0):
-        refused(
-            commands.run(name, inputs, trial, processes, powerless=True), DENIED, str(inputs.root / hidden)
-        )
+        refused(commands.run(name, inputs, trial, processes, powerless=True), DENIED, str(inputs.root / hidden))
     assert not trees.hidden(trial)
     assert not [path for path in trial.rglob("*") if path.is_file()]
 

@@ -21,9 +21,7 @@ import calm
 
 pytestmark = [pytest.mark.stress, pytest.mark.slow]
 
-LIBRARIES = [
-    str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, *calm.__path__, *sys.path) if path
-]
+LIBRARIES = [str(Path(path).resolve()) for path in (sys.prefix, sys.base_prefix, *calm.__path__, *sys.path) if path]
 SYSTEM = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/var/cache/fontconfig")
 """Where the interpreter, its libraries and the system look on their own: processors, memory, time zone, fonts."""
 CACHES = {f"calm-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}
@@ -31,13 +29,7 @@ CACHES = {f"calm-{os.getuid()}", f"torchinductor_{getpass.getuser()}"}
 MORE: dict[str, Callable[[Inputs, Path], list[str]]] = {
     "attribute": lambda inputs, out: [
         "attribute",
-        *(
-            "--model",
-            str(inputs.model),
-            str(next((inputs.birds / "images").rglob("*.jpg"))),
-            "--out",
-            str(out),
-        ),
+        *("--model", str(inputs.model), str(next((inputs.birds / "images").rglob("*.jpg"))), "--out", str(out)),
     ],
     "report": lambda inputs, out: ["report", str(inputs.evaluated), "--out", str(out / "report.html")],
     "data check": lambda inputs, out: ["data", "check", str(inputs.birds)],
@@ -66,9 +58,7 @@ def read_by(name: str, inputs: Inputs) -> list[Path]:
     }[name]
 
 
-def test_importing_every_command_asks_nobody_and_leaves_the_home_alone(
-    processes: Server, ground: Path
-) -> None:
+def test_importing_every_command_asks_nobody_and_leaves_the_home_alone(processes: Server, ground: Path) -> None:
     seen = processes.at_import
     temporary = ground / "server" / "tmp"
     assert outside((path for _, path in seen.changes), [temporary]) == []
@@ -78,12 +68,7 @@ def test_importing_every_command_asks_nobody_and_leaves_the_home_alone(
 
 @pytest.mark.parametrize("name", [*NAMES, *(MORE if FULL else ["data check"])])
 def test_a_command_touches_only_what_it_was_given(
-    name: str,
-    undisturbed: Callable[[str], Undisturbed],
-    inputs: Inputs,
-    processes: Server,
-    ground: Path,
-    trial: Path,
+    name: str, undisturbed: Callable[[str], Undisturbed], inputs: Inputs, processes: Server, ground: Path, trial: Path
 ) -> None:
     caches = [ground / "server" / "tmp" / cache for cache in CACHES]
     if name in NAMES:
@@ -120,9 +105,7 @@ def test_the_kernel_sees_a_command_touch_only_what_it_was_given(
             changed += _paths(arguments)
     assert [path for path in changed if Path(path).is_relative_to(out)]
     assert [path for path in read if Path(path).is_relative_to(inputs.root)] or not read_by(name, inputs)
-    own = [
-        path for path in (*changed, *read) if path == str(trial) or path.startswith(f"{trial}/.out.writing-")
-    ]
+    own = [path for path in (*changed, *read) if path == str(trial) or path.startswith(f"{trial}/.out.writing-")]
     assert outside({*changed} - {*own}, [out, *caches, around / "tmp", "/dev"]) == []
     known = [out, *caches, *surroundings, *read_by(name, inputs), *LIBRARIES, *SYSTEM]
     assert outside({*read} - {*own}, known) == []
@@ -144,12 +127,7 @@ def _traced(command: list[str], folder: Path, around: Path) -> list[tuple[str, s
     logs.mkdir()
     tracer = ["strace", "-ff", "-y", "-s", "4096", "-e", f"trace={CALLS}", "-o", str(logs / "of")]
     ended = subprocess.run(
-        [*tracer, *command],
-        env=environment(around),
-        cwd=around / "cwd",
-        capture_output=True,
-        text=True,
-        check=False,
+        [*tracer, *command], env=environment(around), cwd=around / "cwd", capture_output=True, text=True, check=False
     )
     if "Operation not permitted" in ended.stderr:
         pytest.skip("no right to trace a process")
@@ -157,11 +135,7 @@ def _traced(command: list[str], folder: Path, around: Path) -> list[tuple[str, s
     lines = [line for path in logs.iterdir() for line in path.read_text(errors="replace").splitlines()]
     shutil.rmtree(logs)
     calls = [re.match(r"(\w+)\((.*)\) += (-?\d+)", line) for line in lines]
-    return [
-        (call[1], call[2])
-        for call in calls
-        if call and (int(call[3]) >= 0 or call[1] in ("connect", "sendto"))
-    ]
+    return [(call[1], call[2]) for call in calls if call and (int(call[3]) >= 0 or call[1] in ("connect", "sendto"))]
 
 
 def _paths(arguments: str) -> list[str]:

@@ -73,11 +73,7 @@ def build_backbone(
     for option, value in options.items():
         if option not in own and value != defaults[option].default:
             builders = {**BACKBONES, "timm models": TimmBackbone}
-            having = [
-                other
-                for other, builder in builders.items()
-                if option in inspect.signature(builder).parameters
-            ]
+            having = [other for other, builder in builders.items() if option in inspect.signature(builder).parameters]
             raise CalmError(
                 f"backbone {name!r} has no option {option}, given {option}={value}: leave it out, or choose "
                 f"among {', '.join(having)}"
@@ -138,9 +134,7 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
         )
     channels = output.shape[1]
     if stated not in (None, channels):
-        raise CalmError(
-            f"the backbone {name} says out_channels={stated}, its features have {channels} channels"
-        )
+        raise CalmError(f"the backbone {name} says out_channels={stated}, its features have {channels} channels")
     module.out_channels = channels  # type: ignore[assignment]
     return module
 

@@ -75,9 +75,7 @@ class VGG16(nn.Module):
 
     out_channels = 1024
 
-    def __init__(
-        self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True
-    ) -> None:
+    def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
         super().__init__()
         layout, dropped = _without_last_pools(2 if large_feature_map else 1)
         self.features = make_layers(layout, batch_norm=use_bn)
@@ -143,9 +141,7 @@ class InceptionV3(nn.Module):
 
     out_channels = 1024
 
-    def __init__(
-        self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True
-    ) -> None:
+    def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
         super().__init__()
         self.large_feature_map = large_feature_map
         self.Conv2d_1a_3x3 = BasicConv2d(3, 32, kernel_size=3, stride=2, padding=1)
@@ -232,9 +228,7 @@ def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
     return state
 
 
-def load_pretrained(
-    backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()
-) -> None:
+def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()) -> None:
     """Copy ``state`` into ``backbone``; only the layers named in ``new_layers`` may be missing from it.
 
     Raises:

@@ -28,16 +28,7 @@ from calm.model import CalmModel
 from calm.output import ALIASES as MAP_ALIASES
 from calm.output import MAP_KINDS, Superclass, Targets
 
-__all__ = [
-    "ALIASES",
-    "BASELINES",
-    "METHODS",
-    "Baseline",
-    "Options",
-    "attribute",
-    "canonical_method",
-    "class_scores",
-]
+__all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "canonical_method", "class_scores"]
 
 Explain: TypeAlias = Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
 
@@ -75,12 +66,7 @@ BASELINES: dict[str, Baseline] = {
     "eigengradcam": Baseline(gradcam("EigenGradCAM"), _LAYER),
 }
 
-ALIASES = {
-    "vanilla-gradient": "gradient",
-    "grad-cam": "gradcam",
-    "grad-cam++": "gradcam++",
-    "score-cam": "scorecam",
-}
+ALIASES = {"vanilla-gradient": "gradient", "grad-cam": "gradcam", "grad-cam++": "gradcam++", "score-cam": "scorecam"}
 
 METHODS: tuple[str, ...] = (*MAP_KINDS, *BASELINES)
 """Every method: the kinds of the model's own maps, then the baselines."""
@@ -134,13 +120,7 @@ def attribute(
     """
     name = canonical_method(method)
     baseline = BASELINES.get(name)
-    optional = {
-        "steps": steps,
-        "samples": samples,
-        "noise": noise,
-        "seed": seed,
-        "target_layer": target_layer,
-    }
+    optional = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
     given: dict[str, Any] = {option: value for option, value in optional.items() if value is not None}
     names = given.keys() | ({"superclass"} if superclass is not None else set())
     _check_options(method, names, frozenset({"superclass"}) if baseline is None else baseline.options)

@@ -68,9 +68,7 @@ def _weighted_sum(
     if cam.uses_gradients:
         scores.gather(1, targets[:, None]).sum().backward()
     if len(recorded.activations) != 1 or (cam.uses_gradients and len(recorded.gradients) != 1):
-        raise CalmError(
-            f"target_layer {options.target_layer!r} must run once in a forward pass and lead to the score"
-        )
+        raise CalmError(f"target_layer {options.target_layer!r} must run once in a forward pass and lead to the score")
     activations = _as_grid(recorded.activations[0], scorer.grid)
     gradients = _as_grid(recorded.gradients[0], scorer.grid) if cam.uses_gradients else None
     recorded.release()  # or the features of every pass of Score-CAM would be kept
@@ -99,9 +97,7 @@ def _target_layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
     if isinstance(layer, str):
         modules: dict[str, nn.Module] = dict(model.named_modules())
         if layer not in modules:
-            raise CalmError(
-                f"target_layer {layer!r} is no module of the model: its parts are named like 'backbone'"
-            )
+            raise CalmError(f"target_layer {layer!r} is no module of the model: its parts are named like 'backbone'")
         return modules[layer]
     if not any(layer is module for module in model.modules()):
         raise CalmError(f"target_layer {type(layer).__name__} is not part of the model")
@@ -115,9 +111,7 @@ def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:
     """
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        raise CalmError(
-            f"target_layer must return a grid (B, D, h, w) or tokens (B, T, D), this one returns {shape}"
-        )
+        raise CalmError(f"target_layer must return a grid (B, D, h, w) or tokens (B, T, D), this one returns {shape}")
     return output.detach().requires_grad_().clone()
 
 

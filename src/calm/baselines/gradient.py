@@ -126,9 +126,7 @@ def vargrad(model: CalmModel, images: Images, targets: Targets, options: Options
         new = len(gradients)
         new_mean = gradients.mean(dim=0)
         step = new_mean - mean
-        deviations += (gradients - new_mean).square().sum(dim=0) + step.square() * (
-            count * new / (count + new)
-        )
+        deviations += (gradients - new_mean).square().sum(dim=0) + step.square() * (count * new / (count + new))
         mean += step * (new / (count + new))
         count += new
     return _over_colours(deviations / count)
@@ -142,9 +140,7 @@ def _gradients(model: CalmModel, images: Tensor, targets: Tensor) -> Tensor:
     """d score / d x with its sign, (B, 3, H, W), from Captum."""
     from captum.attr import Saliency
 
-    attributions: Tensor = Saliency(_forward(model)).attribute(
-        images.requires_grad_(), target=targets, abs=False
-    )
+    attributions: Tensor = Saliency(_forward(model)).attribute(images.requires_grad_(), target=targets, abs=False)
     return attributions.detach()
 
 
@@ -172,9 +168,7 @@ def _noisy_gradients(
     at_once = max(1, options.batch_size // len(images))
     for start in range(0, options.samples, at_once):
         copies = range(start, min(start + at_once, options.samples))
-        unit = torch.stack(
-            [torch.randn(images.shape[1:], generator=generator, dtype=images.dtype) for _ in copies]
-        )
+        unit = torch.stack([torch.randn(images.shape[1:], generator=generator, dtype=images.dtype) for _ in copies])
         noisy = images + sigma * unit[:, None].to(images.device)
         gradients = _gradients(model, noisy.flatten(0, 1).detach(), targets.repeat(len(copies)))
         yield gradients.view(len(copies), *images.shape)

@@ -79,10 +79,7 @@ COMMANDS: dict[str, Command] = {
         extras=("train", "evaluate", "baselines"),
     ),
     "train": Command(
-        "calm.cli.train:main",
-        "train CALM or CAM on a folder of images",
-        own_parser=True,
-        extras=("train",),
+        "calm.cli.train:main", "train CALM or CAM on a folder of images", own_parser=True, extras=("train",)
     ),
     "attribute": Command(
         "calm.cli.attribute:attribute_files",
@@ -237,9 +234,7 @@ def _output_problem() -> str:
 
 
 def _help(prefix: str = "") -> str:
-    rows = "\n".join(
-        f"  calm {name:<12} {row.line}" for name, row in COMMANDS.items() if name.startswith(prefix)
-    )
+    rows = "\n".join(f"  calm {name:<12} {row.line}" for name, row in COMMANDS.items() if name.startswith(prefix))
     return (
         "usage: calm [--version] [--debug] COMMAND ...   (calm COMMAND --help says more)\n\n"
         f"Image classifiers that say where they saw the evidence.\n\ncommands:\n{rows}"

@@ -25,12 +25,7 @@ __all__ = ["ImageInput", "attribute_files", "find_images"]
 BATCH_BYTES = 3 * 2**26
 """Bytes of decoded pictures above which a batch is explained before it has its full number."""
 
-UNITS = {
-    "joint": "p(y|x)",
-    "joint-superclass": "p(superclass|x)",
-    "posterior": "p(z|x,y)",
-    "prior": "p(z|x)",
-}
+UNITS = {"joint": "p(y|x)", "joint-superclass": "p(superclass|x)", "posterior": "p(z|x,y)", "prior": "p(z|x)"}
 """What the values of a map's grid sum to, where that is a probability; for other methods the sum has no name."""
 
 
@@ -89,13 +84,9 @@ def attribute_files(
         raise CalmError(f"batch size must be at least 1, got {batch_size}")
     inputs, missing = find_images(images, out)
     loaded = _load(model, device)
-    query = resolve_query(
-        loaded, target=target, kind=kind, method=method, superclass=superclass, versus=versus
-    )
+    query = resolve_query(loaded, target=target, kind=kind, method=method, superclass=superclass, versus=versus)
     if grid and query.method in BASELINES:
-        raise CalmError(
-            f"method {query.method!r} has no grid: leave out --grid, or choose a kind of the model"
-        )
+        raise CalmError(f"method {query.method!r} has no grid: leave out --grid, or choose a kind of the model")
     label = query.method + ("" if query.versus is None else "-difference")
     suffixes = {"overlay": f".{label}.png", "map": f".{label}.npy"}
     if grid:
@@ -116,9 +107,7 @@ def attribute_files(
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
     if failed:
         errors = "\n".join(f"  {failure['error']}" for failure in failed)
-        raise CalmError(
-            f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{errors}"
-        )
+        raise CalmError(f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{errors}")
     return results
 
 

@@ -71,7 +71,5 @@ def _commands(
         own = ["--preset", "birds", "--data", birds, "--method", method, "--run_dir", folder]
         lines.append(["train", *own, *trained.split()])
     methods = ["--method", "joint", "cam", "gradient"]
-    lines.append(
-        ["evaluate", "all", "--data", birds, "--model", *runs.values(), *methods, "--out", evaluation]
-    )
+    lines.append(["evaluate", "all", "--data", birds, "--model", *runs.values(), *methods, "--out", evaluation])
     return [*lines, ["report", evaluation, "--out", str(out / "report.html")]]

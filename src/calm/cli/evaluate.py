@@ -69,16 +69,12 @@ def read_config(words: Sequence[str]) -> EvaluateConfig:
         if {"-h", "--help"} & set(words):
             print(_overview())
             raise SystemExit(0)
-        raise CalmError(
-            "name a benchmark first, such as 'calm evaluate all --model RUN --data DIR'; see --help"
-        )
+        raise CalmError("name a benchmark first, such as 'calm evaluate all --model RUN --data DIR'; see --help")
     benchmark, *rest = words
     parser = build_parser(benchmark)
     for word in rest:
         name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in {field.name for field in fields(EvaluateConfig)} - options_of(
-            benchmark
-        ):
+        if word.startswith("--") and name in {field.name for field in fields(EvaluateConfig)} - options_of(benchmark):
             raise CalmError(_not_read(benchmark, name))
     values = parse(parser, rest)
     lists = {name: tuple(values[name]) for name in _LISTS if values.get(name)}

@@ -50,9 +50,7 @@ class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
         if action.required:
             return f"{text} (required)"
         # An absent value needs no words, nor does the default of a switch: the text says what happens then.
-        silent = action.nargs == 0 or any(
-            action.default is value for value in (None, False, "", argparse.SUPPRESS)
-        )
+        silent = action.nargs == 0 or any(action.default is value for value in (None, False, "", argparse.SUPPRESS))
         return text if silent else f"{text} (default: %(default)s)"
 
 
@@ -65,11 +63,7 @@ class Parser(ArgumentParser):
     """
 
     def __init__(self, **options: Any) -> None:
-        defaults: dict[str, Any] = {
-            "formatter_class": Formatter,
-            "exit_on_error": False,
-            "allow_abbrev": False,
-        }
+        defaults: dict[str, Any] = {"formatter_class": Formatter, "exit_on_error": False, "allow_abbrev": False}
         super().__init__(**defaults | options)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -211,9 +205,7 @@ def _problem(action: argparse.Action, value: str, help_page: str) -> CalmError |
     if not choices and _fits(value, hint):
         return None
     members = [hint] if get_origin(hint) not in (Union, UnionType) else list(get_args(hint))
-    choices += [
-        str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)
-    ]
+    choices += [str(choice) for member in members if get_origin(member) is Literal for choice in get_args(member)]
     if choices:
         return None if value in choices else unknown("value", value, choices, where=_name(action))
     kinds = " or ".join(_described(member) for member in members if member is not NoneType)
@@ -239,9 +231,7 @@ _KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "tr
 def _described(hint: Any) -> str:
     """A type hint in words: ``tuple[float, float]`` is "[a number, a number]"."""
     if get_origin(hint) in (list, tuple):
-        return (
-            f"[{', '.join('...' if member is Ellipsis else _described(member) for member in get_args(hint))}]"
-        )
+        return f"[{', '.join('...' if member is Ellipsis else _described(member) for member in get_args(hint))}]"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 

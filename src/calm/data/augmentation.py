@@ -99,12 +99,7 @@ AUGMENTATIONS: dict[str, Augmentation] = {
     "published": Augmentation(),
     "small": Augmentation(crop="pad-shift"),
     "modern": Augmentation(
-        crop="random-resized-crop",
-        automatic="trivial",
-        brightness=0.2,
-        contrast=0.2,
-        saturation=0.2,
-        erase=0.1,
+        crop="random-resized-crop", automatic="trivial", brightness=0.2, contrast=0.2, saturation=0.2, erase=0.1
     ),
     "none": Augmentation(crop="none", flip=0.0),
 }

@@ -56,11 +56,7 @@ def check(
     names = next(iter(splits.values())).class_names
     problems, cues = check_cue_files(Path(root), splits)
     first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    description = (
-        f"layout {source.layout}: {LAYOUTS[source.layout]}",
-        f"classes: {first}",
-        *filter(None, [cues]),
-    )
+    description = (f"layout {source.layout}: {LAYOUTS[source.layout]}", f"classes: {first}", *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), description=description)
 
 
@@ -217,13 +213,7 @@ def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Probl
     if len(there) < 2:
         lacking = "parts" if "attributes" in there else "attributes"
         return [], f"no cue localization: there is {there[0]}/ but no {lacking}/" if there else ""
-    from calm.data.cues import (
-        class_pairs,
-        group_votes,
-        read_class_attributes,
-        read_part_groups,
-        read_part_points,
-    )
+    from calm.data.cues import class_pairs, group_votes, read_class_attributes, read_part_groups, read_part_points
 
     log = ProblemLog("cues")
 

@@ -77,13 +77,7 @@ def read_names(path: Path) -> tuple[str, ...]:
     first = min(by_index, default=0)
     missing = set(range(first, first + len(by_index))) - by_index.keys()
     if first not in (0, 1) or missing or not by_index:
-        fault = (
-            f"{min(missing)} is missing"
-            if missing
-            else f"the first is {first}"
-            if by_index
-            else "there are none"
-        )
+        fault = f"{min(missing)} is missing" if missing else f"the first is {first}" if by_index else "there are none"
         raise CalmError(f"{path}: class indices must run from 0 (or 1) without gaps, {fault}")
     full = [by_index[index] for index in sorted(by_index)]
     short = [name.split(",")[0].strip() for name in full]

@@ -75,11 +75,7 @@ class PartGroup:
 
 
 CUB_GROUPS = (
-    PartGroup(
-        "head",
-        ("bill", "crown", "eye", "forehead", "head", "nape", "throat"),
-        ((2, 5, 6, 7, 10, 11, 15),),
-    ),
+    PartGroup("head", ("bill", "crown", "eye", "forehead", "head", "nape", "throat"), ((2, 5, 6, 7, 10, 11, 15),)),
     PartGroup("back", ("back",), ((1,),)),
     PartGroup("belly", ("belly",), ((3,),)),
     PartGroup("breast", ("breast",), ((4,),)),
@@ -250,9 +246,7 @@ def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
     entries = read_yaml(path, "part groups")
     if not isinstance(entries, list) or not 1 <= len(entries) <= MAX_GROUPS:
         raise CalmError(f"{path}: needs a list of 1 to {MAX_GROUPS} groups, each with name, words and points")
-    groups = tuple(
-        _part_group(f"{path}: ", f"group {number}", entry) for number, entry in enumerate(entries, 1)
-    )
+    groups = tuple(_part_group(f"{path}: ", f"group {number}", entry) for number, entry in enumerate(entries, 1))
     if len({group.name for group in groups}) < len(groups):
         raise CalmError(f"{path}: two groups have the same name")
     return groups

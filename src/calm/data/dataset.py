@@ -202,9 +202,7 @@ class _Cache:
             if total > limit:
                 limit_text = f"{limit / 2**30:.1f} GiB, half of this machine's memory"
                 fit = f"{len(images):,} of {len(paths):,} images fit"
-                raise CalmError(
-                    f"a cache of split {split.name!r} needs more than {limit_text} ({fit}): go without it"
-                )
+                raise CalmError(f"a cache of split {split.name!r} needs more than {limit_text} ({fit}): go without it")
             images.append(image)
         self.shapes = [(image.shape[0], image.shape[1]) for image in images]
         self.starts = np.cumsum([0, *(image.size for image in images)])

@@ -99,12 +99,7 @@ def load_splits(
 
 
 def read_splits(
-    source: Source,
-    names: Iterable[str],
-    val_fraction: float,
-    seed: int,
-    present_classes_only: bool,
-    strict: bool,
+    source: Source, names: Iterable[str], val_fraction: float, seed: int, present_classes_only: bool, strict: bool
 ) -> dict[str, Split]:
     """Read splits of an open data set; see `load_splits` for the arguments and the errors."""
     wanted = tuple(names)

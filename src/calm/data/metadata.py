@@ -42,17 +42,7 @@ from pathlib import Path
 from typing import ClassVar, Generic, TypeVar
 
 from calm.data.cub import names_from_folders, read_names
-from calm.data.records import (
-    SPLITS,
-    Box,
-    Layout,
-    ProblemLog,
-    Record,
-    Split,
-    is_inside,
-    numbered_lines,
-    whole_number,
-)
+from calm.data.records import SPLITS, Box, Layout, ProblemLog, Record, Split, is_inside, numbered_lines, whole_number
 from calm.errors import CalmError
 
 IDS, LABELS, SIZES, LOCALIZATION = "image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt"
@@ -123,9 +113,7 @@ def read_sizes(path: Path, log: ProblemLog) -> dict[str, Line[tuple[int, int]]]:
     return _by_id(path, log, 2, parse) if path.is_file() else {}
 
 
-def _by_id(
-    path: Path, log: ProblemLog, count: int, parse: Callable[[str, list[str]], T]
-) -> dict[str, Line[T]]:
+def _by_id(path: Path, log: ProblemLog, count: int, parse: Callable[[str, list[str]], T]) -> dict[str, Line[T]]:
     """Read lines of an id and ``count`` fields, from which ``parse`` makes a value or raises _LineError."""
     result: dict[str, Line[T]] = {}
     for number, text in numbered_lines(path):

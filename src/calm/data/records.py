@@ -117,9 +117,7 @@ KINDS: dict[str, Kind] = {
     "no-label": Kind("image without a label", "add its line to the label file, or take its id out"),
     "contradiction": Kind("two lines that contradict each other", "keep the right one"),
     "duplicate-id": Kind("id listed twice", "keep one of the lines"),
-    "bad-path": Kind(
-        "path that leaves the data folder", "write it relative to the data folder, without '..'"
-    ),
+    "bad-path": Kind("path that leaves the data folder", "write it relative to the data folder, without '..'"),
     "no-split": Kind("image in no split", "add its line to train_test_split.txt"),
     "two-splits": Kind("image in two splits", "keep it in one: a test image seen in training is a leak"),
     "missing-file": Kind("missing image", f"put the file there, or {_TAKE_OUT}"),
@@ -128,16 +126,10 @@ KINDS: dict[str, Kind] = {
     "truncated": Kind("broken or truncated image", "fetch the file again"),
     "too-large": Kind("image of too many pixels", f"scale it down, or {_TAKE_OUT}"),
     "box-inverted": Kind("box with its corners exchanged", "write x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"),
-    "box-outside": Kind(
-        "box outside its image", "corners are inclusive: 0 <= x0 <= x1 < width, the same for y"
-    ),
-    "size-mismatch": Kind(
-        "image of another size than stated", "correct image_sizes.txt, and the boxes with it"
-    ),
+    "box-outside": Kind("box outside its image", "corners are inclusive: 0 <= x0 <= x1 < width, the same for y"),
+    "size-mismatch": Kind("image of another size than stated", "correct image_sizes.txt, and the boxes with it"),
     "missing-mask": Kind("missing or unreadable mask", "put the file there, or take its line out"),
-    "cue-file": Kind(
-        "attributes or parts that cannot be read", "correct the file; only cue localization needs it"
-    ),
+    "cue-file": Kind("attributes or parts that cannot be read", "correct the file; only cue localization needs it"),
     "box-thin": Kind("box of zero width or height", "nothing, if one pixel is meant", "warning"),
     "no-box": Kind("image without a box", "add its line, if boxes are to be evaluated", "warning"),
     "unlisted-id": Kind("annotation of an image not listed", "add its id, or remove the line", "warning"),
@@ -196,9 +188,7 @@ class ProblemLog:
         """Add a `Problem` of this split."""
         self.problems.append(Problem(kind, self.split, file, message, line, record))
 
-    def check_box(
-        self, box: Box, size: tuple[int, int] | None, file: Path, line: int | None, record: str
-    ) -> None:
+    def check_box(self, box: Box, size: tuple[int, int] | None, file: Path, line: int | None, record: str) -> None:
         """Add the problem of a box in an image of ``size`` (width, height), if it has one.
 
         A box whose corners coincide in x or in y is a warning; without a ``size`` only the lower bounds are checked.
@@ -283,16 +273,11 @@ class Report:
         """Return the report as text: by kind, errors first, a few of each kind, with counts and what to do."""
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
-        lines = [
-            *self.description,
-            f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}",
-        ]
+        lines = [*self.description, f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}"]
         for kind, members in self._by_kind().items():
             lines += ["", f"{KINDS[kind].severity}: {KINDS[kind].title} ({len(members):,})"]
             for problem in members[:MAX_SHOWN]:
-                lines.append(
-                    f"  [{problem.split}] {_shortened(problem.place)}: {_shortened(problem.message)}"
-                )
+                lines.append(f"  [{problem.split}] {_shortened(problem.place)}: {_shortened(problem.message)}")
             if len(members) > MAX_SHOWN:
                 lines.append(f"  ... and {len(members) - MAX_SHOWN:,} more")
             lines.append(f"  fix: {KINDS[kind].fix}")

@@ -97,9 +97,7 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
     groups = read_part_groups(root)
     names, present = read_class_attributes(root)
     if len(present) != split.num_classes:
-        raise CalmError(
-            f"{root / 'attributes'} describes {len(present)} classes, the data set has {split.num_classes}"
-        )
+        raise CalmError(f"{root / 'attributes'} describes {len(present)} classes, the data set has {split.num_classes}")
     counts = tuple(counts)
     pairs = tuple(class_pairs(present, group_votes(names, groups), counts))
     if not pairs:

@@ -162,9 +162,7 @@ def process_group() -> Iterator[None]:
     except _AgreedError as error:
         if is_first():
             print(f"calm: {error}", file=sys.stderr, flush=True)
-        _all_gather_object(
-            None
-        )  # a launcher kills the others when one exits: wait until the reason is printed
+        _all_gather_object(None)  # a launcher kills the others when one exits: wait until the reason is printed
         raise SystemExit(2) from error
     finally:
         _disconnect()

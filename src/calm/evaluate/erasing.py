@@ -34,14 +34,7 @@ from calm.metrics.erasing import (
     random_order,
 )
 
-__all__ = [
-    "RankedBatch",
-    "after_erasing",
-    "draw_seed",
-    "insertion_deletion",
-    "ranked_batches",
-    "remove_and_classify",
-]
+__all__ = ["RankedBatch", "after_erasing", "draw_seed", "insertion_deletion", "ranked_batches", "remove_and_classify"]
 
 
 class RankedBatch(NamedTuple):
@@ -157,13 +150,9 @@ def remove_and_classify(
         images, labels, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
-        right_random, probs_random = (
-            torch.zeros_like(probs_topk, dtype=torch.float64).expand(2, -1, -1).clone()
-        )
+        right_random, probs_random = torch.zeros_like(probs_topk, dtype=torch.float64).expand(2, -1, -1).clone()
         for draw in range(draws):
-            order = (
-                random_order(keys, ranked.random.shape[1], draw_seed(seed, draw)) if draw else ranked.random
-            )
+            order = random_order(keys, ranked.random.shape[1], draw_seed(seed, draw)) if draw else ranked.random
             right, probs = after_erasing(classify, images, order, ranked.filler, labels, shares)
             right_random += right
             probs_random += probs
@@ -316,12 +305,6 @@ def insertion_deletion(
         details={
             "constant_maps": constant,
             "images": len(scores_of_all),
-            "options": {
-                "points": points,
-                "fill": fill,
-                "explain": explain,
-                "seed": seed,
-                "replicates": replicates,
-            },
+            "options": {"points": points, "fill": fill, "explain": explain, "seed": seed, "replicates": replicates},
         },
     )

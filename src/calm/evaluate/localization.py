@@ -301,7 +301,5 @@ class _Masks:
             figures[name] = result.ap
             title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
             low, high = map(list, result.precision_band)
-            curves[title] = Curve(
-                list(result.recall), list(result.precision), low, high, "recall", "precision"
-            )
+            curves[title] = Curve(list(result.recall), list(result.precision), low, high, "recall", "precision")
         return _Computed(figures, curves, {})

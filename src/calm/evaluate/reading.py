@@ -42,9 +42,7 @@ def scaled_progress(progress: Progress | None, reads: int, total: int) -> Progre
     return advance
 
 
-def own_batches(
-    indices: Sequence[int], batch_size: int, progress: Progress | None = None
-) -> Iterator[Sequence[int]]:
+def own_batches(indices: Sequence[int], batch_size: int, progress: Progress | None = None) -> Iterator[Sequence[int]]:
     """Yield the batches of indices of this process, in order.
 
     Raises:

@@ -97,9 +97,7 @@ class EvaluateConfig:
                 raise CalmError("--workers and --device are about models: leave them out, or give --model")
 
 
-_COMMON = frozenset(
-    {"data", "model", "split", "layout", "metadata_root", "out", "batch_size", "workers", "device"}
-)
+_COMMON = frozenset({"data", "model", "split", "layout", "metadata_root", "out", "batch_size", "workers", "device"})
 _EVERY = ("replicates", "seed")
 """Options of every benchmark's function."""
 
@@ -182,8 +180,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         masks=True,
     ),
     "classification": Benchmark(
-        "calm.evaluate.classification:classification",
-        "accuracy, likelihood and calibration of the classifier",
+        "calm.evaluate.classification:classification", "accuracy, likelihood and calibration of the classifier"
     ),
     "insertion-deletion": Benchmark(
         "calm.evaluate.erasing:insertion_deletion",

@@ -49,9 +49,7 @@ _COUNTINGS = {
 def _pxap(parts: int | None, counting: str) -> FigureSpec:
     which = f" that differ in {parts} part{'s' * (parts > 1)}" if parts else ""
     title = f"{parts} part{'s' * (parts > 1)}" if parts else "mPxAP"
-    meaning = (
-        f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTINGS[counting]}"
-    )
+    meaning = f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTINGS[counting]}"
     return FigureSpec(
         f"{title}{counting.replace('_', ' ')}",
         meaning=meaning,
@@ -70,12 +68,8 @@ FIGURES: dict[str, FigureSpec] = {
         for counting in _COUNTINGS
         for parts in (1, 2, 3, None)
     },
-    "peak_in_part": FigureSpec(
-        "peak in part", meaning="the map's highest pixel lies in the one part that differs"
-    ),
-    "mass_in_part": FigureSpec(
-        "mass in part", meaning="share of the map that lies in the one part that differs"
-    ),
+    "peak_in_part": FigureSpec("peak in part", meaning="the map's highest pixel lies in the one part that differs"),
+    "mass_in_part": FigureSpec("mass in part", meaning="share of the map that lies in the one part that differs"),
     "part_of_image": FigureSpec(
         "part of image",
         better="",
@@ -100,9 +94,7 @@ FIGURES: dict[str, FigureSpec] = {
         "lower",
         "mean height of R_k up to the largest share erased: compare only with the same shares and the same fill",
     ),
-    "insertion": FigureSpec(
-        "insertion", meaning="area under the class's probability as pixels appear, best first"
-    ),
+    "insertion": FigureSpec("insertion", meaning="area under the class's probability as pixels appear, best first"),
     "deletion": FigureSpec(
         "deletion", better="lower", meaning="area under the class's probability as pixels vanish, best first"
     ),
@@ -112,9 +104,7 @@ FIGURES: dict[str, FigureSpec] = {
         "lower",
         "rank correlation of maps before and after all weights are drawn anew; 1 if the map ignores the model",
     ),
-    "maxboxacc": FigureSpec(
-        "MaxBoxAcc", meaning="box of the largest contour at IoU 0.5, best threshold: GT-known"
-    ),
+    "maxboxacc": FigureSpec("MaxBoxAcc", meaning="box of the largest contour at IoU 0.5, best threshold: GT-known"),
     "maxboxacc_v2": FigureSpec("MaxBoxAccV2", meaning="best contour, mean of IoU 0.3, 0.5 and 0.7"),
     **{
         f"maxboxacc_{iou}": FigureSpec(
@@ -124,12 +114,9 @@ FIGURES: dict[str, FigureSpec] = {
     },
     "top1_localization": FigureSpec("top-1 loc", meaning="class right and box right"),
     "top5_localization": FigureSpec("top-5 loc", meaning="class among the five most probable and box right"),
-    "pxap": FigureSpec(
-        "PxAP", meaning="area under the pixel precision-recall curve, every labelled pixel counted"
-    ),
+    "pxap": FigureSpec("PxAP", meaning="area under the pixel precision-recall curve, every labelled pixel counted"),
     "pxap_released": FigureSpec(
-        "PxAP released",
-        meaning="the same without pixels below the smallest threshold, as the released code counts",
+        "PxAP released", meaning="the same without pixels below the smallest threshold, as the released code counts"
     ),
     "pointing": FigureSpec("pointing", meaning="the map's highest pixel lies in the object"),
     "energy_inside": FigureSpec("energy inside", meaning="share of the map that lies in the object"),
@@ -227,9 +214,7 @@ class Result:
         try:
             saved = read_json(path, "result")
             if saved["format"] != FORMAT:
-                raise CalmError(
-                    f"{path} is a result of format {saved['format']}, this release reads {FORMAT}"
-                )
+                raise CalmError(f"{path} is a result of format {saved['format']}, this release reads {FORMAT}")
             return Result(
                 saved["benchmark"],
                 saved["label"],

@@ -67,8 +67,7 @@ def _evaluate(config: EvaluateConfig) -> list[Result]:
     )
     rows = _annotated(config, split)
     folders = [
-        open_map_folder(folder, split, thresholds=config.thresholds or "even")
-        for folder in dict.fromkeys(config.maps)
+        open_map_folder(folder, split, thresholds=config.thresholds or "even") for folder in dict.fromkeys(config.maps)
     ]
     subjects = _distinct_labels([*_model_subjects(config, split), *folders])
     out = config.out or _default_folder(config.model)
@@ -137,9 +136,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
     for source in dict.fromkeys(config.model):
         model = load(source, map_location="cpu").to(device).eval()
         if model.config.num_classes != split.num_classes:
-            raise CalmError(
-                f"{source} knows {model.config.num_classes} classes, {config.data} has {split.num_classes}"
-            )
+            raise CalmError(f"{source} knows {model.config.num_classes} classes, {config.data} has {split.num_classes}")
         for method in methods or [model.map_kind()]:
             if not _has(model, method):
                 continue
@@ -204,12 +201,7 @@ def _progress_bars() -> ProgressBars:
 
 
 def run_split(
-    root: Path,
-    name: SplitName,
-    models: Sequence[str],
-    *,
-    layout: Layout = "auto",
-    metadata_root: Path | None = None,
+    root: Path, name: SplitName, models: Sequence[str], *, layout: Layout = "auto", metadata_root: Path | None = None
 ) -> tuple[Split, dict[str, Any]]:
     """Read a split; where the data set lacks it, carve it from the training images as the models' runs did.
 
@@ -244,9 +236,7 @@ def run_split(
 
 def _reading(model: Path) -> dict[str, Any]:
     """Return the settings of `READING` in the config.yaml of a model's run; none for a model that is in no run."""
-    path = next(
-        (path / "config.yaml" for path in (model, model.parent) if (path / "config.yaml").is_file()), None
-    )
+    path = next((path / "config.yaml" for path in (model, model.parent) if (path / "config.yaml").is_file()), None)
     if path is None:
         return {}
     config = read_yaml(path, "configuration")
@@ -301,9 +291,7 @@ class Data:
     def annotation(self) -> str:
         """SHA-256 of the files that `calm.data.cues` reads, wherever they may be."""
         digest = hashlib.sha256()
-        paths = [
-            path for folder in ("attributes", "parts") for path in sorted((self.root / folder).glob("*.*"))
-        ]
+        paths = [path for folder in ("attributes", "parts") for path in sorted((self.root / folder).glob("*.*"))]
         paths += [self.root / "images.txt", self.root / "attributes.txt", self.root.parent / "attributes.txt"]
         for path in paths:
             if path.is_file():
@@ -323,9 +311,7 @@ class Data:
 # --- one result ----------------------------------------------------------------------------------------------
 
 
-def result_path(
-    name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]
-) -> Path:
+def result_path(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
     """Return where a result is stored: the file's name ends in a digest of everything that the figures depend on.
 
     An option that is given as its default makes no difference, nor does the row's label once a result is stored.

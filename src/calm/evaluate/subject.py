@@ -35,15 +35,7 @@ from calm.metrics.pixels import Thresholds
 from calm.model import CalmModel
 from calm.output import MAP_KINDS, CalmOutput, CamOutput
 
-__all__ = [
-    "MapFolder",
-    "Prediction",
-    "Subject",
-    "model_subject",
-    "open_map_folder",
-    "read_map",
-    "weights_digest",
-]
+__all__ = ["MapFolder", "Prediction", "Subject", "model_subject", "open_map_folder", "read_map", "weights_digest"]
 
 _NAMES = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
 

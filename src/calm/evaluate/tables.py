@@ -168,9 +168,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
     lines += sorted({f"{r.benchmark}: {r.details['partly']}" for r in results if r.details.get("partly")})
     data = [result.provenance.get("data") or {} for result in results]
     carved = {(d["split"], d["origin"]) for d in data if d.get("origin", "own files") != "own files"}
-    lines += [
-        f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)
-    ]
+    lines += [f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)]
     lines += _protocols(results)
     if any(result.details.get("segmented") is False for result in results):
         lines.append(

@@ -22,16 +22,7 @@ from calm.errors import CalmError
 from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
 from calm.metrics.pixels import Thresholds, check_maps, thresholds
 
-__all__ = [
-    "BoxCurve",
-    "Boxes",
-    "MapBoxes",
-    "MaxBoxAcc",
-    "MaxBoxAccResult",
-    "box_ious",
-    "map_boxes",
-    "threshold_ious",
-]
+__all__ = ["BoxCurve", "Boxes", "MapBoxes", "MaxBoxAcc", "MaxBoxAccResult", "box_ious", "map_boxes", "threshold_ious"]
 
 Boxes: TypeAlias = NDArray[np.int64]
 """(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
@@ -183,9 +174,7 @@ def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[B
     rivals = np.append(False, most >= least)[labels]
     largest = max(_outlines(rivals, with_holes), key=cv2.contourArea)  # of equals the first, as if traced
     x, y, wide, high = every = np.concatenate([outer, holes], axis=1)
-    same = np.logical_and.reduce(
-        [side == own for side, own in zip(every, cv2.boundingRect(largest), strict=True)]
-    )
+    same = np.logical_and.reduce([side == own for side, own in zip(every, cv2.boundingRect(largest), strict=True)])
     marks = np.zeros(len(same), dtype=np.int64)
     marks[same.argmax()] = 1
     return np.stack([x + left, y + top, x + wide + left, y + high + top], axis=1).astype(np.int64), marks

@@ -94,9 +94,7 @@ class CueLocalization(Metric):
         zeros = torch.zeros(len(groups), len(self.bucketize) + 1, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 
-    def update(
-        self, maps: Float[Tensor, "s h w"], positive: Bool[Tensor, "s h w"], pair: Int[Tensor, " s"]
-    ) -> None:
+    def update(self, maps: Float[Tensor, "s h w"], positive: Bool[Tensor, "s h w"], pair: Int[Tensor, " s"]) -> None:
         """Add samples, each the map of one image for one pair.
 
         Args:
@@ -141,6 +139,4 @@ class CueLocalization(Metric):
 
         numbers = sorted(set(groups[defined].tolist()))
         by_groups = {n: mean(groups == n) for n in numbers}
-        return CueLocalizationResult(
-            tuple(per_pair.tolist()), by_groups, mean(defined), int((~defined).sum())
-        )
+        return CueLocalizationResult(tuple(per_pair.tolist()), by_groups, mean(defined), int((~defined).sum()))

@@ -233,9 +233,7 @@ class RemoveAndClassify(Metric):
     right: Tensor
     images: Tensor
 
-    def __init__(
-        self, fractions: Sequence[float] = FRACTIONS, *, replicates: int = REPLICATES, seed: int = 0
-    ) -> None:
+    def __init__(self, fractions: Sequence[float] = FRACTIONS, *, replicates: int = REPLICATES, seed: int = 0) -> None:
         super().__init__()
         self.fractions = check_fractions(fractions)
         self.replicates, self.seed = replicates, seed
@@ -269,9 +267,7 @@ class RemoveAndClassify(Metric):
         expected = (len(keys), len(self.fractions))
         for name, values in (("correct_topk", correct_topk), ("correct_random", correct_random)):
             if values.shape != expected:
-                raise CalmError(
-                    f"{name} has shape {tuple(values.shape)}, needed is {expected}: (images, fractions)"
-                )
+                raise CalmError(f"{name} has shape {tuple(values.shape)}, needed is {expected}: (images, fractions)")
         drawn = weights(keys.to(correct.device), self.replicates, self.seed)
         self.right_topk += drawn @ correct_topk.double()
         self.right_random += drawn @ correct_random.double()
@@ -414,9 +410,7 @@ class InsertionDeletion(Metric):
         self.add_state("curves", curves, dist_reduce_fx="sum")
         self.add_state("images", torch.zeros(replicates + 1, dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(
-        self, inserted: Float[Tensor, "b s1"], deleted: Float[Tensor, "b s1"], keys: Int[Tensor, " b"]
-    ) -> None:
+    def update(self, inserted: Float[Tensor, "b s1"], deleted: Float[Tensor, "b s1"], keys: Int[Tensor, " b"]) -> None:
         """Add the curves of a batch (`insertion_deletion_curves`).
 
         Raises:

@@ -114,9 +114,7 @@ class Bucketize(nn.Module):
         if scores.dtype == torch.float64 or self.shift is None:
             return torch.bucketize(scores.double(), self.thresholds, right=True, out_int32=True)
         values = scores.detach().float().contiguous().flatten()
-        cells = (
-            values.view(torch.int32).clamp(min=0).bitwise_right_shift_(self.shift)
-        )  # at least 0: -0.0 is 0
+        cells = values.view(torch.int32).clamp(min=0).bitwise_right_shift_(self.shift)  # at least 0: -0.0 is 0
         below = self.table.index_select(0, cells)
         return below.add_(values >= self.edges.index_select(0, below)).view(scores.shape)
 
@@ -220,9 +218,7 @@ class PixelAP(Metric):
         )
 
 
-def check_maps(
-    maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, ignore: Tensor | None = None
-) -> None:
+def check_maps(maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, ignore: Tensor | None = None) -> None:
     """Check the arguments of a metric of maps.
 
     Raises:
@@ -238,9 +234,7 @@ def check_maps(
             f"maps have shape {tuple(maps.shape)}, the truth {tuple(truth.shape)}: resize the maps (calm.heatmaps)"
         )
     if ignore is not None and ignore.shape != maps.shape:
-        raise CalmError(
-            f"maps have shape {tuple(maps.shape)}, the pixels to ignore {tuple(ignore.shape)}: one each"
-        )
+        raise CalmError(f"maps have shape {tuple(maps.shape)}, the pixels to ignore {tuple(ignore.shape)}: one each")
     if keys is not None and keys.shape != maps.shape[:1]:
         raise CalmError(f"{len(maps)} maps and keys of shape {tuple(keys.shape)}: give each image its index")
     if not maps.numel():

@@ -66,9 +66,7 @@ def count_pixels(mask: Bool[Tensor, "b h w"]) -> Int[Tensor, " b"]:
 
 
 def energy_inside(
-    maps: Float[Tensor, "b h w"],
-    truth: Bool[Tensor, "b h w"],
-    ignore: Bool[Tensor, "b h w"] | None = None,
+    maps: Float[Tensor, "b h w"], truth: Bool[Tensor, "b h w"], ignore: Bool[Tensor, "b h w"] | None = None
 ) -> Float[Tensor, " b"]:
     """Return the share of each map's sum that lies at true pixels: float64, in [0, 1]; 0 for a map of zeros.
 

@@ -41,9 +41,7 @@ def cue_location(flags: Flags) -> None:
     if flags.dataset_name != "CUB":
         raise CalmError(f"--dataset={flags.dataset_name}: cue localization needs the parts of CUB's birds")
     if flags.cam_curve_interval != INTERVAL:
-        raise CalmError(
-            f"--cam_curve_interval={flags.cam_curve_interval}: cue localization has {INTERVAL} only"
-        )
+        raise CalmError(f"--cam_curve_interval={flags.cam_curve_interval}: cue localization has {INTERVAL} only")
     subject, split = _subject_and_split(flags)
     cub = flags.images / flags.dataset_name
     split = _segmented(split, cub)
@@ -63,9 +61,7 @@ def cue_location(flags: Flags) -> None:
     log(f"\n{flags.architecture}, {process} : {published}\n")
     log(f"the same, every pair by itself and every pixel counted: {strict}")
     test = {f"test/cue_{count}": value for count, value in zip(COUNTS, published, strict=True)}
-    save_measures(
-        flags.folder / f"cue_{process}", {**test, "strict": strict, "pairs": result.details["pairs"]}
-    )
+    save_measures(flags.folder / f"cue_{process}", {**test, "strict": strict, "pairs": result.details["pairs"]})
 
 
 def _subject_and_split(flags: Flags) -> tuple[Subject, Split]:
@@ -89,12 +85,9 @@ def _segmented(split: Split, cub: Path) -> Split:
     """
     folder = cub / "segmentations"
     if not folder.is_dir():
-        raise CalmError(
-            f"no {folder}: cue localization needs CUB's segmentations, a separate official download"
-        )
+        raise CalmError(f"no {folder}: cue localization needs CUB's segmentations, a separate official download")
     records = tuple(
-        replace(record, masks=(folder / PurePosixPath(record.id).with_suffix(".png"),))
-        for record in split.records
+        replace(record, masks=(folder / PurePosixPath(record.id).with_suffix(".png"),)) for record in split.records
     )
     return replace(split, records=records)
 

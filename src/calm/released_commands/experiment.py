@@ -39,17 +39,7 @@ __all__ = ["METRICS", "SPLITS", "Performance", "check_place", "clear", "finished
 SPLITS = ("train", "val", "test")
 METRICS = ("loss", "cls", "cue_1", "cue_2", "cue_3")
 
-WRITTEN = (
-    "log.log",
-    FILE_NAME,
-    "performance_log.*",
-    "reports",
-    "measure_*",
-    "cue_*",
-    "run",
-    "start",
-    "proxy",
-)
+WRITTEN = ("log.log", FILE_NAME, "performance_log.*", "reports", "measure_*", "cue_*", "run", "start", "proxy")
 """Patterns of what the commands write into an experiment's folder. Nothing else is ever deleted."""
 
 
@@ -86,9 +76,7 @@ class Performance:
         if path.is_file():
             try:
                 for split, metrics in read_json(path).items():
-                    performance.values[split] |= {
-                        name: meter["value_per_epoch"] for name, meter in metrics.items()
-                    }
+                    performance.values[split] |= {name: meter["value_per_epoch"] for name, meter in metrics.items()}
             except (AttributeError, KeyError, TypeError) as error:
                 raise CalmError(f"{path} is not the log that training writes: delete it") from error
         return performance
@@ -174,9 +162,7 @@ def clear(flags: Flags) -> None:
     foreign = sorted(path.name for path in folder.iterdir() if not any(map(path.match, WRITTEN)))
     if foreign or folder.is_symlink():
         problem = "is a link" if folder.is_symlink() else f"holds {foreign[0]!r}, which no command wrote"
-        raise CalmError(
-            f"--override_cache=True does not delete {folder}: it {problem}. Move it away yourself"
-        )
+        raise CalmError(f"--override_cache=True does not delete {folder}: it {problem}. Move it away yourself")
     shutil.rmtree(folder)
 
 

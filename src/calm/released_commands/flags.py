@@ -176,14 +176,7 @@ def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
         raise CalmError(
             f"--resize_size={flags.resize_size} is below --crop_size={flags.crop_size}: the crop is cut from it"
         )
-    for name in (
-        "seed",
-        "workers",
-        "crop_size",
-        "batch_size",
-        "smooth_grad_nr_iter",
-        "integrated_grad_nr_iter",
-    ):
+    for name in ("seed", "workers", "crop_size", "batch_size", "smooth_grad_nr_iter", "integrated_grad_nr_iter"):
         value, lowest = getattr(flags, name), 0 if name in ("seed", "workers") else 1
         if value is not None and value < lowest:
             raise CalmError(f"--{name}={value}: give {lowest} or more")

@@ -28,15 +28,7 @@ from calm.released import FILE_NAME, load_released
 from calm.released_commands.experiment import finished
 from calm.released_commands.flags import GRADIENT_PROCESSES, Flags
 
-__all__ = [
-    "LISTS",
-    "check_pretrained",
-    "load_model",
-    "proxy_lists",
-    "released_subject",
-    "test_split",
-    "transplant",
-]
+__all__ = ["LISTS", "check_pretrained", "load_model", "proxy_lists", "released_subject", "test_split", "transplant"]
 
 LISTS = ("image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt")
 
@@ -182,11 +174,7 @@ def released_subject(flags: Flags, model: CalmModel) -> Subject:
     process = flags.score_map_process
     if flags.score_map_method == "backprop" and process not in GRADIENT_PROCESSES:
         process = "input_grad"  # as in the released code: the method decides, whatever the process is called
-    noise = {
-        "samples": flags.smooth_grad_nr_iter,
-        "noise": 1 / flags.smooth_grad_sigma,
-        "seed": flags.seed or 0,
-    }
+    noise = {"samples": flags.smooth_grad_nr_iter, "noise": 1 / flags.smooth_grad_sigma, "seed": flags.seed or 0}
     methods: dict[str, tuple[str, Mapping[str, Any]]] = {
         "input_grad": ("gradient", {}),
         "integrated_grad": ("gradient", {}),

@@ -13,9 +13,7 @@ from calm.errors import CalmError
 __all__ = ["write_report"]
 
 
-def write_report(
-    sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0
-) -> Path:
+def write_report(sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0) -> Path:
     """Make one self-contained HTML page of the results of `calm evaluate`.
 
     The page has the table of every benchmark with intervals, its curves, the paper's figures where the data set is the

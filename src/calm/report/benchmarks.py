@@ -97,9 +97,7 @@ def _column(name: str) -> Column:
     return Column(spec.title, _FORMS[spec.unit], spec.better)
 
 
-def _tables(
-    group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None
-) -> list[Table]:
+def _tables(group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None) -> list[Table]:
     """The figures in tables that fit the page, the first one with the caption."""
     chunks = [names[start : start + WIDEST] for start in range(0, len(names), WIDEST)]
     return [_table(group, chunk, paper, None if n else caption) for n, chunk in enumerate(chunks)]
@@ -185,9 +183,7 @@ def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
     spans = [max(v[i] for i in finite) - min(v[i] for i in finite) or 1.0 for v in (x, y)] if finite else []
     kept: list[int] = []
     for i in finite:
-        if not kept or any(
-            abs(v[i] - v[kept[-1]]) >= STEP * span for v, span in zip((x, y), spans, strict=True)
-        ):
+        if not kept or any(abs(v[i] - v[kept[-1]]) >= STEP * span for v, span in zip((x, y), spans, strict=True)):
             kept.append(i)
     return kept if not finite or kept[-1] == finite[-1] else [*kept, finite[-1]]
 
@@ -223,8 +219,7 @@ def _by_pair(group: Group, style: Mapping[str, Style]) -> list[Markup]:
     figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
     first = next(iter(figures.values()), {})
     names = sorted(
-        {name for pairs in figures.values() for name in pairs},
-        key=lambda name: (name[0], -first.get(name, -1.0), name),
+        {name for pairs in figures.values() for name in pairs}, key=lambda name: (name[0], -first.get(name, -1.0), name)
     )
     drawings = []
     for start in range(0, len(names), MOST_PAIRS):

@@ -86,9 +86,7 @@ def chart(
     return _figure(draw, title, (4.0, 2.7))
 
 
-def dot_chart(
-    lines: Sequence[Line], places: Sequence[str], *, title: str, x_label: str, wide: bool = False
-) -> Markup:
+def dot_chart(lines: Sequence[Line], places: Sequence[str], *, title: str, x_label: str, wide: bool = False) -> Markup:
     """A figure with a dot and its interval for each method at each place of the x axis, the methods side by side.
 
     Args:

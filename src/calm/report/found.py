@@ -147,9 +147,7 @@ def read_run(folder: Path) -> Run:
     for name in ("config.yaml", "result.json", "metrics.csv", "versions.json"):
         if not (folder / name).is_file():
             raise CalmError(f"{folder} is no finished run of calm train: it has no {name}")
-    config, result, versions = (
-        _mapping(folder / name) for name in ("config.yaml", "result.json", "versions.json")
-    )
+    config, result, versions = (_mapping(folder / name) for name in ("config.yaml", "result.json", "versions.json"))
     if config.get("method") not in tuple(LABELS):
         raise CalmError(
             f"{folder / 'config.yaml'}: method is {shown(config.get('method'))}: allowed are {', '.join(LABELS)}"
@@ -187,10 +185,7 @@ def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
         except CalmError as error:
             problems.append(str(error))
     alike = Counter(run.label for run in runs)
-    runs = [
-        replace(run, label=f"{run.label} ({run.folder.name})") if alike[run.label] > 1 else run
-        for run in runs
-    ]
+    runs = [replace(run, label=f"{run.label} ({run.folder.name})") if alike[run.label] > 1 else run for run in runs]
     return sorted(runs, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
 
 
@@ -286,9 +281,7 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
     ]
     headings = Counter(group.heading for group in groups)
     return [
-        replace(group, mark=f"[{str(group.data.get('fingerprint'))[:8]}]")
-        if headings[group.heading] > 1
-        else group
+        replace(group, mark=f"[{str(group.data.get('fingerprint'))[:8]}]") if headings[group.heading] > 1 else group
         for group in groups
     ]
 

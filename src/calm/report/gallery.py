@@ -109,9 +109,7 @@ def choose(group: Group, *, seed: int = 0) -> list[tuple[str, str]]:
     bottom = order[len(top) :][-WORST:][::-1]
     rest = sorted(set(order) - {*top, *bottom})
     drawn = random.Random(seed).sample(rest, min(RANDOM, len(rest)))
-    return [
-        (why, name) for why, names in (("best", top), ("worst", bottom), ("random", drawn)) for name in names
-    ]
+    return [(why, name) for why, names in (("best", top), ("worst", bottom), ("random", drawn)) for name in names]
 
 
 def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
@@ -204,9 +202,7 @@ def load_model(result: Result) -> CalmModel:
     if not source:
         raise CalmError("its provenance names no model")
     if not Path(source).is_absolute():
-        raise CalmError(
-            f"its model {source} is no folder: to see its maps, download it and evaluate the folder"
-        )
+        raise CalmError(f"its model {source} is no folder: to see its maps, download it and evaluate the folder")
     if not Path(source).exists():
         raise CalmError(f"its model is no longer at {source}")
     model = load(source).eval()

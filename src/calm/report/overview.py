@@ -49,9 +49,7 @@ class DataSet:
     @cached_property
     def cues(self) -> list[Result]:
         """Results of cue localization that say where maps peak."""
-        return [
-            result for group in self.groups for result in group.results if "peak_in_part" in result.figures
-        ]
+        return [result for group in self.groups for result in group.results if "peak_in_part" in result.figures]
 
     @cached_property
     def singles(self) -> list[dict[str, Any]]:
@@ -142,9 +140,7 @@ def _data_sets(groups: Sequence[Group], runs: Sequence[Run]) -> list[DataSet]:
 
 
 def _named(section: Section, name: str) -> Section:
-    return replace(
-        section, title=f"{section.title} ({name})", short=f"{section.short or section.title} ({name})"
-    )
+    return replace(section, title=f"{section.title} ({name})", short=f"{section.short or section.title} ({name})")
 
 
 def _numbers(data: DataSet) -> list[Section]:
@@ -183,9 +179,7 @@ def _pointing_table(results: Sequence[Result]) -> Table:
     rows = []
     for result in results:
         figures = [result.figures[name] for name in ("peak_in_part", "mass_in_part")]
-        rows.append(
-            Row(result.label, [figure.value for figure in figures], [figure[1:] for figure in figures])
-        )
+        rows.append(Row(result.label, [figure.value for figure in figures], [figure[1:] for figure in figures]))
     for place, figure in (("object", "part_of_object"), ("picture", "part_of_image")):
         rows.append(Row(f"by chance, in the {place}", [results[0].figures[figure].value] * 2, competes=False))
     columns = [Column(f"{what} in the part", "%", "higher") for what in ("peak", "map")]
@@ -206,11 +200,7 @@ def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
 _TRAINING_CHARTS = (
     ("Loss (nats)", {"val_nll": "validation", "train_nll": "training"}, False),
     ("Accuracy", {"val_accuracy": "validation", "train_accuracy": "training"}, True),
-    (
-        "Spread of CALM's maps",
-        {"prior_entropy_relative": "prior", "posterior_entropy_relative": "posterior"},
-        True,
-    ),
+    ("Spread of CALM's maps", {"prior_entropy_relative": "prior", "posterior_entropy_relative": "posterior"}, True),
 )
 """Headings; columns of metrics.csv and what they are called (the second is dashed); whether in percent."""
 
@@ -224,9 +214,7 @@ def _training(runs: Sequence[Run]) -> Section:
     charts = []
     for title, columns, percent in _TRAINING_CHARTS:
         lines = [
-            Line(
-                run.history["epoch"], run.history[column], f"{run.label}: {name}", colours[run.label], dashed
-            )
+            Line(run.history["epoch"], run.history[column], f"{run.label}: {name}", colours[run.label], dashed)
             for (column, name), dashed in zip(columns.items(), (False, True), strict=True)
             for run in runs
             if column in run.history
@@ -238,20 +226,14 @@ def _training(runs: Sequence[Run]) -> Section:
         "alike": len(runs) > 1 and len({str([run.config.get(name) for name in same]) for run in runs}) == 1,
         "charts": charts,
         "cells": {
-            run.label: math.exp(run.history["prior_entropy"][-1])
-            for run in runs
-            if run.history.get("prior_entropy")
+            run.label: math.exp(run.history["prior_entropy"][-1]) for run in runs if run.history.get("prior_entropy")
         },
     }
     return Section("Training", "training", values)
 
 
 def _making(
-    data_sets: Sequence[DataSet],
-    runs: Sequence[Run],
-    problems: Sequence[str],
-    sources: Sequence[Path],
-    base: Path,
+    data_sets: Sequence[DataSet], runs: Sequence[Run], problems: Sequence[str], sources: Sequence[Path], base: Path
 ) -> Section:
     """Commands, data, versions and options of every run and result: enough to make the page again."""
     results = [result for data in data_sets for group in data.groups for result in group.results]

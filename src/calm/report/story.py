@@ -278,13 +278,10 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
         name, picture = study.names[target], study.picture(image)
         shots = [Shot(_enlarged(picture), f"test image of a {name}", "image")]
         shots += [
-            _shot(picture, values[place], ways.get(label, "clipping"), label, name)
-            for label, values in maps.items()
+            _shot(picture, values[place], ways.get(label, "clipping"), label, name) for label, values in maps.items()
         ]
         second = int(calm.probs[image].topk(2).indices[1])
-        cards.append(
-            {"image": image, "target": target, "second": second, "joint": joint[place], "shots": shots}
-        )
+        cards.append({"image": image, "target": target, "second": second, "joint": joint[place], "shots": shots})
     return cards
 
 
@@ -348,13 +345,10 @@ def _differences(study: Study, plate: Sequence[Picture], singles: Sequence[Mappi
     """Some pairs, of as many different parts as possible; of both classes a test image with the models' maps."""
     assert study.cues is not None
     known = {
-        (study.names[pair.first], study.names[pair.second]): number
-        for number, pair in enumerate(study.cues.pairs)
+        (study.names[pair.first], study.names[pair.second]): number for number, pair in enumerate(study.cues.pairs)
     }
     parts = [single["part"] for single in singles]
-    turns = [
-        parts[:place].count(part) for place, part in enumerate(parts)
-    ]  # the how manieth pair of its part
+    turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
     first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
     cards = [
         {**single, "shots": _pair_shots(study, plate, known[names])}
@@ -409,9 +403,7 @@ def _difference_maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
         signed = first - second
         y, x = divmod(int(resize_maps(signed.abs(), PROTOCOL_SIZE).argmax()), PROTOCOL_SIZE[1])
         hit, scale = bool(truth[y, x]), SIDE / PROTOCOL_SIZE[0]
-        drawn = draw_contour(
-            overlay(picture, signed, colormap="signed", size=(SIDE, SIDE)), truth.float(), 0.5
-        )
+        drawn = draw_contour(overlay(picture, signed, colormap="signed", size=(SIDE, SIDE)), truth.float(), 0.5)
         drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale, radius=RING)
         says = classifier.says(image)
         shots.append(

@@ -61,9 +61,7 @@ class TrainingState:
     best: Row = field(default_factory=dict)
 
     @classmethod
-    def start(
-        cls, model: CalmModel, config: TrainConfig, run: RunLength, precision: Precision
-    ) -> TrainingState:
+    def start(cls, model: CalmModel, config: TrainConfig, run: RunLength, precision: Precision) -> TrainingState:
         """Return the state before the first step; the averages are on the model's device."""
         averages: dict[str, Average] = {}
         if config.loss.posterior == "ema":

@@ -24,15 +24,7 @@ from calm.files import read_yaml
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = [
-    "RunLength",
-    "TrainConfig",
-    "is_new",
-    "load_config",
-    "parse_config",
-    "preset",
-    "temperature_schedule",
-]
+__all__ = ["RunLength", "TrainConfig", "is_new", "load_config", "parse_config", "preset", "temperature_schedule"]
 
 
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
@@ -287,13 +279,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != LossOptions():
-            raise CalmError(
-                f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s"
-            )
+            raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
         if self.optim.warmup_epochs >= self.epochs:
-            raise CalmError(
-                f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs"
-            )
+            raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
 
 
@@ -357,9 +345,7 @@ def temperature_schedule(temperature: float | str, steps: int) -> Callable[[int]
         start = float(start_text)
         end = float(end_text) if end_text else start
     except ValueError:
-        raise CalmError(
-            f"temperature {temperature!r} is neither a number nor START:END nor START:END:cosine"
-        ) from None
+        raise CalmError(f"temperature {temperature!r} is neither a number nor START:END nor START:END:cosine") from None
     if not all(math.isfinite(value) and value >= 0 for value in (start, end)):
         raise CalmError(f"temperature {temperature!r}: values must be finite and 0 or more")
     if shape not in ("", "linear", "cosine"):

@@ -29,15 +29,11 @@ def run_length(images: int, config: TrainConfig) -> RunLength:
         CalmError: there are fewer training images than one batch has.
     """
     if images < config.batch_size:
-        raise CalmError(
-            f"batch_size is {config.batch_size}, but there are only {images} training images: lower it"
-        )
+        raise CalmError(f"batch_size is {config.batch_size}, but there are only {images} training images: lower it")
     return RunLength(config.epochs, images // config.batch_size)
 
 
-def build_loader(
-    dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool
-) -> DataLoader[Any]:
+def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool) -> DataLoader[Any]:
     """Build the loader of this process's share of a split; its batches are (images, labels, indices).
 
     ``batch_size`` images make one optimiser step, over all processes and accumulated parts together: however they are
@@ -130,9 +126,7 @@ def _initialise(model: CalmModel, source: str, backbone: nn.Module | None) -> No
     try:
         model.backbone.load_state_dict(start.backbone.state_dict())
     except RuntimeError as error:
-        raise CalmError(
-            f"model.init_from {source!r}: its backbone {start.config.backbone!r} is another one"
-        ) from error
+        raise CalmError(f"model.init_from {source!r}: its backbone {start.config.backbone!r} is another one") from error
     head = start.head.state_dict()
     shapes = {name: value.shape for name, value in head.items()}
     if shapes == {name: value.shape for name, value in model.head.state_dict().items()}:

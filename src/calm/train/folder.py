@@ -70,9 +70,7 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         raise CalmError(f"configuration {path} is no list of 'setting: value'")
     changed = differences(former, config_dict(config))
     if changed:
-        listed = "\n".join(
-            f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items()
-        )
+        listed = "\n".join(f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items())
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
             f"choose another folder with {flag}, or delete that one"
@@ -123,9 +121,7 @@ def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> Non
     if path.exists():
         former = read_json(path)
         if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
-            raise CalmError(
-                f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir"
-            )
+            raise CalmError(f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir")
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)
@@ -153,9 +149,7 @@ def opening_line(
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:
     """Write every field of the configuration to config.yaml, also those at their default."""
-    write_text(
-        run_dir / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True)
-    )
+    write_text(run_dir / "config.yaml", yaml.safe_dump(config_dict(config), sort_keys=False, allow_unicode=True))
 
 
 def versions() -> dict[str, Any]:

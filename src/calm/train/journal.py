@@ -224,9 +224,7 @@ def open_loggers(
         "save_dir": run_dir,
         "root_dir": run_dir,
         "name": run_dir.name,
-        "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[
-            :16
-        ],  # wandb continues the run of this id
+        "id": hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16],  # wandb continues the run of this id
         "purge_step": step or None,
     }
     opened: list[Logger] = []
@@ -249,9 +247,7 @@ def open_loggers(
         for logger in every:
             logger.finalize("success")
     finally:
-        for (
-            logger
-        ) in opened:  # a run of wandb would stay open, and the next training of this process write to it
+        for logger in opened:  # a run of wandb would stay open, and the next training of this process write to it
             if finish := getattr(getattr(logger, "experiment", None), "finish", None):
                 finish()
 
@@ -298,9 +294,7 @@ def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *
     how: Normalization = "minmax" if kinds == ("cam",) else "max"
     rows: list[Sequence[Tile]] = [
         [
-            Tile(
-                image, _caption(model.class_names, row, label), RIGHT if int(row.argmax()) == label else WRONG
-            )
+            Tile(image, _caption(model.class_names, row, label), RIGHT if int(row.argmax()) == label else WRONG)
             for image, row, label in zip(pixels, probs, labels.tolist(), strict=True)
         ]
     ]

@@ -53,9 +53,7 @@ def build_optimizer(model: nn.Module, backbone: str, lr: float, optim: OptimOpti
     return torch.optim.AdamW(groups, betas=optim.betas)
 
 
-def build_scheduler(
-    optimizer: torch.optim.Optimizer, optim: OptimOptions, run: RunLength
-) -> lr_scheduler.LRScheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, run: RunLength) -> lr_scheduler.LRScheduler:
     """Build the learning-rate scheduler of a run, which is to be stepped after every optimiser step.
 
     Args:

@@ -55,11 +55,7 @@ __all__ = ["Trainer", "evaluate", "train"]
 
 
 def train(
-    config: TrainConfig,
-    *,
-    backbone: nn.Module | None = None,
-    loggers: Iterable[Logger] = (),
-    quiet: bool = False,
+    config: TrainConfig, *, backbone: nn.Module | None = None, loggers: Iterable[Logger] = (), quiet: bool = False
 ) -> Path:
     """Train a model and write everything about it to a run folder.
 
@@ -98,11 +94,7 @@ def train(
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model = build_model(config, splits["train"], backbone)
         data = folder.data_summary(splits, report)
-        model.training_summary = {
-            "data": config.data.name,
-            "fingerprint": data["fingerprint"],
-            "seed": config.seed,
-        }
+        model.training_summary = {"data": config.data.name, "fingerprint": data["fingerprint"], "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
         fabric = _fabric(config.hardware)
         if first:
@@ -145,8 +137,7 @@ class Trainer:
         self.step = TrainingStep(model, self.state.averages, config, run)
         self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
         self.loaders = {
-            name: build_loader(dataset, config, fabric, shuffle=name == "train")
-            for name, dataset in datasets.items()
+            name: build_loader(dataset, config, fabric, shuffle=name == "train") for name, dataset in datasets.items()
         }
         self.bar = progress_bar(log)
         self.task = self.bar.add_task("", total=None, values="")
@@ -204,9 +195,7 @@ class Trainer:
                 images = images.contiguous(memory_format=torch.channels_last)
             whole = (index + 1) % config.optim.accumulate == 0
             with fabric.no_backward_sync(self.module, enabled=not whole):
-                loss = self.module(
-                    images, targets, epoch=state.epoch, step=state.step, index=index, rank=rank
-                )
+                loss = self.module(images, targets, epoch=state.epoch, step=state.step, index=index, rank=rank)
                 # On the CPU there is nothing to wait for: every loss is looked at.
                 if fabric.device.type == "cpu" or self.step.looks_at(state.step, index):
                     self.check_losses()
@@ -226,9 +215,7 @@ class Trainer:
         """Clip the gradients, take an optimiser step, and let schedule, averages and loggers follow."""
         state, optim = self.state, self.config.optim
         if optim.clip_norm:
-            self.fabric.clip_gradients(
-                self.module, self.optimizer, max_norm=optim.clip_norm, error_if_nonfinite=False
-            )
+            self.fabric.clip_gradients(self.module, self.optimizer, max_norm=optim.clip_norm, error_if_nonfinite=False)
         state.rates = {group["name"]: group["lr"] for group in state.optimizer.param_groups}
         self.optimizer.step()
         state.optimizer.zero_grad()
@@ -250,9 +237,7 @@ class Trainer:
         """Look at losses and weights of an epoch before anything of it is measured or saved."""
         self.check_losses()
         check_weights(self.state.model, self._position())
-        if (
-            self.fabric.world_size > 1
-        ):  # BatchNorm's statistics: those of the first process, whose model is saved
+        if self.fabric.world_size > 1:  # BatchNorm's statistics: those of the first process, whose model is saved
             averaged = [average.module for average in self.state.averages.values()]
             for buffer in (buffer for model in (self.state.model, *averaged) for buffer in model.buffers()):
                 torch.distributed.broadcast(buffer, 0)

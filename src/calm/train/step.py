@@ -43,9 +43,7 @@ class TrainingMeasures(Metric):
         self.add_state("probes", torch.zeros(6), dist_reduce_fx="sum")
         self.locations = 0
 
-    def update(
-        self, loss: Tensor, images: int, output: Output | None = None, targets: Tensor | None = None
-    ) -> None:
+    def update(self, loss: Tensor, images: int, output: Output | None = None, targets: Tensor | None = None) -> None:
         """Add a batch.
 
         Args:
@@ -83,10 +81,7 @@ class TrainingMeasures(Metric):
         values = {"train_loss": loss / images, "train_accuracy": right / probed, "train_nll": nll / probed}
         if self.locations:
             uniform = math.log(self.locations) or 1.0
-            for name, entropy in (
-                ("prior_entropy", prior / probed),
-                ("posterior_entropy", posterior / probed),
-            ):
+            for name, entropy in (("prior_entropy", prior / probed), ("posterior_entropy", posterior / probed)):
                 values |= {name: entropy, f"{name}_relative": entropy / uniform}
             values["dead_prior"] = dead / probed
         return values
@@ -109,9 +104,7 @@ class TrainingStep(nn.Module):
         images: the latest batch, for a message about it.
     """
 
-    def __init__(
-        self, model: CalmModel, averages: Mapping[str, Average], config: TrainConfig, run: RunLength
-    ) -> None:
+    def __init__(self, model: CalmModel, averages: Mapping[str, Average], config: TrainConfig, run: RunLength) -> None:
         super().__init__()
         self.model, self.averages, self.config = model, dict(averages), config
         self.temperature = temperature_schedule(config.loss.temperature, run.steps)
@@ -122,9 +115,7 @@ class TrainingStep(nn.Module):
         self.images = torch.empty(0)
         self._probe_every = max(1, run.steps_per_epoch * config.optim.accumulate // PROBES_PER_EPOCH)
 
-    def forward(
-        self, images: Tensor, targets: Tensor, *, epoch: int, step: int, index: int, rank: int
-    ) -> Tensor:
+    def forward(self, images: Tensor, targets: Tensor, *, epoch: int, step: int, index: int, rank: int) -> Tensor:
         """Return the loss of a batch, mean over its images, in nats.
 
         Args:
@@ -136,20 +127,13 @@ class TrainingStep(nn.Module):
             rank: of the process.
         """
         if self.mix is not None:
-            images, targets = self.mix(
-                images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank
-            )
+            images, targets = self.mix(images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank)
         output = self.model(images)
         teacher = None
         if "teacher" in self.averages:
             with torch.no_grad():
                 teacher = self.averages["teacher"](images)
-        loss = self.model.output_loss(
-            output,
-            targets,
-            temperature=self.temperature(step),
-            teacher=teacher,
-        )
+        loss = self.model.output_loss(output, targets, temperature=self.temperature(step), teacher=teacher)
         self.images = images
         self.guard.note(loss, step)
         if self.looks_at(step, index):

@@ -19,12 +19,7 @@ from calm.files import remove_abandoned
 
 DataSet: TypeAlias = Literal["cub", "ilsvrc", "openimages30k", "tiny-imagenet"]
 
-DATA_SETS: dict[DataSet, str] = {
-    "cub": "CUB",
-    "ilsvrc": "ILSVRC",
-    "openimages30k": "OpenImages",
-    "tiny-imagenet": "",
-}
+DATA_SETS: dict[DataSet, str] = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "tiny-imagenet": ""}
 """Names of the data sets for the command, and of their folders in the released layout."""
 
 

@@ -71,13 +71,10 @@ PUBLISHED: dict[str, Published] = {
         "https://github.com/modestyachts/ImageNetV2 (imagenetv2-threshold0.7.tar.gz)",
     ),
     "openimages": Published(
-        ("*openimages*", "train.*", "val.*", "test.*"),
-        "https://github.com/clovaai/wsolevaluation (OpenImages30k)",
+        ("*openimages*", "train.*", "val.*", "test.*"), "https://github.com/clovaai/wsolevaluation (OpenImages30k)"
     ),
     "tiny-imagenet": Published(
-        ("tiny-imagenet-200.*",),
-        "http://cs231n.stanford.edu/tiny-imagenet-200.zip",
-        "90528d7ca1a48142e341f4ef8d21d0de",
+        ("tiny-imagenet-200.*",), "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
     ),
     "metadata": Published(
         ("*metadata*", "wsolevaluation*"),
@@ -160,9 +157,7 @@ def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
         CalmError: a checksum is wrong, and the preparation is not partial.
     """
     published = PUBLISHED[key]
-    matching = [
-        path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)
-    ]
+    matching = [path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)]
     if key == "openimages":
         matching = [path for path in matching if "metadata" not in path.name.lower()]
     for path in matching:
@@ -292,9 +287,7 @@ def merge(source: Path, target: Path) -> None:
         path.replace(place)
 
 
-def place_metadata(
-    name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str
-) -> None:
+def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str) -> None:
     """Put the released lists of a data set (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
 
     They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; without either, this
@@ -306,9 +299,7 @@ def place_metadata(
     final = out / "metadata" / name
     matching = [] if final.exists() else find("metadata", archives, prepared)
     if url and (final.exists() or matching):
-        reason = (
-            f"{matching[0]} was taken" if matching else f"the lists are in {final} (delete it to fetch them)"
-        )
+        reason = f"{matching[0]} was taken" if matching else f"the lists are in {final} (delete it to fetch them)"
         prepared.notes.append(f"nothing fetched from {url}: {reason}")
     if matching:
         _unpack_lists(matching[0], final, name)
