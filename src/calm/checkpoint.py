@@ -280,8 +280,9 @@ def _first_keys(what: str, keys: list[str], most: int = 5) -> str:
 def _kind(tensor: Tensor) -> str:
     """Return the shape and the kind of numbers, whose dtypes load into one another."""
     dtype = tensor.dtype
-    is_number = dtype != torch.bool and not dtype.is_complex
-    return f"{('float' if dtype.is_floating_point else 'whole numbers') if is_number else dtype} {tuple(tensor.shape)}"
+    is_float = dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 is only stored
+    is_whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
+    return f"{'float' if is_float else 'whole numbers' if is_whole else dtype} {tuple(tensor.shape)}"
 
 
 def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
