@@ -316,6 +316,18 @@ def test_push_to_hub_says_that_it_was_refused(hub):
         trained().push_to_hub("owner/birds")
 
 
+def test_push_to_hub_says_that_there_is_no_network(monkeypatch):
+    class ConnectError(Exception):
+        """As the transport's: neither an OSError nor an error of the hub's client."""
+
+    def unreachable(*_, **__):
+        raise ConnectError("connection refused")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
+    with pytest.raises(CalmError, match="cannot upload to 'owner/birds' on the Hugging Face Hub: connection refused"):
+        trained().push_to_hub("owner/birds")
+
+
 # The card
 
 
