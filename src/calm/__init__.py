@@ -3,10 +3,9 @@
 Every public name is listed here once and imported when first used, so that ``import calm`` is cheap.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from calm.errors import lazy_names
 
 if TYPE_CHECKING:
     from calm.baselines import attribute as attribute
@@ -24,39 +23,27 @@ if TYPE_CHECKING:
     from calm.output import CamOutput as CamOutput
     from calm.released import load_released as load_released
 
-_HOMES = {
-    "CalmError": "calm.errors",
-    "CalmModel": "calm.model",
-    "CalmOutput": "calm.output",
-    "CamOutput": "calm.output",
-    "MAP_KINDS": "calm.output",
-    "ModelConfig": "calm.config",
-    "Preprocessing": "calm.images",
-    "attribute": "calm.baselines",
-    "convert": "calm.cli.convert",
-    "create_model": "calm.model",
-    "load": "calm.model",
-    "load_released": "calm.released",
-    "normalize": "calm.heatmaps",
-    "resize_maps": "calm.heatmaps",
+_MODULES = {
+    "baselines": "attribute",
+    "cli.convert": "convert",
+    "config": "ModelConfig",
+    "errors": "CalmError",
+    "heatmaps": "normalize resize_maps",
+    "images": "Preprocessing",
+    "model": "CalmModel create_model load",
+    "output": "MAP_KINDS CalmOutput CamOutput",
+    "released": "load_released",
 }
-
-__all__ = [*_HOMES]
+_load, _names, __all__ = lazy_names(__name__, _MODULES)
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        from importlib.metadata import (
-            version,  # here, as its import takes longer than all the rest of this file
-        )
+    if name != "__version__":
+        return _load(name)
+    from importlib.metadata import version  # here, as its import takes longer than all the rest of this file
 
-        return version("calm")
-    if name not in _HOMES:
-        raise AttributeError(f"module 'calm' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
-    globals()[name] = value
-    return value
+    return version("calm")
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES, "__version__"])
+    return [*_names(), "__version__"]

@@ -37,8 +37,6 @@ from calm.errors import CalmError, shown, unknown
 from calm.files import open_regular, read_json, working_folder, write_json
 from calm.images import Preprocessing
 
-__all__ = ["CARD", "FORMAT", "WEIGHTS", "Card", "fill", "read", "upload", "write"]
-
 CARD = "calm.json"
 WEIGHTS = "model.safetensors"
 

@@ -1,13 +1,14 @@
-"""The error type for user mistakes; its messages say what was given, what is allowed, where, and how to fix it."""
+"""The error type for user mistakes, whose messages name the value and the fix; imports that wait for their use."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
+from importlib import import_module
 from reprlib import Repr
-
-__all__ = ["EXTRAS", "CalmError", "needs_extra", "shown", "unknown"]
+from typing import Any
 
 
 class CalmError(ValueError):
@@ -94,3 +95,24 @@ def shown(value: object) -> str:
         return _SHORT.repr(value)
     except ValueError:  # more digits than Python writes
         return f"a {type(value).__name__} of very many digits"
+
+
+def lazy_names(
+    package: str, modules: Mapping[str, str]
+) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+    """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported when first used.
+
+    Args:
+        package: its ``__name__``.
+        modules: the names, separated by spaces, of each module below the package.
+    """
+    module_of = {name: module for module, names in modules.items() for name in names.split()}
+
+    def load(name: str) -> Any:
+        if name not in module_of:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{package}.{module_of[name]}"), name)
+        setattr(sys.modules[package], name, value)
+        return value
+
+    return load, lambda: sorted({*vars(sys.modules[package]), *module_of}), sorted(module_of)

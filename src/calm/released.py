@@ -25,6 +25,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,18 +37,6 @@ from calm.config import Method
 from calm.errors import CalmError, shown, unknown
 from calm.files import atomic_path, read_torch
 from calm.model import CalmModel, create_model
-
-__all__ = [
-    "ARCHITECTURES",
-    "FILE_NAME",
-    "ConversionReport",
-    "ReleasedFile",
-    "load_released",
-    "load_with_report",
-    "read_released",
-    "released_state_dict",
-    "save_released",
-]
 
 ARCHITECTURES = ("resnet50", "vgg16", "inception_v3")
 FILE_NAME = "last_checkpoint.pth.tar"
@@ -266,7 +255,9 @@ def load_with_report(
     if classes is None or classes.ndim != 4 or not classes.numel():
         raise CalmError(f"{file.path} is not a released checkpoint: it lacks the classifier conv_last.weight")
     with torch.random.fork_rng(devices=[]):
-        model = _build(file.architecture, len(classes), method, large_feature_map, use_bn, class_names)
+        model = _build(
+            file.architecture, len(classes), method, large_feature_map, use_bn=use_bn, class_names=class_names
+        )
     own = model.state_dict()
     ignored = {}
     if method == "cam":
@@ -287,24 +278,7 @@ def load_with_report(
     return model.eval(), report
 
 
-def _build(
-    architecture: str,
-    num_classes: int,
-    method: Method,
-    large_feature_map: bool,
-    use_bn: bool,
-    class_names: Sequence[str] | None = None,
-) -> CalmModel:
-    return create_model(
-        architecture,
-        num_classes,
-        method,
-        large_feature_map,
-        use_bn=use_bn,
-        prior_activation="relu",
-        prior_denominator="constant",
-        class_names=class_names,
-    )
+_build = partial(create_model, prior_activation="relu", prior_denominator="constant")
 
 
 def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, large: bool) -> str:
@@ -314,7 +288,7 @@ def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, la
         for use_bn in (True,) if file.architecture == "resnet50" else (True, False):
             with torch.device("meta"):
                 classes = len(given["head.conv_last.weight"])
-                model = _build(file.architecture, classes, method, large_feature_map, use_bn)
+                model = _build(file.architecture, classes, method, large_feature_map, use_bn=use_bn)
             own = {key: tensor.shape for key, tensor in model.state_dict().items()}
             if shapes == {key: shape for key, shape in own.items() if not key.endswith(_COUNTER)}:
                 return f"large_feature_map={large_feature_map}, use_bn={use_bn}"

@@ -27,8 +27,6 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from calm.errors import CalmError
 
-__all__ = ["VGG16", "InceptionV3", "ResNet50", "imagenet_weights", "initialise", "load_pretrained"]
-
 
 class ResNet50(ResNet):  # type: ignore[misc]
     """ResNet-50 with D = 2048 channels.

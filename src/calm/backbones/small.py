@@ -8,8 +8,6 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
-__all__ = ["SmallResNet", "narrow_resnet", "tiny_resnet"]
-
 
 class SmallResNet(nn.Module):
     """Residual stages without the classifier, for images of about 32 to 128 pixels.

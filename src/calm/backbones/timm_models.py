@@ -14,8 +14,6 @@ from torch.func import functional_call
 from calm.errors import CalmError, unknown
 from calm.inference import evaluation_mode
 
-__all__ = ["STRIDES", "TimmBackbone", "is_timm_name", "output_shape", "unused_parameters"]
-
 STRIDES = (8, 16, 32)
 
 # Keywords with which a model accepts other image sizes than its own; they differ between timm's families.

@@ -3,10 +3,9 @@
 Names are loaded when first used; importing this package costs nothing.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from calm.errors import lazy_names
 
 if TYPE_CHECKING:
     from calm.data.augmentation import AUGMENTATIONS as AUGMENTATIONS
@@ -32,20 +31,11 @@ if TYPE_CHECKING:
     from calm.data.transforms import train_transform as train_transform
 
 _MODULES = {
-    "augmentation": ("AUGMENTATIONS", "Augmentation"),
-    "check": ("check_splits", "drop_bad", "load_checked"),
-    "dataset": ("EpochSampler", "ImageDataset"),
-    "loading": ("LAYOUTS", "detect_layout", "fingerprint", "load_split", "load_splits", "summary"),
-    "records": ("SPLITS", "Box", "Record", "Report", "Split"),
-    "transforms": ("BatchMix", "eval_transform", "train_transform"),
+    "augmentation": "AUGMENTATIONS Augmentation",
+    "check": "check_splits drop_bad load_checked",
+    "dataset": "EpochSampler ImageDataset",
+    "loading": "LAYOUTS detect_layout fingerprint load_split load_splits summary",
+    "records": "SPLITS Box Record Report Split",
+    "transforms": "BatchMix eval_transform train_transform",
 }
-_MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-__all__ = sorted(_MODULE_OF)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

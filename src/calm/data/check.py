@@ -9,11 +9,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, Unpack
 
 from PIL import Image
 
-from calm.data.loading import LAYOUTS, open_source, read_splits
+from calm.data.loading import LAYOUTS, ReadingOptions, load_splits, open_source, read_splits
 from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
@@ -64,19 +64,15 @@ def load_checked(
     root: str | Path,
     names: Iterable[str] = SPLITS,
     *,
-    layout: Layout = "auto",
-    metadata_root: str | Path | None = None,
-    val_fraction: float = 0.1,
-    seed: int = 0,
-    present_classes_only: bool = False,
     skip_bad: bool = False,
     decode: bool = False,
     progress: bool = False,
+    **options: Unpack[ReadingOptions],
 ) -> tuple[dict[str, Split], Report]:
     """Read splits and check them, as a program does before it uses them.
 
     Args:
-        root: as for `load_splits`; so are all arguments not named here.
+        root: as for `load_splits`; so are ``names`` and ``options``.
         skip_bad: leave out images that have an error. ``Report.left_out`` counts them.
         decode: as for `check_splits`.
         progress: as for `check_splits`.
@@ -87,8 +83,7 @@ def load_checked(
     Raises:
         CalmError: without ``skip_bad``, any error, all in one report; or no image is left.
     """
-    source = open_source(root, layout, metadata_root)
-    splits = read_splits(source, names, val_fraction, seed, present_classes_only, strict=False)
+    splits = load_splits(root, names, strict=False, **options)
     report = check_splits(splits, decode=decode, progress=progress)
     if not skip_bad and not report.ok:
         raise CalmError(f"{report}\n`calm train --skip-bad` goes on without the images named in errors")
@@ -159,8 +154,7 @@ def _check_image(record: Record, result: Probe, log: ProblemLog) -> None:
             log.check_box(box, result.size, record.path, None, record.id)
     elif record.size != result.size:
         stated, actual = ("{} x {}".format(*size) for size in (record.size, result.size))
-        message = f"is {actual} pixels, stated is {stated}"
-        log.add("size-mismatch", record.path, message, record=record.id)
+        log.add("size-mismatch", record.path, f"is {actual} pixels, stated is {stated}", record=record.id)
 
 
 def _check_classes(split: Split, log: ProblemLog) -> None:
@@ -180,7 +174,7 @@ def _shared_files(splits: list[Split]) -> list[Problem]:
             other = first.setdefault(record.path, split.name)
             if other != split.name:
                 message = f"is in {split.name} and in {other}"
-                problems.append(Problem("two-splits", split.name, record.path, message, None, record.id))
+                problems.append(Problem("two-splits", split.name, record.path, message, record=record.id))
     return problems
 
 
@@ -202,12 +196,7 @@ def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
 def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
     """Check the class attributes, part groups and part points of a data set, if it has any.
 
-    Args:
-        root: folder of the data set.
-        splits: all that it has.
-
-    Returns:
-        The problems, and a line about the files if there is no problem; neither for a data set without such files.
+    The result is the problems, and a line about the files if there is no problem.
     """
     there = [name for name in ("attributes", "parts") if (root / name).is_dir()]
     if len(there) < 2:

@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
@@ -42,20 +42,19 @@ SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", 
 """Suffixes, in lower case, of the files of a folder that are taken for images."""
 
 
-def load_split(
-    root: str | Path,
-    split: SplitName,
-    *,
-    layout: Layout = "auto",
-    metadata_root: str | Path | None = None,
-    val_fraction: float = 0.1,
-    seed: int = 0,
-    present_classes_only: bool = False,
-    strict: bool = True,
-) -> Split:
-    """Read one split of a data set; see `load_splits` for the arguments and the errors."""
-    source = open_source(root, layout, metadata_root)
-    return read_splits(source, (split,), val_fraction, seed, present_classes_only, strict)[split]
+class ReadingOptions(TypedDict, total=False):
+    """Keyword arguments of `load_splits`."""
+
+    layout: Layout
+    metadata_root: str | Path | None
+    val_fraction: float
+    seed: int
+    present_classes_only: bool
+
+
+def load_split(root: str | Path, split: SplitName, *, strict: bool = True, **options: Unpack[ReadingOptions]) -> Split:
+    """Read one split of a data set; see `load_splits` for the options and the errors."""
+    return load_splits(root, (split,), strict=strict, **options)[split]
 
 
 def load_splits(
@@ -124,8 +123,8 @@ def read_splits(
             Report.of(splits.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
             where = f" (listed by {source.listing(name)})" if name in source.splits else ""
-            others = f"splits with files of their own: {own}"
-            raise CalmError(f"{source.root} has no image for split {name!r}{where}; {others}")
+            message = f"{source.root} has no image for split {name!r}{where}; splits with files of their own: {own}"
+            raise CalmError(message)
     return {name: splits[name] for name in wanted}
 
 
@@ -149,19 +148,10 @@ def carve(
 
     Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but at least
     one where the class has two images or more, and never the last. The result is the same on every machine, in
-    whatever order the records come.
-
-    Args:
-        records: images of all classes.
-        fraction: share to carve, in (0, 1).
-        seed: another seed, another choice.
-        salt: makes carvings for different ends independent.
-
-    Returns:
-        (the rest, the carved part), each in the order of ``records``.
+    whatever order the records come: (the rest, the carved part), each in the order of ``records``.
 
     Raises:
-        CalmError: ``fraction`` out of range.
+        CalmError: ``fraction`` is not in (0, 1).
     """
     if not 0 < fraction < 1:
         raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
@@ -228,9 +218,8 @@ def _relative(path: Path, root: Path) -> str:
 def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
     """Return facts about a split, ready for JSON.
 
-    Returns:
-        ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images), ``with_boxes`` and
-        ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and ``fingerprint``.
+    They are ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images), ``with_boxes``
+    and ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and ``fingerprint``.
     """
     counts = dict(zip(split.class_names, split.class_counts(), strict=True))
     return {
@@ -243,28 +232,6 @@ def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
         "origin": split.origin,
         "fingerprint": fingerprint(split, file_sizes=file_sizes),
     }
-
-
-class Source(Protocol):
-    """A data set on disk whose layout is known."""
-
-    @property
-    def root(self) -> Path:
-        """The folder of the data set."""
-
-    @property
-    def layout(self) -> Layout:
-        """The key of `LAYOUTS`."""
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """The splits that have files of their own."""
-
-    def listing(self, split: str, /) -> str:
-        """Return the files or folder that say which images a split has, for messages."""
-
-    def read(self, split: str, /) -> Split:
-        """Read one of ``splits``."""
 
 
 @dataclass(frozen=True)
@@ -282,11 +249,7 @@ class FolderSource:
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Sorted names of the class folders of train.
-
-        Raises:
-            CalmError: fewer than two class folders, a name that is not UTF-8 text.
-        """
+        """Sorted names of the class folders of train, of which there must be two or more."""
         base = self._base("train")
         names = tuple(folder.name for folder in _folders(base))
         if len(names) < 2:
@@ -302,22 +265,20 @@ class FolderSource:
         return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
 
     def read(self, split: str) -> Split:
-        """Read one of :attr:`splits`.
-
-        Raises:
-            CalmError: a class folder that train does not have, a name that is not UTF-8 text.
-        """
+        """Read one of :attr:`splits`; it must have no class that train lacks, and all names must be UTF-8 text."""
         index = {name: label for label, name in enumerate(self.class_names)}
         base = self._base(split)
         records: list[Record] = []
         for folder in _folders(base):
             if folder.name not in index:
-                where = f"{base}; train has no such class"
-                raise unknown("class folder", folder.name, self.class_names, where=where)
-            files = _sorted_names(path for path in folder.rglob("*") if _is_image(path, folder))
-            label = index[folder.name]
-            records += [Record(path.relative_to(self.root).as_posix(), path, label) for path in files]
+                raise unknown("class folder", folder.name, self.class_names, where=f"{base}; train has no such class")
+            for path in _sorted_names(path for path in folder.rglob("*") if _is_image(path, folder)):
+                records.append(Record(path.relative_to(self.root).as_posix(), path, index[folder.name]))
         return Split(split, tuple(records), self.class_names, base, exif=True)
+
+
+Source: TypeAlias = CubSource | MetadataSource | FolderSource
+"""A data set on disk whose layout is known."""
 
 
 def _folders(base: Path) -> list[Path]:
@@ -347,11 +308,7 @@ def _class_folders(base: Path) -> int:
 
 
 def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> Source:
-    """Return the data set in ``root``, of the given layout or, for "auto", the one detected.
-
-    Raises:
-        CalmError: no such folder; no layout of that name, or one that has no metadata folder; see `detect_layout`.
-    """
+    """Return the data set in ``root``, of the given layout or, for "auto", the one detected."""
     root = Path(root)
     if not root.is_dir():
         raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
@@ -362,8 +319,7 @@ def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | 
     if layout == "metadata":
         return _open_metadata(root, root / "metadata" if metadata_root is None else Path(metadata_root))
     if metadata_root is not None:
-        lists = f"metadata_root is given ({metadata_root})"
-        raise CalmError(f"{lists}, but the layout {layout!r} has no such folder")
+        raise CalmError(f"metadata_root is given ({metadata_root}), but the layout {layout!r} has no such folder")
     return CubSource(root) if layout == "cub" else FolderSource(root)
 
 
@@ -398,8 +354,8 @@ def _lists_below(metadata: Path) -> list[Path]:
 def _open_metadata(root: Path, metadata_root: Path) -> MetadataSource:
     lists = _lists_below(metadata_root)
     if not lists:
-        places = f"{metadata_root}, nor below {', '.join(IMAGE_ROOTS)} in it"
-        raise CalmError(f"no train/image_ids.txt (nor val/, test/) in {places}")
+        below = ", ".join(IMAGE_ROOTS)
+        raise CalmError(f"no train/image_ids.txt (nor val/, test/) in {metadata_root}, nor below {below} in it")
     if len(lists) > 1:
         several = ", ".join(map(str, lists))
         raise CalmError(f"metadata of several data sets: {several}; name one of them as metadata_root")

@@ -3,10 +3,9 @@
 Names are imported when first used: importing this package does not import PyTorch.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from calm.errors import lazy_names
 
 if TYPE_CHECKING:
     from calm.evaluate.registry import BENCHMARKS as BENCHMARKS
@@ -20,19 +19,10 @@ if TYPE_CHECKING:
     from calm.evaluate.subject import Subject as Subject
     from calm.evaluate.subject import model_subject as model_subject
 
-_NAMES = {
+_MODULES = {
     "registry": "BENCHMARKS",
     "result": "FIGURES Curve FigureSpec Result",
     "runner": "Data run",
     "subject": "Prediction Subject model_subject",
 }
-_MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = sorted(_MODULE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)

@@ -3,12 +3,11 @@
 Names are imported when first used: importing this package does not import OpenCV or torchmetrics.
 """
 
-# ruff: noqa: F403 -- for type checkers; ``_NAMES`` below says what is public
+# ruff: noqa: F403 -- for type checkers; ``_MODULES`` below says what is public
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from calm.errors import lazy_names
 
 if TYPE_CHECKING:
     from calm.metrics.bootstrap import *
@@ -19,7 +18,7 @@ if TYPE_CHECKING:
     from calm.metrics.pixels import *
     from calm.metrics.pointing import *
 
-_NAMES = {
+_MODULES = {
     "bootstrap": "REPLICATES Estimate bootstrap_mean estimate weights",
     "boxes": "BoxCurve MaxBoxAcc MaxBoxAccResult box_ious",
     "classification": "BINS Classification ClassificationResult",
@@ -29,17 +28,4 @@ _NAMES = {
     "pixels": "COUNTINGS Counting PixelAP PixelAPResult Thresholds",
     "pointing": "EnergyInside PointingGame PointingResult energy_inside peak_hits",
 }
-_MODULE = {name: module for module, names in _NAMES.items() for name in names.split()}
-__all__ = sorted(_MODULE)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULE[name]}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return __all__
+__getattr__, __dir__, __all__ = lazy_names(__name__, _MODULES)
