@@ -34,3 +34,9 @@ def test_import_of_models_imports_no_library_of_commands() -> None:
     found = imported("import calm\ncalm.create_model, calm.load, calm.attribute, calm.normalize")
     assert "torch" in found
     assert not found & NEVER
+
+
+@pytest.mark.parametrize("name", ["all", "remove-and-classify"])
+def test_main_help_of_a_benchmark_imports_no_slow_library(name: str) -> None:
+    code = f"from calm.cli import main\nassert main(['evaluate', {name!r}, '--help']) == 0"
+    assert not imported(code) & HEAVY

@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from calm.config import DRAWS, FRACTIONS, REPLICATES, Explain, Fill, Order
 from calm.data.loading import Layout, SplitName
 from calm.errors import CalmError, unknown
-
-if TYPE_CHECKING:
-    from calm.evaluate.result import Result
 
 __all__ = ["BENCHMARKS", "Benchmark", "EvaluateConfig", "benchmark", "chosen_benchmarks", "options_of"]
 
@@ -130,10 +127,11 @@ class Benchmark:
     masks: bool = False
     options: tuple[str, ...] = ()
 
-    def load(self) -> Callable[..., Result]:
-        """Import the function."""
+    def load(self) -> Callable[..., Any]:
+        """Import the function, which returns a `calm.evaluate.result.Result`."""
+        # Result is not named as a type: jsonargparse would import it, and PyTorch, for the help page of EvaluateConfig.
         module, _, name = self.function.partition(":")
-        function: Callable[..., Result] = getattr(import_module(module), name)
+        function: Callable[..., Any] = getattr(import_module(module), name)
         return function
 
     @property

@@ -374,7 +374,7 @@ def run(
     began = time.perf_counter()
     roots = [data.root] if row.needs_root else []
     reading = {"batch_size": batch_size, "workers": workers, "progress": progress}
-    result = row.load()(subject, data.split, *roots, **reading, **options)
+    result: Result = row.load()(subject, data.split, *roots, **reading, **options)
     provenance = {
         **result.provenance,
         "subject": dict(subject.about),
