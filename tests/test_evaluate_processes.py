@@ -21,6 +21,7 @@ from stress_counts import FULL, count
 import calm
 import calm_birds
 from calm.cli import main
+from calm.data import load_split
 from calm.errors import CalmError
 from calm.evaluate import distributed
 from calm.evaluate.distributed import all_gather, gather_dict, process_group, share
@@ -99,11 +100,11 @@ def place(tmp_path_factory):
 
 @pytest.mark.slow
 def test_evaluate_in_two_processes_gives_the_figures_of_one(place, tmp_path, capsys):
-    split = calm.data.load_split(place / "birds", "test")
+    split = load_split(place / "birds", "test")
     assert len(split.records) == 9  # batches of 4, 4 and 1: the first process has two of them
     broken = tmp_path / "broken"
     calm_birds.write_birds(broken, species=3, images_per_species=10, size=40, seed=2, workers=1)
-    bad = calm.data.load_split(broken, "test").records[5]  # of the second process
+    bad = load_split(broken, "test").records[5]  # of the second process
     bad.path.write_bytes(bad.path.read_bytes()[:99])
 
     def words(benchmark: str, out: str, *more: str, data: Path = place / "birds") -> list[str]:
