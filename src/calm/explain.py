@@ -22,8 +22,6 @@ from calm.model import CalmModel
 from calm.output import MAP_KINDS
 from calm.render import Picture, draw_point, overlay
 
-__all__ = ["Explanation", "Query", "class_index", "draw", "drawn_size", "explain", "resolve_query"]
-
 SMALLEST_PICTURE = 224
 """Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has at least this many
 pixels, unless their longer side would have more than `LONGEST_ENLARGED`."""

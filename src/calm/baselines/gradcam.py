@@ -26,8 +26,6 @@ from calm.errors import CalmError
 if TYPE_CHECKING:
     from calm.model import CalmModel
 
-__all__ = ["gradcam"]
-
 
 def gradcam(library_class: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]:
     """Return the function of a method for `calm.baselines.BASELINES`.

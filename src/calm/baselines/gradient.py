@@ -24,17 +24,6 @@ from calm.output import CalmOutput, CamOutput
 if TYPE_CHECKING:
     from calm.model import CalmModel
 
-__all__ = [
-    "Options",
-    "class_scores",
-    "gradient",
-    "input_x_gradient",
-    "integrated_gradients",
-    "smoothgrad",
-    "smoothgrad_squared",
-    "vargrad",
-]
-
 Images = Float[Tensor, "b 3 h w"]
 Targets = Int[Tensor, " b"]
 Maps = Float[Tensor, "b h w"]

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from calm.model import CalmModel
     from calm.render import Picture
 
-__all__ = ["ImageInput", "attribute_files", "find_images"]
-
 BATCH_BYTES = 3 * 2**26
 """Bytes of decoded pictures above which a batch is explained before it has its full number."""
 

@@ -12,8 +12,6 @@ from calm.errors import CalmError
 if TYPE_CHECKING:
     from calm.released import ConversionReport
 
-__all__ = ["convert"]
-
 
 def convert(
     checkpoint: Path,

@@ -9,8 +9,6 @@ from pathlib import Path
 from calm.cli import run
 from calm.errors import CalmError
 
-__all__ = ["demo"]
-
 
 def demo(
     out: Path = Path("demo"),

@@ -15,8 +15,6 @@ from calm.evaluate.registry import BENCHMARKS, EvaluateConfig, chosen_benchmarks
 if TYPE_CHECKING:
     from calm.evaluate.result import Result
 
-__all__ = ["build_parser", "main", "read_config"]
-
 _LISTS: dict[str, Any] = {"model": str, "method": str, "maps": Path, "fractions": float}
 """Flags that take several values, and that may be repeated."""
 

@@ -35,8 +35,6 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter 
 
 from calm.errors import CalmError, unknown
 
-__all__ = ["Formatter", "Parser", "build_parser", "help_texts", "parse"]
-
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Format help pages: keep line breaks of description and epilog, show defaults, hide types and reST markup."""

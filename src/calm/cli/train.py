@@ -10,8 +10,6 @@ from calm.cli import parsing
 from calm.errors import CalmError
 from calm.train.config import TrainConfig, add_arguments, load_config, parse_config, preset, preset_names
 
-__all__ = ["build_parser", "main", "parse"]
-
 EXAMPLES = """\
 examples:
   calm train --preset birds --data birds                            small network from scratch, minutes on a CPU

@@ -20,8 +20,6 @@ from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags, Log
 from calm.released_commands.weights import load_model, released_subject, test_split
 
-__all__ = ["Measures", "cue_location", "measure", "remove_and_classify"]
-
 INTERVAL = 0.001
 """Distance of the thresholds, the only one that cue localization has."""
 

@@ -34,8 +34,6 @@ from calm.files import read_columns, read_json, write_bytes, write_json, write_t
 from calm.released import FILE_NAME
 from calm.released_commands.flags import Flags
 
-__all__ = ["METRICS", "SPLITS", "Performance", "check_place", "clear", "finished", "save_measures"]
-
 SPLITS = ("train", "val", "test")
 METRICS = ("loss", "cls", "cue_1", "cue_2", "cue_3")
 

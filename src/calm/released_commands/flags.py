@@ -16,8 +16,6 @@ from calm.config import Method
 from calm.errors import CalmError, unknown
 from calm.released import ARCHITECTURES
 
-__all__ = ["GRADIENT_PROCESSES", "RULE", "Flags", "Log", "build_parser", "parse", "run"]
-
 RULE = "=" * 59
 """The line that the released code prints before the evaluation on the test images."""
 

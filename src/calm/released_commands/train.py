@@ -15,8 +15,6 @@ from calm.released_commands.weights import check_pretrained, load_model, proxy_l
 from calm.train import TrainConfig, preset, train
 from calm.train.optim import build_optimizer
 
-__all__ = ["main", "train_config"]
-
 
 def main(flags: Flags) -> None:
     """Train, unless ``--is_train=False``; test the last epoch's weights; write everything to the experiment's folder.

@@ -28,8 +28,6 @@ from calm.released import FILE_NAME, load_released
 from calm.released_commands.experiment import finished
 from calm.released_commands.flags import GRADIENT_PROCESSES, Flags
 
-__all__ = ["LISTS", "check_pretrained", "load_model", "proxy_lists", "released_subject", "test_split", "transplant"]
-
 LISTS = ("image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt")
 
 

@@ -14,8 +14,6 @@ from calm.report.charts import Line, chart, dot_chart
 from calm.report.found import PUBLISHED, Group, Published, Style
 from calm.report.page import Column, Row, Section, Table, species_name
 
-__all__ = ["benchmark_section", "main_figure"]
-
 WIDEST = 8
 """Columns of one table."""
 MOST_PAIRS = 60

@@ -11,8 +11,6 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-__all__ = ["PALETTE", "Line", "chart", "dot_chart"]
-
 PALETTE = ("calm", "cam", "other", "method-4", "method-5", "method-6", "method-7", "method-8")
 """The page's colours for methods, most different first."""
 

@@ -22,22 +22,6 @@ from calm.files import read_columns, read_json, read_yaml
 from calm.output import MAP_KINDS
 from calm.report.charts import PALETTE
 
-__all__ = [
-    "CALM",
-    "PUBLISHED",
-    "Group",
-    "Published",
-    "Run",
-    "Style",
-    "find_groups",
-    "find_runs",
-    "is_number",
-    "own_maps",
-    "read_run",
-    "styles",
-    "subject",
-]
-
 CUB, IMAGENET, OPENIMAGES = "CUB-200-2011", "ImageNet", "OpenImages30k"
 
 DATA_SETS = {(200, 5794): CUB, (1000, 50000): IMAGENET, (100, 5000): OPENIMAGES}

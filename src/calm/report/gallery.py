@@ -28,8 +28,6 @@ from calm.render import Picture, draw_boxes, draw_contour, draw_peak, overlay, r
 from calm.report.found import Group, subject
 from calm.report.page import Shot, listed, species_name
 
-__all__ = ["Scene", "choose", "gallery", "load_model", "maps_of", "scenes"]
-
 BEST, WORST, RANDOM = 3, 3, 4
 SIDE = 176
 """Width and height of the pictures in the file, in pixels."""

@@ -19,8 +19,6 @@ from calm.report.gallery import gallery as images_of
 from calm.report.page import Column, Page, Row, Section, Table
 from calm.report.story import Study, birds_config, single_pairs, story_sections
 
-__all__ = ["report_page"]
-
 PAPER = "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Attribution”, ICCV 2021."
 
 

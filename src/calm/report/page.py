@@ -27,23 +27,6 @@ from PIL import Image
 from calm.files import write_text
 from calm.render import Colormap, Picture, table
 
-__all__ = [
-    "Column",
-    "Page",
-    "Row",
-    "Section",
-    "Shot",
-    "Table",
-    "counted",
-    "data_uri",
-    "listed",
-    "macro",
-    "percent",
-    "render",
-    "species_name",
-    "write",
-]
-
 JPEG_QUALITY = 88
 PERCENT = "\N{NARROW NO-BREAK SPACE}%"
 FORMULAS = {

@@ -31,8 +31,6 @@ from calm.report.gallery import load_model
 from calm.report.page import Section, Shot, listed, species_name
 from calm_birds import Drawing, choose_species, draw_bird
 
-__all__ = ["Classifier", "Study", "birds_config", "single_pairs", "story_sections"]
-
 MOST_IMAGES = 600
 """Test images that are predicted anew for these sections; of larger sets so many, evenly spaced."""
 BATCH = 64
