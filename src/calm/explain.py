@@ -16,24 +16,19 @@ from torch import Tensor
 
 from calm.baselines import BASELINES, attribute, canonical_method
 from calm.errors import CalmError
-from calm.heatmaps import Place, locate, resize_maps
+from calm.heatmaps import Normalization, Place, locate, resize_maps
 from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import MAP_KINDS
-from calm.render import Picture, draw_point, overlay
+from calm.render import Colormap, Picture, draw_point, overlay
 
 SMALLEST_PICTURE = 224
 """Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has at least this many
 pixels, unless their longer side would have more than `LONGEST_ENLARGED`."""
 
-LONGEST_ENLARGED = 2048
-"""Most pixels of the longer side of an enlarged overlay."""
-
-LARGEST_OVERLAY = 4_000_000
-"""Overlays of larger pictures are shrunk to about this many pixels."""
-
-LONGEST_OVERLAY = 65_535
-"""Most pixels of the longer side of an overlay."""
+LONGEST_ENLARGED = 2048  # most pixels of the longer side of an enlarged overlay
+LARGEST_OVERLAY = 4_000_000  # overlays of larger pictures are shrunk to about this many pixels
+LONGEST_OVERLAY = 65_535  # most pixels of the longer side of an overlay
 
 
 @dataclass(frozen=True)
@@ -204,13 +199,9 @@ def draw(picture: Picture, explanation: Explanation, query: Query) -> Picture:
     height, width = picture.shape[:2]
     size = drawn_size(height, width)
     is_cam = query.method in MAP_KINDS and MAP_KINDS[query.method].family == "cam"
-    drawn = overlay(
-        picture,
-        explanation.signed,
-        how="minmax" if is_cam else "max",
-        colormap="heat" if query.versus is None else "signed",
-        size=size,
-    )
+    how: Normalization = "minmax" if is_cam else "max"
+    colormap: Colormap = "heat" if query.versus is None else "signed"
+    drawn = overlay(picture, explanation.signed, how=how, colormap=colormap, size=size)
     place = explanation.places[explanation.target]
     x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
     return draw_point(drawn, x, y, radius=max(4, min(size) // 48))

@@ -49,10 +49,8 @@ _ANCHORS: dict[str, tuple[str, tuple[float, ...]]] = {
 }
 """Colours and their places, which are proportional to their distances in OKLab (Ottosson, 2020): steps look equal."""
 
-PIXELS_AT_ONCE = 2**18
-"""Pixels of an overlay that are computed at a time, so that floats of a large picture need no memory."""
-LONGEST_EXACT = 2**16
-"""Pillow's weights take 32 bytes for each pixel of a side: of longer pictures, means of pixels are resized."""
+PIXELS_AT_ONCE = 2**18  # of an overlay that are computed at a time, so that floats of a large picture need no memory
+LONGEST_EXACT = 2**16  # of longer pictures, means of pixels are resized: Pillow's weights take 32 bytes for each pixel
 
 INK: Colour = (38, 40, 52)
 PAPER: Colour = (255, 255, 255)
@@ -171,12 +169,7 @@ def draw_boxes(
     colour: Colour = (255, 210, 64),
     width: int = 1,
 ) -> Picture:
-    """Frame boxes x0, y0, x1, y1, whose corners are inside (inclusive): the outermost pixels of the box are
-    painted.
-
-    Returns:
-        A new picture.
-    """
+    """Frame boxes x0, y0, x1, y1, corners inclusive: paint their outermost pixels. Returns a new picture."""
     canvas = Image.fromarray(_checked(image))
     pen = ImageDraw.Draw(canvas)
     for box in boxes:
@@ -273,8 +266,8 @@ def panel(
     pictures = [[_fitted(tile.image, cell) if tile else None for tile in row] for row in rows]
     captions = [[tile.caption.splitlines() if tile else [] for tile in row] for row in rows]
     heights = [max((picture.height for picture in row if picture), default=0) for row in pictures]
-    notes = [max(map(len, row), default=0) * line for row in captions]
-    notes = [height + gap // 2 if height else 0 for height in notes]
+    most = [max(map(len, row), default=0) for row in captions]
+    notes = [count * line + gap // 2 if count else 0 for count in most]
     width = left + across * (cell + gap)
     canvas = Image.new("RGB", (width, top + sum(heights) + sum(notes) + gap * len(rows)), PAPER)
     pen = ImageDraw.Draw(canvas)
@@ -317,8 +310,7 @@ def _font(size: int, *, bold: bool = False) -> _Font:
     """DejaVu Sans, which matplotlib brings along (found without importing it), else Pillow's own font."""
     spec = find_spec("matplotlib")
     if spec is not None and spec.origin is not None:
-        name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
-        file = Path(spec.origin).parent / "mpl-data" / "fonts" / "ttf" / name
+        file = Path(spec.origin).parent / f"mpl-data/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf"
         if file.is_file():
             return ImageFont.truetype(file, size)
     return ImageFont.load_default(size)

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -123,7 +123,10 @@ def attribute(
     optional = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
     given: dict[str, Any] = {option: value for option, value in optional.items() if value is not None}
     names = given.keys() | ({"superclass"} if superclass is not None else set())
-    _check_options(method, names, frozenset({"superclass"}) if baseline is None else baseline.options)
+    read = frozenset({"superclass"}) if baseline is None else baseline.options
+    if unread := names - read:
+        reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
+        raise CalmError(f"method {method!r} does not read the option {min(unread)}: {reads}")
     options = Options(batch_size=batch_size, **given)
     _check_values(options)
     classes = _check_inputs(model, images, targets)
@@ -143,11 +146,7 @@ def attribute(
 
 
 def canonical_method(method: str, model: CalmModel | None = None) -> str:
-    """Return the name in ``METHODS`` of a method or of an alias.
-
-    Args:
-        method: the name.
-        model: if given, a map kind must be one that this model has.
+    """Return the name in ``METHODS`` of a method or of an alias; of a map kind, one that ``model``, if given, has.
 
     Raises:
         CalmError: no such method, with the closest name; or a map kind of the other family of models.
@@ -156,13 +155,6 @@ def canonical_method(method: str, model: CalmModel | None = None) -> str:
     if name not in METHODS:
         raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])
     return name if model is None or name in BASELINES else model.map_kind(name)
-
-
-def _check_options(method: str, given: Set[str], read: frozenset[str]) -> None:
-    """Refuse an option that the method does not read."""
-    for option in sorted(given - read):
-        reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
-        raise CalmError(f"method {method!r} does not read the option {option}: {reads}")
 
 
 def _check_values(options: Options) -> None:

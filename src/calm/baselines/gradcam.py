@@ -14,7 +14,8 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from operator import itemgetter
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -22,17 +23,11 @@ from torch import Tensor, nn
 
 from calm.baselines.gradient import Options, class_scores
 from calm.errors import CalmError
-
-if TYPE_CHECKING:
-    from calm.model import CalmModel
+from calm.model import CalmModel
 
 
 def gradcam(library_class: str) -> Callable[[CalmModel, Tensor, Tensor, Options], Tensor]:
-    """Return the function of a method for `calm.baselines.BASELINES`.
-
-    Args:
-        library_class: the method's class in pytorch-grad-cam, such as ``"GradCAM"``.
-    """
+    """Return the function, for `calm.baselines.BASELINES`, of a class of pytorch-grad-cam such as ``"GradCAM"``."""
 
     def explain(
         model: CalmModel, images: Float[Tensor, "b 3 h w"], targets: Int[Tensor, " b"], options: Options
@@ -42,16 +37,13 @@ def gradcam(library_class: str) -> Callable[[CalmModel, Tensor, Tensor, Options]
 
         layer = _target_layer(model, options.target_layer)
         scorer = _Scorer(model)
-        hook = layer.register_forward_hook(_start_graph)
-        try:
+        with layer.register_forward_hook(_start_graph):
             # The library applies its transform as soon as it sees a value: before a later layer works in place.
             cam = getattr(pytorch_grad_cam, library_class)(scorer, [layer], torch.clone)
             try:
                 maps = _weighted_sum(cam, scorer, layer, images, targets, options)
             finally:
                 cam.activations_and_grads.release()
-        finally:
-            hook.remove()
         return torch.as_tensor(maps, device=images.device).clamp(min=0)
 
     return explain
@@ -71,7 +63,7 @@ def _weighted_sum(
     gradients = _as_grid(recorded.gradients[0], scorer.grid) if cam.uses_gradients else None
     recorded.release()  # or the features of every pass of Score-CAM would be kept
     cam.batch_size = options.batch_size
-    scores_of = [_score_of(target) for target in targets.tolist()]
+    scores_of = [itemgetter(target) for target in targets.tolist()]
     with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar for each image
         return cam.get_cam_image(images, layer, scores_of, activations, gradients, False)
 
@@ -103,10 +95,7 @@ def _target_layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
 
 
 def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:
-    """Forward hook: start the graph at this layer, as no layer before it needs a backward pass.
-
-    The output is copied, since the next layer may work in place.
-    """
+    """Forward hook: start the graph here, as no layer before needs gradients; copied, as the next may overwrite."""
     if not isinstance(output, Tensor) or output.ndim not in (3, 4):
         shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise CalmError(f"target_layer must return a grid (B, D, h, w) or tokens (B, T, D), this one returns {shape}")
@@ -121,7 +110,3 @@ def _as_grid(values: Tensor, grid: tuple[int, int]) -> Any:
             raise CalmError(f"target_layer returns {values.shape[1]} tokens, the grid has {height}x{width}")
         values = values[:, -height * width :].mT.reshape(len(values), -1, height, width)
     return (values if values.dtype == torch.float64 else values.float()).numpy()
-
-
-def _score_of(target: int) -> Callable[[Tensor], Tensor]:
-    return lambda scores: scores[target]

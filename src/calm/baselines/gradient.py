@@ -13,16 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
-
-if TYPE_CHECKING:
-    from calm.model import CalmModel
 
 Images = Float[Tensor, "b 3 h w"]
 Targets = Int[Tensor, " b"]
@@ -81,16 +78,9 @@ def integrated_gradients(model: CalmModel, images: Images, targets: Targets, opt
     """
     from captum.attr import IntegratedGradients
 
+    quadrature = {"n_steps": options.steps, "method": "gausslegendre", "internal_batch_size": options.batch_size}
     explainer = IntegratedGradients(_forward(model))
-    attributions = explainer.attribute(
-        images,
-        baselines=0,
-        target=targets,
-        n_steps=options.steps,
-        method="gausslegendre",
-        internal_batch_size=options.batch_size,
-    )
-    return _over_colours(attributions)
+    return _over_colours(explainer.attribute(images, baselines=0, target=targets, **quadrature))
 
 
 def smoothgrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:

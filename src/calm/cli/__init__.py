@@ -25,34 +25,24 @@ __all__ = ["COMMANDS", "Command", "main", "run"]
 
 @dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command."""
 
-    Attributes:
-        function: what it runs, "module:function". The function's parameters are the flags, unless ``own_parser``.
-        line: what it does, in one line.
-        examples: the end of its help page.
-        finish: shows the function's result, and returns the exit code.
-        own_parser: the function takes the words of the command line itself.
-        fixed: values of parameters that get no flag.
-        flags: required parameters that are flags and not positional, as `calm.cli.parsing.build_parser` takes them.
-        extras: extras of the package that it needs.
-    """
-
-    function: str
-    line: str
-    examples: str = ""
-    finish: Callable[[Any], int] = field(default=lambda result: 0)
-    own_parser: bool = False
-    fixed: Mapping[str, Any] = field(default_factory=dict)
-    flags: Mapping[str, str] = field(default_factory=dict)
-    extras: tuple[str, ...] = ()
+    function: str  # what it runs, "module:function": its parameters are the flags, unless ``own_parser``
+    line: str  # what it does, in one line
+    examples: str = ""  # the end of its help page
+    finish: Callable[[Any], int] = lambda result: 0  # shows the function's result, and returns the exit code
+    own_parser: bool = False  # the function takes the words of the command line itself
+    fixed: Mapping[str, Any] = field(default_factory=dict)  # values of parameters that get no flag
+    flags: Mapping[str, str] = field(default_factory=dict)  # required parameters that are flags and not positional
+    extras: tuple[str, ...] = ()  # extras of the package that it needs
 
     def parser(self, name: str) -> Parser:
         """Make the parser of a command without its own; ``name`` is its name in the table."""
         from calm.cli.parsing import build_parser
 
-        options = {"prog": f"calm {name}", "examples": self.examples}
-        return build_parser(self.load(), fixed=self.fixed, flags=self.flags, **options)
+        return build_parser(
+            self.load(), prog=f"calm {name}", examples=self.examples, fixed=self.fixed, flags=self.flags
+        )
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
@@ -172,10 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(words: list[str]) -> int:
-    """Run a command line, without catching errors: find the command, read its flags, call its function.
-
-    Returns:
-        The exit code.
+    """Run a command line as `main` does, but without catching errors.
 
     Raises:
         CalmError: a mistake of the user.
@@ -204,11 +191,7 @@ def run(words: list[str]) -> int:
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:
-    """Split the words into the name of a command, which has one word or two, and its own words.
-
-    Raises:
-        CalmError: no such command.
-    """
+    """Split the words into the name of a command, which has one word or two, and its own words."""
     count = 2 if words[0] == "data" else 1
     name, pair = " ".join(words[:count]), " ".join(words[:2])
     if name not in COMMANDS:  # perhaps one of two words whose first is mistyped

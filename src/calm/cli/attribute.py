@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,7 @@ if TYPE_CHECKING:
     from calm.model import CalmModel
     from calm.render import Picture
 
-BATCH_BYTES = 3 * 2**26
-"""Bytes of decoded pictures above which a batch is explained before it has its full number."""
+BATCH_BYTES = 3 * 2**26  # bytes of decoded pictures above which a batch is explained before it has its full number
 
 UNITS = {"joint": "p(y|x)", "joint-superclass": "p(superclass|x)", "posterior": "p(z|x,y)", "prior": "p(z|x)"}
 """What the values of a map's grid sum to, where that is a probability; for other methods the sum has no name."""
@@ -100,8 +100,7 @@ def attribute_files(
             done.append(_record(entry.path, explanation, query, loaded.class_names) | {"files": files})
             _print_explanation(console, entry.path, explanation, query, loaded.class_names)
     results = out / "results.json"
-    content = {"format": 1, "model": model, "method": query.method, "images": done, "failed": failed}
-    write_json(results, content)
+    write_json(results, {"format": 1, "model": model, "method": query.method, "images": done, "failed": failed})
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
     if failed:
         errors = "\n".join(f"  {failure['error']}" for failure in failed)
@@ -115,9 +114,6 @@ def _load(source: str, device: str) -> CalmModel:
 
     place = resolve_device(device)  # before the model is read, which may take a while
     return load(source, map_location="cpu").to(place).eval()
-
-
-# --- the images that a command line names -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -219,20 +215,14 @@ def _batches(
         yield batch
 
 
-# --- the files that are written -----------------------------------------------------------------------------
-
-
 def _refuse_overwriting(inputs: Sequence[ImageInput], out: Path, suffixes: dict[str, str]) -> None:
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
     sources = {entry.path.resolve() for entry in inputs}
-    for entry in inputs:
-        for suffix in suffixes.values():
-            written = (out / (entry.name + suffix)).resolve()
-            if written in sources:
-                raise CalmError(
-                    f"the result for {entry.path} would overwrite the input {written}: choose another --out"
-                )
+    for entry, suffix in product(inputs, suffixes.values()):
+        written = (out / (entry.name + suffix)).resolve()
+        if written in sources:
+            raise CalmError(f"the result for {entry.path} would overwrite the input {written}: choose another --out")
 
 
 def _write(

@@ -64,10 +64,11 @@ def _commands(
     train_images = species * (images_per_species - round(images_per_species * 0.3))
     if train_images < 128:  # fewer than four batches of the preset
         trained += f" --batch_size {max(2, train_images // 4)}"
-    lines = [["data", "birds", birds, *made.split()]]
-    for method, folder in runs.items():
-        own = ["--preset", "birds", "--data", birds, "--method", method, "--run_dir", folder]
-        lines.append(["train", *own, *trained.split()])
+    train = ["train", "--preset", "birds", "--data", birds]
     methods = ["--method", "joint", "cam", "gradient"]
-    lines.append(["evaluate", "all", "--data", birds, "--model", *runs.values(), *methods, "--out", evaluation])
-    return [*lines, ["report", evaluation, "--out", str(out / "report.html")]]
+    return [
+        ["data", "birds", birds, *made.split()],
+        *([*train, "--method", method, "--run_dir", folder, *trained.split()] for method, folder in runs.items()),
+        ["evaluate", "all", "--data", birds, "--model", *runs.values(), *methods, "--out", evaluation],
+        ["report", evaluation, "--out", str(out / "report.html")],
+    ]

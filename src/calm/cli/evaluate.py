@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 _LISTS: dict[str, Any] = {"model": str, "method": str, "maps": Path, "fractions": float}
 """Flags that take several values, and that may be repeated."""
 
+_FIELDS = {field.name for field in fields(EvaluateConfig)}
+
 _EXAMPLES = """examples:
   calm evaluate cue-localization --model runs/calm runs/cam --data birds
   calm evaluate cue-localization --model runs/calm --data birds --method joint posterior gradcam
@@ -29,13 +31,8 @@ _EXAMPLES = """examples:
 
 
 def build_parser(benchmark: str) -> Parser:
-    """Return the parser of a benchmark's flags, or of those of ``all``.
-
-    Raises:
-        CalmError: no such benchmark.
-    """
-    read = options_of(benchmark)
-    rows = chosen_benchmarks(benchmark)
+    """Return the parser of a benchmark's flags, or of those of ``all``; a `CalmError` if there is no such benchmark."""
+    read, rows = options_of(benchmark), chosen_benchmarks(benchmark)
     parser = Parser(
         prog=f"calm evaluate {benchmark}",
         description="Benchmark models and their explanations: print a table, and write table.json, table.csv, table.md"
@@ -48,11 +45,7 @@ def build_parser(benchmark: str) -> Parser:
         if name in read:
             flags = [f"--{name}", *(["--map_kind"] if name == "method" else [])]
             parser.add_argument(*flags, nargs="+", action="extend", type=kind, help=texts[name])
-    parser.add_class_arguments(
-        EvaluateConfig,
-        as_group=False,
-        skip={*_LISTS, *(field.name for field in fields(EvaluateConfig) if field.name not in read)},
-    )
+    parser.add_class_arguments(EvaluateConfig, as_group=False, skip={*_LISTS} | (_FIELDS - read))
     return parser
 
 
@@ -72,7 +65,7 @@ def read_config(words: Sequence[str]) -> EvaluateConfig:
     parser = build_parser(benchmark)
     for word in rest:
         name = word.partition("=")[0].removeprefix("--")
-        if word.startswith("--") and name in {field.name for field in fields(EvaluateConfig)} - options_of(benchmark):
+        if word.startswith("--") and name in _FIELDS - options_of(benchmark):
             raise CalmError(_not_read(benchmark, name))
     values = parse(parser, rest)
     lists = {name: tuple(values[name]) for name in _LISTS if values.get(name)}
@@ -89,22 +82,18 @@ def _not_read(benchmark: str, flag: str) -> str:
 
 def _overview() -> str:
     apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
-    lines = [f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items()]
-    return "\n".join(
-        [
-            "usage: calm evaluate BENCHMARK --model RUN... --data DIR [--FLAG VALUE ...]",
-            "       calm evaluate BENCHMARK --help   shows the benchmark's flags",
-            "",
-            "Benchmark models and their explanations: a table with intervals.",
-            "",
-            "benchmarks:",
-            *lines,
-            f"  {'all':<20} those that the data set has annotation for, without {apart},",
-            f"{'':<23}which take many passes of each image",
-            "",
-            _EXAMPLES,
-        ]
-    )
+    lines = "\n".join(f"  {name:<20} {row.line}" for name, row in BENCHMARKS.items())
+    return f"""usage: calm evaluate BENCHMARK --model RUN... --data DIR [--FLAG VALUE ...]
+       calm evaluate BENCHMARK --help   shows the benchmark's flags
+
+Benchmark models and their explanations: a table with intervals.
+
+benchmarks:
+{lines}
+  {"all":<20} those that the data set has annotation for, without {apart},
+{"":<23}which take many passes of each image
+
+{_EXAMPLES}"""
 
 
 def main(words: Sequence[str]) -> list[Result]:

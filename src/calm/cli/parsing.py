@@ -1,19 +1,8 @@
 """Command-line parsers made from type hints: jsonargparse, with help pages and error messages for people.
 
-A command makes its parser in one of two ways, and reads its words with `parse`, which returns typed values::
-
-    parser = build_parser(function, prog="calm report", examples="  calm report runs/birds")
-    function(**parse(parser, words))
-
-    parser = Parser(prog="calm train", description="Train ...", epilog="examples:\n  calm train --data DIR")
-    parser.add_class_arguments(TrainConfig)  # one flag per field; the fields of a nested dataclass get a dot
-    config = TrainConfig(**parse(parser, words))
-
-The first serves commands that are one function: required parameters are positional, a required ``list`` takes one or
-more values, all others are flags, and help texts come from the docstring. A command of several tasks, such as
-``calm evaluate NAME``, makes a parser of each task and asks the one that the first word names, so that a task has only
-the flags that it reads. `Parser` is a jsonargparse parser: ``add_argument``, ``add_class_arguments`` and
-``add_function_arguments`` work as documented there.
+`build_parser` serves commands that are one function: required parameters are positional, a required ``list`` takes one
+or more values, all others are flags, and help texts come from the docstring. Other commands fill a `Parser`, which is a
+jsonargparse parser. `parse` returns the typed values of either.
 
 Errors are a `CalmError`. What is wrong is found by comparing the words with the parser's flags and their type
 hints, not by reading the messages of jsonargparse, which are passed on where this finds nothing.
@@ -55,9 +44,7 @@ class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
 class Parser(ArgumentParser):
     """A jsonargparse parser whose errors are a `CalmError` that names the flag, the value and what is allowed.
 
-    Args:
-        **options: as of `jsonargparse.ArgumentParser`; ``prog`` and ``description`` are needed, ``epilog`` is the
-            end of the help page, with examples.
+    ``prog`` and ``description`` are needed; ``epilog`` is the end of the help page, with examples.
     """
 
     def __init__(self, **options: Any) -> None:
@@ -65,12 +52,7 @@ class Parser(ArgumentParser):
         super().__init__(**defaults | options)
 
     def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
-        """Return the values of ``args`` as a namespace.
-
-        Raises:
-            CalmError: an unknown flag, a missing or a wrong value.
-            SystemExit: after ``--help`` or ``--print_config``.
-        """
+        """Return the values of ``args`` as a namespace; raises as `parse` does."""
         # First, since a mistyped flag is also missed under its right name.
         _refuse_unknown_flags(self, args)
         try:
@@ -128,9 +110,6 @@ def parse(parser: ArgumentParser, words: Sequence[str]) -> dict[str, Any]:
     """
     values: dict[str, Any] = parser.instantiate(parser.parse_args(list(words))).as_dict()
     return values
-
-
-# --- what is wrong with a command line ----------------------------------------------------------------------
 
 
 def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
@@ -231,9 +210,6 @@ def _described(hint: Any) -> str:
     if get_origin(hint) in (list, tuple):
         return f"[{', '.join('...' if member is Ellipsis else _described(member) for member in get_args(hint))}]"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
-
-
-# --- help texts from docstrings -----------------------------------------------------------------------------
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:

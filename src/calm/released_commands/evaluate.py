@@ -20,11 +20,9 @@ from calm.released_commands.experiment import check_place, save_measures
 from calm.released_commands.flags import Flags, Log
 from calm.released_commands.weights import load_model, released_subject, test_split
 
-INTERVAL = 0.001
-"""Distance of the thresholds, the only one that cue localization has."""
+INTERVAL = 0.001  # distance of the thresholds, the only one that cue localization has
 
-COUNTS = (1, 2, 3)
-"""Numbers of part groups that the two classes of a pair differ in."""
+COUNTS = (1, 2, 3)  # numbers of part groups that the two classes of a pair differ in
 
 
 def cue_location(flags: Flags) -> None:
@@ -76,26 +74,20 @@ def _mean(result: Result, ending: str, count: int) -> float:
 
 
 def _segmented(split: Split, cub: Path) -> Split:
-    """Add the segmentations, which the metadata lists do not name, to the records of a split.
-
-    Raises:
-        CalmError: there is no folder of segmentations, which the released figures need.
-    """
+    """Add CUB's segmentations, which the metadata lists do not name, to the records of a split."""
     folder = cub / "segmentations"
     if not folder.is_dir():
         raise CalmError(f"no {folder}: cue localization needs CUB's segmentations, a separate official download")
-    records = tuple(
-        replace(record, masks=(folder / PurePosixPath(record.id).with_suffix(".png"),)) for record in split.records
-    )
-    return replace(split, records=records)
+    masks = [folder / PurePosixPath(record.id).with_suffix(".png") for record in split.records]
+    records = (replace(record, masks=(mask,)) for record, mask in zip(split.records, masks, strict=True))
+    return replace(split, records=tuple(records))
 
 
 Measures: TypeAlias = dict[str, list[bool] | dict[float, list[bool]]]
 """The content of the released pickle: whether the prediction of each test image is right, for the whole image
 (``preds``), and by the share erased without the highest-scored (``preds-topk``) and random ones (``preds-random``)."""
 
-PROGRESS_EVERY = 50
-"""Batches between two lines of progress."""
+PROGRESS_EVERY = 50  # batches between two lines of progress
 
 
 def remove_and_classify(flags: Flags) -> None:

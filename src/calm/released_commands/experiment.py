@@ -25,7 +25,7 @@ import json
 import math
 import pickle
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,18 +45,16 @@ WRITTEN = ("log.log", FILE_NAME, "performance_log.*", "reports", "measure_*", "c
 class Performance:
     """Values per epoch by split and metric; for test one value. Most are empty, as in the released code."""
 
-    values: dict[str, dict[str, list[float]]]
-
-    @classmethod
-    def _empty(cls) -> Performance:
-        return cls({split: {metric: [] for metric in METRICS} for split in SPLITS})
+    values: dict[str, dict[str, list[float]]] = field(
+        default_factory=lambda: {split: {metric: [] for metric in METRICS} for split in SPLITS}
+    )
 
     @classmethod
     def of_run(cls, run_dir: Path) -> Performance:
         """Return the figures of a finished run; those of test are of the last epoch's weights."""
         columns = read_columns(run_dir / "metrics.csv", need=("train_loss", "train_accuracy", "val_accuracy"))
         test = read_json(run_dir / "result.json")["last"]["test"]
-        performance = cls._empty()
+        performance = cls()
         performance.values["train"]["loss"] = columns["train_loss"]
         for split in ("train", "val"):
             performance.values[split]["cls"] = [100 * value for value in columns[f"{split}_accuracy"]]
@@ -65,12 +63,8 @@ class Performance:
 
     @classmethod
     def read(cls, folder: Path) -> Performance:
-        """Return what an experiment's folder holds already; without the file, nothing.
-
-        Raises:
-            CalmError: the file is damaged.
-        """
-        path, performance = folder / "performance_log.json", cls._empty()
+        """Return what an experiment's folder holds already, if anything; a `CalmError` if it is damaged."""
+        path, performance = folder / "performance_log.json", cls()
         if path.is_file():
             try:
                 for split, metrics in read_json(path).items():
@@ -121,11 +115,7 @@ class Performance:
 
 
 def check_place(flags: Flags) -> None:
-    """Check that the experiment's folder is below ``--save_root``.
-
-    Raises:
-        CalmError: it is not, or a file is in its place.
-    """
+    """Check that the experiment's folder is below ``--save_root``, and no file in its place."""
     if Path(flags.save_root).resolve() not in flags.folder.resolve().parents:
         raise CalmError(
             f"--experiment_name={flags.experiment_name!r} is no folder below --save_root={flags.save_root!r}: "
@@ -141,11 +131,10 @@ def finished(flags: Flags) -> bool:
 
 
 def clear(flags: Flags) -> None:
-    """Delete a former experiment for ``--override_cache=True``, if nothing but that is lost.
+    """Delete a former experiment for ``--override_cache=True``.
 
     Raises:
-        CalmError: the folder holds the checkpoint that is to be loaded, or files that no command wrote. Then nothing
-            has been deleted.
+        CalmError: before anything is deleted, if the folder holds the checkpoint to load, or files of others.
     """
     folder = flags.folder
     if not folder.is_dir():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from copy import copy
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -16,8 +17,7 @@ from calm.config import Method
 from calm.errors import CalmError, unknown
 from calm.released import ARCHITECTURES
 
-RULE = "=" * 59
-"""The line that the released code prints before the evaluation on the test images."""
+RULE = "=" * 59  # the line that the released code prints before the evaluation on the test images
 
 METHODS: dict[str, Method] = {"CAM": "cam", "CALM-EM": "calm-em", "CALM-ML": "calm-ml"}
 MAP_PROCESSES = (
@@ -33,18 +33,12 @@ MAP_PROCESSES = (
     "saliency",
 )
 GRADIENT_PROCESSES = ("input_grad", "integrated_grad", "smooth_grad", "var_grad")
-_BOOLEANS = {
-    **dict.fromkeys(("yes", "true", "t", "y", "1"), True),
-    **dict.fromkeys(("no", "false", "f", "n", "0"), False),
-}
+_BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
 
 def _flag(default: Any, meaning: str, *names: str, choices: Sequence[str] | None = None) -> Any:
     """A field of `Flags`: its default, its help text, other names of the flag, its choices."""
-    metadata = {"help": meaning, "names": names, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default_factory=lambda: copy(default), metadata={"help": meaning, "names": names, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -156,11 +150,7 @@ def _boolean(word: str) -> bool:
 
 
 def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
-    """Read the command line.
-
-    Args:
-        prog: name of the command, for its help.
-        arguments: the flags; None: those of the process.
+    """Read the command line of ``prog``; without ``arguments``, that of the process.
 
     Raises:
         SystemExit: after ``--help``, or (code 2, the reason on stderr) for a flag or value that the released parser
@@ -186,13 +176,7 @@ def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
 
 
 class Log:
-    """Prints lines, and appends them to a file once its folder exists.
-
-    A command that fails before it has made the experiment's folder thus leaves nothing behind.
-
-    Args:
-        path: the file.
-    """
+    """Prints lines, and appends them to a file once its folder exists: a command that fails before leaves nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -33,13 +33,8 @@ def main(flags: Flags) -> None:
 
 
 def train_config(flags: Flags, *, lists: Path, start: Path | None = None) -> TrainConfig:
-    """Return the flags as this package's training configuration, on the preset ``released``.
-
-    Args:
-        flags: the flags.
-        lists: folder of the metadata lists.
-        start: a saved model to start from, in place of ImageNet's weights.
-    """
+    """Return the flags as this package's training configuration, on the preset ``released``, with the metadata lists in
+    ``lists``; ``start`` is a saved model to start from in place of ImageNet's weights."""
     settings = {
         "data": flags.images,
         "method": flags.method,

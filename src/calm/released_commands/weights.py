@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from calm.config import ModelConfig
 from calm.data.check import load_checked
 from calm.data.records import SPLITS, Split
 from calm.errors import CalmError
-from calm.evaluate.subject import Prediction, Subject, model_subject
+from calm.evaluate.subject import Subject, model_subject
 from calm.files import write_text
 from calm.images import Preprocessing
 from calm.inference import resolve_device
@@ -60,10 +60,8 @@ def load_model(flags: Flags) -> CalmModel:
 
 def _checkpoint_folder(flags: Flags) -> Path:
     """The checkpoint's folder: as given, or below ``--save_root``; by default the experiment's own."""
-    if flags.load_checkpoint is None:
-        places = [flags.folder]
-    else:
-        places = [Path(flags.load_checkpoint), Path(flags.save_root) / flags.load_checkpoint]
+    named = flags.load_checkpoint
+    places = [flags.folder] if named is None else [Path(named), Path(flags.save_root) / named]
     for place in places:
         if place.is_dir():
             return place
@@ -86,11 +84,7 @@ def _check_config(flags: Flags, config: ModelConfig, source: Path) -> None:
 
 
 def check_pretrained(flags: Flags) -> None:
-    """Check that the ImageNet weights are available, which may download them.
-
-    Raises:
-        CalmError: they are not; the message names ``--pretrained=False``.
-    """
+    """Check that the ImageNet weights are available, which may download them; if not, raise a `CalmError`."""
     large, batch_norm = flags.large_feature_map, flags.batch_norm
     try:
         build_backbone(flags.architecture, pretrained=True, large_feature_map=large, use_bn=batch_norm)
@@ -99,34 +93,21 @@ def check_pretrained(flags: Flags) -> None:
 
 
 def transplant(model: CalmModel, num_classes: int, *, seed: int) -> CalmModel:
-    """Return ``model`` for other classes: all its weights but the classifier's, which are initialised from ``seed``.
-
-    As the released code's ``--is_different_checkpoint``.
-    """
+    """Return ``model`` for other classes, as the released ``--is_different_checkpoint``: all its weights but the
+    classifier's, which are initialised from ``seed``."""
     config = model.config
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        other = create_model(
-            config.backbone,
-            num_classes,
-            config.method,
-            config.large_feature_map,
-            use_bn=config.use_bn,
-            prior_activation=config.prior_activation,
-            prior_denominator=config.prior_denominator,
-            preprocessing=model.preprocessing,
-        )
+        names = ("backbone", "method", "large_feature_map", "use_bn", "prior_activation", "prior_denominator")
+        options = {name: getattr(config, name) for name in names}
+        other = create_model(num_classes=num_classes, preprocessing=model.preprocessing, **options)
     kept = {name: value for name, value in model.state_dict().items() if "conv_last" not in name}
     other.load_state_dict(kept, strict=False)
     return other
 
 
 def test_split(flags: Flags, model: CalmModel) -> Split:
-    """Return the test images, checked.
-
-    Raises:
-        CalmError: wrong data, all of it in one report; or the model has other classes.
-    """
+    """Return the test images, checked; a `CalmError` if the data are wrong or the model has other classes."""
     splits, _ = load_checked(flags.images, ("test",), layout="metadata", metadata_root=flags.lists)
     split, classes = splits["test"], model.config.num_classes
     if split.num_classes != classes:
@@ -135,14 +116,8 @@ def test_split(flags: Flags, model: CalmModel) -> Split:
 
 
 def proxy_lists(flags: Flags) -> Path:
-    """Write lists as in ``--metadata_root``, whose training images are those of ``image_ids_proxy.txt``.
-
-    Returns:
-        Their folder, in the experiment's folder.
-
-    Raises:
-        CalmError: there is no such file.
-    """
+    """Write lists as in ``--metadata_root``, whose training images are those of ``image_ids_proxy.txt``; return their
+    folder, in the experiment's. A `CalmError` if there is no such file."""
     proxy = flags.lists / "train" / "image_ids_proxy.txt"
     if not proxy.is_file():
         raise CalmError(
@@ -188,9 +163,10 @@ def released_subject(flags: Flags, model: CalmModel) -> Subject:
         thresholds=flags.threshold_type,
         **options,
     )
-    if process == "integrated_grad":
-        subject = replace(subject, predict=_gradient_sums(model, subject, flags.integrated_grad_nr_iter))
-    return subject
+    if process != "integrated_grad":
+        return subject
+    steps = flags.integrated_grad_nr_iter
+    return replace(subject, predict=lambda images: _GradientSums(model, images, subject.predict(images).probs, steps))
 
 
 @dataclass(frozen=True)
@@ -211,7 +187,3 @@ class _GradientSums:
                 total += attribute(self.model, self.images * (i / self.steps), column, "gradient")
             columns.append(total / self.steps)
         return torch.stack(columns, dim=1)
-
-
-def _gradient_sums(model: CalmModel, subject: Subject, steps: int) -> Callable[[Tensor], Prediction]:
-    return lambda images: _GradientSums(model, images, subject.predict(images).probs, steps)

@@ -14,14 +14,10 @@ from calm.report.charts import Line, chart, dot_chart
 from calm.report.found import PUBLISHED, Group, Published, Style
 from calm.report.page import Column, Row, Section, Table, species_name
 
-WIDEST = 8
-"""Columns of one table."""
-MOST_PAIRS = 60
-"""Pairs in one drawing; more of them go into further ones."""
-STEP = 0.004
-"""A point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn."""
-CROWDED = 0.01
-"""If half of the x are below it, the x axis is logarithmic."""
+WIDEST = 8  # columns of one table
+MOST_PAIRS = 60  # pairs in one drawing; more of them go into further ones
+STEP = 0.004  # a point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn
+CROWDED = 0.01  # if half of the x are below it, the x axis is logarithmic
 CURVE_TITLES = {
     "ratio": "R_k: the ratio of the next two",
     "topk": "Accuracy without the highest pixels",
@@ -29,35 +25,27 @@ CURVE_TITLES = {
     "reliability": "Accuracy by stated confidence",
 }
 """Headings of curves whose names say too little."""
-MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")
-"""The figures that papers compare by."""
+MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")  # the figures that papers compare by
 _FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
 
 
 def benchmark_section(
     group: Group, style: Mapping[str, Style], gallery: Mapping[str, Any] | None = None, *, fold: bool = True
 ) -> Section:
-    """All figures and curves of a benchmark on one data set.
-
-    Args:
-        group: its results.
-        style: how each method is drawn.
-        gallery: images with the methods' maps (`calm.report.gallery`).
-        fold: the images are folded away at first.
-    """
+    """All figures and curves of a benchmark on one data set; if ``fold``, the images are folded away at first."""
     paper = PUBLISHED.get((group.benchmark, group.published_data or ""))
     names = _figure_names(group, paper)
     main = [name for name in names if (paper and name in paper.figures) or figure_spec(name).main]
     images = group.data.get("images")
     caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
-    lines, curves = _curves(group, style)
+    lines, charts = _curves(group, style)
     values = {
         "benchmark": group.benchmark,
         "tables": _tables(group, main, paper, caption),
         "more": _tables(group, [name for name in names if name not in main], paper),
         "notes": _notes(names),
         "paper": paper,
-        "charts": curves,
+        "charts": charts,
         "lines": lines,
         "bands": any(line.band is not None for line in lines),
         "cues": _cue_charts(group, style) if group.benchmark == "cue-localization" else None,
@@ -97,8 +85,8 @@ def _column(name: str) -> Column:
 
 def _tables(group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None) -> list[Table]:
     """The figures in tables that fit the page, the first one with the caption."""
-    chunks = [names[start : start + WIDEST] for start in range(0, len(names), WIDEST)]
-    return [_table(group, chunk, paper, None if n else caption) for n, chunk in enumerate(chunks)]
+    starts = range(0, len(names), WIDEST)
+    return [_table(group, names[start : start + WIDEST], paper, None if start else caption) for start in starts]
 
 
 def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Table:
@@ -134,8 +122,7 @@ def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
 
 def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[Markup]]:
     """One chart for each kind of curve, with the curves of all methods that have it; and all their lines."""
-    charts: list[Markup] = []
-    drawn: list[Line] = []
+    drawn, charts = list[Line](), list[Markup]()
     for kind in dict.fromkeys(name for result in group.results for name in result.curves):
         curves = {r.label: r.curves[kind] for r in group.results if kind in r.curves}
         lines = [_line(label, curve, style[label]) for label, curve in curves.items()]
@@ -171,8 +158,7 @@ def _line(label: str, curve: Curve, style: Style) -> Line:
     band = None
     if curve.low is not None and curve.high is not None:
         band = [curve.low[i] for i in keep], [curve.high[i] for i in keep]
-    colour, dashed = style
-    return Line([curve.x[i] for i in keep], [curve.y[i] for i in keep], label, colour, dashed, band)
+    return Line([curve.x[i] for i in keep], [curve.y[i] for i in keep], label, *style, band)
 
 
 def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
@@ -188,9 +174,8 @@ def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
 
 def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
     """Cue localization: dots with intervals for each number of differing part groups, and one dot for each pair."""
-    charts = [_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")]
     return {
-        "charts": [chart for chart in charts if chart is not None],
+        "charts": list(filter(None, (_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")))),
         "lines": [Line([], [], r.label, *style[r.label]) for r in group.results],
         "by_pair": _by_pair(group, style),
     }
@@ -216,18 +201,14 @@ def _by_pair(group: Group, style: Mapping[str, Style]) -> list[Markup]:
     """PxAP of each pair, the pairs by the number of parts that differ and then by the first method's figure."""
     figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
     first = next(iter(figures.values()), {})
-    names = sorted(
-        {name for pairs in figures.values() for name in pairs}, key=lambda name: (name[0], -first.get(name, -1.0), name)
-    )
+    names = sorted(set().union(*figures.values()), key=lambda name: (name[0], -first.get(name, -1.0), name))
     drawings = []
     for start in range(0, len(names), MOST_PAIRS):
         chunk = names[start : start + MOST_PAIRS]
-        lines = [
-            Line(range(len(chunk)), [pairs.get(name, math.nan) for name in chunk], label, *style[label])
-            for label, pairs in figures.items()
-        ]
+        x, places = range(len(chunk)), [f"{name} ({number})" for number, name in chunk]
+        values = {label: [pairs.get(name, math.nan) for name in chunk] for label, pairs in figures.items()}
+        lines = [Line(x, y, label, *style[label]) for label, y in values.items()]
         title = f"PxAP of single pairs, {start + 1} to {start + len(chunk)} of {len(names)}"
-        places = [f"{name} ({number})" for number, name in chunk]
         drawings.append(dot_chart(lines, places, title=title, x_label="pair (parts that differ)", wide=True))
     return drawings
 

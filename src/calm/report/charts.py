@@ -23,23 +23,14 @@ _COLOURS = {
 
 @dataclass(frozen=True)
 class Line:
-    """A method in a chart: a curve, or dots with intervals.
+    """A method in a chart: a curve, or dots with intervals."""
 
-    Attributes:
-        x: ascending; of dots their places 0, 1, ...
-        y: as many; NaN leaves a gap.
-        label: for the legend.
-        colour: a colour variable of the page: one of `PALETTE`, or ``ink``.
-        dashed: a dashed line, or hollow dots.
-        band: lower and upper ends of intervals.
-    """
-
-    x: Sequence[float]
-    y: Sequence[float]
-    label: str
-    colour: str = "ink"
-    dashed: bool = False
-    band: tuple[Sequence[float], Sequence[float]] | None = None
+    x: Sequence[float]  # ascending; of dots their places 0, 1, ...
+    y: Sequence[float]  # as many; NaN leaves a gap
+    label: str  # for the legend
+    colour: str = "ink"  # a colour variable of the page: one of `PALETTE`, or ``ink``
+    dashed: bool = False  # a dashed line, or hollow dots
+    band: tuple[Sequence[float], Sequence[float]] | None = None  # lower and upper ends of intervals
 
 
 def chart(
@@ -54,14 +45,7 @@ def chart(
 ) -> Markup:
     """A figure with curves. Its heading says what is drawn, so that the y axis needs no label.
 
-    Args:
-        lines: the curves.
-        title: above it.
-        x_label: what x is.
-        percent: y is a fraction, written in percent.
-        x_percent: x is a fraction, written in percent.
-        x_log: the x axis is logarithmic.
-        whole: x is a whole number, such as an epoch.
+    With ``percent`` or ``x_percent``, y or x are fractions, written in percent; ``whole`` x are such as epochs.
     """
     from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -85,14 +69,9 @@ def chart(
 
 
 def dot_chart(lines: Sequence[Line], places: Sequence[str], *, title: str, x_label: str, wide: bool = False) -> Markup:
-    """A figure with a dot and its interval for each method at each place of the x axis, the methods side by side.
+    """A figure with a dot and its interval for each method at each named place of the x axis, the methods side by side.
 
-    Args:
-        lines: the methods; their y are fractions, written in percent.
-        places: names along the x axis.
-        title: above it.
-        x_label: what the places are.
-        wide: as wide as the page, the names upright.
+    y are fractions, written in percent. A ``wide`` figure is as wide as the page, with upright names.
     """
 
     def draw(axes: Any) -> None:

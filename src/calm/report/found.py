@@ -68,10 +68,8 @@ PUBLISHED = {
 }
 """The paper's tables by benchmark and data set."""
 
-LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
-"""Names of the training methods."""
-CALM = ("calm-em", "calm-ml")
-"""Those of CALM, the more important first."""
+LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}  # names of the training methods
+CALM = ("calm-em", "calm-ml")  # those of CALM, the more important first
 
 
 def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
@@ -86,23 +84,14 @@ def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run of ``calm train``.
-
-    Attributes:
-        folder: of the run.
-        config: every setting, as in config.yaml.
-        result: as in result.json: ``best`` and ``last`` with ``val`` and ``test`` figures; images per second; seconds.
-        history: metrics.csv by column; one value per epoch.
-        versions: as in versions.json.
-        label: the method's name, and after it the folder's where several runs have the same.
-    """
+    """A finished run of ``calm train``."""
 
     folder: Path
-    config: dict[str, Any]
-    result: dict[str, Any]
-    history: dict[str, list[float]]
-    versions: dict[str, Any]
-    label: str
+    config: dict[str, Any]  # every setting, as in config.yaml
+    result: dict[str, Any]  # result.json: ``best`` and ``last`` with ``val`` and ``test``; images per second; seconds
+    history: dict[str, list[float]]  # metrics.csv by column; one value per epoch
+    versions: dict[str, Any]  # as in versions.json
+    label: str  # the method's name, and after it the folder's where several runs have the same
 
     @property
     def method(self) -> str:
@@ -112,8 +101,7 @@ class Run:
     @property
     def test(self) -> dict[str, Any]:
         """Test figures of the best weights, which `calm.load` loads."""
-        figures: dict[str, Any] = self.result["best"]["test"]
-        return figures
+        return dict(self.result["best"]["test"])
 
     @property
     def minutes(self) -> float | None:
@@ -123,19 +111,14 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run folder.
-
-    Raises:
-        CalmError: it is not one, or the run did not finish, or a file of it is damaged; the message names the file.
-    """
+    """Read the folder of a finished run; a `CalmError` names the file that is missing or damaged."""
     for name in ("config.yaml", "result.json", "metrics.csv", "versions.json"):
         if not (folder / name).is_file():
             raise CalmError(f"{folder} is no finished run of calm train: it has no {name}")
     config, result, versions = (_mapping(folder / name) for name in ("config.yaml", "result.json", "versions.json"))
     if config.get("method") not in tuple(LABELS):
-        raise CalmError(
-            f"{folder / 'config.yaml'}: method is {shown(config.get('method'))}: allowed are {', '.join(LABELS)}"
-        )
+        method = shown(config.get("method"))
+        raise CalmError(f"{folder / 'config.yaml'}: method is {method}: allowed are {', '.join(LABELS)}")
     best = result.get("best")
     if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
         raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
@@ -151,7 +134,7 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a file is a number."""
+    """Whether a value of a file is a number, not a Boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -173,25 +156,17 @@ def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
     return sorted(runs, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
 
 
-Style = tuple[str, bool]
-"""Colour and whether dashed: how a method is drawn in every chart of a page."""
+Style = tuple[str, bool]  # colour and whether dashed: how a method is drawn in every chart of a page
 
 
 @dataclass(frozen=True)
 class Group:
-    """The results of one benchmark on one data set.
-
-    Attributes:
-        benchmark: its name.
-        results: methods, each with a label of its own.
-        data: what the provenance says about the data set.
-        mark: part of the heading where another group would have the same.
-    """
+    """The results of one benchmark on one data set."""
 
     benchmark: str
-    results: tuple[Result, ...]
-    data: Mapping[str, Any]
-    mark: str = ""
+    results: tuple[Result, ...]  # methods, each with a label of its own
+    data: Mapping[str, Any]  # what the provenance says about the data set
+    mark: str = ""  # part of the heading where another group would have the same
 
     @property
     def title(self) -> str:
@@ -205,7 +180,7 @@ class Group:
 
     @property
     def data_name(self) -> str:
-        """The data set: its name, or that of its folder."""
+        """Name of the data set, or of its folder."""
         return self.published_data or self.root.name
 
     @property
@@ -222,27 +197,20 @@ class Group:
         return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)), names)
 
     def read_split(self) -> Split:
-        """The images of the data set, read as they were for the results.
-
-        Raises:
-            CalmError: the data set is gone or damaged.
-        """
+        """The images of the data set, read as they were for the results; a `CalmError` if it is gone or damaged."""
         data = self.data
         if not data.get("root") or not Path(data["root"]).is_dir():
             raise CalmError(f"there is no folder {data.get('root', '(not recorded)')}")
-        options: dict[str, Any] = {
-            name: data[name] for name in ("layout", "metadata_root", *READING) if data.get(name) is not None
-        }
-        return load_split(data["root"], data.get("split", "test"), **options)
+        names = [name for name in ("layout", "metadata_root", *READING) if data.get(name) is not None]
+        return load_split(data["root"], data.get("split", "test"), **{name: data[name] for name in names})
 
 
-def find_groups(folders: Iterable[Path]) -> list[Group]:
+def find_groups(folders: Sequence[Path]) -> list[Group]:
     """All results below the folders, by benchmark and data set; a file found twice counts once.
 
     Raises:
         CalmError: a folder that is missing, or no result below any.
     """
-    folders = list(folders)
     files: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
@@ -260,14 +228,12 @@ def find_groups(folders: Iterable[Path]) -> list[Group]:
         key = result.benchmark, json.dumps(_about(result, "data").get("fingerprint"))
         found.setdefault(key, []).append(result)
     groups = [
-        Group(benchmark, tuple(sorted(_distinct(members), key=_rank)), _about(members[0], "data"))
-        for (benchmark, _), members in sorted(found.items(), key=lambda item: _order(item[0]))
+        Group(key[0], tuple(sorted(_distinct(found[key]), key=_rank)), _about(found[key][0], "data"))
+        for key in sorted(found, key=_order)
     ]
     headings = Counter(group.heading for group in groups)
-    return [
-        replace(group, mark=f"[{str(group.data.get('fingerprint'))[:8]}]") if headings[group.heading] > 1 else group
-        for group in groups
-    ]
+    marks = [f"[{str(group.data.get('fingerprint'))[:8]}]" if headings[group.heading] > 1 else "" for group in groups]
+    return [replace(group, mark=mark) for group, mark in zip(groups, marks, strict=True)]
 
 
 def styles(groups: Sequence[Group]) -> dict[str, Style]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,41 +29,25 @@ from calm.report.found import Group, subject
 from calm.report.page import Shot, listed, species_name
 
 BEST, WORST, RANDOM = 3, 3, 4
-SIDE = 176
-"""Width and height of the pictures in the file, in pixels."""
+SIDE = 176  # width and height of the pictures in the file, in pixels
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and what is true of it.
-
-    Attributes:
-        record: the image and its annotation.
-        picture: uint8 RGB (H, W, 3), of its own size.
-        boxes: in pixels of the picture.
-        region: where it should be seen, (h, w) in [0, 1], of any size; None if nothing says so.
-        classes: what the maps are about: the class, or two for a difference map.
-        label: the name of the image's class.
-        question: what is asked, if not the class.
-    """
+    """An image and what is true of it."""
 
     record: Record
-    picture: Picture
-    boxes: tuple[tuple[int, int, int, int], ...]
-    region: Float[Tensor, "h w"] | None
-    classes: tuple[int, ...]
-    label: str
-    question: str = ""
+    picture: Picture  # uint8 RGB (H, W, 3), of its own size
+    boxes: tuple[tuple[int, int, int, int], ...]  # in pixels of the picture
+    region: Float[Tensor, "h w"] | None  # where it should be seen, in [0, 1], of any size; None if nothing says so
+    classes: tuple[int, ...]  # what the maps are about: the class, or two for a difference map
+    label: str  # the name of the image's class
+    question: str = ""  # what is asked, if not the class
 
 
 def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
-    """What ``templates/gallery.html`` reads: cards of images with the maps of all methods; sentences for what cannot
-    be drawn any more.
-
-    Args:
-        group: its results; the scores of single images choose what is shown.
-        seed: of the images at random.
-    """
+    """What ``templates/gallery.html`` reads: cards of images, chosen by score and at random by ``seed``, with the maps
+    of all methods; sentences for what cannot be drawn any more."""
     values: dict[str, Any] = {"cards": {}, "counts": (BEST, WORST, RANDOM), "problems": [], "columns": 1}
     chosen = choose(group, seed=seed)
     if not chosen:
@@ -71,8 +55,7 @@ def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
     try:
         views = scenes(group, [name for _, name in chosen])
     except (CalmError, OSError) as error:
-        problem = f"No images are shown, for the data cannot be read any more: {error}."
-        return {**values, "problems": [problem]}
+        return {**values, "problems": [f"No images are shown, for the data cannot be read any more: {error}."]}
     maps = {}
     for result in group.results:
         try:
@@ -114,8 +97,7 @@ def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
     """The images by id, read where the provenance says that the data are.
 
     Raises:
-        CalmError: the data are gone, or no longer hold one of the images.
-        OSError: a file cannot be read.
+        CalmError | OSError: the data are gone or cannot be read, or no longer hold one of the images.
     """
     split = group.read_split()
     places = {record.id: record for record in split.records}
@@ -125,17 +107,11 @@ def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
     records = [places[name] for name in ids]
     if group.benchmark == "cue-localization":
         return _cue_scenes(split, records, Path(group.data["root"]))
-    return [
-        Scene(
-            record,
-            read_rgb(record.path, exif=split.exif),
-            record.boxes,
-            _masks(record),
-            (record.label,),
-            species_name(split.class_names[record.label]),
-        )
-        for record in records
-    ]
+    views = []
+    for record in records:
+        picture, label = read_rgb(record.path, exif=split.exif), species_name(split.class_names[record.label])
+        views.append(Scene(record, picture, record.boxes, _masks(record), (record.label,), label))
+    return views
 
 
 def _masks(record: Record) -> Tensor | None:
@@ -159,26 +135,15 @@ def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Sce
         pair = min((data.pairs[number] for number in data.samples[place]), key=lambda pair: len(pair.groups))
         other = pair.second if record.label == pair.first else pair.first
         parts = listed([data.groups[number].name for number in pair.groups])
-        views.append(
-            Scene(
-                record,
-                read_rgb(record.path, exif=split.exif),
-                (),
-                group_mask(regions[place], pair.groups).float(),
-                (pair.first, pair.second),
-                species_name(split.class_names[record.label]),
-                f"versus {species_name(split.class_names[other])}: {parts}",
-            )
-        )
+        picture, label = read_rgb(record.path, exif=split.exif), species_name(split.class_names[record.label])
+        question = f"versus {species_name(split.class_names[other])}: {parts}"
+        region = group_mask(regions[place], pair.groups).float()
+        views.append(Scene(record, picture, (), region, (pair.first, pair.second), label, question))
     return views
 
 
 def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
-    """One map (h, w) for each scene: of its class, or the difference of its two classes.
-
-    Raises:
-        CalmError: the model or the folder of maps is gone, or a map is missing.
-    """
+    """One map (h, w) for each scene: of its class, or the difference of its two; a `CalmError` if any is gone."""
     about = subject(result)
     if about.get("maps"):
         return [_stored(Path(about["maps"]), scene.record.id) for scene in scenes]
@@ -190,12 +155,8 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
 
 
 def load_model(result: Result) -> CalmModel:
-    """The model of a result, in evaluation mode.
-
-    Raises:
-        CalmError: it is gone, or has other weights now.
-    """
-    about: Mapping[str, Any] = subject(result)
+    """The model of a result, in evaluation mode; a `CalmError` if it is gone or has other weights now."""
+    about = subject(result)
     source = about.get("model")
     if not source:
         raise CalmError("its provenance names no model")
@@ -222,10 +183,8 @@ def _with_truth(drawn: Picture, view: Scene) -> Picture:
         drawn = draw_contour(drawn, view.region, 0.5)
     height, width = view.picture.shape[:2]
     across, down = SIDE / width, SIDE / height
-    return draw_boxes(
-        drawn,
-        [
-            (x0 * across, y0 * down, min(SIDE - 1, (x1 + 1) * across - 1), min(SIDE - 1, (y1 + 1) * down - 1))
-            for x0, y0, x1, y1 in view.boxes
-        ],
-    )
+    boxes = [
+        (x0 * across, y0 * down, min(SIDE - 1, (x1 + 1) * across - 1), min(SIDE - 1, (y1 + 1) * down - 1))
+        for x0, y0, x1, y1 in view.boxes
+    ]
+    return draw_boxes(drawn, boxes)

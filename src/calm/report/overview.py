@@ -72,17 +72,8 @@ class DataSet:
 
 
 def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, seed: int = 0) -> Page:
-    """The page of all results below some folders.
-
-    Args:
-        sources: run folders, or the folders that ``calm evaluate`` wrote.
-        base: paths below it are written relative to it; of others the page tells the last part only.
-        gallery: show images; it loads the models and reads the data that the results name.
-        seed: of what is drawn at random.
-
-    Raises:
-        CalmError: a folder that is missing, or no result in any.
-    """
+    """The page of `calm.report.write_report`. Paths below ``base`` are written relative to it; of others it tells the
+    last part only."""
     groups = find_groups(sources)
     runs, problems = find_runs(groups)
     style = styles(groups)
@@ -223,9 +214,7 @@ def _training(runs: Sequence[Run]) -> Section:
     values = {
         "alike": len(runs) > 1 and len({str([run.config.get(name) for name in same]) for run in runs}) == 1,
         "charts": charts,
-        "cells": {
-            run.label: math.exp(run.history["prior_entropy"][-1]) for run in runs if run.history.get("prior_entropy")
-        },
+        "cells": {r.label: math.exp(r.history["prior_entropy"][-1]) for r in runs if r.history.get("prior_entropy")},
     }
     return Section("Training", "training", values)
 

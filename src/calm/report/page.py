@@ -1,7 +1,6 @@
 """HTML pages from the templates of this package: numbers as people write them, tables, pictures, sections.
 
-Templates escape every value that is not marked as HTML. Their macros (``templates/macros.html``) draw the parts that
-sections share: strips of pictures, tables, legends.
+Templates escape every value that is not marked as HTML; ``templates/macros.html`` has the parts that sections share.
 """
 
 # ruff: noqa: RUF001 -- typographic signs in prose
@@ -25,19 +24,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from calm.files import write_text
-from calm.render import Colormap, Picture, table
+from calm.render import Picture, table
 
 JPEG_QUALITY = 88
 PERCENT = "\N{NARROW NO-BREAK SPACE}%"
-FORMULAS = {
-    name: text.replace(" ", "\N{NO-BREAK SPACE}").replace("|", "|\N{WORD JOINER}")
-    for name, text in {
-        "P_Y": "p(y | x)",
-        "P_Z": "p(z | x)",
-        "P_YZ": "p(y, z | x)",
-        "P_Z_GIVEN_Y": "p(z | x, y)",
-    }.items()
-}
+FORMULAS = {"P_Y": "p(y | x)", "P_Z": "p(z | x)", "P_YZ": "p(y, z | x)", "P_Z_GIVEN_Y": "p(z | x, y)"}
+FORMULAS = {name: s.replace(" ", "\N{NO-BREAK SPACE}").replace("|", "|\N{WORD JOINER}") for name, s in FORMULAS.items()}
 """Probabilities, with spaces at which no line breaks."""
 
 
@@ -51,7 +43,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and a noun in the singular or plural.
+    """A number and a noun.
 
     >>> counted(1, "method"), counted(1200, "image"), counted(2, "class")
     ('1 method', '1,200 images', '2 classes')
@@ -80,17 +72,11 @@ def listed(words: Sequence[str], last: str = "and") -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of numbers.
+    """A column of numbers."""
 
-    Attributes:
-        title: its heading.
-        form: how a number is written, as in ``format(value, form)``; ``%`` is a percentage with one decimal.
-        better: which numbers are good; "" for neither: then none is bold.
-    """
-
-    title: str
-    form: str = ".3f"
-    better: Literal["higher", "lower", ""] = ""
+    title: str  # its heading
+    form: str = ".3f"  # how a number is written, as in ``format(value, form)``; ``%`` is a percentage with one decimal
+    better: Literal["higher", "lower", ""] = ""  # which numbers are good; "" for neither: then none is bold
 
     def written(self, value: float | str | None) -> str:
         """A number as it stands in the table; a dash for None, strings as they are."""
@@ -129,11 +115,11 @@ class Table:
     def cells(self, row: Row) -> list[tuple[str, str | None, bool]]:
         """For each column of a row: the value as written, its interval as written or None, whether it is the best."""
         cells = []
-        for place, (column, value) in enumerate(zip(self.columns, row.values, strict=True)):
-            interval = row.intervals[place] if row.intervals else None
+        intervals = row.intervals or [None] * len(self.columns)
+        for place, (column, value, ends) in enumerate(zip(self.columns, row.values, intervals, strict=True)):
             text = column.written(value)
             best = row.competes and text == self._best(place)
-            cells.append((text, column.interval(interval) if interval else None, best))
+            cells.append((text, column.interval(ends) if ends else None, best))
         return cells
 
     def _best(self, place: int) -> str | None:
@@ -148,38 +134,22 @@ class Table:
 
 @dataclass(frozen=True)
 class Shot:
-    """A picture and its label.
+    """A picture and its label."""
 
-    Attributes:
-        picture: uint8 RGB (H, W, 3).
-        alt: what is to be seen, for those who do not see it.
-        label: below it.
-        note: below the label, in small type.
-        verdict: after the label: a word or two, in green if ``good`` and in red if not.
-        good: colour of the verdict.
-    """
-
-    picture: Picture
-    alt: str
-    label: str = ""
-    note: str = ""
-    verdict: str = ""
-    good: bool = True
+    picture: Picture  # uint8 RGB (H, W, 3)
+    alt: str  # what is to be seen, for those who do not see it
+    label: str = ""  # below it
+    note: str = ""  # below the label, in small type
+    verdict: str = ""  # after the label: a word or two, in green if ``good`` and in red if not
+    good: bool = True  # colour of the verdict
 
 
 def data_uri(picture: Picture, *, lossless: bool = False) -> str:
     """The picture as a ``data:`` address: JPEG, or PNG if ``lossless``."""
-    buffer = io.BytesIO()
-    if lossless:
-        Image.fromarray(picture).save(buffer, "PNG", optimize=True)
-    else:
-        Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    kind = "png" if lossless else "jpeg"
+    buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
+    options: dict[str, Any] = {"optimize": True} if lossless else {"quality": JPEG_QUALITY, "subsampling": 0}
+    Image.fromarray(picture).save(buffer, kind, **options)
     return f"data:image/{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
-
-
-def _colour_bar(colormap: Colormap) -> Picture:
-    return np.repeat(table(colormap)[None], 8, axis=0)
 
 
 @cache
@@ -199,7 +169,7 @@ def _environment() -> Environment:
         "percent": percent,
         "yaml": partial(yaml.safe_dump, sort_keys=False, allow_unicode=True),
     }
-    environment.globals |= {**FORMULAS, "colour_bar_picture": _colour_bar}
+    environment.globals |= {**FORMULAS, "colour_bar_picture": lambda name: np.repeat(table(name)[None], 8, axis=0)}
     return environment
 
 
@@ -211,19 +181,12 @@ def macro(name: str, *arguments: Any, **keywords: Any) -> Markup:
 
 @dataclass(frozen=True)
 class Section:
-    """One subject of a page.
+    """One subject of a page."""
 
-    Attributes:
-        title: its heading.
-        template: the template of what stands below the heading, without its ending.
-        values: what the template reads.
-        short: what the table of contents calls it; the title if empty.
-    """
-
-    title: str
-    template: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    short: str = ""
+    title: str  # its heading
+    template: str  # the template of what stands below the heading, without its ending
+    values: Mapping[str, Any] = field(default_factory=dict)  # what the template reads
+    short: str = ""  # what the table of contents calls it; the title if empty
 
     @property
     def anchor(self) -> str:
@@ -238,21 +201,13 @@ class Section:
 
 @dataclass(frozen=True)
 class Page:
-    """A whole report.
+    """A whole report."""
 
-    Attributes:
-        title: the heading and the window's title.
-        kicker: a word or two above the heading.
-        summary: the main result and its numbers, without a heading.
-        sections: the rest, in order.
-        footer: the last line.
-    """
-
-    title: str
-    kicker: str
-    summary: Section
-    sections: Sequence[Section]
-    footer: str = ""
+    title: str  # the heading and the window's title
+    kicker: str  # a word or two above the heading
+    summary: Section  # the main result and its numbers, without a heading
+    sections: Sequence[Section]  # the rest, in order
+    footer: str = ""  # the last line
 
 
 def render(page: Page) -> str:

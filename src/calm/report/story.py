@@ -31,18 +31,13 @@ from calm.report.gallery import load_model
 from calm.report.page import Section, Shot, listed, species_name
 from calm_birds import Drawing, choose_species, draw_bird
 
-MOST_IMAGES = 600
-"""Test images that are predicted anew for these sections; of larger sets so many, evenly spaced."""
+MOST_IMAGES = 600  # test images that are predicted anew for these sections; of larger sets so many, evenly spaced
 BATCH = 64
-SIDE = 192
-"""Width and height of the pictures in the file, in pixels."""
-PLATE_SIDE, SKETCH_SIDE = 176, 48
-"""The same of the classes, and of trials for a drawn one."""
-POSES = 24
-"""Poses that are tried for drawn birds."""
+SIDE = 192  # width and height of the pictures in the file, in pixels
+PLATE_SIDE, SKETCH_SIDE = 176, 48  # the same of the classes, and of trials for a drawn one
+POSES = 24  # poses that are tried for drawn birds
 CLASSES_SHOWN, EVIDENCE_SHOWN, MISTAKES_SHOWN, PAIRS_SHOWN, IMAGES_SHOWN = 20, 10, 4, 4, 10
-RING = 10
-"""Radius of the ring around a difference map's peak, in pixels: wide enough to see the peak."""
+RING = 10  # radius of the ring around a difference map's peak, in pixels: wide enough to see the peak
 
 
 @dataclass(frozen=True)
@@ -69,33 +64,22 @@ class Classifier:
 
 @dataclass(frozen=True)
 class Study:
-    """A CALM model, perhaps beside a CAM model, on test images.
+    """A CALM model, perhaps beside a CAM model, on test images."""
 
-    Attributes:
-        root: of the data set.
-        split: the test images.
-        total: how many the whole split has.
-        calm: the first CALM model of the results.
-        cam: their first CAM model.
-        cues: which images show a part that tells two classes apart, and where; None without such annotation.
-        pairs: pairs of classes and the part groups in which they differ, by (first, second).
-    """
-
-    root: Path
-    split: Split
-    total: int
-    calm: Classifier
-    cam: Classifier | None
-    cues: CueData | None
-    pairs: Mapping[tuple[int, int], CuePair]
+    root: Path  # of the data set
+    split: Split  # the test images
+    total: int  # how many the whole split has
+    calm: Classifier  # the first CALM model of the results
+    cam: Classifier | None  # their first CAM model
+    cues: CueData | None  # which images show a part that tells two classes apart, and where, if that is annotated
+    pairs: Mapping[tuple[int, int], CuePair]  # with the part groups in which they differ, by (first, second)
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Study | None:
         """The study of the models whose results on one data set are given; None without a CALM model among them.
 
         Raises:
-            CalmError: the models or the data are gone or damaged.
-            OSError: a file cannot be read.
+            CalmError | OSError: the models or the data are gone, damaged or cannot be read.
         """
         by_method = {own_maps(result): result for group in groups for result in reversed(group.results)}
         calm = next((by_method[method] for method in CALM if method in by_method), None)
@@ -109,16 +93,9 @@ class Study:
         with suppress(CalmError, OSError):  # there may be no such annotation
             cues = read_cue_data(split, root)
             pairs = read_pairs(root, range(1, len(cues.groups) + 1))
-        cam = by_method.get("cam")
-        return cls(
-            root,
-            split,
-            total,
-            Classifier.predicting("CALM", load_model(calm), split),
-            Classifier.predicting("CAM", load_model(cam), split) if cam else None,
-            cues,
-            {(pair.first, pair.second): pair for pair in pairs},
-        )
+        classifier = Classifier.predicting("CALM", load_model(calm), split)
+        cam = Classifier.predicting("CAM", load_model(by_method["cam"]), split) if "cam" in by_method else None
+        return cls(root, split, total, classifier, cam, cues, {(pair.first, pair.second): pair for pair in pairs})
 
     @property
     def classifiers(self) -> list[Classifier]:
@@ -151,25 +128,17 @@ class Study:
 
 
 def story_sections(study: Study, singles: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Section]:
-    """The sections, in order.
-
-    Args:
-        study: models and images.
-        singles: see `single_pairs`.
-        seed: of the scene in which birds are drawn.
-    """
+    """The sections, in order, with `single_pairs` in the last; ``seed`` is of the scene in which birds are drawn."""
     plate = _plate(study, seed)
     sections = [_classes(study, plate), _evidence(study), _mistakes(study)]
-    return [*sections, _differences(study, plate, singles)] if singles and study.cues else sections
+    return [*sections, _differences(study, study.cues, plate, singles)] if singles and study.cues else sections
 
 
 def single_pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
     """The pairs of classes that differ in one part which some image shows, as cue localization found them.
 
-    Returns:
-        For each ``first`` and ``second`` (names of the classes), ``part``, ``maps`` (number of difference maps),
-        ``peaks`` (by the results' labels, the share of maps that peak in the part) and ``chance`` (the same of a random
-        pixel of the object).
+    Each has ``first`` and ``second`` (names of the classes), ``part``, ``maps`` (number of difference maps), ``peaks``
+    (by the results' labels, the share of maps that peak in the part), ``chance`` (of a random pixel of the object).
     """
     tables = {r.label: r.details["pairs"] for r in results if "peak_in_part" in r.figures}
     columns = list(tables.values())
@@ -196,8 +165,7 @@ def birds_config(root: Path) -> dict[str, Any] | None:
 
 
 def _evenly_spaced(total: int, count: int) -> list[int]:
-    places: list[int] = np.linspace(0, total - 1, min(total, count)).round().astype(int).tolist()
-    return places
+    return list(map(int, np.linspace(0, total - 1, min(total, count)).round()))
 
 
 def _plate(study: Study, seed: int) -> list[Picture]:
@@ -241,9 +209,8 @@ def _neighbours(study: Study, label: int) -> str:
         for key, pair in study.pairs.items()
         if label in key and len(pair.groups) == 1
     ]
-    if not study.pairs:
-        return ""
-    return "near: " + listed(near) if near else "no near relative"
+    nothing = "no near relative" if study.pairs else ""
+    return "near: " + listed(near) if near else nothing
 
 
 def _evidence(study: Study) -> Section:
@@ -275,9 +242,7 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
     for place, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
         name, picture = study.names[target], study.picture(image)
         shots = [Shot(_enlarged(picture), f"test image of a {name}", "image")]
-        shots += [
-            _shot(picture, values[place], ways.get(label, "clipping"), label, name) for label, values in maps.items()
-        ]
+        shots += [_shot(picture, m[place], ways.get(label, "clipping"), label, name) for label, m in maps.items()]
         second = int(calm.probs[image].topk(2).indices[1])
         cards.append({"image": image, "target": target, "second": second, "joint": joint[place], "shots": shots})
     return cards
@@ -312,21 +277,18 @@ def _mistakes(study: Study) -> Section:
 
 def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot]:
     """The maps of two classes for one image."""
-    picture, one, other = study.picture(image), study.names[first], study.names[second]
+    picture, names = study.picture(image), (study.names[first], study.names[second])
+    one, other = names
     joint = _class_maps(study, study.calm, image, first, second)
-    scale = float(joint.max())
     signed = overlay(picture, joint[0] - joint[1], colormap="signed", size=(SIDE, SIDE))
     signed = draw_peak(signed, (joint[0] - joint[1]).abs())
-    shots = [
-        Shot(_enlarged(picture), f"test image {image}", "image"),
-        _shot(picture, joint[0] / scale, "clipping", f"CALM: {one}", one),
-        _shot(picture, joint[1] / scale, "clipping", f"CALM: {other}", other),
-        Shot(signed, f"difference of CALM's maps of {one} and {other}", "CALM: difference"),
-    ]
+    shots = [Shot(_enlarged(picture), f"test image {image}", "image")]
+    scaled = joint / float(joint.max())
+    shots += [_shot(picture, m, "clipping", f"CALM: {name}", name) for m, name in zip(scaled, names, strict=True)]
+    shots.append(Shot(signed, f"difference of CALM's maps of {one} and {other}", "CALM: difference"))
     if study.cam:
         cam = _class_maps(study, study.cam, image, first, second)
-        shots.append(_shot(picture, cam[0], "minmax", f"CAM: {one}", one))
-        shots.append(_shot(picture, cam[1], "minmax", f"CAM: {other}", other))
+        shots += [_shot(picture, m, "minmax", f"CAM: {name}", name) for m, name in zip(cam, names, strict=True)]
     return shots
 
 
@@ -339,17 +301,16 @@ def _class_maps(study: Study, classifier: Classifier, image: int, *classes: int)
     return maps
 
 
-def _differences(study: Study, plate: Sequence[Picture], singles: Sequence[Mapping[str, Any]]) -> Section:
+def _differences(
+    study: Study, cues: CueData, plate: Sequence[Picture], singles: Sequence[Mapping[str, Any]]
+) -> Section:
     """Some pairs, of as many different parts as possible; of both classes a test image with the models' maps."""
-    assert study.cues is not None
-    known = {
-        (study.names[pair.first], study.names[pair.second]): number for number, pair in enumerate(study.cues.pairs)
-    }
+    known = {(study.names[pair.first], study.names[pair.second]): n for n, pair in enumerate(cues.pairs)}
     parts = [single["part"] for single in singles]
     turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
     first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
     cards = [
-        {**single, "shots": _pair_shots(study, plate, known[names])}
+        {**single, "shots": _pair_shots(study, cues, plate, known[names])}
         for single in (singles[place] for place in sorted(first))
         if (names := (single["first"], single["second"])) in known
     ]
@@ -357,41 +318,35 @@ def _differences(study: Study, plate: Sequence[Picture], singles: Sequence[Mappi
     return Section("Why this species and not that one?", "differences", values, "Differences")
 
 
-def _pair_shots(study: Study, plate: Sequence[Picture], number: int) -> list[Shot]:
-    assert study.cues is not None
-    pair, shots = study.cues.pairs[number], []
+def _pair_shots(study: Study, cues: CueData, plate: Sequence[Picture], number: int) -> list[Shot]:
+    pair, shots = cues.pairs[number], []
     for label in (pair.first, pair.second):
-        image = _typical_image(study, number, label)
+        image = _typical_image(study, cues, number, label)
         if plate:
             name = study.names[label]
             shots.append(Shot(plate[label], f"{name}, drawn", name, "drawn in the same pose"))
         if image is not None:
-            shots += _difference_maps(study, image, pair)
+            shots += _difference_maps(study, cues, image, pair)
     return shots
 
 
-def _typical_image(study: Study, number: int, label: int) -> int | None:
+def _typical_image(study: Study, cues: CueData, number: int, label: int) -> int | None:
     """The first image of the class whose part is at least as large as in half of the class's images."""
-    assert study.cues is not None
-    asked = study.cues.samples.items()
-    images = [i for i, numbers in asked if number in numbers and int(study.labels[i]) == label]
-    if not images:
-        return None
-    areas = _truth(study, images, study.cues.pairs[number]).flatten(1).sum(dim=1)
+    images = [i for i, numbers in cues.samples.items() if number in numbers and int(study.labels[i]) == label]
+    areas = _truth(study, cues, images, cues.pairs[number]).flatten(1).sum(dim=1) if images else torch.zeros(0)
     if not areas.any():
         return None
     return images[int((areas >= areas[areas > 0].median()).nonzero()[0])]
 
 
-def _truth(study: Study, images: Sequence[int], pair: CuePair) -> Bool[Tensor, "b H W"]:
+def _truth(study: Study, cues: CueData, images: Sequence[int], pair: CuePair) -> Bool[Tensor, "b H W"]:
     """The pixels of the part that differs, in some images, at the size of the protocol."""
-    assert study.cues is not None
-    return group_mask(study.cues.regions(study.split.records, torch.tensor(images)), pair.groups)
+    return group_mask(cues.regions(study.split.records, torch.tensor(images)), pair.groups)
 
 
-def _difference_maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
+def _difference_maps(study: Study, cues: CueData, image: int, pair: CuePair) -> list[Shot]:
     """The image with the part outlined, and each model's difference map with a ring at its peak."""
-    picture, (truth,) = study.picture(image), _truth(study, [image], pair)
+    picture, (truth,) = study.picture(image), _truth(study, cues, [image], pair)
     names = f"{study.names[pair.first]} and {study.names[pair.second]}"
     outlined = draw_contour(_enlarged(picture), truth.float(), 0.5)
     alt = f"test image with the part outlined in which {names} differ"
@@ -403,17 +358,10 @@ def _difference_maps(study: Study, image: int, pair: CuePair) -> list[Shot]:
         hit, scale = bool(truth[y, x]), SIDE / PROTOCOL_SIZE[0]
         drawn = draw_contour(overlay(picture, signed, colormap="signed", size=(SIDE, SIDE)), truth.float(), 0.5)
         drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale, radius=RING)
-        says = classifier.says(image)
-        shots.append(
-            Shot(
-                drawn,
-                f"{classifier.name}: difference of the maps of {names}",
-                f"{classifier.name}:",
-                f"says {study.names[says]}, {classifier.probs[image, says]:.2f}",
-                "in the part" if hit else "elsewhere",
-                good=hit,
-            )
-        )
+        says, name = classifier.says(image), classifier.name
+        note = f"says {study.names[says]}, {classifier.probs[image, says]:.2f}"
+        verdict = "in the part" if hit else "elsewhere"
+        shots.append(Shot(drawn, f"{name}: difference of the maps of {names}", f"{name}:", note, verdict, good=hit))
     return shots
 
 
