@@ -35,15 +35,10 @@ Explain: TypeAlias = Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method of the registry.
+    """A method of the registry."""
 
-    Attributes:
-        explain: from a model, images (B, 3, H, W), targets (B,) and `Options` to maps (B, h, w) of any resolution.
-        options: names of the options that it reads.
-    """
-
-    explain: Explain
-    options: frozenset[str] = frozenset()
+    explain: Explain  # from a model, images (B, 3, H, W), targets (B,) and `Options` to maps (B, h, w) of any size
+    options: frozenset[str] = frozenset()  # names of the options that it reads
 
 
 _NOISE = frozenset({"samples", "noise", "seed"})

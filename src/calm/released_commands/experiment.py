@@ -29,12 +29,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from calm.data.records import SPLITS
 from calm.errors import CalmError
 from calm.files import read_columns, read_json, write_bytes, write_json, write_text
 from calm.released import FILE_NAME
 from calm.released_commands.flags import Flags
 
-SPLITS = ("train", "val", "test")
 METRICS = ("loss", "cls", "cue_1", "cue_2", "cue_3")
 
 WRITTEN = ("log.log", FILE_NAME, "performance_log.*", "reports", "measure_*", "cue_*", "run", "start", "proxy")

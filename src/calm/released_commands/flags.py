@@ -45,7 +45,6 @@ def _flag(default: Any, meaning: str, *names: str, choices: Sequence[str] | None
 class Flags:
     """The values of all flags, each with its released name and default; see the help text of each."""
 
-    # fmt: off
     seed: int | None = _flag(None, "of everything random; None is 0")
     experiment_name: str = _flag("result", "folder below --save_root: training makes it")
     override_cache: bool = _flag(False, "train anew: delete the experiment's folder first, if that is safe")
@@ -54,9 +53,7 @@ class Flags:
     load_checkpoint: str | None = _flag(
         None, "folder with last_checkpoint.pth.tar, or a saved model or run of this package"
     )
-    is_different_checkpoint: bool = _flag(
-        False, "the checkpoint is of other classes: its classifier is left out"
-    )
+    is_different_checkpoint: bool = _flag(False, "the checkpoint is of other classes: its classifier is left out")
     save_root: str = _flag("save", "folder of the experiments")
     logger_type: Literal["PythonLogger"] = _flag("PythonLogger", "there is one")
     dataset_name: Literal["CUB", "ILSVRC", "OpenImages"] = _flag("CUB", "the data set", "--dataset")
@@ -91,7 +88,6 @@ class Flags:
     smooth_grad_nr_iter: int = _flag(50, "noisy copies of smooth_grad and var_grad")
     smooth_grad_sigma: float = _flag(4.0, "range of the image over the noise's standard deviation")
     integrated_grad_nr_iter: int = _flag(50, "steps of integrated_grad")
-    # fmt: on
 
     @property
     def folder(self) -> Path:
