@@ -174,10 +174,7 @@ def write(
     Args:
         folder: Created with its parents if missing.
         state: The model's state dict, on any device; dtypes are kept.
-        config: What the model is made of.
-        class_names: The C names of the classes, in the order of their indices.
-        preprocessing: How an image becomes the model's input.
-        training: What the training recorded about itself, as plain JSON data.
+        config: For the card, as are all that follow: see `Card`.
 
     Returns:
         The folder, resolved.
@@ -195,8 +192,8 @@ def write(
         staging.mkdir()
         save_file(_unshared(state), staging / WEIGHTS, metadata={"format": "pt"})
         packages = {package: version(package) for package in ("calm", "torch", "torchvision", "timm")}
-        card = Card(config, class_names, preprocessing, training, packages, _sha256(staging / WEIGHTS))
-        card.write(staging / CARD)
+        sha256 = _sha256(staging / WEIGHTS)
+        Card(config, class_names, preprocessing, training, packages, sha256).write(staging / CARD)
         if folder.is_dir() and any(folder.iterdir()):
             for name in (WEIGHTS, CARD):
                 (staging / name).replace(folder / name)

@@ -210,8 +210,7 @@ def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
     except Exception as error:  # a damaged file can make the restricted unpickler fail in any way
         wanted = re.search(r"(?:GLOBAL|class) ([\w.]+)", str(error))
         reason = f"it asks for {wanted[1]:.200}, not for weights" if wanted else "damaged or no PyTorch file"
-        message = f"{path}: no checkpoint that can be read safely: {reason}; nothing in it was run"
-        raise CalmError(message) from error
+        raise CalmError(f"{path}: no checkpoint that can be read safely: {reason}; nothing in it was run") from error
 
 
 _TEMPORARY_NAME = re.compile(r"\..*\.writing-\w{8}(\.[^.]*)?")
@@ -240,10 +239,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 def working_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
     """Yield an empty folder beside ``path``, on the same disk, which is removed at the end with its content.
 
-    Parent folders are made.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; ``path`` is its file name.
+    Otherwise as `atomic_path`.
     """
     return _temporary(Path(path), folder=True)
 

@@ -154,10 +154,7 @@ def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
 def read_pixels(path: Path, convert: Callable[[Image.Image], Image.Image], what: str = "image") -> NDArray[np.uint8]:
     """Return an image file's pixels as uint8, after ``convert`` has made them 8 bits a channel.
 
-    ``what`` describes the image in messages.
-
-    Raises:
-        CalmError: as `read_rgb`.
+    ``what`` describes the image in messages; the errors are those of `read_rgb`.
     """
     with open_regular(path, what) as file:
         try:
@@ -170,8 +167,7 @@ def read_pixels(path: Path, convert: Callable[[Image.Image], Image.Image], what:
             raise CalmError(f"{what} {path}: {error}") from error
         except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
             reason = probe(path, decode=True).message or str(error)[:200] or type(error).__name__
-            advice = "`calm data check` lists all such files"
-            raise CalmError(f"cannot read {what} {path}: {reason}; {advice}") from error
+            raise CalmError(f"cannot read {what} {path}: {reason}; `calm data check` lists all such files") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -249,8 +245,8 @@ class Preprocessing:
         for name in ("size", "mean", "std"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= MAX_INPUT_SIDE:
-            allowed = f"give (height, width) in pixels, each 1 to {MAX_INPUT_SIDE}"
-            raise CalmError(f"preprocessing size is {shown(self.size)}: {allowed}")
+            form = f"(height, width) in pixels, each 1 to {MAX_INPUT_SIDE}"
+            raise CalmError(f"preprocessing size is {shown(self.size)}: give {form}")
         if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
             raise CalmError("preprocessing needs three means and three positive stds")
 
@@ -306,15 +302,10 @@ def _open(image: ImageLike) -> Image.Image:
 
 
 def check_images(images: Tensor) -> None:
-    """Check that ``images`` is a batch of normalised images.
-
-    Raises:
-        CalmError: it is no floating-point tensor of shape (B, 3, H, W).
-    """
+    """Raise a CalmError unless ``images`` is a floating-point tensor of shape (B, 3, H, W)."""
     from torch import Tensor
 
     if not isinstance(images, Tensor):
         raise CalmError(f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files")
     if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        given = f"{images.dtype} {tuple(images.shape)}"
-        raise CalmError(f"images must be floats of shape (B, 3, H, W), got {given}")
+        raise CalmError(f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")

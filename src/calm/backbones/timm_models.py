@@ -67,10 +67,8 @@ class TimmBackbone(nn.Module):
                 f"cell per {self.stride} pixels. Leave output_stride out, or choose another model"
             )
         self.fixed_size = None if _runs(features, 2 * height, 2 * width) else (height, width)
-        unused = set(unused_parameters(features, height, width))
-        for key, parameter in features.named_parameters():
-            if key in unused:
-                parameter.requires_grad_(False)
+        for name in unused_parameters(features, height, width):
+            features.get_parameter(name).requires_grad_(False)
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """Return the features of normalised images.
@@ -197,8 +195,8 @@ def unused_parameters(module: nn.Module, height: int, width: int) -> list[str]:
 
 
 def _on_meta(module: nn.Module) -> dict[str, Tensor]:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    return {name: tensor.detach().to("meta") for name, tensor in tensors}
+    named = (*module.named_parameters(), *module.named_buffers())
+    return {name: tensor.detach().to("meta") for name, tensor in named}
 
 
 def _run(module: nn.Module, height: int, width: int, state: dict[str, Tensor]) -> object:

@@ -64,14 +64,14 @@ class Augmentation:
                 raise unknown(f"augmentation.{name}", getattr(self, name), allowed)
         for name in ("area", "aspect"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, low, high in _RANGES:
+        for name, low, high in ((name, low, high) for low, high, names in _RANGES for name in names.split()):
             if not low <= (number := getattr(self, name)) <= high:
                 raise CalmError(f"augmentation.{name} is {shown(number)}: allowed are {low:g} to {high:g}")
         for name, top in (("area", 1.0), ("aspect", 100.0)):
             pair = getattr(self, name)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
-                hint = f"give two numbers, 0 < smallest <= largest <= {top:g}"
-                raise CalmError(f"augmentation.{name} is {shown(pair)}: {hint}")
+                form = f"two numbers, 0 < smallest <= largest <= {top:g}"
+                raise CalmError(f"augmentation.{name} is {shown(pair)}: give {form}")
 
     @property
     def mixes(self) -> bool:
@@ -80,19 +80,13 @@ class Augmentation:
 
 
 _RANGES = (
-    ("resize_ratio", 1, 4),
-    ("shift", 0, 0.999),
-    ("flip", 0, 1),
-    ("rand_ops", 1, 14),
-    ("rand_magnitude", 0, 30),
-    ("brightness", 0, 1),
-    ("contrast", 0, 1),
-    ("saturation", 0, 1),
-    ("hue", 0, 0.5),
-    ("erase", 0, 1),
-    ("mixup", 0, 100),
-    ("cutmix", 0, 100),
-    ("mix_probability", 0, 1),
+    (1, 4, "resize_ratio"),
+    (0, 0.999, "shift"),
+    (1, 14, "rand_ops"),
+    (0, 30, "rand_magnitude"),
+    (0, 1, "flip brightness contrast saturation erase mix_probability"),
+    (0, 0.5, "hue"),
+    (0, 100, "mixup cutmix"),
 )
 
 AUGMENTATIONS: dict[str, Augmentation] = {

@@ -221,8 +221,7 @@ def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Probl
         read(root / "images.txt", lambda: points.select(ids))
     classes = next(iter(splits.values())).num_classes
     if attributes is not None and len(attributes[1]) != classes:
-        message = f"describes {len(attributes[1])} classes, the data set has {classes}"
-        log.add("cue-file", root / "attributes", message)
+        log.add("cue-file", root / "attributes", f"describes {len(attributes[1])} classes, the data set has {classes}")
     if log.problems or groups is None or attributes is None or points is None:
         return log.problems, ""
     names, present = attributes

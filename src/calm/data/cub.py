@@ -97,11 +97,8 @@ def _index_and_name(text: str) -> tuple[int, str]:
 def names_from_folders(labels: Mapping[str, int]) -> tuple[str, ...]:
     """Return the name of the folder that holds each class's images, or the index as text.
 
-    Args:
-        labels: image id (a relative path) to class index.
-
-    Returns:
-        Names of 0 .. the largest label. Folders give the names only if they and the classes pair one to one.
+    ``labels`` maps image ids (relative paths) to class indices; the result has the names of 0 .. the largest. Folders
+    give the names only if they and the classes pair one to one.
 
     >>> names_from_folders({"train/cat/1.jpg": 0, "train/dog/1.jpg": 1, "train/dog/2.jpg": 1})
     ('cat', 'dog')
@@ -152,23 +149,14 @@ class CubSource:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
 
         Lines that belong to no image are problems of train. The header of each image of the split is read for its size.
-
-        Raises:
-            CalmError: a file that must exist is missing or no text.
         """
-        files = _Files(self.root, ProblemLog(split), len(self.class_names))
-        records = files.records()
-        root = self.root / "images"
-        return Split(split, records, self.class_names, root, problems=tuple(files.log.problems))
+        log = ProblemLog(split)
+        records = _Files(self.root, log, len(self.class_names)).records()
+        return Split(split, records, self.class_names, self.root / "images", problems=tuple(log.problems))
 
 
 class _Table:
-    """A file of lines ``image-number value``.
-
-    Attributes:
-        path: the file.
-        rows: image number to (line number, value).
-    """
+    """A file of lines ``image-number value``; ``rows`` maps an image number to (line number, value)."""
 
     def __init__(self, path: Path, log: ProblemLog) -> None:
         self.path = path
@@ -220,8 +208,7 @@ class _Files:
                 self.log.add("no-split", path, message, line, name)
             else:
                 seen[name] = line
-                label = self._label(number, name)
-                if label is not None:
+                if (label := self._label(number, name)) is not None:
                     records.append(self._record(number, name, label))
         return tuple(records)
 
@@ -229,8 +216,7 @@ class _Files:
         for table in filter(None, (self.labels, self.sides, self.boxes)):
             for number, (line, _) in table.rows.items():
                 if number not in self.names.rows:
-                    message = f"image number {number} is not in images.txt"
-                    self.log.add("unlisted-id", table.path, message, line)
+                    self.log.add("unlisted-id", table.path, f"image number {number} is not in images.txt", line)
 
     def _label(self, number: int, name: str) -> int | None:
         """Return the class index from 0 of an image; None, and a problem, if there is none in range."""
@@ -252,16 +238,15 @@ class _Files:
         path = self.root / "images" / name
         size = image_size(path)
         mask = self.root / "segmentations" / PurePosixPath(name).with_suffix(".png")
-        boxes = self._boxes(number, name, size)
-        return Record(name, path, label, boxes, (mask,) if self.segmented else (), size=size)
+        masks = (mask,) if self.segmented else ()
+        return Record(name, path, label, self._boxes(number, name, size), masks, size=size)
 
     def _boxes(self, number: int, name: str, size: tuple[int, int] | None) -> tuple[Box, ...]:
         if self.boxes is None:
             return ()
         line, value = self.boxes.get(number)
         if line is None:
-            message = f"image number {number} ({name}) is not there"
-            self.log.add("no-box", self.boxes.path, message, None, name)
+            self.log.add("no-box", self.boxes.path, f"image number {number} ({name}) is not there", record=name)
             return ()
         try:
             left, top, width, height = map(float, value.split())

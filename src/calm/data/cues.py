@@ -110,29 +110,22 @@ class PartPoints:
     visible: Bool[Tensor, "n p"]
 
     def select(self, ids: Iterable[str]) -> PartPoints:
-        """Return the points of the images ``ids``, in their order.
-
-        Raises:
-            CalmError: an image without points.
-        """
+        """Return the points of the images ``ids``, in their order; each must have points."""
         wanted = tuple(ids)
         row_of = {name: row for row, name in enumerate(self.ids)}
         missing = [name for name in wanted if name not in row_of]
         if missing:
-            images = f"{len(missing)} images have no part points, the first is {missing[0]!r}"
-            raise CalmError(f"{images}: the file of part points lists {len(self.ids)} images")
+            raise CalmError(
+                f"{len(missing)} images have no part points, the first is {missing[0]!r}: the file of part points lists"
+                f" {len(self.ids)} images"
+            )
         rows = torch.tensor([row_of[name] for name in wanted], dtype=torch.int64)
         return PartPoints(wanted, self.xy[rows], self.visible[rows])
 
     def merged(
         self, scale: Float[Tensor, "n 2"], groups: Sequence[PartGroup] = CUB_GROUPS
     ) -> tuple[Float[Tensor, "n k 2"], Bool[Tensor, "n k"], Int[Tensor, " k"]]:
-        """Return the groups' points: scaled x and y, which of them are visible, and the group of each.
-
-        Args:
-            scale: per image the factors of x and y.
-            groups: k points in all.
-        """
+        """Return the k points of all groups: x and y times ``scale``, which are visible, and the group of each."""
         members = [torch.tensor(parts) - 1 for group in groups for parts in group.points]
         owner = torch.tensor([index for index, group in enumerate(groups) for _ in group.points])
         scaled = self.xy * scale[:, None]
@@ -175,8 +168,7 @@ def class_pairs(
         attributes = (present[first + 1 :] != own).double()  # of the later classes, one a row
         differing = attributes @ votes.double() > 0
         for second in torch.isin(differing.sum(dim=1), wanted).nonzero().flatten().tolist():
-            groups = tuple(differing[second].nonzero().flatten().tolist())
-            pairs.append(CuePair(first, first + 1 + second, groups))
+            pairs.append(CuePair(first, first + 1 + second, tuple(differing[second].nonzero().flatten().tolist())))
     return pairs
 
 
@@ -235,11 +227,7 @@ def part_regions(
 
 
 def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
-    """Return the part groups of a data set: of ``parts/groups.yaml``, or CUB's where there is no such file.
-
-    Raises:
-        CalmError: the file is no YAML, or an entry is not as in the example at the top of this module.
-    """
+    """Return the part groups of ``parts/groups.yaml`` (see the top of this module), or CUB's without such a file."""
     path = root / "parts" / "groups.yaml"
     if not path.is_file():
         return CUB_GROUPS
@@ -261,8 +249,8 @@ def _part_group(where: str, group: str, entry: Any) -> PartGroup:
     if not _is_list(words, lambda word: isinstance(word, str) and word != ""):
         raise CalmError(f"{where}words of {group} must be a list of texts, got {shown(words)}")
     if not _is_list(points, lambda point: _is_list(point, lambda n: type(n) is int and 0 < n <= MAX_PARTS)):
-        form = f"lists of part numbers, 1 to {MAX_PARTS:,}"
-        raise CalmError(f"{where}points of {group} must be {form}, got {shown(points)}")
+        allowed = f"1 to {MAX_PARTS:,}"
+        raise CalmError(f"{where}points of {group} must be lists of part numbers, {allowed}, got {shown(points)}")
     return PartGroup(name, tuple(words), tuple(map(tuple, points)))
 
 
@@ -275,9 +263,6 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
     """Return the names of the attributes, and which class has which (at least 50 percent).
 
     ``attributes.txt`` is also found in ``root`` and beside it, where CUB's archive leaves it.
-
-    Raises:
-        CalmError: a file that is missing, a line that is not what the format asks for.
     """
     places = [folder / "attributes.txt" for folder in (root / "attributes", root, root.parent)]
     path = next(filter(Path.is_file, places), places[0])
@@ -350,11 +335,7 @@ def read_part_points(root: Path) -> PartPoints:
 
 
 def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool[Tensor, "h w"]:
-    """Return a segmentation as the protocol reads it: 8-bit grey, resized by Pillow's bicubic filter, object above 0.
-
-    Raises:
-        CalmError: the file is missing or no image.
-    """
+    """Return a segmentation as the protocol reads it: 8-bit grey, resized by Pillow (bicubic); object above 0."""
 
     def grey(image: Image.Image) -> Image.Image:
         return resize_image(image.convert("L"), size, Image.Resampling.BICUBIC)

@@ -72,8 +72,7 @@ class EpochSampler(Sampler[int]):
         if remainder not in get_args(Remainder):
             raise unknown("remainder", remainder, get_args(Remainder))
         if remainder == "drop" and batch_size > len(dataset):
-            images = f"there are only {len(dataset)} images"
-            raise CalmError(f"batch_size is {batch_size}, but {images}: no batch is full")
+            raise CalmError(f"batch_size is {batch_size}, but there are only {len(dataset)} images: no batch is full")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.remainder, self.epoch = shuffle, remainder, dataset.epoch
         self.rank, self.world_size = rank, world_size
@@ -195,7 +194,8 @@ class _Cache:
     def __init__(self, split: Split, size: tuple[int, int] | None) -> None:
         self.size = size
         images: list[NDArray[np.uint8]] = []
-        total, limit = 0, _memory() // 2
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total, limit = 0, memory // 2
         paths = [record.path for record in split.records]
         for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
             total += image.size
@@ -218,8 +218,3 @@ class _Cache:
 def _decoded(path: Path, exif: bool, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     pixels = read_rgb(path, exif=exif)
     return pixels if size is None else np.array(resize_image(Image.fromarray(pixels), size))
-
-
-def _memory() -> int:
-    """Return the bytes of physical memory of the machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

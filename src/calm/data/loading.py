@@ -157,8 +157,7 @@ def carve(
         raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
     by_class: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
     for record in records:
-        digest = sha256(f"{seed}:{salt}:{record.id}".encode()).digest()
-        by_class[record.label].append((digest, record.id))
+        by_class[record.label].append((sha256(f"{seed}:{salt}:{record.id}".encode()).digest(), record.id))
     carved: set[str] = set()
     for members in by_class.values():
         count = min(max(round(fraction * len(members)), 1), len(members) - 1)

@@ -35,6 +35,7 @@ root::
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -107,8 +108,8 @@ def read_sizes(path: Path, log: ProblemLog) -> dict[str, Line[tuple[int, int]]]:
         width, height = (whole_number(text) or 0 for text in fields)
         if width > 0 and height > 0:
             return width, height
-        text = f"{','.join(fields)!r} for {name}: width and height are whole numbers from 1"
-        raise _LineError("malformed-line", text)
+        given = ",".join(fields)
+        raise _LineError("malformed-line", f"{given!r} for {name}: width and height are whole numbers from 1")
 
     return _by_id(path, log, 2, parse) if path.is_file() else {}
 
@@ -181,8 +182,8 @@ def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
         root: the folder that holds ``CUB/``, ``ILSVRC/`` or ``OpenImages/``; or that folder itself; or the folder that
             the ids are relative to.
         name: key of `IMAGE_ROOTS`; empty: ``root`` is the answer.
-        split: "train", "val" or "test".
-        ids: the ids of the split; the folder that has most of 20 of them is the answer.
+        split: its name.
+        ids: its ids; the folder that has most of 20 of them is the answer.
 
     Raises:
         CalmError: none of the folders has any of those images.
@@ -192,19 +193,12 @@ def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
     candidates = [base / folder for base in (root, root.parent) for folder in IMAGE_ROOTS[name][split]]
     candidates += [root / "images", root]
     sample = ids[:: max(1, len(ids) // 20)][:20]
-    counts = [sum(_is_file(folder / image) for image in sample) for folder in candidates]
+    # Not Path.is_file, which raises for a name that no file can have.
+    counts = [sum(os.path.isfile(folder / image) for image in sample) for folder in candidates]  # noqa: PTH113
     if sample and not any(counts):
         tried = "\n  ".join(map(str, dict.fromkeys(candidates)))
-        images = f"{name} {split} images (such as {sample[0]})"
-        raise CalmError(f"none of the {images} was found below any of\n  {tried}")
+        raise CalmError(f"none of the {name} {split} images (such as {sample[0]}) was found below any of\n  {tried}")
     return candidates[counts.index(max(counts))]
-
-
-def _is_file(path: Path) -> bool:
-    try:
-        return path.is_file()
-    except OSError:  # a name that no file can have
-        return False
 
 
 MAX_CLASSES = 1_000_000
@@ -237,9 +231,6 @@ class MetadataSource:
         """From ``classes.txt``; else the images' folders, if each class has one; else "0", "1", ...
 
         Without ``classes.txt`` the classes are 0 .. the largest label of train (of all splits if there is no train).
-
-        Raises:
-            CalmError: a file that is missing or malformed, a label of `MAX_CLASSES` or more.
         """
         for folder in (self.lists, self.root):
             if (folder / "classes.txt").is_file():
@@ -262,11 +253,7 @@ class MetadataSource:
         return str(self.lists / split / IDS)
 
     def read(self, split: str) -> Split:
-        """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``.
-
-        Raises:
-            CalmError: a file that must exist is missing or no text; no image of a released data set is found.
-        """
+        """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``."""
         log = ProblemLog(split)
         files = _Files(self.lists / split, log)
         root = images_root(self.root, self.name, split, list(files.ids))

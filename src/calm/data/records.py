@@ -174,12 +174,7 @@ class Problem:
 
 @dataclass
 class ProblemLog:
-    """The problems of one split, collected while its files are read.
-
-    Attributes:
-        split: name of the split.
-        problems: all so far.
-    """
+    """The problems of one split, collected while its files are read."""
 
     split: str
     problems: list[Problem] = field(default_factory=list)
@@ -325,20 +320,14 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     except OSError as error:
         raise CalmError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        place = f"byte {error.start} of a block"
-        raise CalmError(f"{path} is not UTF-8 text ({place}): save it as UTF-8") from error
+        raise CalmError(f"{path} is not UTF-8 text (byte {error.start} of a block): save it as UTF-8") from error
 
 
 def parsed_lines(path: Path, parse: Callable[[str], T], form: str) -> Iterator[tuple[int, T]]:
     """Yield (line number, ``parse(text)``) of each line that is not blank.
 
-    Args:
-        path: the file.
-        parse: returns the value of a line, or raises ValueError for a line of another form.
-        form: the form of a line, for messages.
-
     Raises:
-        CalmError: see `numbered_lines`; or the first line for which ``parse`` raises.
+        CalmError: see `numbered_lines`; or the first line for which ``parse`` raises ValueError: it is not ``form``.
     """
     for number, text in numbered_lines(path):
         try:
@@ -355,8 +344,7 @@ def whole_number(text: str) -> int | None:
     >>> whole_number(" -3"), whole_number("1.0"), whole_number("1_000"), whole_number("--1")
     (-3, None, None, None)
     """
-    match = _WHOLE.fullmatch(text)
-    return int(match[1]) if match else None
+    return int(match[1]) if (match := _WHOLE.fullmatch(text)) else None
 
 
 def is_text(name: str) -> bool:
@@ -366,5 +354,4 @@ def is_text(name: str) -> bool:
 
 def is_inside(path: str) -> bool:
     """Whether ``path`` is relative, names something, and stays below the folder it is relative to."""
-    named = bool(PurePosixPath(path).name)
-    return named and path[0] != "/" and "\0" not in path and ".." not in path.split("/")
+    return bool(PurePosixPath(path).name) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")

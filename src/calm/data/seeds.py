@@ -42,12 +42,7 @@ BLOCK = 1024
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
-    """Yield ``function`` of each item, in order, computed in threads.
-
-    Args:
-        function: reads or decodes a file, which lets other threads run.
-        items: its arguments.
-        workers: threads; None is twice the number of processors.
+    """Yield ``function`` of each item, in order, computed in threads: by default two per processor.
 
     Raises:
         CalmError: ``workers`` below 1.

@@ -79,11 +79,8 @@ def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
 def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, int] | None:
     """Return the (height, width) that every picture is resized to before anything random; None if it is not.
 
-    A picture that was resized to it before (`calm.images.resize_image`) comes out of `train_transform` the same.
-
-    Args:
-        augmentation: what is done.
-        size: (height, width) of the model's input.
+    ``size`` is (height, width) of the model's input. A picture that `calm.images.resize_image` brought to the result
+    before comes out of `train_transform` the same.
 
     >>> from calm.data.augmentation import AUGMENTATIONS
     >>> fixed_size(AUGMENTATIONS["published"], (224, 224)), fixed_size(AUGMENTATIONS["modern"], (224, 224))

@@ -132,11 +132,7 @@ _SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def list_archives(sources: Sequence[Path]) -> list[Path]:
-    """Return the archives among files and directly in folders.
-
-    Raises:
-        CalmError: a path that does not exist; no archive at all.
-    """
+    """Return the archives, of which there must be one or more, among files and directly in folders."""
     archives: list[Path] = []
     for source in sources:
         if not source.exists():
@@ -170,8 +166,7 @@ def check_digest(path: Path, algorithm: str, expected: str) -> str:
     """Return what is wrong with a file's digest (hexadecimal); empty if nothing is."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
-    message = f"{path}: {algorithm} is {digest}, the published one {expected}"
-    return "" if digest == expected.lower() else message
+    return "" if digest == expected.lower() else f"{path}: {algorithm} is {digest}, the published one {expected}"
 
 
 _ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
@@ -233,8 +228,7 @@ def _tar_members(path: Path) -> _Members:
             if not member.isreg() and not member.isdir():
                 raise CalmError(f"{path}: member {member.name!r} is a link or device: archive refused")
             if member.isreg():
-                extract = partial(archive.extract, member, set_attrs=False, filter="data")
-                yield member.name, member.size, extract
+                yield member.name, member.size, partial(archive.extract, member, set_attrs=False, filter="data")
         while archive.fileobj is not None and archive.fileobj.read(1 << 20):
             pass  # the checksum of a compressed stream is compared at its end
     # A plain tar that was cut between two members lacks the zeros at its end, which tarfile does not miss.
@@ -260,10 +254,7 @@ def _zip_members(path: Path) -> _Members:
 def staged(final: Path) -> Iterator[tuple[Path, Path]]:
     """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
 
-    The working folder is removed at the end, on error too.
-
-    Raises:
-        CalmError: nothing was put into ``result``.
+    The working folder is removed at the end, on error too. Something must have been put into ``result``.
     """
     with working_folder(final) as work:
         result = work / "result"
@@ -274,11 +265,7 @@ def staged(final: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def merge(source: Path, target: Path) -> None:
-    """Move all files below ``source`` to the same places below ``target``.
-
-    Raises:
-        CalmError: a file is at its place already.
-    """
+    """Move all files below ``source`` to the same places below ``target``, where none of them may be."""
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
         place = target / path.relative_to(source)
         if place.exists():
@@ -292,9 +279,6 @@ def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Pre
 
     They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; without either, this
     is only a note.
-
-    Raises:
-        CalmError: the archive has no such lists; the download fails.
     """
     final = out / "metadata" / name
     matching = [] if final.exists() else find("metadata", archives, prepared)
@@ -305,8 +289,7 @@ def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Pre
         _unpack_lists(matching[0], final, name)
     elif url and not final.exists():
         with working_folder(final) as folder:
-            address = PUBLISHED["metadata"].url if url == "published" else url
-            download(address, folder / "download", sha256)
+            download(PUBLISHED["metadata"].url if url == "published" else url, folder / "download", sha256)
             _unpack_lists(folder / "download", final, name)
     elif not final.exists():
         put = f"put metadata.zip from {PUBLISHED['metadata'].where} into --from"
@@ -328,17 +311,11 @@ def _unpack_lists(archive: Path, final: Path, name: str) -> None:
 
 
 def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0) -> None:
-    """Fetch a file, atomically.
-
-    Args:
-        url: https, or a local file as file://.
-        target: where it goes.
-        sha256: its checksum; empty: not compared.
-        timeout: seconds without an answer.
+    """Fetch a file, atomically, from an https:// or file:// address, and compare its checksum unless that is empty.
 
     Raises:
-        CalmError: another kind of address, no network, an error of the server, more than `MAX_DOWNLOAD` bytes, another
-            checksum.
+        CalmError: another kind of address, no network, an error of the server, no answer for ``timeout`` seconds, more
+            than `MAX_DOWNLOAD` bytes, another checksum.
     """
     scheme = urlsplit(url).scheme
     if scheme not in ("https", "file"):

@@ -5,6 +5,8 @@
 - Tiny ImageNet: the metadata format. Of each class, the first 450 training images are train, the other 50 val; the
   official validation images, 50 a class, are test. Boxes of val and test are the archive's own: inclusive corners from
   0 in 64 x 64 images.
+
+A function ``prepare_...`` raises a CalmError if an archive is missing, damaged or another one, or a count is wrong.
 """
 
 from __future__ import annotations
@@ -44,11 +46,7 @@ def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared)
 
 
 def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
-    """Unpack CUB_200_2011, then segmentations and CUBV2 where they are at hand; what is in place stays.
-
-    Raises:
-        CalmError: an archive is missing, damaged or another one; a count is wrong.
-    """
+    """Unpack CUB_200_2011, then segmentations and CUBV2 where they are at hand; what is in place stays."""
     final = out / "dataset" / "CUB"
     if final.exists():
         _verify_cub(final, prepared)
@@ -118,11 +116,7 @@ def _verify_cub(base: Path, prepared: Prepared) -> None:
 
 
 def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
-    """Make ``dataset/ILSVRC/{train,val}`` and ``dataset/ImageNetV2/val2``; each appears whole, and stays.
-
-    Raises:
-        CalmError: an archive is damaged or another one; a part is missing or a count is wrong.
-    """
+    """Make ``dataset/ILSVRC/{train,val}`` and ``dataset/ImageNetV2/val2``; each appears whole, and stays."""
     places = {
         "train": ("ilsvrc-train", out / "dataset" / "ILSVRC" / "train"),
         "val": ("ilsvrc-val", out / "dataset" / "ILSVRC" / "val"),
@@ -192,11 +186,7 @@ def _hashed(images: Path) -> list[Path]:
 
 
 def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
-    """Make ``dataset/OpenImages/{train,val,test}``, images and masks of all archives together.
-
-    Raises:
-        CalmError: an archive is missing or damaged; a count is wrong.
-    """
+    """Make ``dataset/OpenImages/{train,val,test}``, images and masks of all archives together."""
     final, where = out / "dataset" / "OpenImages", PUBLISHED["openimages"].where
     if final.exists():
         for split, expected in OPENIMAGES.items():
@@ -240,11 +230,7 @@ def _count_images(folder: Path) -> int:
 
 
 def read_classes(text: str) -> list[str]:
-    """Return WordNet ids: ``n01443537,n01629819``, or a file with one a line (a ``classes.txt`` is one), in its order.
-
-    Raises:
-        CalmError: a line without an id, an id given twice.
-    """
+    """Return WordNet ids: ``n01443537,n01629819``, or a file with one a line (such as ``classes.txt``), in order."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if not all(map(_is_wordnet_id, words)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
         lines = [line.split() for _, line in numbered_lines(Path(text))]
@@ -262,11 +248,7 @@ def _is_wordnet_id(word: str) -> bool:
 
 
 def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepared, classes: str) -> None:
-    """Write ``out`` with ``images/``, ``metadata/`` and ``classes.txt``; what is in place stays.
-
-    Raises:
-        CalmError: the archive is missing, damaged or another one; no such class; a count is wrong.
-    """
+    """Write ``out`` with ``images/``, ``metadata/`` and ``classes.txt``; what is in place stays."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / "classes.txt").is_file():
             raise CalmError(f"--out {out} is not empty: give a new folder")
