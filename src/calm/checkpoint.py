@@ -74,11 +74,7 @@ class Card:
             raise CalmError(f"class_names has {len(self.class_names)} names for num_classes {self.model.num_classes}")
 
     def write(self, path: Path) -> None:
-        """Write the card to ``path`` atomically.
-
-        Raises:
-            CalmError: If ``training`` holds something that JSON cannot express.
-        """
+        """Write the card to ``path`` atomically; ``training`` must be something that JSON can express."""
         try:
             json.dumps(self.training)
         except (TypeError, ValueError, RecursionError) as error:
@@ -87,11 +83,7 @@ class Card:
 
     @staticmethod
     def read(path: Path) -> Card:
-        """Read and check a card.
-
-        Raises:
-            CalmError: If the file is missing, not JSON or of a newer format, or a field is unknown, missing or wrong.
-        """
+        """Read a card, whose format must not be newer than `FORMAT`, and check every field."""
         content = read_json(path, "model card")
         if not isinstance(content, dict) or type(content.get("format")) is not int:
             raise CalmError(f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}")
@@ -227,11 +219,7 @@ def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a saved model to the Hugging Face Hub, and return the address of the commit.
-
-    Raises:
-        CalmError: If the hub cannot be reached, or refuses.
-    """
+    """Upload a saved model to the Hugging Face Hub, and return the address of the commit."""
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
@@ -267,9 +255,9 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
     model.load_state_dict(state)
 
 
-def _first_keys(what: str, keys: list[str], most: int = 5) -> str:
-    more = f" and {len(keys) - most} more" if len(keys) > most else ""
-    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:most])}{more}"
+def _first_keys(what: str, keys: list[str]) -> str:
+    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:5])}{more}"
 
 
 def _kind(tensor: Tensor) -> str:
@@ -320,11 +308,8 @@ def _locate(source: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
-        hint = (
-            f"load {path.parent}"
-            if path.name in (CARD, WEIGHTS)
-            else "calm.load_released reads checkpoints of the released code"
-        )
+        released = "calm.load_released reads checkpoints of the released code"
+        hint = f"load {path.parent}" if path.name in (CARD, WEIGHTS) else released
         raise CalmError(f"{path} is a file, but a saved model is a folder with {CARD} and {WEIGHTS}: {hint}")
     name = os.fspath(source)
     if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):

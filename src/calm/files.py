@@ -106,24 +106,22 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def read_columns(
-    path: str | os.PathLike[str], what: str = "file", *, need: Sequence[str] = ()
-) -> dict[str, list[float]]:
+def read_columns(path: str | os.PathLike[str], *, need: Sequence[str] = ()) -> dict[str, list[float]]:
     """Return the columns of a CSV file of numbers (NaN included) whose first line names them.
 
     Raises:
         CalmError: see `read_text`; or a column of ``need`` is missing, two columns have one name, a row has another
             number of fields than the first line, a field is no number, or there is no row.
     """
-    text = read_text(path, what)
+    text = read_text(path)
     try:
         names, *rows = [row for row in csv.reader(text.splitlines()) if row] or [[]]
         missing = [name for name in need if name not in names]
         if missing or len(set(names)) < len(names):
             fault = f"has no column {missing[0]!r}" if missing else "names a column twice"
-            raise CalmError(f"{what} {path} {fault}: its first line is {','.join(names)[:200]!r}")
+            raise CalmError(f"file {path} {fault}: its first line is {','.join(names)[:200]!r}")
         if not rows:
-            raise CalmError(f"{what} {path} has no row of numbers")
+            raise CalmError(f"file {path} has no row of numbers")
         for number, row in enumerate(rows, start=1):
             if len(row) != len(names):
                 raise ValueError(f"row {number} has {len(row)} fields, not {len(names)}")
@@ -131,7 +129,7 @@ def read_columns(
     except CalmError:
         raise
     except (ValueError, csv.Error) as error:
-        raise CalmError(f"cannot read {what} {path} as a table of numbers: {str(error)[:300]}") from error
+        raise CalmError(f"cannot read file {path} as a table of numbers: {str(error)[:300]}") from error
 
 
 def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
@@ -178,13 +176,8 @@ def _yaml_size(node: yaml.Node, sizes: dict[int, float]) -> float:
 _TEXT_PAGES = (b"<!doctype", b"<html", b"version https://git-lfs")
 
 
-def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
-    """Return the tensors and plain Python values that ``torch.save`` wrote; no code in the file is run.
-
-    Args:
-        path: the file, in PyTorch's zip format or the one before it.
-        what: what the file is, for messages.
-        map_location: where the tensors go, as for ``torch.load``.
+def read_torch(path: Path, what: str) -> Any:
+    """Return what ``torch.save`` wrote, tensors (on the CPU) and plain Python values; no code in the file is run.
 
     Raises:
         CalmError: the file is missing, not PyTorch's, damaged (the zip format has checksums, which PyTorch itself does
@@ -202,7 +195,7 @@ def read_torch(path: Path, what: str, *, map_location: Any = "cpu") -> Any:
                     unpacked = sum(member.file_size for member in archive.infolist())
                     if unpacked > file.seek(0, os.SEEK_END) or archive.testzip() is not None:
                         raise ValueError("compressed, or a wrong checksum")
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except CalmError:
         raise
     except OSError as error:

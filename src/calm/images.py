@@ -180,13 +180,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Return ``image`` in mode RGB, 8 bits a channel.
+    """Return ``image`` in mode RGB, 8 bits a channel; floating-point pixels, of unknown range, are refused.
 
     Transparent pixels are laid over white, those of a PNG's transparent colour too. 16-bit grey keeps its upper 8
     bits. Grey, palette and CMYK images convert as Pillow does.
-
-    Raises:
-        CalmError: floating-point pixels, whose range is not known.
     """
     if image.mode == "RGB":
         colour = image.info.get("transparency")  # the colour that a PNG declares to be transparent
@@ -201,9 +198,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "F":
         raise CalmError("floating-point image: convert it to 8 bits a channel first")
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        white = Image.new("RGBA", coloured.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, coloured).convert("RGB")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
     return image.convert("RGB")
 
 

@@ -123,14 +123,11 @@ class ConversionReport:
     """What became of every key of a released checkpoint; ``str`` makes a few lines of it.
 
     Attributes:
-        source: The file.
-        architecture: The architecture of the backbone.
-        epoch: The number of epochs trained, if the file says so.
+        source: The file; ``architecture``, ``epoch`` and ``prefixed`` as in `ReleasedFile`.
         num_classes: C.
         consumed: From released keys to keys of this package.
         ignored: From released keys to the reasons why they have no place.
         absent: Keys of this package that the file lacks and that need no value from it.
-        prefixed: Whether all released keys had the prefix ``module.``.
         out: The folder written, if any.
     """
 
@@ -211,14 +208,8 @@ def save_released(
 ) -> None:
     """Write ``model`` to the file ``path``, atomically, as a checkpoint that the released code can read.
 
-    Args:
-        model: A model of a released architecture.
-        path: The file.
-        epoch: The number of epochs trained.
-        optimizer: The optimizer whose state is stored beside the weights.
-
-    Raises:
-        CalmError: See `released_state_dict`.
+    ``epoch`` is the number of epochs trained; the state of ``optimizer`` is stored beside the weights. The errors are
+    those of `released_state_dict`.
     """
     content = {
         "architecture": model.config.backbone,
@@ -259,9 +250,8 @@ def load_with_report(
             file.architecture, len(classes), method, large_feature_map, use_bn=use_bn, class_names=class_names
         )
     own = model.state_dict()
-    ignored = {}
-    if method == "cam":
-        ignored = {key: "a CAM model has no prior" for key in file.state if key.startswith("attention.")}
+    prior = [key for key in file.state if key.startswith("attention.")] if method == "cam" else []
+    ignored = dict.fromkeys(prior, "a CAM model has no prior")
     names = {key: _our_key(key) for key in file.state if key not in ignored}
     given = {ours: file.state[key] for key, ours in names.items()}
     absent = [key for key in own if key not in given and key.endswith(_COUNTER)]

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, conv1x1
 
+from calm.backbones.released import initialise
+
 
 class SmallResNet(nn.Module):
     """Residual stages without the classifier, for images of about 32 to 128 pixels.
@@ -43,9 +45,7 @@ class SmallResNet(nn.Module):
             blocks = [_block(channels, width, stride), *(_block(width, width, 1) for _ in range(depth - 1))]
             self.stages.append(nn.Sequential(*blocks))
             channels = width
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise(self)
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """Return the features of the last stage, after its ReLU."""

@@ -60,14 +60,11 @@ _WORDNET_ID = re.compile(r"n\d{8}\s+(?=\S)")
 
 
 def read_names(path: Path) -> tuple[str, ...]:
-    """Return the class names of ``classes.txt`` by class index.
+    """Return the class names of ``classes.txt``, which must differ, by class index.
 
     The indices of the file are 0 .. C-1, or 1 .. C as in the official CUB file; lines may be in any order. A WordNet id
     before the name is dropped. Of several synonyms divided by commas the first is the name, unless two classes would
     then share it.
-
-    Raises:
-        CalmError: a line of another form, an index missing or given twice, two classes of one name.
     """
     by_index: dict[int, str] = {}
     for number, (index, name) in parsed_lines(path, _index_and_name, "'index name'"):

@@ -42,8 +42,7 @@ class EpochSampler(Sampler[int]):
         remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in this epoch.
             "keep": divided as evenly as can be, nothing twice; some processes may have an image or a batch less.
             Training in several processes needs "drop", exact counts of a test need "keep".
-        rank: of this process; None asks torch.distributed.
-        world_size: number of processes; None asks torch.distributed.
+        rank: of this process among ``world_size``; None asks torch.distributed, for either.
 
     Raises:
         CalmError: no batch comes out, or ``batch_size`` is no multiple of ``world_size``.
@@ -194,8 +193,7 @@ class _Cache:
     def __init__(self, split: Split, size: tuple[int, int] | None) -> None:
         self.size = size
         images: list[NDArray[np.uint8]] = []
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        total, limit = 0, memory // 2
+        total, limit = 0, _memory() // 2
         paths = [record.path for record in split.records]
         for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
             total += image.size
@@ -218,3 +216,8 @@ class _Cache:
 def _decoded(path: Path, exif: bool, size: tuple[int, int] | None) -> NDArray[np.uint8]:
     pixels = read_rgb(path, exif=exif)
     return pixels if size is None else np.array(resize_image(Image.fromarray(pixels), size))
+
+
+def _memory() -> int:
+    """Return the bytes of physical memory of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -40,7 +40,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar, Generic, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 from calm.data.cub import names_from_folders, read_names
 from calm.data.records import SPLITS, Box, Layout, ProblemLog, Record, Split, is_inside, numbered_lines, whole_number
@@ -51,8 +51,7 @@ IDS, LABELS, SIZES, LOCALIZATION = "image_ids.txt", "class_labels.txt", "image_s
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Line(Generic[T]):
+class Line(NamedTuple, Generic[T]):
     """The value of a line, and its number from 1."""
 
     number: int

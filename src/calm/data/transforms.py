@@ -120,15 +120,9 @@ class BatchMix:
     def __call__(
         self, images: Tensor, labels: Tensor, *, seed: int, epoch: int, step: int, rank: int = 0
     ) -> tuple[Tensor, Tensor]:
-        """Mix one batch.
+        """Mix one batch: float images (B, 3, H, W) on any device, which are not changed, and class indices (B,).
 
-        Args:
-            images: (B, 3, H, W) float, on any device; not changed.
-            labels: (B,) class indices.
-            seed: of the run.
-            epoch: from 0.
-            step: number of the batch within the epoch, from 0.
-            rank: of the process.
+        ``step`` is the number of the batch within the epoch, ``rank`` that of the process; all count from 0.
 
         Returns:
             Images, and targets (B, C) whose rows sum to 1: one-hot rows for a batch that is not mixed.

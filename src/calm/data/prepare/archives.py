@@ -27,8 +27,8 @@ MAX_BYTES, MAX_FILES = 400 * 1024**3, 3_000_000
 MAX_METADATA_BYTES = 8 * 1024**3
 """Most bytes that an archive of metadata may unpack to."""
 
-MAX_DOWNLOAD = 2 * 1024**3
-"""Most bytes of a download."""
+MAX_DOWNLOAD, TIMEOUT = 2 * 1024**3, 30.0
+"""Most bytes of a download, and most seconds without an answer."""
 
 
 @dataclass(frozen=True)
@@ -111,11 +111,7 @@ class Prepared:
             self.complain(f"{count:,} {what}, expected {expected:,}{where and f'; {where}'}")
 
     def complain(self, message: str) -> None:
-        """Note what is wrong with a partial preparation.
-
-        Raises:
-            CalmError: the preparation is not partial.
-        """
+        """Note what is wrong with a partial preparation; raise a CalmError if it is not partial."""
         if not self.partial:
             raise CalmError(f"{self.name}: {message} (--partial prepares what is there)")
         self.notes.append(message)
@@ -147,11 +143,7 @@ def list_archives(sources: Sequence[Path]) -> list[Path]:
 
 
 def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
-    """Return the archives that are ``PUBLISHED[key]`` by their names; checksums are compared.
-
-    Raises:
-        CalmError: a checksum is wrong, and the preparation is not partial.
-    """
+    """Return the archives that are ``PUBLISHED[key]`` by their names; `Prepared.complain` gets wrong checksums."""
     published = PUBLISHED[key]
     matching = [path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)]
     if key == "openimages":
@@ -310,11 +302,11 @@ def _unpack_lists(archive: Path, final: Path, name: str) -> None:
         lists.replace(result)
 
 
-def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0) -> None:
+def download(url: str, target: Path, sha256: str = "") -> None:
     """Fetch a file, atomically, from an https:// or file:// address, and compare its checksum unless that is empty.
 
     Raises:
-        CalmError: another kind of address, no network, an error of the server, no answer for ``timeout`` seconds, more
+        CalmError: another kind of address, no network, an error of the server, no answer for `TIMEOUT` seconds, more
             than `MAX_DOWNLOAD` bytes, another checksum.
     """
     scheme = urlsplit(url).scheme
@@ -322,7 +314,7 @@ def download(url: str, target: Path, sha256: str = "", *, timeout: float = 30.0)
         raise CalmError(f"--metadata_url {url}: only https:// (or file://) addresses are fetched")
     try:
         with atomic_path(target) as temporary:
-            with urllib.request.urlopen(url, timeout=timeout) as answer, temporary.open("wb") as file:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer, temporary.open("wb") as file:
                 if urlsplit(answer.url).scheme != scheme:
                     raise CalmError(f"{url} leads to {answer.url}, which is not {scheme}")
                 length = int(answer.headers.get("Content-Length") or 0)

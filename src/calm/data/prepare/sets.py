@@ -156,9 +156,6 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
 
     Today's archives call them by hashes. The published evaluator's lists come with ``val/mapping.txt``, lines of the
     name in the lists, a comma, and the name by hash. Without it this is only a note.
-
-    Raises:
-        CalmError: a line of another form; without ``partial``, an image without a line.
     """
     images = out / "dataset" / "ImageNetV2" / "val2"
     mapping = out / "metadata" / "ILSVRC" / "val" / "mapping.txt"
