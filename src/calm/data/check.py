@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,20 +107,25 @@ def check_splits(
     Raises:
         CalmError: ``workers`` below 1.
     """
+    from rich.console import Console  # here, so that a help page need not wait for it
+    from rich.progress import Progress
+
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
     problems = _shared_files(listed)
     look = partial(probe, decode=decode)
     total = sum(len(split.records) for split in listed)
     # Pillow's warning about large images is ignored: they are reported as problems.
     quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
-    with _progress_bar(total, progress) as advance, quiet:
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not (progress and console.is_terminal)) as bar, quiet:
+        task = bar.add_task("checking images", total=total)
         for split in listed:
             log = ProblemLog(split.name)
             _check_classes(split, log)
             probes = in_threads(look, [record.path for record in split.records], workers)
             for record, result in zip(split.records, probes, strict=True):
                 _check_image(record, result, log)
-                advance()
+                bar.advance(task)
             masks = [(record.id, mask) for record in split.records for mask in record.all_masks]
             probes = in_threads(look, [mask for _, mask in masks], workers)
             for (name, mask), result in zip(masks, probes, strict=True):
@@ -176,21 +180,6 @@ def _shared_files(splits: list[Split]) -> list[Problem]:
                 message = f"is in {split.name} and in {other}"
                 problems.append(Problem("two-splits", split.name, record.path, message, record=record.id))
     return problems
-
-
-@contextmanager
-def _progress_bar(total: int, visible: bool) -> Iterator[Callable[[], None]]:
-    """Yield a function that advances a progress bar by one; the bar shows on a terminal, if ``visible``."""
-    if not visible:
-        yield lambda: None
-        return
-    from rich.console import Console
-    from rich.progress import Progress
-
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("checking images", total=total)
-        yield lambda: bar.advance(task)
 
 
 def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:

@@ -223,9 +223,6 @@ def part_regions(
     return regions if inside is None else regions.masked_fill_(~inside, -1)
 
 
-# Readers
-
-
 def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
     """Return the part groups of ``parts/groups.yaml`` (see the top of this module), or CUB's without such a file."""
     path = root / "parts" / "groups.yaml"

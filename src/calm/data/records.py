@@ -288,9 +288,6 @@ def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}s"
 
 
-# Text files, line by line
-
-
 MAX_LINE = 1_000_000
 """Most characters of a line."""
 

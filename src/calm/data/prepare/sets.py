@@ -42,9 +42,6 @@ def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared)
     return matching
 
 
-# CUB-200-2011
-
-
 def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
     """Unpack CUB_200_2011, then segmentations and CUBV2 where they are at hand; what is in place stays."""
     final = out / "dataset" / "CUB"
@@ -110,9 +107,6 @@ def _verify_cub(base: Path, prepared: Prepared) -> None:
     prepared.expect("attributes", len(names), CUB_ATTRIBUTES, where)
     for count, expected in CUB_PAIRS.items():
         prepared.expect(f"class pairs with {count} differing group(s)", counts[count], expected, where)
-
-
-# ILSVRC and OpenImages30k
 
 
 def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
@@ -221,9 +215,6 @@ def _is_image(path: Path) -> bool:
 
 def _count_images(folder: Path) -> int:
     return sum(map(_is_image, folder.rglob("*")))
-
-
-# Tiny ImageNet
 
 
 def read_classes(text: str) -> list[str]:
