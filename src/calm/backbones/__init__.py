@@ -100,11 +100,8 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
     as they were. If it does not run on an image of that size, its own ``out_channels`` or ``num_features`` is used.
 
     Args:
-        module: Maps float images (B, 3, H, W) to features (B, D, h, w).
+        module: Maps float images (B, 3, H, W) to features (B, D, h, w); it is also the result.
         size: (height, width) in pixels of the image.
-
-    Returns:
-        ``module`` itself, with the int attribute ``out_channels``.
 
     Raises:
         CalmError: If the module returns something else or another number of channels than its ``out_channels`` says, or

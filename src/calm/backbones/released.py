@@ -211,9 +211,6 @@ def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
     """Return the tensors of a torchvision weight set, from torch's hub cache or downloaded into it.
 
     The file is read without executing anything in it, and a download must match its published hash.
-
-    Raises:
-        CalmError: If there is neither a cached file nor a network, or the file is not what it should be.
     """
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
@@ -227,11 +224,7 @@ def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()) -> None:
-    """Copy ``state`` into ``backbone``; only the layers named in ``new_layers`` may be missing from it.
-
-    Raises:
-        CalmError: If a key or shape differs, so that the file does not belong to this backbone.
-    """
+    """Copy ``state``, which must fit, into ``backbone``; only the layers named in ``new_layers`` may be missing."""
     try:
         missing, unexpected = backbone.load_state_dict(state, strict=False)
     except RuntimeError as error:

@@ -95,12 +95,9 @@ class Split:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of problem that a data set can have.
+    """A kind of problem that a data set can have: the heading of its group in a report, and what the user can do.
 
-    Attributes:
-        title: heading of its group in a report.
-        fix: what the user can do about it.
-        severity: an "error" stops training (or leaves the image out, with ``--skip-bad``); a "warning" is only shown.
+    An "error" stops training (or leaves the image out, with ``--skip-bad``); a "warning" is only shown.
     """
 
     title: str

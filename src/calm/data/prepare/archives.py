@@ -33,13 +33,9 @@ MAX_DOWNLOAD, TIMEOUT = 2 * 1024**3, 30.0
 
 @dataclass(frozen=True)
 class Published:
-    """A published archive.
+    """A published archive: patterns of its file name in lower case, where to get it, and its MD5, if published.
 
-    Attributes:
-        patterns: its file names, in lower case, with ``*``.
-        where: where to get it.
-        md5: published checksum; empty if none is.
-        url: address of the archive itself, if `calm data prepare` can fetch it.
+    ``url`` is the address of the archive itself, if `calm data prepare` can fetch it.
     """
 
     patterns: tuple[str, ...]
