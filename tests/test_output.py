@@ -91,6 +91,7 @@ def test_difference_is_the_absolute_difference():
     ("targets", "kind", "options", "message"),
     [
         (TARGETS, "jont", {}, "did you mean 'joint'"),
+        (TARGETS, "", {}, "unknown map kind ''"),
         (TARGETS, "vanilla", {}, "CALM model: choose one of joint"),
         (torch.tensor([0, 1]), "joint", {}, "2 targets for 3 images"),
         (torch.tensor([0, 1, 5]), "joint", {}, "out of range: 5, allowed are 0 to 4"),

@@ -269,7 +269,7 @@ class CalmModel(nn.Module):
     def map_kind(self, kind: str | None = None) -> str:
         """Return the canonical name of a map kind of this model; None is its default kind."""
         output = CamOutput if self.config.method == "cam" else CalmOutput
-        return maps.canonical_kind(kind or output.default_kind, output.family)
+        return maps.canonical_kind(output.default_kind if kind is None else kind, output.family)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""

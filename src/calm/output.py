@@ -75,7 +75,7 @@ class _Output:
     ) -> Tensor:
         """Return attribution maps of this forward pass: see `calm.output.attribute`."""
         output = cast("CalmOutput | CamOutput", self)
-        return attribute(output, targets, kind or self.default_kind, superclass=superclass, size=size)
+        return attribute(output, targets, self.default_kind if kind is None else kind, superclass=superclass, size=size)
 
 
 class CalmOutput(_Output):
