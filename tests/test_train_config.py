@@ -11,6 +11,7 @@ import yaml
 
 from calm.cli.train import parse
 from calm.errors import CalmError
+from calm.files import write_text
 from calm.train.config import (
     DataOptions,
     Hardware,
@@ -161,3 +162,20 @@ def test_temperature_schedule_reaches_its_end_with_the_last_step() -> None:
 def test_temperature_schedule_refuses_unreadable_text(text: str, message: str) -> None:
     with pytest.raises(CalmError, match=message):
         temperature_schedule(text, steps=1)
+
+
+def test_inspect_says_which_settings_of_an_earlier_version_are_gone(tmp_path):
+    config = TrainConfig(data=tmp_path / "data", run_dir=tmp_path)
+    former = config_dict(config)
+    former["hardware"]["keep_logits"] = True
+    write_text(tmp_path / "config.yaml", yaml.safe_dump(former))
+    with pytest.raises(CalmError, match=r"hardware\.keep_logits: True there, no setting of this version"):
+        inspect(tmp_path, config)
+
+
+def test_parse_names_settings_of_an_earlier_version_in_a_resumed_run(tmp_path):
+    former = config_dict(TrainConfig(data=tmp_path / "data", run_dir=tmp_path))
+    former["loss"]["samples"] = None
+    write_text(tmp_path / "config.yaml", yaml.safe_dump(former))
+    with pytest.raises(CalmError, match=r"this version lacks: loss\.samples; it cannot be continued"):
+        parse(["--resume", str(tmp_path)])

@@ -65,10 +65,26 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
         if chosen.preset is not None or rest:
             given = " ".join(rest or ["--preset"])
             raise CalmError(f"--resume takes all settings from the run; it was given with {given}")
-        return load_config(Path(chosen.resume) / "config.yaml", parser=build_parser())
+        return _configuration_of_run(Path(chosen.resume))
     if chosen.preset is not None:
         return preset(chosen.preset, *rest, parser=build_parser())
     return parse_config(rest, build_parser())
+
+
+def _configuration_of_run(run_dir: Path) -> TrainConfig:
+    """Read the configuration of a run; an error names the settings that another version of calm wrote into it."""
+    path = run_dir / "config.yaml"
+    try:
+        return load_config(path, parser=build_parser())
+    except CalmError as error:
+        from calm.train.folder import unknown_settings  # imports PyTorch
+
+        if unknown := unknown_settings(path):
+            raise CalmError(
+                f"{run_dir} was trained with settings that this version lacks: {', '.join(unknown)[:500]};"
+                " it cannot be continued: train anew in another folder"
+            ) from error
+        raise
 
 
 def main(arguments: Sequence[str]) -> Path:

@@ -70,7 +70,11 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         raise CalmError(f"configuration {path} is no list of 'setting: value'")
     changed = differences(former, config_dict(config))
     if changed:
-        listed = "\n".join(f"  {name}: {old!r:.200} there, {new!r} now" for name, (old, new) in changed.items())
+        known = flattened(config_dict(config))
+        listed = "\n".join(
+            f"  {name}: {old!r:.200} there, " + (f"{new!r} now" if name in known else "no setting of this version")
+            for name, (old, new) in changed.items()
+        )
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
             f"choose another folder with {flag}, or delete that one"
@@ -87,6 +91,13 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
     old, new = flattened(former), flattened(now)
     names = [name for name in {**old, **new} if name not in FREE_FIELDS]
     return {name: (old.get(name), new.get(name)) for name in names if old.get(name) != new.get(name)}
+
+
+def unknown_settings(path: Path) -> list[str]:
+    """Return the settings of a configuration file, by dotted name, that `TrainConfig` lacks."""
+    if not path.is_file() or not isinstance(former := read_yaml(path, "configuration"), dict):
+        return []
+    return sorted(flattened(former).keys() - flattened(config_dict(TrainConfig(data=Path()))).keys())
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
