@@ -238,7 +238,8 @@ def test_scorecam_weights_masks_by_the_score_they_keep(model: CalmModel, images:
 def test_gradcam_reads_an_earlier_layer(model: CalmModel, images: Tensor) -> None:
     by_name = attribute(model, images, TARGETS, "gradcam", target_layer="backbone.second", size=(3, 4))
     module = model.backbone.second
-    assert torch.equal(by_name, attribute(model, images, TARGETS, "gradcam", target_layer=module, size=(3, 4)))  # type: ignore[arg-type]
+    by_module = attribute(model, images, TARGETS, "gradcam", target_layer=module, size=(3, 4))  # type: ignore[arg-type]
+    assert torch.equal(by_name, by_module)
     assert not torch.allclose(by_name, attribute(model, images, TARGETS, "gradcam", size=(3, 4)))
 
 

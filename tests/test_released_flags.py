@@ -141,7 +141,8 @@ def tiny(method: str = "calm-em", classes: int = 3) -> CalmModel:
     """A network whose predictions depend on the image, unlike a fresh resnet50's."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
-        model = create_model("tiny_resnet", classes, method, preprocessing=Preprocessing((32, 32)))  # type: ignore[arg-type]
+        size = Preprocessing((32, 32))
+        model = create_model("tiny_resnet", classes, method, preprocessing=size)  # type: ignore[arg-type]
         for module in model.modules():
             if isinstance(module, torch.nn.BatchNorm2d):
                 torch.nn.init.uniform_(module.weight, 0.5, 1.5)

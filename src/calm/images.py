@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -257,7 +257,7 @@ class Preprocessing:
         Raises:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
         """
-        several: Sequence[ImageLike] = images if isinstance(images, (list, tuple)) else [images]  # type: ignore[list-item]
+        several = cast("Sequence[ImageLike]", images if isinstance(images, (list, tuple)) else [images])
         if not several:
             raise CalmError("no images given")
         import torch
