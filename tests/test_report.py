@@ -19,7 +19,7 @@ from calm.errors import CalmError
 from calm.report import charts
 from calm.report.charts import Line, chart
 from calm.report.found import read_run
-from calm.report.page import Column, Page, Row, Section, Shot, Table, data_uri, macro, render, write
+from calm.report.page import Column, Page, Row, Section, Shot, Table, _environment, data_uri, render, write
 
 HOSTILE = """<script>alert("x")</script> & 'so' on"""
 
@@ -46,6 +46,11 @@ class Texts(HTMLParser):
 
     def of(self, name):
         return [text for element, text in self.found if element == name]
+
+
+def macro(name, *arguments, **keywords):
+    """What a macro of ``templates/macros.html`` makes of its arguments."""
+    return str(getattr(_environment().get_template("macros.html").module, name)(*arguments, **keywords))
 
 
 def empty_page(title="t", sections=()):

@@ -210,9 +210,8 @@ class CamOutput(_Output):
     """The output of a CAM model for B images: averaged class scores, and class activation maps when they are read.
 
     The mean of a 1x1 convolution is the convolution of the mean, so the prediction averages the features first. That
-    saves the products at all locations and their backward pass, 7 percent of a training step of ResNet-50 with 1,000
-    classes (benchmarks/README.md). The maps are computed from the features and a copy of the weights, so that they
-    still belong to the prediction after an optimiser step.
+    saves the products at all locations and their backward pass. The maps are computed from the features and a copy of
+    the weights, so that they still belong to the prediction after an optimiser step.
 
     Args:
         features: The backbone's features.

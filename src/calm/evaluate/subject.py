@@ -15,7 +15,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
@@ -90,7 +90,7 @@ class _OwnMaps:
     output: CalmOutput | CamOutput
     kind: str
 
-    @property
+    @cached_property  # the output computes it anew, over all locations, at each read
     def probs(self) -> Tensor:
         return self.output.probs
 

@@ -173,12 +173,6 @@ def _environment() -> Environment:
     return environment
 
 
-def macro(name: str, *arguments: Any, **keywords: Any) -> Markup:
-    """What a macro of ``templates/macros.html`` makes of its arguments."""
-    module = _environment().get_template("macros.html").module
-    return Markup(getattr(module, name)(*arguments, **keywords))
-
-
 @dataclass(frozen=True)
 class Section:
     """One subject of a page."""
