@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from data_files import edit, write_cub, write_image, write_lines, write_pack
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calm.data.loading import carve, detect_layout, fingerprint, load_split, load_splits, summary
+from calm.data.loading import carve, detect_layout, fingerprint, load_split, load_splits, match_classes, summary
 from calm.data.records import Record
 from calm.errors import CalmError
 
@@ -203,3 +204,40 @@ def test_summary_counts(tmp_path: Path) -> None:
         "with_masks": 2,
         "origin": "own files",
     }
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "expected"),
+    [
+        ("ab", "ab", (0, 1)),
+        ("ab", "ba", (1, 0)),
+        ("abcd", "db", (3, 1)),
+        (["0", "1", "10", "2"], ["0", "1", "2", "10"], (0, 1, 3, 2)),  # sorted as text, sorted by value
+        ("0123", "13", (1, 3)),
+    ],
+)
+def test_match_classes_by_name(model: Sequence[str], data: Sequence[str], expected: tuple[int, ...]) -> None:
+    assert match_classes(model, data, model="M", data="D") == expected
+
+
+@pytest.mark.parametrize(("model", "data", "unnamed"), [("012", "abc", "M"), ("abc", "012", "D"), ("123", "012", "D")])
+def test_match_classes_by_number_says_so(model: str, data: str, unnamed: str) -> None:
+    with pytest.warns(UserWarning, match=f"^{unnamed} has no names"):
+        assert match_classes(model, data, model="M", data="D") == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "message"),
+    [
+        ("ab", "ac", "only in D: c\n  only in M: b"),
+        ("ab", "AB", "names differ in upper and lower case"),
+        ("abc", "01", "M knows 3 classes, D has 2"),
+        ("0123", "ab", "M knows 4 classes, D has 2"),
+        ("abcdefgh", "ab1234567", "only in D: 1, 2, 3, 4, 5 and 2 more\n  only in M: c, d, e, f, g and 1 more"),
+        ("aab", "ab", "only in D: a\n"),
+    ],
+)
+def test_match_classes_tells_whose_names_are_which(model: str, data: str, message: str) -> None:
+    with pytest.raises(CalmError) as caught:
+        match_classes(model, data, model="M", data="D")
+    assert message in str(caught.value)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from calm.data.loading import fingerprint as fingerprint
     from calm.data.loading import load_split as load_split
     from calm.data.loading import load_splits as load_splits
+    from calm.data.loading import match_classes as match_classes
     from calm.data.loading import summary as summary
     from calm.data.records import SPLITS as SPLITS
     from calm.data.records import Box as Box
@@ -34,7 +35,7 @@ _MODULES = {
     "augmentation": "AUGMENTATIONS Augmentation",
     "check": "check_splits drop_bad load_checked",
     "dataset": "EpochSampler ImageDataset",
-    "loading": "LAYOUTS detect_layout fingerprint load_split load_splits summary",
+    "loading": "LAYOUTS detect_layout fingerprint load_split load_splits match_classes summary",
     "records": "SPLITS Box Record Report Split",
     "transforms": "BatchMix eval_transform train_transform",
 }

@@ -13,7 +13,7 @@ from typing import TypeVar, Unpack
 from PIL import Image
 
 from calm.data.loading import LAYOUTS, ReadingOptions, load_splits, open_source, read_splits
-from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split
+from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.images import Probe, probe
@@ -54,8 +54,8 @@ def check(
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
     names = next(iter(splits.values())).class_names
     problems, cues = check_cue_files(Path(root), splits)
-    first = ", ".join(names[:3]) + (f" and {len(names) - 3:,} more" if len(names) > 3 else "")
-    description = (f"layout {source.layout}: {LAYOUTS[source.layout]}", f"classes: {first}", *filter(None, [cues]))
+    first = f"classes: {first_of(names, 3)}"
+    description = (f"layout {source.layout}: {LAYOUTS[source.layout]}", first, *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), description=description)
 
 
@@ -164,8 +164,7 @@ def _check_image(record: Record, result: Probe, log: ProblemLog) -> None:
 def _check_classes(split: Split, log: ProblemLog) -> None:
     empty = [name for name, count in zip(split.class_names, split.class_counts(), strict=True) if not count]
     if empty:
-        names = ", ".join(empty[:5]) + (f" and {len(empty) - 5} more" if len(empty) > 5 else "")
-        message = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}: {names}"
+        message = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}: {first_of(empty)}"
         log.add("empty-class", split.root, message)
 
 

@@ -15,7 +15,8 @@ orientation says. Splits that a data set does not have are carved from train.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,7 +26,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
-from calm.data.records import SPLITS, Record, Report, Split, is_text
+from calm.data.records import SPLITS, Record, Report, Split, first_of, is_text
 from calm.data.records import Layout as Layout
 from calm.errors import CalmError, unknown
 
@@ -206,6 +207,45 @@ def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
     return digest.hexdigest()
 
 
+def match_classes(model_names: Sequence[str], data_names: Sequence[str], *, model: str, data: str) -> tuple[int, ...]:
+    """Return the model's class index of each class of the data: classes are the same if their names are.
+
+    Where one side's names are nothing but the numbers 0 .. C-1 (data without a file of names, a model that was made
+    without names), and the other side has as many classes, they are matched by number, with a warning.
+
+    Args:
+        model_names: names of the model's classes.
+        data_names: names of the data's classes, all of which the model must know; it may know more.
+        model: what to call the model in messages.
+        data: what to call the data in messages.
+
+    Raises:
+        CalmError: the model lacks a class of the data, or has two of its name; the message tells whose names are which.
+
+    >>> match_classes(["a", "b", "c"], ["c", "a"], model="runs/abc", data="photos")
+    (2, 0)
+    """
+    number_of = {name: number for number, name in enumerate(model_names)}
+    times = Counter(model_names)
+    wrong = [name for name in data_names if times[name] != 1]
+    if not wrong:
+        return tuple(number_of[name] for name in data_names)
+    numbers = tuple(map(str, range(len(data_names))))
+    if len(model_names) == len(data_names) and numbers in (tuple(model_names), tuple(data_names)):
+        unnamed, named = (model, data) if numbers == tuple(model_names) else (data, model)
+        warnings.warn(f"{unnamed} has no names for its classes: they are those of {named} by number", stacklevel=2)
+        return tuple(range(len(numbers)))
+    theirs = set(data_names)
+    spare = [name for name in model_names if name not in theirs]
+    hint = " in upper and lower case" if {*map(str.lower, wrong)} <= {*map(str.lower, spare)} else ""
+    raise CalmError(
+        f"{model} knows {len(model_names):,} classes, {data} has {len(data_names):,}, and their names differ{hint}\n"
+        f"  only in {data}: {first_of(wrong)}\n  only in {model}: {first_of(spare)}\n"
+        "give the classes the same names: in classes.txt or the names of the data's folders, or in the model's"
+        " calm.json"
+    )
+
+
 def _relative(path: Path, root: Path) -> str:
     """Return ``path`` relative to the data folder, wherever that is."""
     for base in (root, root.parent):
@@ -338,10 +378,8 @@ def detect_layout(root: Path) -> Layout:
         return "folder"
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    content = ", ".join(names[:12]) + more if names else "nothing"
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
-    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {content}{hint}")
+    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {first_of(names, 12)}{hint}")
 
 
 def _lists_below(metadata: Path) -> list[Path]:

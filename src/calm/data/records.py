@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
@@ -283,6 +283,16 @@ def _shortened(text: str) -> str:
 
 def _counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}s"
+
+
+def first_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of ``names`` and how many more there are, for a message.
+
+    >>> first_of(["cat", "dog", "owl"], 2), first_of([])
+    ('cat, dog and 1 more', 'nothing')
+    """
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(f"{name:.100}" for name in names[:most]) + rest or "nothing"
 
 
 MAX_LINE = 1_000_000
