@@ -208,3 +208,9 @@ def test_main_data_check_returns_1_for_a_bad_data_set(tmp_path: Path, capsys: py
         (tmp_path / folder / "broken.jpg").write_text("no image")
     assert main(["data", "check", str(tmp_path)]) == 1
     assert "broken.jpg" in capsys.readouterr().out
+
+
+def test_main_shows_a_warning_in_one_line() -> None:
+    code = "import warnings; from calm.cli import main; main(['--version']); warnings.warn('by number')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stderr == "calm: warning: by number\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -142,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = os.environ.get("CALM_DEBUG", "") not in ("", "0")
     if words[:1] == ["--debug"]:
         debug, words = True, words[1:]
+    if not debug:  # one line without the place in the code
+        warnings.formatwarning = lambda message, *place: f"calm: warning: {message}\n"
     try:
         try:
             code = run(words)
