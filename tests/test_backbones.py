@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import released_layouts as oracle
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from calm.backbones import BACKBONES, build_backbone

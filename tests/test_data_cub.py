@@ -8,8 +8,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from data_files import edit, write_cub, write_image
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 
 from calm.data.check import check
 from calm.data.cub import CUB_FILES, corners

@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 from data_files import write_image, write_pack
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 from data_files import edit, write_cub, write_image, write_lines, write_pack
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calm.data.loading import carve, detect_layout, fingerprint, load_split, load_splits, match_classes, summary
 from calm.data.records import Record

@@ -7,8 +7,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 from data_files import edit, write_image, write_lines, write_pack
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 
 from calm.data.cub import names_from_folders, read_names
 from calm.data.loading import load_split, load_splits

@@ -9,8 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import pytest
 import torch
 from fuzzing import cases
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from torch import Tensor, nn
 
 import calm

@@ -15,8 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 from fuzzing import Marker, cases, damaged, outcome
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calm.checkpoint import CARD, WEIGHTS, Card
 from calm.errors import CalmError

@@ -13,8 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from fuzzing import cases, damaged, damaged_text, outcome
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calm.cli.train import parse
 from calm.errors import CalmError

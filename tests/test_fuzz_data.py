@@ -13,8 +13,7 @@ import pytest
 import torch
 from data_files import write_cub, write_image, write_lines, write_pack
 from fuzzing import cases, damaged_text, outcome
-from hypothesis import example, given
-from hypothesis import strategies as st
+from hypothesis import example, given, strategies as st
 
 from calm.data import cues, metadata, records
 from calm.data.check import check

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from fuzz_corpus import FLAT, LOSSY, SIZE, corpus, files_of, pixels_of
 from fuzzing import cases, damaged, outcome
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from PIL import Image
 from stress_counts import count
 

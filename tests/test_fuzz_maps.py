@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from fuzzing import Marker, cases, damaged, outcome
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from calm.data.records import Record, Split
 from calm.errors import CalmError

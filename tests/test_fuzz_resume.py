@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fuzzing import Marker, cases, damaged, outcome
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from stress_counts import FULL
 from train_cases import checkpoint_of, tiny_config, tiny_net, weights_of, write_squares
 

@@ -10,8 +10,7 @@ import oracle
 import pytest
 import torch
 from cases import ACTIVATIONS, activations_of, shapes
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 

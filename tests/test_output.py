@@ -6,8 +6,7 @@ import oracle
 import pytest
 import torch
 from cases import activations_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 

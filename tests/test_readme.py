@@ -10,8 +10,7 @@ import pytest
 import yaml
 
 import calm
-from calm.cli import COMMANDS
-from calm.cli import train as train_command
+from calm.cli import COMMANDS, train as train_command
 from calm.cli.evaluate import read_config
 from calm.cli.parsing import parse
 

@@ -12,15 +12,10 @@ if TYPE_CHECKING:
     from calm.cli.convert import convert as convert
     from calm.config import ModelConfig as ModelConfig
     from calm.errors import CalmError as CalmError
-    from calm.heatmaps import normalize as normalize
-    from calm.heatmaps import resize_maps as resize_maps
+    from calm.heatmaps import normalize as normalize, resize_maps as resize_maps
     from calm.images import Preprocessing as Preprocessing
-    from calm.model import CalmModel as CalmModel
-    from calm.model import create_model as create_model
-    from calm.model import load as load
-    from calm.output import MAP_KINDS as MAP_KINDS
-    from calm.output import CalmOutput as CalmOutput
-    from calm.output import CamOutput as CamOutput
+    from calm.model import CalmModel as CalmModel, create_model as create_model, load as load
+    from calm.output import MAP_KINDS as MAP_KINDS, CalmOutput as CalmOutput, CamOutput as CamOutput
     from calm.released import load_released as load_released
 
 _MODULES = {

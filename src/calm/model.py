@@ -14,8 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm import checkpoint
-from calm import output as maps
+from calm import checkpoint, output as maps
 from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps

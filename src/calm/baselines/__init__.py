@@ -25,8 +25,7 @@ from calm.images import check_images
 from calm.inference import evaluation_mode
 from calm.latent import check_classes
 from calm.model import CalmModel
-from calm.output import ALIASES as MAP_ALIASES
-from calm.output import MAP_KINDS, Superclass, Targets
+from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass, Targets
 
 __all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "canonical_method", "class_scores"]
 

@@ -26,8 +26,7 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
-from calm.data.records import SPLITS, Record, Report, Split, first_of, is_text
-from calm.data.records import Layout as Layout
+from calm.data.records import SPLITS, Layout as Layout, Record, Report, Split, first_of, is_text
 from calm.errors import CalmError, unknown
 
 SplitName = Literal["train", "val", "test"]

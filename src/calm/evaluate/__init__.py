@@ -9,15 +9,9 @@ from calm.errors import lazy_names
 
 if TYPE_CHECKING:
     from calm.evaluate.registry import BENCHMARKS as BENCHMARKS
-    from calm.evaluate.result import FIGURES as FIGURES
-    from calm.evaluate.result import Curve as Curve
-    from calm.evaluate.result import FigureSpec as FigureSpec
-    from calm.evaluate.result import Result as Result
-    from calm.evaluate.runner import Data as Data
-    from calm.evaluate.runner import run as run
-    from calm.evaluate.subject import Prediction as Prediction
-    from calm.evaluate.subject import Subject as Subject
-    from calm.evaluate.subject import model_subject as model_subject
+    from calm.evaluate.result import FIGURES as FIGURES, Curve as Curve, FigureSpec as FigureSpec, Result as Result
+    from calm.evaluate.runner import Data as Data, run as run
+    from calm.evaluate.subject import Prediction as Prediction, Subject as Subject, model_subject as model_subject
 
 _MODULES = {
     "registry": "BENCHMARKS",

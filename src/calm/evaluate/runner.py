@@ -20,8 +20,7 @@ import numpy as np
 import PIL
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as ProgressBars
+from rich.progress import BarColumn, MofNCompleteColumn, Progress as ProgressBars, TextColumn, TimeRemainingColumn
 
 from calm.baselines import BASELINES, canonical_method
 from calm.data.loading import Layout, SplitName, fingerprint, load_split, summary

@@ -5,9 +5,7 @@ from typing import TYPE_CHECKING
 from calm.errors import lazy_names
 
 if TYPE_CHECKING:
-    from calm.train.config import TrainConfig as TrainConfig
-    from calm.train.config import load_config as load_config
-    from calm.train.config import preset as preset
+    from calm.train.config import TrainConfig as TrainConfig, load_config as load_config, preset as preset
     from calm.train.run import train as train
 
 __getattr__, __dir__, __all__ = lazy_names(__name__, {"config": "TrainConfig load_config preset", "run": "train"})
