@@ -65,12 +65,13 @@ def test_readers_of_lists_read_what_is_written(
         labels = read_labels(write("l", [f"{k},{v[0]}" for k, v in images.items()]), log)
         sizes = read_sizes(write("s", [f"{k},{v[1]},{v[2]}" for k, v in images.items()]), log)
         lines = [",".join(map(str, (k, *box))) for k, v in images.items() for box in v[3]]
-        located = read_localization(write("b", lines), log)
+        boxes, masks = read_localization(write("b", lines), log)
     assert not log.problems
     assert list(ids) == list(images)
     assert {k: line.value for k, line in labels.items()} == {k: v[0] for k, v in images.items()}
     assert {k: line.value for k, line in sizes.items()} == {k: v[1:3] for k, v in images.items()}
-    found = {k: [box.value for box in entry.boxes] for k, entry in located.items()}
+    assert not masks
+    found = {k: [box.value for box in entry] for k, entry in boxes.items()}
     assert found == {k: v[3] for k, v in images.items() if v[3]}
 
 
@@ -86,11 +87,8 @@ def test_readers_of_lists_read_any_text_without_failing(text: str) -> None:
         for read in (read_ids, read_labels, read_sizes, read_localization):
             log = ProblemLog("val")
             found = read(path, log)
-            count = len(log.problems) + (
-                sum(len(entry.boxes) + len(entry.masks) for entry in found.values())  # type: ignore[union-attr]
-                if read is read_localization
-                else len(found)
-            )
+            of_lines = [entry for lists in found for entry in lists.values()] if isinstance(found, tuple) else [found]
+            count = len(log.problems) + sum(map(len, of_lines))
             assert count == lines
 
 

@@ -1,29 +1,7 @@
-"""The official CUB_200_2011 folder, read directly.
+"""Class names, and the official CUB_200_2011 folder, read directly (docs/reading.md describes its files).
 
-``images.txt``, image number and path below ``images/``::
-
-    1 001.Black_footed_Albatross/Black_Footed_Albatross_0046_18.jpg
-
-``classes.txt``, class number from 1 and name; ``image_class_labels.txt``, image number and class number;
-``train_test_split.txt``, image number and 1 for train, 0 for test::
-
-    1 001.Black_footed_Albatross
-    1 1
-    1 0
-
-``bounding_boxes.txt`` (may be absent), image number, left, top, width, height in pixels::
-
-    1 60.0 27.0 325.0 304.0
-
-``segmentations/<class>/<image>.png`` (may be absent; the official separate download): grey, bird above 0.
-
-**Boxes.** The official numbers are read as the published localization metadata of CUB reads them, so that
-both routes to the same image give the same box: x0 = left, y0 = top, x1 = left + width, y1 = top + height,
-truncated to integers, and x1, y1 clipped to the last column and row. Left and top do occur as 0, so they
-count from 0. Some official boxes reach up to two pixels over the right or lower edge; more than that is
-reported as a problem and not clipped.
-
-Names of classes: from ``classes.txt``, or from the folders the images are in.
+Official boxes are read as the published localization metadata of CUB reads them, so that both routes to the same image
+give the same box. Left and top do occur as 0, so they count from 0.
 """
 
 from __future__ import annotations
@@ -39,6 +17,7 @@ from typing import ClassVar
 from calm.data.records import (
     Box,
     Layout,
+    Line,
     ProblemLog,
     Record,
     Split,
@@ -145,112 +124,87 @@ class CubSource:
     def read(self, split: str) -> Split:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
 
-        Lines that belong to no image are problems of train. The header of each image of the split is read for its size.
+        Lines that belong to no image, and images of no split, are problems of train. The header of each image of the
+        split is read for its size.
         """
         log = ProblemLog(split)
-        records = _Files(self.root, log, len(self.class_names)).records()
-        return Split(split, records, self.class_names, self.root / "images", problems=tuple(log.problems))
-
-
-class _Table:
-    """A file of lines ``image-number value``; ``rows`` maps an image number to (line number, value)."""
-
-    def __init__(self, path: Path, log: ProblemLog) -> None:
-        self.path = path
-        self.rows: dict[int, tuple[int, str]] = {}
-        for line, text in numbered_lines(path):
-            key, *value = text.split(maxsplit=1)
-            number = whole_number(key)
-            if number is not None and value and number not in self.rows:
-                self.rows[number] = line, value[0]
-            elif log.split == "train":
-                given = f"image number {key} is given before" if value and number in self.rows else ""
-                log.add("malformed-line", path, given or f"{text!r} is not 'image-number value'", line)
-
-    def get(self, number: int) -> tuple[int | None, str]:
-        """Return (line number, value) of an image number, or (None, "")."""
-        return self.rows.get(number, (None, ""))
-
-
-class _Files:
-    """The files of a folder, read for the split of ``log``; problems of that split's images are added to ``log``."""
-
-    def __init__(self, root: Path, log: ProblemLog, num_classes: int) -> None:
-        self.root, self.log, self.num_classes = root, log, num_classes
-        names, _, labels, sides = CUB_FILES
-        self.names, self.labels, self.sides = (_Table(root / name, log) for name in (names, labels, sides))
-        boxes = root / "bounding_boxes.txt"
-        self.boxes = _Table(boxes, log) if boxes.is_file() else None
-        self.segmented = (root / "segmentations").is_dir()
-
-    def records(self) -> tuple[Record, ...]:
-        """Return the records of the split's images; images of no split count as train."""
-        if self.log.split == "train":
-            self._check_listed()
+        images, _, labels, sides = (self.root / name for name in CUB_FILES)
+        name_of, label_of, side_of = (_read_table(path, log) for path in (images, labels, sides))
+        boxes, segmentations = self.root / "bounding_boxes.txt", self.root / "segmentations"
+        box_of = _read_table(boxes, log) if boxes.is_file() else None
+        has_masks = segmentations.is_dir()
+        if split == "train":
+            for path, rows in ((labels, label_of), (sides, side_of), (boxes, box_of or {})):
+                for number, row in rows.items():
+                    if number not in name_of:
+                        log.add("unlisted-id", path, f"image number {number} is not in images.txt", row.number)
         records: list[Record] = []
         seen: dict[str, int] = {}
-        for number, (line, name) in self.names.rows.items():
-            given = self.sides.get(number)[1]
+        for number, (line, name) in name_of.items():
+            image, given = f"image number {number} ({name})", side_of.get(number, Line(0, "")).value
             side = {"1": "train", "0": "test"}.get(given)
-            if (side or "train") != self.log.split:
+            if (side or "train") != split:
                 continue
-            path = self.names.path
             if name in seen:
-                self.log.add("duplicate-id", path, f"{name}: listed before in line {seen[name]}", line, name)
+                log.add("duplicate-id", images, f"{name}: listed before in line {seen[name]}", line, name)
             elif not is_inside(name):
-                self.log.add("bad-path", path, name, line, name)
+                log.add("bad-path", images, name, line, name)
             elif side is None:
                 fault = f"has {given!r}, allowed are 1 (train) and 0 (test)" if given else "is not there"
-                message = f"image number {number} ({name}) {fault} in train_test_split.txt"
-                self.log.add("no-split", path, message, line, name)
+                log.add("no-split", images, f"{image} {fault} in train_test_split.txt", line, name)
             else:
                 seen[name] = line
-                if (label := self._label(number, name)) is not None:
-                    records.append(self._record(number, name, label))
-        return tuple(records)
+                label = _label(label_of.get(number), len(self.class_names), labels, image, name, log)
+                if label is not None:
+                    path = self.root / "images" / name
+                    size = image_size(path)
+                    box = () if box_of is None else _box(box_of.get(number), size, boxes, image, name, log)
+                    masks = (segmentations / PurePosixPath(name).with_suffix(".png"),) if has_masks else ()
+                    records.append(Record(name, path, label, box, masks, size=size))
+        return Split(split, tuple(records), self.class_names, self.root / "images", problems=tuple(log.problems))
 
-    def _check_listed(self) -> None:
-        for table in filter(None, (self.labels, self.sides, self.boxes)):
-            for number, (line, _) in table.rows.items():
-                if number not in self.names.rows:
-                    self.log.add("unlisted-id", table.path, f"image number {number} is not in images.txt", line)
 
-    def _label(self, number: int, name: str) -> int | None:
-        """Return the class index from 0 of an image; None, and a problem, if there is none in range."""
-        line, value = self.labels.get(number)
-        label = whole_number(value)
-        image = f"image number {number} ({name})"
-        if line is None:
-            kind, message = "no-label", f"{image} is not there"
-        elif label is None:
-            kind, message = "label-not-integer", f"{value!r} for {image}"
-        elif not 1 <= label <= self.num_classes:
-            kind, message = "label-range", f"{label} for {image}: classes are 1 .. {self.num_classes}"
-        else:
-            return label - 1
-        self.log.add(kind, self.labels.path, message, line, name)
-        return None
+def _read_table(path: Path, log: ProblemLog) -> dict[int, Line[str]]:
+    """Read lines ``image-number value``, by image number; what is wrong with them are problems of train."""
+    rows: dict[int, Line[str]] = {}
+    for line, text in numbered_lines(path):
+        key, *value = text.split(maxsplit=1)
+        number = whole_number(key)
+        if number is not None and value and number not in rows:
+            rows[number] = Line(line, value[0])
+        elif log.split == "train":
+            given = f"image number {key} is given before" if value and number in rows else ""
+            log.add("malformed-line", path, given or f"{text!r} is not 'image-number value'", line)
+    return rows
 
-    def _record(self, number: int, name: str, label: int) -> Record:
-        path = self.root / "images" / name
-        size = image_size(path)
-        mask = self.root / "segmentations" / PurePosixPath(name).with_suffix(".png")
-        masks = (mask,) if self.segmented else ()
-        return Record(name, path, label, self._boxes(number, name, size), masks, size=size)
 
-    def _boxes(self, number: int, name: str, size: tuple[int, int] | None) -> tuple[Box, ...]:
-        if self.boxes is None:
-            return ()
-        line, value = self.boxes.get(number)
-        if line is None:
-            self.log.add("no-box", self.boxes.path, f"image number {number} ({name}) is not there", record=name)
-            return ()
-        try:
-            left, top, width, height = map(float, value.split())
-            box = corners((left, top, width, height), size)
-        except (ValueError, OverflowError):
-            message = f"{value!r} for image number {number}: needs 4 numbers: left top width height"
-            self.log.add("malformed-line", self.boxes.path, message, line, name)
-            return ()
-        self.log.check_box(box, size, self.boxes.path, line, name)
-        return (box,)
+def _label(row: Line[str] | None, classes: int, path: Path, image: str, name: str, log: ProblemLog) -> int | None:
+    """Return the class index from 0 of an image; None, and a problem, if there is none in range."""
+    label = None if row is None else whole_number(row.value)
+    if label is not None and 1 <= label <= classes:
+        return label - 1
+    if row is None:
+        log.add("no-label", path, f"{image} is not there", None, name)
+    elif label is None:
+        log.add("label-not-integer", path, f"{row.value!r} for {image}", row.number, name)
+    else:
+        log.add("label-range", path, f"{label} for {image}: classes are 1 .. {classes}", row.number, name)
+    return None
+
+
+def _box(
+    row: Line[str] | None, size: tuple[int, int] | None, path: Path, image: str, name: str, log: ProblemLog
+) -> tuple[Box, ...]:
+    """Return the box of an image; nothing, and a problem, if it has none."""
+    if row is None:
+        log.add("no-box", path, f"{image} is not there", record=name)
+        return ()
+    try:
+        left, top, width, height = map(float, row.value.split())
+        box = corners((left, top, width, height), size)
+    except (ValueError, OverflowError):
+        form = "needs 4 numbers: left top width height"
+        log.add("malformed-line", path, f"{row.value!r} for {image}: {form}", row.number, name)
+        return ()
+    log.check_box(box, size, path, row.number, name)
+    return (box,)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 from calm.errors import CalmError
 from calm.files import open_regular
@@ -295,11 +295,20 @@ def first_of(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(f"{name:.100}" for name in names[:most]) + rest or "nothing"
 
 
+T = TypeVar("T")
+
+
+class Line(NamedTuple, Generic[T]):
+    """The value of a line of a text file, and its number from 1."""
+
+    number: int
+    value: T
+
+
 MAX_LINE = 1_000_000
 """Most characters of a line."""
 
 _WHOLE = re.compile(r"\s*([+-]?[0-9]{1,18})\s*")
-T = TypeVar("T")
 
 
 def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
