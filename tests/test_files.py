@@ -30,6 +30,7 @@ from calm.files import (
     use_temporary_caches,
     working_folder,
     write_bytes,
+    write_json,
     write_text,
 )
 
@@ -116,6 +117,13 @@ def test_read_torch_refuses_an_archive_that_is_larger_unpacked(tmp_path):
 
 
 # Atomic writing
+
+
+def test_write_json_writes_null_for_a_number_that_json_lacks(tmp_path):
+    write_json(tmp_path / "a.json", {"a": (float("nan"), 1), 2: [{"b": float("-inf")}, "NaN"]})
+    assert read_json(tmp_path / "a.json") == {"a": [None, 1], "2": [{"b": None}, "NaN"]}
+    assert "NaN," not in (tmp_path / "a.json").read_text()
+
 
 HOLD = """
 import sys, time

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import errno
 import json
+import math
 import os
 import re
 import shutil
@@ -20,7 +21,7 @@ import stat
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -34,17 +35,10 @@ if sys.platform != "win32":  # there temporary files have no lock, and abandoned
     import fcntl
 
 
-MAX_TEXT_BYTES = 16 * 2**20
-"""Largest JSON or CSV file that is read."""
-
-MAX_YAML_BYTES = 20_000
-"""Largest YAML file that is read."""
-
-MAX_YAML_NODES = 5_000
-"""Most values of a YAML file, each alias counted as all that it stands for."""
-
-MAX_YAML_DEPTH = 50
-"""Deepest nesting of brackets in a YAML file; the parser's time grows quickly with the depth."""
+MAX_TEXT_BYTES = 16 * 2**20  # largest JSON or CSV file that is read
+MAX_YAML_BYTES = 20_000  # largest YAML file
+MAX_YAML_NODES = 5_000  # most values of a YAML file, each alias counted as all that it stands for
+MAX_YAML_DEPTH = 50  # deepest nesting of brackets in a YAML file; the parser's time grows quickly with it
 
 
 def open_regular(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
@@ -116,20 +110,19 @@ def read_columns(path: str | os.PathLike[str], *, need: Sequence[str] = ()) -> d
     text = read_text(path)
     try:
         names, *rows = [row for row in csv.reader(text.splitlines()) if row] or [[]]
-        missing = [name for name in need if name not in names]
-        if missing or len(set(names)) < len(names):
-            fault = f"has no column {missing[0]!r}" if missing else "names a column twice"
-            raise CalmError(f"file {path} {fault}: its first line is {','.join(names)[:200]!r}")
-        if not rows:
-            raise CalmError(f"file {path} has no row of numbers")
-        for number, row in enumerate(rows, start=1):
-            if len(row) != len(names):
-                raise ValueError(f"row {number} has {len(row)} fields, not {len(names)}")
-        return {name: [float(row[column]) for row in rows] for column, name in enumerate(names)}
-    except CalmError:
-        raise
+        ragged = [f"row {number} has {len(row)} fields" for number, row in enumerate(rows, 1) if len(row) != len(names)]
+        if ragged:
+            raise ValueError(f"{ragged[0]}, not {len(names)}")
+        columns = [[float(field) for field in column] for column in zip(*rows, strict=True)]
     except (ValueError, csv.Error) as error:
         raise CalmError(f"cannot read file {path} as a table of numbers: {str(error)[:300]}") from error
+    missing = [name for name in need if name not in names]
+    if missing or len(set(names)) < len(names):
+        fault = f"has no column {missing[0]!r}" if missing else "names a column twice"
+        raise CalmError(f"file {path} {fault}: its first line is {','.join(names)[:200]!r}")
+    if not rows:
+        raise CalmError(f"file {path} has no row of numbers")
+    return dict(zip(names, columns, strict=True))
 
 
 def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
@@ -208,18 +201,14 @@ def read_torch(path: Path, what: str) -> Any:
 
 _TEMPORARY_NAME = re.compile(r"\..*\.writing-\w{8}(\.[^.]*)?")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
-_cleaned: set[Path] = set()
-"""Folders in which this process has looked for abandoned files: once is enough for a folder of many files."""
+_cleaned: set[Path] = set()  # folders in which this process has looked for abandoned files, which once is enough
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path`` that takes its name on success, and is removed on error.
+    """Yield a temporary path beside ``path``, of the same suffix, that takes its name on success and goes on an error.
 
-    Parent folders are made. The temporary name keeps the suffix, for writers that choose a format by it.
-
-    Raises:
-        OSError: the folder cannot be written, or the disk is full; ``path`` is its file name.
+    Parent folders are made. A folder that cannot be written or a full disk is an OSError with ``path`` as file name.
     """
     with _temporary(Path(path), folder=False) as temporary:
         yield temporary
@@ -230,10 +219,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def working_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
-    """Yield an empty folder beside ``path``, on the same disk, which is removed at the end with its content.
-
-    Otherwise as `atomic_path`.
-    """
+    """Yield an empty folder beside ``path``, which is removed at the end with its content; errors as `atomic_path`."""
     return _temporary(Path(path), folder=True)
 
 
@@ -310,8 +296,16 @@ def write_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write ``value`` to ``path`` as indented JSON, atomically."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    """Write ``value`` to ``path`` as indented JSON, atomically. Numbers that are not finite become null."""
+    write_text(path, json.dumps(_finite(value), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _finite(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(member) for member in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def append_line(path: str | os.PathLike[str], text: str) -> None:
@@ -325,10 +319,8 @@ def disk_errors_about(final: Path) -> Iterator[None]:
     """Turn errors of the disk, which libraries report in many ways, into an OSError about ``final``."""
     try:
         yield
-    except CalmError:
-        raise
     except Exception as error:
-        number = _disk_error(error)
+        number = None if isinstance(error, CalmError) else _disk_error(error)
         if number is None:
             raise
         raise OSError(number, os.strerror(number), str(final)) from error

@@ -262,7 +262,11 @@ class Preprocessing:
             raise CalmError("no images given")
         import torch
 
-        return torch.stack([self.to_tensor(resize_image(_open(image), self.size)) for image in several])
+        return torch.stack([self.one(image) for image in several])
+
+    def one(self, image: ImageLike) -> Float[Tensor, "3 H W"]:
+        """Return the input of one image, as a call does."""
+        return self.to_tensor(resize_image(_open(image), self.size))
 
     def to_tensor(self, picture: Image.Image) -> Float[Tensor, "3 H W"]:
         """Return an RGB picture, scaled and normalised but not resized, as float32."""

@@ -12,32 +12,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import ceil
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor
 
 from calm.errors import CalmError, unknown
 from calm.heatmaps import Normalization, normalize, resize_maps
-
-__all__ = [
-    "Colormap",
-    "Picture",
-    "Tile",
-    "colorize",
-    "draw_boxes",
-    "draw_contour",
-    "draw_peak",
-    "draw_point",
-    "overlay",
-    "panel",
-    "resize_picture",
-    "table",
-]
+from calm.images import resize_image
+from calm.latent import widen
 
 Colormap: TypeAlias = Literal["heat", "signed"]
 Picture: TypeAlias = NDArray[np.uint8]
@@ -47,10 +35,9 @@ _ANCHORS: dict[str, tuple[str, tuple[float, ...]]] = {
     "heat": ("0d1233 3a2387 86279a cd3e78 f2743f fcb53f fdf6b0", (0, 0.181, 0.337, 0.51, 0.681, 0.835, 1)),
     "signed": ("103c80 2f7fc1 8fc1e3 f4f3f0 f2b08c d9583f 8a1322", (0, 0.171, 0.345, 0.5, 0.648, 0.819, 1)),
 }
-"""Colours and their places, which are proportional to their distances in OKLab (Ottosson, 2020): steps look equal."""
+# Places are proportional to the colours' distances in OKLab (Ottosson, 2020), so that steps look equal.
 
 PIXELS_AT_ONCE = 2**18  # of an overlay that are computed at a time, so that floats of a large picture need no memory
-LONGEST_EXACT = 2**16  # of longer pictures, means of pixels are resized: Pillow's weights take 32 bytes for each pixel
 
 INK: Colour = (38, 40, 52)
 PAPER: Colour = (255, 255, 255)
@@ -59,11 +46,7 @@ FADED: Colour = (120, 124, 138)
 
 @cache
 def table(colormap: Colormap) -> NDArray[np.uint8]:
-    """The 256 colours of a map, (256, 3) RGB, read-only.
-
-    Raises:
-        CalmError: an unknown colour map.
-    """
+    """The 256 colours of a map, (256, 3) RGB, read-only; a `CalmError` for an unknown one."""
     if colormap not in _ANCHORS:
         raise unknown("colour map", colormap, get_args(Colormap))
     codes, places = _ANCHORS[colormap]
@@ -76,15 +59,9 @@ def table(colormap: Colormap) -> NDArray[np.uint8]:
 
 
 def colorize(values: NDArray[np.floating], colormap: Colormap = "heat") -> NDArray[np.uint8]:
-    """Colours for values of any shape, (..., 3) RGB.
+    """Colours (..., 3) RGB of values (...) in [0, 1], of ``signed`` in [-1, 1].
 
-    Args:
-        values: ``heat``: in [0, 1]; ``signed``: in [-1, 1]. Values outside take the colour of the nearest end, NaN that
-            of 0.
-        colormap: the name of the map.
-
-    Raises:
-        CalmError: an unknown colour map.
+    Values outside take the colour of the nearest end, NaN that of 0. An unknown colour map is a `CalmError`.
     """
     share = np.nan_to_num(np.asarray(values, dtype=np.float64), nan=0.0)
     share = (share + 1) / 2 if colormap == "signed" else share
@@ -120,9 +97,7 @@ def overlay(
     if not 0 <= alpha <= 1:
         raise CalmError(f"alpha is an opacity between 0 and 1, got {alpha}")
     height, width = size or image.shape[:2]
-    grid = torch.as_tensor(values).detach().cpu()
-    if grid.ndim != 2:
-        raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}")
+    grid = _grid(values)
     scaled = resize_maps(_signed(grid) if colormap == "signed" else normalize(grid, how), (height, width))
     strength = scaled.reshape(-1).numpy()
     drawn = resize_picture(_checked(image), (height, width)).reshape(-1, 3).copy()
@@ -153,8 +128,7 @@ def draw_contour(
     """
     import cv2
 
-    grid = torch.as_tensor(values).detach().cpu()
-    inside = resize_maps(grid.to(torch.float64), (image.shape[0], image.shape[1])).numpy() >= level
+    inside = resize_maps(_grid(values), image.shape[:2]).numpy() >= level
     outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_NONE)
     drawn: Any = np.ascontiguousarray(_checked(image)).copy()
     cv2.drawContours(drawn, outlines, -1, INK, width + 2, cv2.LINE_AA)
@@ -187,18 +161,13 @@ def draw_point(image: Picture, x: float, y: float, *, radius: int = 5, colour: C
 
 
 def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None = None) -> Picture:
-    """A ring around the highest value of a map, so that a small spot is seen at a glance.
+    """A ring around the highest value of a map (h, w), resized to the picture, so that a small spot is seen.
 
-    Args:
-        image: the picture, or the overlay of the map.
-        values: the map, (h, w), of any size; it is resized to the picture first.
-        radius: of the ring, in pixels of the picture; None: a sixteenth of its shorter side.
-
-    Returns:
-        A new picture; without a ring if the map is constant or has NaN, for then no place is the highest.
+    ``radius`` is in pixels; None: a sixteenth of the shorter side. Returns a new picture, without a ring if the map is
+    constant or has NaN, for then no place is the highest.
     """
     height, width = image.shape[:2]
-    grid = torch.as_tensor(values).detach().cpu().to(torch.float64)
+    grid = _grid(values)
     if not bool(grid.amax() > grid.amin()):
         return image.copy()
     y, x = divmod(int(resize_maps(grid, (height, width)).argmax()), width)
@@ -209,24 +178,16 @@ def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
     """A picture (not a map) at ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
     if image.shape[:2] == size:
         return image
-    gap = 3.0 if max(image.shape) > LONGEST_EXACT else None
-    resized = Image.fromarray(image).resize((size[1], size[0]), Image.Resampling.BICUBIC, reducing_gap=gap)
-    return np.array(resized)
+    return np.array(resize_image(Image.fromarray(image), size, Image.Resampling.BICUBIC))
 
 
 @dataclass(frozen=True)
 class Tile:
-    """A cell of a panel.
+    """A cell of a panel."""
 
-    Attributes:
-        image: its picture, of any size; it is scaled to fit the cell.
-        caption: text below it; lines end at a newline and are cut to the cell's width.
-        frame: colour of a frame around the picture, for cells that stand out.
-    """
-
-    image: Picture
-    caption: str = ""
-    frame: Colour | None = None
+    image: Picture  # of any size; it is scaled to fit the cell
+    caption: str = ""  # below it; lines end at a newline and are cut to the cell's width
+    frame: Colour | None = None  # colour of a frame around the picture, for cells that stand out
 
 
 def panel(
@@ -261,9 +222,11 @@ def panel(
     size = max(11, cell // 14)
     line = round(size * 1.35)
     plain, bold, large = _font(size), _font(size, bold=True), _font(round(size * 1.3), bold=True)
-    left = gap + (max(_extent(label, bold) for label in labels) + gap if labels else 0)
+    left = gap + (ceil(max(map(bold.getlength, labels))) + gap if labels else 0)
     top = gap + (round(line * 1.3) + gap if title else 0) + (line + gap // 2 if columns else 0)
-    pictures = [[_fitted(tile.image, cell) if tile else None for tile in row] for row in rows]
+    square = (cell, cell)
+    checked = [[Image.fromarray(_checked(tile.image)) if tile else None for tile in row] for row in rows]
+    pictures = [[ImageOps.contain(picture, square) if picture else None for picture in row] for row in checked]
     captions = [[tile.caption.splitlines() if tile else [] for tile in row] for row in rows]
     heights = [max((picture.height for picture in row if picture), default=0) for row in pictures]
     most = [max(map(len, row), default=0) for row in captions]
@@ -295,13 +258,6 @@ def panel(
     return np.array(canvas)
 
 
-def _fitted(image: Picture, cell: int) -> Image.Image:
-    """The picture with its longer side at ``cell`` pixels."""
-    height, width = _checked(image).shape[:2]
-    scale = cell / max(height, width)
-    return Image.fromarray(resize_picture(image, (max(1, round(height * scale)), max(1, round(width * scale)))))
-
-
 _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 
@@ -316,22 +272,25 @@ def _font(size: int, *, bold: bool = False) -> _Font:
     return ImageFont.load_default(size)
 
 
-def _extent(text: str, font: _Font) -> int:
-    return int(np.ceil(font.getlength(text)))
-
-
 def _cut_to(text: str, font: _Font, width: int) -> str:
     """The text, cut with an ellipsis where it would be wider than ``width`` pixels."""
-    if _extent(text, font) <= width:
+    if font.getlength(text) <= width:
         return text
-    while text and _extent(text + "…", font) > width:
+    while text and font.getlength(text + "…") > width:
         text = text[:-1]
     return text.rstrip() + "…"
 
 
+def _grid(values: Tensor | ArrayLike) -> Tensor:
+    """A map (h, w) on the CPU, in float32 or wider."""
+    grid = widen(torch.as_tensor(values).detach().cpu())
+    if grid.ndim != 2:
+        raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}")
+    return grid
+
+
 def _signed(values: Tensor) -> Tensor:
     """Divided by the largest absolute value, in [-1, 1]; a zero or non-finite map becomes zeros."""
-    values = values.to(torch.float64)
     peak = values.abs().amax()
     return values / peak if bool(peak > 0) and bool(peak.isfinite()) else torch.zeros_like(values)
 

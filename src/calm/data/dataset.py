@@ -39,9 +39,8 @@ class EpochSampler(Sampler[int]):
         batch_size: images of a global batch, over all processes.
         seed: of the order.
         shuffle: a new order each epoch; else always that of the split.
-        remainder: what becomes of the last images if they do not fill a global batch. "drop": left out in this epoch.
-            "keep": divided as evenly as can be, nothing twice; some processes may have an image or a batch less.
-            Training in several processes needs "drop", exact counts of a test need "keep".
+        remainder: last images that fill no global batch are left out in this epoch ("drop", which training in several
+            processes needs), or divided as evenly as can be and nothing twice ("keep", for exact counts of a test).
         rank: of this process among ``world_size``; None asks torch.distributed, for either.
 
     Raises:
@@ -94,11 +93,10 @@ class EpochSampler(Sampler[int]):
 
     def order(self) -> list[int]:
         """Return all indices of the data set in the order of the current epoch, for any number of processes."""
-        if not self.shuffle:
-            return list(range(len(self.dataset)))
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
-        order: list[int] = torch.randperm(len(self.dataset), generator=generator).tolist()
-        return order
+        images = len(self.dataset)
+        order: Tensor = torch.randperm(images, generator=generator) if self.shuffle else torch.arange(images)
+        return [int(index) for index in order.tolist()]
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
@@ -129,8 +127,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         split: the images.
         transform: a picture to a tensor, drawing random numbers from torch's CPU generator only.
         seed: of the random choices.
-        cache: decode all images now and keep them (3 bytes a pixel). Worker processes share the memory where
-            processes are forked (Linux).
+        cache: decode all images now and keep them (3 bytes a pixel), shared by forked worker processes (Linux).
         cache_size: (height, width) that cached images are resized to, as the transform would do first: see
             `calm.data.transforms.fixed_size`. None keeps their own sizes.
 
@@ -152,7 +149,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         self.split, self.transform, self.seed = split, transform, seed
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._cache = _Cache(split, cache_size) if cache else None
+        self._cache, self._cache_size = _decode_all(split, cache_size) if cache else None, cache_size
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -172,7 +169,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         Raises:
             CalmError: the file cannot be read.
         """
-        if self._cache is not None and self._cache.size is None:
+        if self._cache is not None and self._cache_size is None:
             return Image.fromarray(self._cache[index])
         return Image.fromarray(read_rgb(self.split.records[index].path, exif=self.split.exif))
 
@@ -184,33 +181,19 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
             return self.transform(picture), self.split.records[index].label, index
 
 
-class _Cache:
-    """Decoded images of a split, uint8 RGB, in one block of memory; resized to ``size`` unless that is None.
-
-    One block is not copied when processes fork, since no reference counts in it change.
-    """
-
-    def __init__(self, split: Split, size: tuple[int, int] | None) -> None:
-        self.size = size
-        images: list[NDArray[np.uint8]] = []
-        total, limit = 0, _memory() // 2
-        paths = [record.path for record in split.records]
-        for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
-            total += image.size
-            if total > limit:
-                limit_text = f"{limit / 2**30:.1f} GiB, half of this machine's memory"
-                fit = f"{len(images):,} of {len(paths):,} images fit"
-                raise CalmError(f"a cache of split {split.name!r} needs more than {limit_text} ({fit}): go without it")
-            images.append(image)
-        self.shapes = [(image.shape[0], image.shape[1]) for image in images]
-        self.starts = np.cumsum([0, *(image.size for image in images)])
-        self.pixels = np.empty(int(self.starts[-1]), dtype=np.uint8)
-        for start, image in zip(self.starts, images, strict=False):
-            self.pixels[start : start + image.size] = image.ravel()
-
-    def __getitem__(self, index: int) -> NDArray[np.uint8]:
-        height, width = self.shapes[index]
-        return self.pixels[self.starts[index] : self.starts[index + 1]].reshape(height, width, 3)
+def _decode_all(split: Split, size: tuple[int, int] | None) -> list[NDArray[np.uint8]]:
+    """Decode all images, resized to ``size`` unless that is None, if they take at most half of the machine's memory."""
+    images: list[NDArray[np.uint8]] = []
+    total, limit = 0, _memory() // 2
+    paths = [record.path for record in split.records]
+    for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
+        total += image.size
+        if total > limit:
+            needed = f"more than {limit / 2**30:.1f} GiB, half of this machine's memory"
+            fit = f"{len(images):,} of {len(paths):,} images fit"
+            raise CalmError(f"a cache of split {split.name!r} needs {needed} ({fit}): go without it")
+        images.append(image)
+    return images
 
 
 def _decoded(path: Path, exif: bool, size: tuple[int, int] | None) -> NDArray[np.uint8]:

@@ -21,11 +21,7 @@ ImageTransform = Callable[[Image.Image], Tensor]
 
 def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
     """Return the test protocol: exactly ``preprocessing``, for one RGB picture of any size."""
-    return partial(_preprocessed, preprocessing)
-
-
-def _preprocessed(preprocessing: Preprocessing, picture: Image.Image) -> Tensor:
-    return preprocessing(picture)[0]
+    return partial(Preprocessing.one, preprocessing)
 
 
 def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> ImageTransform:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -202,7 +202,7 @@ class Result:
         """Write the result atomically. Numbers that are not finite become null."""
         figures = {name: list(estimate) for name, estimate in self.figures.items()}
         curves = {name: vars(curve) for name, curve in self.curves.items()}
-        write_json(path, _finite({"format": FORMAT, **vars(self), "figures": figures, "curves": curves}))
+        write_json(path, {"format": FORMAT, **vars(self), "figures": figures, "curves": curves})
 
     @staticmethod
     def load(path: Path) -> Result:
@@ -238,14 +238,3 @@ def _curve(entry: dict[str, Any]) -> Curve:
     lists = {key: None if entry[key] is None else list(map(_number, entry[key])) for key in ("low", "high")}
     x, y = (list(map(_number, entry[key])) for key in ("x", "y"))
     return Curve(x, y, **lists, x_name=str(entry["x_name"]), y_name=str(entry["y_name"]))
-
-
-def _finite(value: Any) -> Any:
-    """Return ``value`` with None for every number that JSON cannot hold."""
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(entry) for entry in value]
-    return value

@@ -22,7 +22,6 @@ names and values as plain dicts.
 from __future__ import annotations
 
 import json
-import math
 import pickle
 import shutil
 from dataclasses import dataclass, field
@@ -156,12 +155,4 @@ def clear(flags: Flags) -> None:
 def save_measures(path: Path, measures: Any) -> None:
     """Write plain values to ``path``.pickle, as the released code does, and to ``path``.json, where NaN is null."""
     write_bytes(path.with_name(f"{path.name}.pickle"), pickle.dumps(measures))
-    write_json(path.with_name(f"{path.name}.json"), _without_nan(measures))
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(member) for key, member in value.items()}
-    if isinstance(value, list):
-        return [_without_nan(member) for member in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    write_json(path.with_name(f"{path.name}.json"), measures)
