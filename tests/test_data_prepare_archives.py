@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from calm.data.prepare import archives
-from calm.data.prepare.archives import staged, unpack
+from calm.data import archives
+from calm.data.archives import staged, unpack
 from calm.errors import CalmError
 
 

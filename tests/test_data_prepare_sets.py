@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -13,11 +12,11 @@ from PIL import Image
 from test_data_prepare_archives import make_tar, make_zip
 
 from calm.cli import main
-from calm.data import load_splits
+from calm.data import archives, load_splits, prepare as sets
+from calm.data.archives import PUBLISHED, check_digest
 from calm.data.check import check
 from calm.data.cues import read_class_attributes
-from calm.data.prepare import archives, prepare, sets
-from calm.data.prepare.archives import PUBLISHED, check_digest
+from calm.data.prepare import prepare
 from calm.errors import CalmError
 
 
@@ -251,7 +250,7 @@ def test_place_metadata_fetches_the_published_lists_by_name(tmp_path, ilsvrc, mo
     archive = make_zip(tmp_path / "repository.zip", inside)
     published = PUBLISHED["metadata"]
     assert urlsplit(published.url).scheme == "https"
-    monkeypatch.setitem(PUBLISHED, "metadata", replace(published, url=archive.as_uri()))
+    monkeypatch.setitem(PUBLISHED, "metadata", published._replace(url=archive.as_uri()))
     prepared = prepare("ilsvrc", [ilsvrc], tmp_path / "out", metadata_url="published")
     assert check(prepared.root, metadata_root=prepared.metadata_root).ok
 

@@ -2,27 +2,8 @@
 
 The ground truth of cue localization (paper, section 5.2). Classes have attributes ("has_bill_shape::hooked"), each
 attribute belongs to a part group by its name, and a pair of classes is told apart by the groups of the attributes in
-which they differ. Images have part points; every pixel of the bird belongs to its nearest point.
-
-Files, below the root of CUB_200_2011 or of any data set written like it. ``attributes/attributes.txt``, number and
-name; ``attributes/class_attribute_labels_continuous.txt``, one line per class, one percentage per attribute::
-
-    1 has_bill_shape::curved_(up_or_down)
-    0.0 2.9197 1.4599 0.0 59.8540 ...
-
-``parts/part_locs.txt``, image number of ``images.txt``, part number, x, y in pixels of the image, visible or not::
-
-    1 2 312.0 182.0 1
-
-``parts/groups.yaml`` (if absent, the groups are CUB's), which attributes and part points belong together. For cars
-whose attributes are called ``has_wheel_colour::black``, and whose keypoints 1 to 4 are the wheels and 5 the roof::
-
-    - name: wheels
-      words: [wheel, tyre]            # an attribute whose name contains one of them belongs to the group
-      points: [[1], [2], [3], [4]]    # four points; the pixels nearest to any of them are the group's
-    - name: cabin
-      words: [roof, window]
-      points: [[5, 6]]                # one point: the mean of the visible ones of these parts (from 1)
+which they differ. Images have part points; every pixel of the bird belongs to its nearest point. docs/cue-data.md
+describes the files.
 """
 
 from __future__ import annotations
@@ -49,14 +30,8 @@ PROTOCOL_SIZE = (224, 224)
 PRESENT_PERCENT = 50.0
 """A class has an attribute if at least this percentage of its annotations say so."""
 
-MAX_GROUPS = 31
-"""Most part groups of a data set."""
-
-MAX_PARTS = 1000
-"""Most parts of a data set."""
-
-MAX_COORDINATE = 1e6
-"""Largest coordinate of a part point, in pixels."""
+MAX_GROUPS, MAX_PARTS, MAX_COORDINATE = 31, 1000, 1e6
+"""Most part groups and parts of a data set; largest coordinate of a part point, in pixels."""
 
 
 @dataclass(frozen=True)
@@ -113,12 +88,9 @@ class PartPoints:
         """Return the points of the images ``ids``, in their order; each must have points."""
         wanted = tuple(ids)
         row_of = {name: row for row, name in enumerate(self.ids)}
-        missing = [name for name in wanted if name not in row_of]
-        if missing:
-            raise CalmError(
-                f"{len(missing)} images have no part points, the first is {missing[0]!r}: the file of part points lists"
-                f" {len(self.ids)} images"
-            )
+        if missing := [name for name in wanted if name not in row_of]:
+            listed = f"the file of part points lists {len(self.ids)} images"
+            raise CalmError(f"{len(missing)} images have no part points, the first is {missing[0]!r}: {listed}")
         rows = torch.tensor([row_of[name] for name in wanted], dtype=torch.int64)
         return PartPoints(wanted, self.xy[rows], self.visible[rows])
 
@@ -224,7 +196,7 @@ def part_regions(
 
 
 def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
-    """Return the part groups of ``parts/groups.yaml`` (see the top of this module), or CUB's without such a file."""
+    """Return the part groups of ``parts/groups.yaml`` (docs/cue-data.md), or CUB's without such a file."""
     path = root / "parts" / "groups.yaml"
     if not path.is_file():
         return CUB_GROUPS

@@ -16,66 +16,52 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 from urllib.parse import urlsplit
 
 from calm.errors import CalmError
 from calm.files import atomic_path, working_folder
 
-MAX_BYTES, MAX_FILES = 400 * 1024**3, 3_000_000
-"""Most bytes and files that an archive may unpack to, so that a small file cannot fill the disk."""
-
-MAX_METADATA_BYTES = 8 * 1024**3
-"""Most bytes that an archive of metadata may unpack to."""
+MAX_BYTES, MAX_METADATA_BYTES, MAX_FILES = 400 * 1024**3, 8 * 1024**3, 3_000_000
+"""Most bytes (of metadata, too) and files that an archive may unpack to, so that a small file cannot fill the disk."""
 
 MAX_DOWNLOAD, TIMEOUT = 2 * 1024**3, 30.0
 """Most bytes of a download, and most seconds without an answer."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published archive: patterns of its file name in lower case, where to get it, and its MD5, if published.
+class Published(NamedTuple):
+    """A published archive."""
 
-    ``url`` is the address of the archive itself, if `calm data prepare` can fetch it.
-    """
-
-    patterns: tuple[str, ...]
-    where: str
+    patterns: str  # of its file name in lower case, separated by spaces
+    where: str  # to get it, for people
     md5: str = ""
-    url: str = ""
+    url: str = ""  # of the archive itself, if `calm data prepare` can fetch it
 
+
+_CALTECH, _IMAGENET = "https://data.caltech.edu/records", "https://image-net.org (account)"
+_WSOL = "https://github.com/clovaai/wsolevaluation"
 
 PUBLISHED: dict[str, Published] = {
     "cub": Published(
-        ("cub_200_2011.*",),
-        "https://data.caltech.edu/records/65de6-vp158 (CUB_200_2011.tgz)",
-        "97eceeb196236b17998738112f37df78",
+        "cub_200_2011.*", f"{_CALTECH}/65de6-vp158 (CUB_200_2011.tgz)", "97eceeb196236b17998738112f37df78"
     ),
     "cub-segmentations": Published(
-        ("segmentations.*",),
-        "https://data.caltech.edu/records/w9d68-gec53 (segmentations.tgz)",
-        "4d47ba1228eae64f2fa547c47bc65255",
+        "segmentations.*", f"{_CALTECH}/w9d68-gec53 (segmentations.tgz)", "4d47ba1228eae64f2fa547c47bc65255"
     ),
-    "cubv2": Published(("cubv2.*",), "https://github.com/clovaai/wsolevaluation (CUBV2)"),
-    "ilsvrc-train": Published(
-        ("ilsvrc2012_img_train.tar",), "https://image-net.org (account)", "1d675b47d978889d74fa0da5fadfb00e"
-    ),
-    "ilsvrc-val": Published(
-        ("ilsvrc2012_img_val.tar",), "https://image-net.org (account)", "29b22e2961454d5413ddabcf34fc5622"
-    ),
+    "cubv2": Published("cubv2.*", f"{_WSOL} (CUBV2)"),
+    "ilsvrc-train": Published("ilsvrc2012_img_train.tar", _IMAGENET, "1d675b47d978889d74fa0da5fadfb00e"),
+    "ilsvrc-val": Published("ilsvrc2012_img_val.tar", _IMAGENET, "29b22e2961454d5413ddabcf34fc5622"),
     "imagenetv2": Published(
-        ("imagenetv2*", "imagenet-v2*", "val2.*"),
-        "https://github.com/modestyachts/ImageNetV2 (imagenetv2-threshold0.7.tar.gz)",
+        "imagenetv2* imagenet-v2* val2.*", "https://github.com/modestyachts/ImageNetV2 (imagenetv2-threshold0.7.tar.gz)"
     ),
-    "openimages": Published(
-        ("*openimages*", "train.*", "val.*", "test.*"), "https://github.com/clovaai/wsolevaluation (OpenImages30k)"
-    ),
+    "openimages": Published("*openimages* train.* val.* test.*", f"{_WSOL} (OpenImages30k)"),
     "tiny-imagenet": Published(
-        ("tiny-imagenet-200.*",), "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
+        "tiny-imagenet-200.*", "http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de"
     ),
     "metadata": Published(
-        ("*metadata*", "wsolevaluation*"),
-        "https://github.com/clovaai/wsolevaluation (folder metadata)",
-        url="https://github.com/clovaai/wsolevaluation/archive/e9972606b18064ea886f098f2b5b29b9ade75f09.zip",
+        "*metadata* wsolevaluation*",
+        f"{_WSOL} (folder metadata)",
+        url=f"{_WSOL}/archive/e9972606b18064ea886f098f2b5b29b9ade75f09.zip",
     ),
 }
 
@@ -141,7 +127,9 @@ def list_archives(sources: Sequence[Path]) -> list[Path]:
 def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
     """Return the archives that are ``PUBLISHED[key]`` by their names; `Prepared.complain` gets wrong checksums."""
     published = PUBLISHED[key]
-    matching = [path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns)]
+    matching = [
+        path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns.split())
+    ]
     if key == "openimages":
         matching = [path for path in matching if "metadata" not in path.name.lower()]
     for path in matching:
@@ -161,14 +149,14 @@ _ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, N
 
 
 def unpack(
-    path: Path, folder: Path, *, max_bytes: int | None = None, wanted: Callable[[str], bool] | None = None
+    path: Path, folder: Path, *, max_bytes: int = MAX_BYTES, wanted: Callable[[str], bool] = lambda name: True
 ) -> int:
-    """Unpack an archive below ``folder``, which is made; file modes and owners are not kept.
+    """Unpack a tar (plain, gzip, bzip2, xz) or zip below ``folder``, which is made; modes and owners are not kept.
 
     Args:
-        path: tar (plain, gzip, bzip2, xz) or zip.
+        path: the archive.
         folder: an existing or new folder.
-        max_bytes: most bytes of all files together; None: `MAX_BYTES`.
+        max_bytes: most bytes of all files together.
         wanted: whether a member is unpacked, by its name; all are checked.
 
     Returns:
@@ -181,7 +169,7 @@ def unpack(
     if not path.is_file():
         raise CalmError(f"{path} is no file")
     folder.mkdir(parents=True, exist_ok=True)
-    limit, size, written = max_bytes or MAX_BYTES, 0, 0
+    size = written = 0
     seen: set[str] = set()
     try:
         is_zip = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
@@ -193,10 +181,10 @@ def unpack(
                 raise CalmError(f"{path}: member {name!r} is there twice: archive refused")
             seen.add(name)
             size += member_size
-            if size > limit or len(seen) > MAX_FILES:
-                most = f"{limit:,} bytes" if size > limit else f"{MAX_FILES:,} files"
+            if size > max_bytes or len(seen) > MAX_FILES:
+                most = f"{max_bytes:,} bytes" if size > max_bytes else f"{MAX_FILES:,} files"
                 raise CalmError(f"{path} unpacks to more than {most}: archive refused")
-            if wanted is None or wanted(name):
+            if wanted(name):
                 extract(folder)
                 written += 1
     except (*_ARCHIVE_ERRORS, OSError) as error:
@@ -287,11 +275,8 @@ def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Pre
 
 
 def _unpack_lists(archive: Path, final: Path, name: str) -> None:
-    def wanted(member: str) -> bool:
-        return name in PurePosixPath(member).parts
-
     with staged(final) as (work, result):
-        unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=wanted)
+        unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=lambda member: name in member.split("/"))
         lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
         if lists is None or lists.name != name:
             raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")

@@ -1,12 +1,10 @@
-"""Arrange the published data sets so that every command reads them.
+"""Unpack the archives that data sets are published as, and arrange them so that every command reads them.
 
 - CUB-200-2011: ``dataset/CUB``, the official folder with its attribute names and segmentations inside.
 - ILSVRC with ImageNetV2, and OpenImages30k: below ``dataset/``, where the released configuration looks for them.
 - Tiny ImageNet: the metadata format. Of each class, the first 450 training images are train, the other 50 val; the
   official validation images, 50 a class, are test. Boxes of val and test are the archive's own: inclusive corners from
   0 in 64 x 64 images.
-
-A function ``prepare_...`` raises a CalmError if an archive is missing, damaged or another one, or a count is wrong.
 """
 
 from __future__ import annotations
@@ -15,12 +13,19 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal, TypeAlias
 
 from PIL import Image
 
-from calm.data.prepare.archives import PUBLISHED, Prepared, find, merge, staged, unpack
+from calm.data.archives import PUBLISHED, Prepared, find, list_archives, merge, place_metadata, staged, unpack
 from calm.data.records import numbered_lines
 from calm.errors import CalmError, unknown
+from calm.files import remove_abandoned
+
+DataSet: TypeAlias = Literal["cub", "ilsvrc", "openimages30k", "tiny-imagenet"]
+
+DATA_SETS: dict[DataSet, str] = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30k": "OpenImages", "tiny-imagenet": ""}
+"""Names of the data sets for the command, and of their folders in the released layout."""
 
 CUB_IMAGES, CUB_CLASSES, CUB_ATTRIBUTES = 11_788, 200, 312
 CUB_PAIRS = {1: 31, 2: 64, 3: 96}
@@ -32,6 +37,56 @@ OPENIMAGES = {"train": 29_819, "val": 2_500, "test": 5_000}
 TINY_CLASSES = 200
 TINY_TRAIN, TINY_VAL, TINY_TEST = 450, 50, 50
 """Images a class."""
+
+
+def prepare(
+    name: DataSet,
+    archives: Sequence[str | Path],
+    out: str | Path,
+    *,
+    classes: str = "",
+    metadata_url: str = "",
+    metadata_sha256: str = "",
+    partial: bool = False,
+) -> Prepared:
+    """Check and unpack archives; a run that was stopped is finished by the same call.
+
+    Args:
+        name: the data set.
+        archives: archives, or folders of them.
+        out: folder that gets ``dataset/`` and ``metadata/`` as the released code lays them out; for Tiny ImageNet,
+            ``images/``, ``metadata/`` and ``classes.txt``.
+        classes: of Tiny ImageNet: WordNet ids separated by commas, or a file of them; empty: all 200.
+        metadata_url: https address of an archive of the released metadata, or ``published`` for that of the published
+            evaluator. Nothing is fetched without it.
+        metadata_sha256: SHA-256 of that archive.
+        partial: whether wrong checksums and counts are notes instead of errors.
+
+    Raises:
+        CalmError: an archive is missing, damaged or another one, or a count is wrong; what to get where.
+    """
+    if name not in DATA_SETS:
+        raise unknown("data set", name, DATA_SETS)
+    if classes and name != "tiny-imagenet":
+        raise CalmError(f"--classes is for tiny-imagenet, not {name}")
+    if name == "tiny-imagenet" and metadata_url:
+        raise CalmError("--metadata_url: tiny-imagenet has its lists in the archive")
+    if metadata_sha256 and not metadata_url:
+        raise CalmError("--metadata_sha256 needs --metadata_url")
+    available, out = list_archives([Path(path) for path in archives]), Path(out)
+    for folder in (out.parent, out / "metadata", out / "dataset", *(out / "dataset").glob("*/")):
+        remove_abandoned(folder)
+    released = DATA_SETS[name]
+    prepared = Prepared(name, out / "dataset" / released if released else out, partial=partial)
+    if name == "tiny-imagenet":
+        prepare_tiny_imagenet(available, out, prepared, classes)
+        return prepared
+    arrange = {"cub": prepare_cub, "ilsvrc": prepare_ilsvrc, "openimages30k": prepare_openimages}[name]
+    arrange(available, out, prepared)
+    place_metadata(released, out, available, prepared, metadata_url, metadata_sha256)
+    if name == "ilsvrc":
+        name_as_listed(out, prepared)
+    return prepared
 
 
 def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
@@ -217,22 +272,21 @@ def _count_images(folder: Path) -> int:
     return sum(map(_is_image, folder.rglob("*")))
 
 
+_WORDNET_ID = re.compile(r"n\d{8}")
+
+
 def read_classes(text: str) -> list[str]:
     """Return WordNet ids: ``n01443537,n01629819``, or a file with one a line (such as ``classes.txt``), in order."""
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(map(_is_wordnet_id, words)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
+    if not all(map(_WORDNET_ID.fullmatch, words)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
         lines = [line.split() for _, line in numbered_lines(Path(text))]
-        words = [next(filter(_is_wordnet_id, line[:2]), " ".join(line)) for line in lines]
+        words = [next(filter(_WORDNET_ID.fullmatch, line[:2]), " ".join(line)) for line in lines]
     for word in words:
-        if not _is_wordnet_id(word):
+        if not _WORDNET_ID.fullmatch(word):
             raise CalmError(f"--classes: {word!r} is no WordNet id such as n01443537, and no file of them")
     if len(set(words)) < len(words) or (text and not words):
         raise CalmError("--classes: an id is given twice, or none is given")
     return words
-
-
-def _is_wordnet_id(word: str) -> bool:
-    return len(word) == 9 and word[0] == "n" and word[1:].isdigit()
 
 
 def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepared, classes: str) -> None:
