@@ -6,7 +6,7 @@ import math
 import os
 from collections.abc import Iterator
 from dataclasses import fields, is_dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import yaml
 from fuzzing import cases, damaged, damaged_text, outcome
 from hypothesis import given, strategies as st
 
+from calm.cli import train as command
 from calm.cli.train import parse
 from calm.errors import CalmError
 from calm.files import read_yaml
@@ -34,6 +35,14 @@ WORDS = (
     "? a", "- a", "...", "---", "%YAML 9.9", "%TAG ! x", "\t", "#", "class_path: io.open", "init_args: {}", "x" * 500,
 )
 # fmt: on
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_parser() -> Iterator[None]:
+    """Build the parser once: that takes most of the time of a parse, and a user's process does it once, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, "build_parser", cache(command.build_parser))
+        yield
 
 
 def numbers(value: Any) -> Iterator[float]:
