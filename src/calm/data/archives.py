@@ -68,23 +68,14 @@ PUBLISHED: dict[str, Published] = {
 
 @dataclass
 class Prepared:
-    """The result of a preparation.
+    """The result of a preparation."""
 
-    Attributes:
-        name: the data set.
-        root: folder to give to ``calm data check`` and to training.
-        metadata_root: its ``--metadata_root``; None where none is needed.
-        partial: whether wrong counts are notes instead of errors.
-        counts: numbers of what is there.
-        notes: what is missing, and where to get it.
-    """
-
-    name: str
-    root: Path
-    metadata_root: Path | None = None
-    partial: bool = False
-    counts: dict[str, int] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    name: str  # of the data set
+    root: Path  # folder to give to ``calm data check`` and to training
+    metadata_root: Path | None = None  # its ``--metadata_root``; None where none is needed
+    partial: bool = False  # whether wrong counts are notes instead of errors
+    counts: dict[str, int] = field(default_factory=dict)  # of what is there
+    notes: list[str] = field(default_factory=list)  # what is missing, and where to get it
 
     def expect(self, what: str, count: int, expected: int, where: str = "") -> None:
         """Store a count, and `complain` if it is not the expected one."""
@@ -100,25 +91,20 @@ class Prepared:
 
     def __str__(self) -> str:
         lists = f" --metadata_root {self.metadata_root}" if self.metadata_root else ""
-        lines = [f"{self.name}: {self.root}"]
-        lines += [f"  {count:,} {what}" for what, count in self.counts.items()]
-        lines += [f"  note: {note}" for note in self.notes]
-        return "\n".join([*lines, f"next: calm data check {self.root}{lists}"])
-
-
-_SUFFIXES = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
+        counts = (f"  {count:,} {what}\n" for what, count in self.counts.items())
+        notes = (f"  note: {note}\n" for note in self.notes)
+        return "".join([f"{self.name}: {self.root}\n", *counts, *notes, f"next: calm data check {self.root}{lists}"])
 
 
 def list_archives(sources: Sequence[Path]) -> list[Path]:
     """Return the archives, of which there must be one or more, among files and directly in folders."""
     archives: list[Path] = []
+    suffixes = (".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".zip")
     for source in sources:
         if not source.exists():
             raise CalmError(f"--from {source} does not exist")
-        if source.is_dir():
-            archives += sorted(path for path in source.iterdir() if path.name.lower().endswith(_SUFFIXES))
-        else:
-            archives.append(source)
+        inside = sorted(source.iterdir()) if source.is_dir() else []
+        archives += [path for path in inside if path.name.lower().endswith(suffixes)] if source.is_dir() else [source]
     if not archives:
         raise CalmError(f"no archive (.tar, .tgz, .tar.gz, .zip) in --from {' '.join(map(str, sources))}")
     return archives
@@ -228,10 +214,7 @@ def _zip_members(path: Path) -> _Members:
 
 @contextmanager
 def staged(final: Path) -> Iterator[tuple[Path, Path]]:
-    """Yield a working folder beside ``final``, and ``result`` in it, which takes the name ``final`` at the end.
-
-    The working folder is removed at the end, on error too. Something must have been put into ``result``.
-    """
+    """Yield a working folder, removed at the end, and ``result`` in it, to be filled, which then becomes ``final``."""
     with working_folder(final) as work:
         result = work / "result"
         yield work, result
@@ -253,34 +236,28 @@ def merge(source: Path, target: Path) -> None:
 def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str) -> None:
     """Put the released lists of a data set (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
 
-    They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; without either, this
-    is only a note.
+    They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; or this is only a note.
     """
     final = out / "metadata" / name
     matching = [] if final.exists() else find("metadata", archives, prepared)
     if url and (final.exists() or matching):
         reason = f"{matching[0]} was taken" if matching else f"the lists are in {final} (delete it to fetch them)"
         prepared.notes.append(f"nothing fetched from {url}: {reason}")
-    if matching:
-        _unpack_lists(matching[0], final, name)
-    elif url and not final.exists():
-        with working_folder(final) as folder:
-            download(PUBLISHED["metadata"].url if url == "published" else url, folder / "download", sha256)
-            _unpack_lists(folder / "download", final, name)
-    elif not final.exists():
-        put = f"put metadata.zip from {PUBLISHED['metadata'].where} into --from"
-        prepared.notes.append(f"no metadata lists: {put}, or give --metadata_url published to fetch it")
-    if final.exists():
-        prepared.metadata_root = final
-
-
-def _unpack_lists(archive: Path, final: Path, name: str) -> None:
-    with staged(final) as (work, result):
-        unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=lambda member: name in member.split("/"))
-        lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
-        if lists is None or lists.name != name:
-            raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
-        lists.replace(result)
+    if not final.exists():
+        if not (matching or url):
+            put = f"put metadata.zip from {PUBLISHED['metadata'].where} into --from"
+            prepared.notes.append(f"no metadata lists: {put}, or give --metadata_url published to fetch it")
+            return
+        with staged(final) as (work, result):
+            archive = matching[0] if matching else work / "download"
+            if not matching:
+                download(PUBLISHED["metadata"].url if url == "published" else url, archive, sha256)
+            unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=lambda file: name in file.split("/"))
+            lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
+            if lists is None or lists.name != name:
+                raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
+            lists.replace(result)
+    prepared.metadata_root = final
 
 
 def download(url: str, target: Path, sha256: str = "") -> None:

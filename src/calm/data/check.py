@@ -182,39 +182,35 @@ def _shared_files(splits: list[Split]) -> list[Problem]:
 
 
 def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:
-    """Check the class attributes, part groups and part points of a data set, if it has any.
-
-    The result is the problems, and a line about the files if there is no problem.
-    """
+    """Return the problems of a data set's attributes and parts, and a line about them, if it has any."""
     there = [name for name in ("attributes", "parts") if (root / name).is_dir()]
     if len(there) < 2:
         lacking = "parts" if "attributes" in there else "attributes"
         return [], f"no cue localization: there is {there[0]}/ but no {lacking}/" if there else ""
-    from calm.data.cues import class_pairs, group_votes, read_class_attributes, read_part_groups, read_part_points
+    from calm.data import cues
 
     log = ProblemLog("cues")
 
-    def read(file: Path, reader: Callable[[], T]) -> T | None:
+    def read(file: Path, reader: Callable[[Path], T]) -> T | None:
         try:
-            return reader()
+            return reader(root)
         except CalmError as error:
             log.add("cue-file", file, str(error))
             return None
 
-    groups = read(root / "parts" / "groups.yaml", lambda: read_part_groups(root))
-    attributes = read(root / "attributes", lambda: read_class_attributes(root))
-    points = read(root / "parts" / "part_locs.txt", lambda: read_part_points(root))
+    groups = read(root / "parts" / "groups.yaml", cues.read_part_groups)
+    attributes = read(root / "attributes", cues.read_class_attributes)
+    points = read(root / "parts" / "part_locs.txt", cues.read_part_points)
     if points is not None:
         ids = [record.id for split in splits.values() for record in split.records]
-        read(root / "images.txt", lambda: points.select(ids))
+        read(root / "images.txt", lambda _: points.select(ids))
     classes = next(iter(splits.values())).num_classes
     if attributes is not None and len(attributes[1]) != classes:
         log.add("cue-file", root / "attributes", f"describes {len(attributes[1])} classes, the data set has {classes}")
     if log.problems or groups is None or attributes is None or points is None:
         return log.problems, ""
-    names, present = attributes
-    every = class_pairs(present, group_votes(names, groups), range(1, len(groups) + 1))
+    every = cues.read_pairs(root, range(1, len(groups) + 1), groups)
     differing = Counter(len(pair.groups) for pair in every)
     pairs = ", ".join(f"{differing[count]} in {count}" for count in sorted(differing)) or "none"
-    counted = f"{points.xy.shape[1]} parts in {len(groups)} groups, {len(names)} attributes"
+    counted = f"{points.xy.shape[1]} parts in {len(groups)} groups, {len(attributes[0])} attributes"
     return [], f"cue localization: {counted}; pairs of classes by differing groups: {pairs}"

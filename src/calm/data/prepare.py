@@ -90,11 +90,9 @@ def prepare(
 
 
 def _required(key: str, name: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
-    """Return the archives of `find`, of which there must be one."""
-    matching = find(key, archives, prepared)
-    if not matching:
-        raise CalmError(f"no {name} in --from: get it from {PUBLISHED[key].where}")
-    return matching
+    if matching := find(key, archives, prepared):
+        return matching
+    raise CalmError(f"no {name} in --from: get it from {PUBLISHED[key].where}")
 
 
 def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
@@ -128,8 +126,7 @@ def _unpack_extra(key: str, folder: str, final: Path, archives: Sequence[Path], 
     """Unpack an archive that may be absent, so that its ``folder`` becomes ``final``."""
     if final.exists():
         return
-    matching = find(key, archives, prepared)
-    if not matching:
+    if not (matching := find(key, archives, prepared)):
         prepared.notes.append(f"no {folder}: get them from {PUBLISHED[key].where}")
         return
     with staged(final) as (work, result):
@@ -208,13 +205,14 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
     """
     images = out / "dataset" / "ImageNetV2" / "val2"
     mapping = out / "metadata" / "ILSVRC" / "val" / "mapping.txt"
-    if not _hashed(images):
+    hashed = f"*/{'?' * 40}.*"
+    if not any(images.glob(hashed)):
         return
     if not mapping.is_file():
-        prepared.notes.append(
-            f"images of {images} are named by hashes, lists have 0/0.jpeg: {mapping.name} of"
-            f" {PUBLISHED['metadata'].where} tells which is which, --metadata_url published fetches it"
+        tells = (
+            f"{mapping.name} of {PUBLISHED['metadata'].where} tells which is which, --metadata_url published fetches it"
         )
+        prepared.notes.append(f"images of {images} are named by hashes, lists have 0/0.jpeg: {tells}")
         return
     for line, text in numbered_lines(mapping):
         names = _LISTED_AND_HASHED.fullmatch(text)
@@ -222,13 +220,8 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
             raise CalmError(f"{mapping}:{line}: {text!r:.200} is not 'class/number.jpeg, class/hash.jpeg'")
         if (images / names[2]).is_file():
             (images / names[2]).rename(images / names[1])
-    if left := _hashed(images):
-        prepared.complain(f"{mapping} has no name for {len(left)} images, the first is {min(left)}")
-
-
-def _hashed(images: Path) -> list[Path]:
-    """Return the images that are named by hashes, of 40 characters."""
-    return [path for path in images.glob("*/*") if len(path.stem) == 40]
+    if left := sorted(images.glob(hashed)):
+        prepared.complain(f"{mapping} has no name for {len(left)} images, the first is {left[0]}")
 
 
 def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:

@@ -93,8 +93,7 @@ class Split:
         return tuple(counts)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """A kind of problem that a data set can have: the heading of its group in a report, and what the user can do.
 
     An "error" stops training (or leaves the image out, with ``--skip-bad``); a "warning" is only shown.
@@ -181,10 +180,7 @@ class ProblemLog:
         self.problems.append(Problem(kind, self.split, file, message, line, record))
 
     def check_box(self, box: Box, size: tuple[int, int] | None, file: Path, line: int | None, record: str) -> None:
-        """Add the problem of a box in an image of ``size`` (width, height), if it has one.
-
-        A box whose corners coincide in x or in y is a warning; without a ``size`` only the lower bounds are checked.
-        """
+        """Add the problem of a box in an image of ``size`` (width, height), if it has one."""
         x0, y0, x1, y1 = box
         text = f"box {x0},{y0},{x1},{y1} of {record}"
         if x1 < x0 or y1 < y0:
