@@ -19,15 +19,14 @@ reads and writes the two files and knows no model; `calm.model` builds one from 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +44,6 @@ FORMAT = 1
 
 LARGEST = 1e30
 """The largest absolute value of a number in a card; float32 holds it."""
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,10 +73,9 @@ class Card:
     def write(self, path: Path) -> None:
         """Write the card to ``path`` atomically; ``training`` must be something that JSON can express."""
         try:
-            json.dumps(self.training)
+            write_json(path, {"format": FORMAT, **asdict(self)})
         except (TypeError, ValueError, RecursionError) as error:
             raise CalmError(f"the training summary must be plain JSON data: {error}") from error
-        write_json(path, {"format": FORMAT, **asdict(self)})
 
     @staticmethod
     def read(path: Path) -> Card:
@@ -89,65 +85,55 @@ class Card:
             raise CalmError(f"{path} is not a model's description: it must be a JSON object with 'format': {FORMAT}")
         version = content.pop("format")
         if version > FORMAT:
-            raise CalmError(
-                f"{path} has format {shown(version)}, of a newer release; this one reads up to {FORMAT}: upgrade calm"
-            )
+            newer = f"has format {shown(version)}, of a newer release; this one reads up to {FORMAT}: upgrade calm"
+            raise CalmError(f"{path} {newer}")
         if version < 1:
             raise CalmError(f"{path} has format {shown(version)}: allowed are 1 to {FORMAT}")
-        return _record(Card, content, str(path))
+        card: Card = _parse(Card, content, str(path))
+        return card
 
 
-def _record(kind: type[T], content: object, where: str) -> T:
-    """Return a dataclass from a JSON object whose fields must be known, complete and of the right type."""
-    if not isinstance(content, dict):
-        raise CalmError(f"{where} must be a JSON object, got {shown(content)}")
-    hints = get_type_hints(kind)
-    known = fields(kind)  # type: ignore[arg-type]
-    names = [field.name for field in known]
+_EXPECTED = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a string", tuple: "a list"}
+
+
+def _parse(hint: Any, value: Any, where: str) -> Any:
+    """Return a JSON value as the type ``hint``, down to the fields of dataclasses; an error says what was expected."""
+    kind, arguments = get_origin(hint) or hint, get_args(hint)
+    if kind in (Any, Literal):  # the words that are allowed are checked by the dataclass
+        return value
+    if kind is UnionType:  # of one type and None
+        return None if value is None else _parse(arguments[0], value, where)
+    if kind is tuple and isinstance(value, list):
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise CalmError(f"{where} must be a list of {len(kinds)} values, got {shown(value)}")
+        return tuple(_parse(kinds[place], item, f"{where}[{place}]") for place, item in enumerate(value))
+    if kind is dict and isinstance(value, dict):
+        return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if is_dataclass(kind) and isinstance(value, dict):
+        return _parse_fields(kind, value, where)
+    if kind is float and type(value) in (int, float) and abs(value) < LARGEST:
+        return float(value)
+    if type(value) is kind and kind in (int, bool, str):
+        return value
+    raise CalmError(f"{where} must be {_EXPECTED.get(kind, 'a JSON object')}, got {shown(value)}")
+
+
+def _parse_fields(kind: Any, content: dict[str, Any], where: str) -> Any:
+    """Return a dataclass from its fields, which must be known and complete."""
+    required = {field.name: field.default is MISSING for field in fields(kind)}
     for name in content:
-        if name not in names:
-            raise unknown("field", name, names, where=where)
-    for field in known:
-        if field.name not in content and field.default is MISSING:
-            raise CalmError(f"{where} lacks the field {field.name!r}")
-    values = {name: _value(hints[name], value, f"{where}: {name}") for name, value in content.items()}
+        if name not in required:
+            raise unknown("field", name, required, where=where)
+    for name in required:
+        if name not in content and required[name]:
+            raise CalmError(f"{where} lacks the field {name!r}")
+    hints = get_type_hints(kind)
+    values = {name: _parse(hints[name], value, f"{where}: {name}") for name, value in content.items()}
     try:
         return kind(**values)
     except CalmError as error:
         raise CalmError(f"{where}: {error}") from error
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    """Return a JSON value as the annotated type ``hint``; an error says what was expected."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        if value not in arguments:
-            raise unknown("value", value, map(str, arguments), where=where)
-        return value
-    if origin in (Union, UnionType):
-        if value is None and NoneType in arguments:
-            return None
-        (hint,) = (one for one in arguments if one is not NoneType)
-        return _value(hint, value, where)
-    if hint == tuple[str, ...] and isinstance(value, list) and all(type(item) is str for item in value):
-        return tuple(value)  # class names may be a million: do not name the place of each
-    if origin is tuple and isinstance(value, list):
-        kinds = (arguments[0],) * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(kinds) != len(value):
-            raise CalmError(f"{where} must be a list of {len(kinds)} values, got {shown(value)}")
-        pairs = enumerate(zip(kinds, value, strict=True))
-        return tuple(_value(kind, item, f"{where}[{place}]") for place, (kind, item) in pairs)
-    if origin is dict and isinstance(value, dict):
-        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if isinstance(hint, type) and hasattr(hint, "__dataclass_fields__"):
-        return _record(hint, value, where)
-    if hint is float and type(value) in (int, float) and abs(value) < LARGEST:
-        return float(value)
-    if hint is Any or (type(value) is hint and hint is not float):
-        return value
-    expected = {float: "a finite number", int: "a whole number", bool: "true or false", str: "a string"}
-    expected |= {tuple: "a list", dict: "a JSON object"}
-    raise CalmError(f"{where} must be {expected[origin or hint]}, got {shown(value)}")
 
 
 def write(
@@ -158,7 +144,7 @@ def write(
     preprocessing: Preprocessing,
     training: dict[str, Any],
 ) -> Path:
-    """Write a model's weights and card to ``folder``, all or nothing.
+    """Write a model's weights and card (see `Card`) to ``folder``, all or nothing, and return the folder, resolved.
 
     A new folder appears complete. In a folder that exists the two files are replaced, and other files stay; a
     kill between the two replacements leaves a mismatch that `read` detects.
@@ -166,10 +152,6 @@ def write(
     Args:
         folder: Created with its parents if missing.
         state: The model's state dict, on any device; dtypes are kept.
-        config: For the card, as are all that follow: see `Card`.
-
-    Returns:
-        The folder, resolved.
 
     Raises:
         CalmError: If ``folder`` is a file, or the training summary is not JSON.
@@ -210,11 +192,8 @@ def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]
     state = _read_weights(folder, card)
     rows = state.get("head.conv_last.weight")
     if rows is None or rows.ndim != 4 or not rows.numel() or len(rows) != card.model.num_classes:
-        found = "none" if rows is None else _kind(rows)
-        raise CalmError(
-            f"{folder / WEIGHTS} does not fit the model in {CARD}: head.conv_last.weight is {found} for"
-            f" {card.model.num_classes} classes"
-        )
+        found = f"{'none' if rows is None else _kind(rows)} for {card.model.num_classes} classes"
+        raise CalmError(f"{folder / WEIGHTS} does not fit the model in {CARD}: head.conv_last.weight is {found}")
     return folder, card, state
 
 
@@ -238,26 +217,24 @@ def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
         CalmError: If keys are missing or unexpected, or tensors have another shape; the first of them are named.
     """
     own = model.state_dict(keep_vars=True)
-    shared = [key for key in own if key in state]
+    kinds = {key: (_kind(state[key]), _kind(own[key])) for key in own if key in state}
     problems = {
         "missing": [key for key in own if key not in state],
-        "unexpected": [key for key in state if key not in own],
+        "unexpected": [key[:200] for key in state if key not in own],
         "of another kind": [
-            f"{key} ({_kind(state[key])}, should be {_kind(own[key])})"
-            for key in shared
-            if _kind(state[key]) != _kind(own[key])
+            f"{key} ({given}, should be {mine})" for key, (given, mine) in kinds.items() if given != mine
         ],
     }
     if any(problems.values()):
-        raise CalmError("; ".join(_first_keys(what, keys) for what, keys in problems.items() if keys))
-    for key in shared:
-        own[key].data = own[key].data.to(state[key].dtype)
+        texts = (f"{len(keys)} {what}: {_first(keys)}" for what, keys in problems.items() if keys)
+        raise CalmError("; ".join(texts))
+    for key, tensor in state.items():
+        own[key].data = own[key].data.to(tensor.dtype)
     model.load_state_dict(state)
 
 
-def _first_keys(what: str, keys: list[str]) -> str:
-    more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
-    return f"{len(keys)} {what}: {', '.join(key[:200] for key in keys[:5])}{more}"
+def _first(keys: list[str]) -> str:
+    return ", ".join(keys[:5]) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
 
 
 def _kind(tensor: Tensor) -> str:
@@ -290,10 +267,9 @@ def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
     except Exception as error:  # besides OSError and SafetensorError, KeyError for a dtype that torch does not have
         raise CalmError(f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}") from error
     if found != card.weights_sha256:
-        raise CalmError(
-            f"{path} is not the file that {CARD} describes (sha256 {found[:12]}..., should be "
-            f"{card.weights_sha256[:12]}...): a damaged download or an interrupted save; get or save it anew"
-        )
+        hashes = f"sha256 {found[:12]}..., should be {card.weights_sha256[:12]}..."
+        fix = "a damaged download or an interrupted save; get or save it anew"
+        raise CalmError(f"{path} is not the file that {CARD} describes ({hashes}): {fix}")
     return state
 
 

@@ -7,19 +7,6 @@ from typing import Literal, TypeAlias, get_args
 
 from calm.errors import CalmError, unknown
 
-__all__ = [
-    "DRAWS",
-    "FRACTIONS",
-    "REPLICATES",
-    "Explain",
-    "Fill",
-    "Method",
-    "ModelConfig",
-    "Order",
-    "PriorActivation",
-    "PriorDenominator",
-]
-
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
 PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
@@ -69,11 +56,8 @@ class ModelConfig:
     prior_denominator: PriorDenominator = "differentiated"
 
     def __post_init__(self) -> None:
-        for name, kind in (
-            ("method", Method),
-            ("prior_activation", PriorActivation),
-            ("prior_denominator", PriorDenominator),
-        ):
+        allowed = {"method": Method, "prior_activation": PriorActivation, "prior_denominator": PriorDenominator}
+        for name, kind in allowed.items():
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
         if self.num_classes < 1:

@@ -53,11 +53,7 @@ def needs_extra(what: str, *extras: str) -> Iterator[None]:
 
     Args:
         what: what needs the module, for the message, such as ``"calm train"``.
-        extras: the extras that ``what`` needs in all. Without the missing module among theirs, the message names
-            the extra that has it.
-
-    Raises:
-        CalmError: a module of `EXTRAS` is missing.
+        extras: the extras that ``what`` needs in all; if none of them has the module, the one that has it is named.
 
     >>> with needs_extra("calm train", "train"):
     ...     raise ModuleNotFoundError(name="lightning.pytorch")

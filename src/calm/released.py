@@ -16,15 +16,14 @@ any other                ``backbone.`` and the same
 
 The file does not say the method (a CALM checkpoint fits a CAM model, too) or the size of the map (a stride, which no
 weight shows). A wrong answer changes the predictions without an error, so both must be given.
-
 Source: github.com/naver-ai/calm, ``main.py``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
@@ -40,7 +39,10 @@ from calm.model import CalmModel, create_model
 
 ARCHITECTURES = ("resnet50", "vgg16", "inception_v3")
 FILE_NAME = "last_checkpoint.pth.tar"
-_PREFIX = "module."
+
+
+_PLACES = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention.", "": "backbone."}
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -48,18 +50,51 @@ class ReleasedFile:
     """The content of a released checkpoint, without its optimizer.
 
     Attributes:
-        path: The file.
+        source: The file.
         architecture: One of `ARCHITECTURES`.
         epoch: The number of epochs trained, if the file says so.
         state: The tensors by released key, without ``module.``.
         prefixed: Whether all keys had the prefix ``module.`` of a parallel model.
     """
 
-    path: Path
+    source: Path
     architecture: str
     epoch: int | None
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(repr=False)
     prefixed: bool
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes, C."""
+        return len(self.state["conv_last.weight"])
+
+
+@dataclass(frozen=True)
+class ConversionReport(ReleasedFile):
+    """What became of every key of a released checkpoint; ``str`` makes a few lines of it.
+
+    Attributes:
+        consumed: From released keys to keys of this package.
+        ignored: From released keys to the reasons why they have no place.
+        absent: Keys of this package that the file lacks and that need no value from it.
+        out: The folder written, if any.
+    """
+
+    consumed: Mapping[str, str]
+    ignored: Mapping[str, str]
+    absent: tuple[str, ...]
+    out: Path | None = None
+
+    def __str__(self) -> str:
+        epoch = "" if self.epoch is None else f", epoch {self.epoch}"
+        lines = [
+            f"{self.source}: {self.architecture}, {self.num_classes} classes{epoch}",
+            f"  {len(self.consumed)} keys consumed{' (prefix module. removed)' if self.prefixed else ''}",
+            *(f"  ignored {key}: {reason}" for key, reason in self.ignored.items()),
+            *(f"  absent {key}: starts at 0" for key in self.absent),
+            *([] if self.out is None else [f"  written to {self.out}"]),
+        ]
+        return "\n".join(lines)
 
 
 def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
@@ -75,10 +110,10 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
     content = read_torch(path, "the released checkpoint")
     if not isinstance(content, dict):
         raise CalmError(f"{path} holds a {type(content).__name__}, but a released checkpoint is a dict")
-    for field in ("architecture", "state_dict"):
-        if field not in content:
+    for name in ("architecture", "state_dict"):
+        if name not in content:
             keys = ", ".join(shown(key).strip("'") for key in list(content)[:5]) or "nothing"
-            raise CalmError(f"{path} is not a released checkpoint: it lacks {field!r}; it holds {keys}")
+            raise CalmError(f"{path} is not a released checkpoint: it lacks {name!r}; it holds {keys}")
     architecture, epoch = content["architecture"], content.get("epoch")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise unknown("architecture", architecture, ARCHITECTURES, where=str(path))
@@ -86,9 +121,9 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
         epoch = None
     state = _check_state(content["state_dict"], path)
     # The prefix of a parallel model is on all keys; a layer of the user's own could be called "module" as well.
-    prefixed = all(key.startswith(_PREFIX) for key in state)
+    prefixed = all(key.startswith("module.") for key in state)
     if prefixed:
-        state = {key.removeprefix(_PREFIX): tensor for key, tensor in state.items()}
+        state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return ReleasedFile(path, architecture, epoch, state, prefixed)
 
 
@@ -100,10 +135,8 @@ def _check_state(state: Any, path: Path) -> dict[str, Tensor]:
             raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name; not so is {shown(key)}")
     broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise CalmError(
-            f"{path}: {len(broken)} of {len(state)} tensors hold NaN or infinity, the first is {broken[0]:.200}: the "
-            "training that wrote it had diverged"
-        )
+        count = f"{len(broken)} of {len(state)} tensors hold NaN or infinity, the first is {broken[0]:.200}"
+        raise CalmError(f"{path}: {count}: the training that wrote it had diverged")
     return dict(state)
 
 
@@ -112,45 +145,6 @@ def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()
-
-
-_HEAD = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention."}
-_COUNTER = "num_batches_tracked"
-
-
-@dataclass(frozen=True)
-class ConversionReport:
-    """What became of every key of a released checkpoint; ``str`` makes a few lines of it.
-
-    Attributes:
-        source: The file; ``architecture``, ``epoch`` and ``prefixed`` as in `ReleasedFile`.
-        num_classes: C.
-        consumed: From released keys to keys of this package.
-        ignored: From released keys to the reasons why they have no place.
-        absent: Keys of this package that the file lacks and that need no value from it.
-        out: The folder written, if any.
-    """
-
-    source: Path
-    architecture: str
-    epoch: int | None
-    num_classes: int
-    consumed: Mapping[str, str]
-    ignored: Mapping[str, str]
-    absent: tuple[str, ...]
-    prefixed: bool
-    out: Path | None = None
-
-    def __str__(self) -> str:
-        epoch = "" if self.epoch is None else f", epoch {self.epoch}"
-        lines = [
-            f"{self.source}: {self.architecture}, {self.num_classes} classes{epoch}",
-            f"  {len(self.consumed)} keys consumed{' (prefix module. removed)' if self.prefixed else ''}",
-            *(f"  ignored {key}: {reason}" for key, reason in self.ignored.items()),
-            *(f"  absent {key}: starts at 0" for key in self.absent),
-            *([] if self.out is None else [f"  written to {self.out}"]),
-        ]
-        return "\n".join(lines)
 
 
 def load_released(
@@ -196,10 +190,11 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
             f"a released checkpoint means prior_activation='relu', but this model has {config.prior_activation!r}: "
             "the released code would read other probabilities from the same weights. Use save_pretrained"
         )
-    state = {_released_key(key): tensor.detach() for key, tensor in model.state_dict().items()}
+    back = {ours: theirs for theirs, ours in _PLACES.items()}
+    state = {_moved(key, back): tensor.detach() for key, tensor in model.state_dict().items()}
     if config.method == "cam":
-        state["attention.0.weight"] = torch.zeros_like(state["conv_last.weight"][:1])
-        state["attention.0.bias"] = torch.zeros_like(state["conv_last.bias"][:1])
+        for part in ("weight", "bias"):
+            state[f"attention.0.{part}"] = torch.zeros_like(state[f"conv_last.{part}"][:1])
     return state
 
 
@@ -244,56 +239,44 @@ def load_with_report(
     file = read_released(path)
     classes = file.state.get("conv_last.weight")
     if classes is None or classes.ndim != 4 or not classes.numel():
-        raise CalmError(f"{file.path} is not a released checkpoint: it lacks the classifier conv_last.weight")
+        raise CalmError(f"{file.source} is not a released checkpoint: it lacks the classifier conv_last.weight")
+    build = partial(
+        create_model, file.architecture, len(classes), method, prior_activation="relu", prior_denominator="constant"
+    )
     with torch.random.fork_rng(devices=[]):
-        model = _build(
-            file.architecture, len(classes), method, large_feature_map, use_bn=use_bn, class_names=class_names
-        )
+        model = build(large_feature_map, use_bn=use_bn, class_names=class_names)
     own = model.state_dict()
     prior = [key for key in file.state if key.startswith("attention.")] if method == "cam" else []
     ignored = dict.fromkeys(prior, "a CAM model has no prior")
-    names = {key: _our_key(key) for key in file.state if key not in ignored}
+    names = {key: _moved(key, _PLACES) for key in file.state if key not in ignored}
     given = {ours: file.state[key] for key, ours in names.items()}
-    absent = [key for key in own if key not in given and key.endswith(_COUNTER)]
+    absent = tuple(key for key in own if key not in given and key.endswith(_COUNTER))
     try:
         fill(model, given | {key: own[key] for key in absent})
     except CalmError as error:
         options = f"large_feature_map={large_feature_map}, use_bn={use_bn}"
-        fitting = _fitting(file, given, method, large_feature_map)
+        fitting = _fitting(file.architecture, given, build, large_feature_map)
         problem = f"its weights are those of {fitting}" if fitting else str(error)
-        raise CalmError(f"{file.path} does not fit {file.architecture} with {options}: {problem}") from error
-    report = ConversionReport(
-        file.path, file.architecture, file.epoch, len(classes), names, ignored, tuple(absent), file.prefixed
-    )
-    return model.eval(), report
+        raise CalmError(f"{file.source} does not fit {file.architecture} with {options}: {problem}") from error
+    return model.eval(), ConversionReport(**vars(file), consumed=names, ignored=ignored, absent=absent)
 
 
-_build = partial(create_model, prior_activation="relu", prior_denominator="constant")
-
-
-def _fitting(file: ReleasedFile, given: Mapping[str, Tensor], method: Method, large: bool) -> str:
+def _fitting(architecture: str, given: Mapping[str, Tensor], build: Callable[..., CalmModel], large: bool) -> str:
     """Return the options with which keys and shapes would fit; empty if none do."""
-    shapes = {key: tensor.shape for key, tensor in given.items() if not key.endswith(_COUNTER)}
     for large_feature_map in (large, not large):
-        for use_bn in (True,) if file.architecture == "resnet50" else (True, False):
+        for use_bn in (True,) if architecture == "resnet50" else (True, False):
             with torch.device("meta"):
-                classes = len(given["head.conv_last.weight"])
-                model = _build(file.architecture, classes, method, large_feature_map, use_bn=use_bn)
-            own = {key: tensor.shape for key, tensor in model.state_dict().items()}
-            if shapes == {key: shape for key, shape in own.items() if not key.endswith(_COUNTER)}:
+                own = build(large_feature_map, use_bn=use_bn).state_dict()
+            if _shapes(given) == _shapes(own):
                 return f"large_feature_map={large_feature_map}, use_bn={use_bn}"
     return ""
 
 
-def _our_key(released: str) -> str:
-    for prefix, ours in _HEAD.items():
-        if released.startswith(prefix):
-            return ours + released.removeprefix(prefix)
-    return f"backbone.{released}"
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    return {key: tensor.shape for key, tensor in state.items() if not key.endswith(_COUNTER)}
 
 
-def _released_key(ours: str) -> str:
-    for released, prefix in _HEAD.items():
-        if ours.startswith(prefix):
-            return released + ours.removeprefix(prefix)
-    return ours.removeprefix("backbone.")
+def _moved(key: str, places: Mapping[str, str]) -> str:
+    """Return ``key`` with the first of the prefixes that it has replaced."""
+    old = next(prefix for prefix in places if key.startswith(prefix))
+    return places[old] + key.removeprefix(old)

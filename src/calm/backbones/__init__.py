@@ -19,9 +19,6 @@ from calm.backbones.timm_models import TimmBackbone, is_timm_name
 from calm.errors import CalmError
 from calm.inference import evaluation_mode
 
-__all__ = ["BACKBONES", "adapt_backbone", "build_backbone"]
-
-
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "resnet50": ResNet50,
     "vgg16": VGG16,
@@ -56,11 +53,8 @@ def build_backbone(
     >>> build_backbone("small_resnet").out_channels
     256
     """
-    if name in BACKBONES:
-        build = BACKBONES[name]
-    elif is_timm_name(name):
-        build = partial(TimmBackbone, name)
-    else:
+    build = BACKBONES.get(name) or (partial(TimmBackbone, name) if is_timm_name(name) else None)
+    if build is None:
         raise _unknown(name)
     options = {
         "pretrained": pretrained,
@@ -68,17 +62,14 @@ def build_backbone(
         "use_bn": use_bn,
         "output_stride": output_stride,
     }
-    own = inspect.signature(build).parameters
     defaults = inspect.signature(build_backbone).parameters
-    for option, value in options.items():
-        if option not in own and value != defaults[option].default:
-            builders = {**BACKBONES, "timm models": TimmBackbone}
-            having = [other for other, builder in builders.items() if option in inspect.signature(builder).parameters]
-            raise CalmError(
-                f"backbone {name!r} has no option {option}, given {option}={value}: leave it out, or choose "
-                f"among {', '.join(having)}"
-            )
-    return build(**{option: value for option, value in options.items() if option in own})
+    chosen = {option: value for option, value in options.items() if value != defaults[option].default}
+    for option in chosen.keys() - inspect.signature(build).parameters:
+        builders = {**BACKBONES, "timm models": TimmBackbone}
+        having = ", ".join(known for known in builders if option in inspect.signature(builders[known]).parameters)
+        given = f"given {option}={chosen[option]}: leave it out, or choose among {having}"
+        raise CalmError(f"backbone {name!r} has no option {option}, {given}")
+    return build(**chosen)
 
 
 def _unknown(name: str) -> CalmError:
@@ -110,36 +101,28 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
     >>> adapt_backbone(nn.Conv2d(3, 5, kernel_size=3)).out_channels
     5
     """
-    name = type(module).__name__
+    name, where = type(module).__name__, f"image of {size[0]} x {size[1]} pixels"
     stated = _int_attribute(module, "out_channels")
+    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     try:
-        output = _try(module, size)
+        with evaluation_mode(module), torch.no_grad():
+            output = module(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
     except Exception as error:  # a user's module may raise anything
         channels = stated or _int_attribute(module, "num_features")
         if channels is None:
-            raise CalmError(
-                f"the backbone {name} does not run on an image of {size[0]} x {size[1]} pixels: {error}. "
-                "Repair it, or if it needs images of another size, give it an int attribute out_channels"
-            ) from error
+            fix = "Repair it, or if it needs images of another size, give it an int attribute out_channels"
+            raise CalmError(f"the backbone {name} does not run on an {where}: {error}. {fix}") from error
         module.out_channels = channels  # type: ignore[assignment]
         return module
     if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise CalmError(
-            f"the backbone {name} must return one float tensor of features (B, D, h, w), but for one image of "
-            f"{size[0]} x {size[1]} pixels it returned {found}: take its pooling and classifier out"
-        )
+        got = f"for one {where} it returned {found}: take its pooling and classifier out"
+        raise CalmError(f"the backbone {name} must return one float tensor of features (B, D, h, w), but {got}")
     channels = output.shape[1]
     if stated not in (None, channels):
         raise CalmError(f"the backbone {name} says out_channels={stated}, its features have {channels} channels")
     module.out_channels = channels  # type: ignore[assignment]
     return module
-
-
-def _try(module: nn.Module, size: tuple[int, int]) -> object:
-    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
-    with evaluation_mode(module), torch.no_grad():
-        return module(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
 
 
 def _int_attribute(module: nn.Module, name: str) -> int | None:

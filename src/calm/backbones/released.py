@@ -9,47 +9,34 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models import (
-    Inception_V3_Weights,
-    ResNet,
-    ResNet50_Weights,
-    VGG16_BN_Weights,
-    VGG16_Weights,
-    WeightsEnum,
-)
-from torchvision.models.inception import BasicConv2d, InceptionA, InceptionB, InceptionC
-from torchvision.models.resnet import Bottleneck
-from torchvision.models.vgg import cfgs, make_layers
+from torchvision import models
+from torchvision.models import inception, resnet, vgg
 
 from calm.errors import CalmError
 
 
-class ResNet50(ResNet):  # type: ignore[misc]
+class ResNet50(resnet.ResNet):  # type: ignore[misc]
     """ResNet-50 with D = 2048 channels.
 
     ``layer4`` has stride 1; with ``large_feature_map`` so has ``layer3``. Nothing is dilated, so the weights are
-    torchvision's, one for one.
-
-    Args:
-        pretrained: Whether to start from torchvision's first ImageNet weights instead of random ones.
-        large_feature_map: Whether the stride is 8 instead of 16.
+    torchvision's, one for one. The arguments are those of `calm.backbones.build_backbone`.
     """
 
     out_channels = 2048
 
     def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True) -> None:
-        super().__init__(Bottleneck, [3, 4, 6, 3])
+        super().__init__(resnet.Bottleneck, [3, 4, 6, 3])
         del self.avgpool, self.fc
         for stage in (self.layer4, self.layer3) if large_feature_map else (self.layer4,):
             stage[0].conv2.stride = (1, 1)
             stage[0].downsample[0].stride = (1, 1)
         if pretrained:
-            state = imagenet_weights(ResNet50_Weights.IMAGENET1K_V1)
-            load_pretrained(self, {key: value for key, value in state.items() if not key.startswith("fc.")})
+            load_pretrained(self, imagenet_weights(models.ResNet50_Weights.IMAGENET1K_V1))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 2048, h, w) of normalised images (B, 3, H, W)."""
@@ -63,126 +50,82 @@ class VGG16(nn.Module):
 
     It is torchvision's ``features`` without the last pooling (without the last two if ``large_feature_map``), layers
     numbered without gaps; then a new 3 x 3 convolution ``conv6`` to 1024 channels, with BatchNorm ``bn6`` if
-    ``use_bn``, and ReLU.
-
-    Args:
-        pretrained: Whether ``features`` start from torchvision's ImageNet weights; ``conv6`` and ``bn6`` are new.
-        large_feature_map: Whether the stride is 8 instead of 16.
-        use_bn: Whether BatchNorm follows every convolution.
+    ``use_bn``, and ReLU. The arguments are those of `calm.backbones.build_backbone`.
     """
 
     out_channels = 1024
 
     def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
         super().__init__()
-        layout, dropped = _without_last_pools(2 if large_feature_map else 1)
-        self.features = make_layers(layout, batch_norm=use_bn)
+        layout = vgg.cfgs["D"][:-1]
+        if large_feature_map:
+            del layout[-4]  # the pooling before the last three convolutions
+        self.features = vgg.make_layers(layout, batch_norm=use_bn)
         self.conv6 = nn.Conv2d(512, self.out_channels, kernel_size=3, padding=1)
         self.bn6 = nn.BatchNorm2d(self.out_channels) if use_bn else nn.Identity()
         self.relu = nn.ReLU(inplace=True)
         initialise(self)
         if pretrained:
-            weights = VGG16_BN_Weights if use_bn else VGG16_Weights
+            weights = models.VGG16_BN_Weights if use_bn else models.VGG16_Weights
             state = imagenet_weights(weights.IMAGENET1K_V1)
-            load_pretrained(self, _renumber(state, dropped, use_bn=use_bn), new_layers=("conv6.", "bn6."))
+            load_pretrained(self, self._renumber(state), new_layers=("conv6.", "bn6."))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
         features: Tensor = self.relu(self.bn6(self.conv6(self.features(images))))
         return features
 
-
-def _without_last_pools(count: int) -> tuple[list[str | int], list[int]]:
-    """Return configuration D without its last ``count`` poolings, and the places in D that these had."""
-    full = cfgs["D"]
-    dropped = [place for place, item in enumerate(full) if item == "M"][-count:]
-    return [item for place, item in enumerate(full) if place not in dropped], dropped
-
-
-def _renumber(state: Mapping[str, Tensor], dropped: list[int], *, use_bn: bool) -> dict[str, Tensor]:
-    """Return torchvision's ``features.N.name`` under the numbers that remain without some poolings.
-
-    A convolution of the configuration is 3 layers of ``features`` with BatchNorm, 2 without; a pooling is 1.
-    """
-    numbers: dict[int, int] = {}
-    old = new = 0
-    for place, item in enumerate(cfgs["D"]):
-        for _ in range(1 if item == "M" else 3 if use_bn else 2):
-            numbers[old] = new
-            old += 1
-            new += place not in dropped
-    renamed = {}
-    for key, value in state.items():
-        part, _, rest = key.partition(".")
-        if part == "features":
-            number, _, name = rest.partition(".")
-            renamed[f"features.{numbers[int(number)]}.{name}"] = value
-    return renamed
+    def _renumber(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return torchvision's ``features.N.name`` under our numbers: layers with weights have the same order."""
+        keys = [key for key in state if key.startswith("features.")]
+        theirs = dict.fromkeys(int(key.split(".")[1]) for key in keys)
+        ours = [number for number, layer in enumerate(self.features) if any(True for _ in layer.parameters())]
+        numbers = dict(zip(theirs, ours, strict=True))
+        return {f"features.{numbers[int(key.split('.')[1])]}.{key.split('.')[2]}": state[key] for key in keys}
 
 
-_NEW = ("A3_1b.", "A3_2b.")
-_BEYOND = ("AuxLogits.", "Mixed_7", "fc.")
-
-
-class InceptionV3(nn.Module):
+class InceptionV3(inception.Inception3):  # type: ignore[misc]
     """Inception-v3 with D = 1024 channels.
 
     It is torchvision's network up to and including ``Mixed_6e``, with other paddings and with ``Mixed_6a`` at stride 1,
-    then two new 3 x 3 convolutions ``A3_1b`` and ``A3_2b``. The small map has one more pooling before ``Mixed_6a``.
-    torchvision's own rescaling of the input for its Inception weights is not applied, as in the released code.
-
-    Args:
-        pretrained: Whether torchvision's blocks start from its ImageNet weights; ``A3_1b`` and ``A3_2b`` are new.
-        large_feature_map: Whether the stride is 8 instead of 16.
-        use_bn: Whether ``A3_1b`` and ``A3_2b`` have BatchNorm; the blocks before always have it.
+    then two new 3 x 3 convolutions ``A3_1b`` and ``A3_2b``, with BatchNorm if ``use_bn``. The small map has one more
+    pooling before ``Mixed_6a``. torchvision's own rescaling of the input for its Inception weights is not applied, as
+    in the released code. The arguments are those of `calm.backbones.build_backbone`.
     """
 
     out_channels = 1024
 
     def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
-        super().__init__()
-        self.large_feature_map = large_feature_map
-        self.Conv2d_1a_3x3 = BasicConv2d(3, 32, kernel_size=3, stride=2, padding=1)
-        self.Conv2d_2a_3x3 = BasicConv2d(32, 32, kernel_size=3)
-        self.Conv2d_2b_3x3 = BasicConv2d(32, 64, kernel_size=3, padding=1)
-        self.Conv2d_3b_1x1 = BasicConv2d(64, 80, kernel_size=1)
-        self.Conv2d_4a_3x3 = BasicConv2d(80, 192, kernel_size=3)
-        self.Mixed_5b = InceptionA(192, pool_features=32)
-        self.Mixed_5c = InceptionA(256, pool_features=64)
-        self.Mixed_5d = InceptionA(288, pool_features=64)
-        self.Mixed_6a = _UnstridedInceptionB(288)
-        self.Mixed_6b = InceptionC(768, channels_7x7=128)
-        self.Mixed_6c = InceptionC(768, channels_7x7=160)
-        self.Mixed_6d = InceptionC(768, channels_7x7=160)
-        self.Mixed_6e = InceptionC(768, channels_7x7=192)
+        blocks = [inception.BasicConv2d, inception.InceptionA, _UnstridedInceptionB, inception.InceptionC]
+        blocks += [inception.InceptionD, inception.InceptionE, inception.InceptionAux]
+        super().__init__(aux_logits=False, init_weights=False, inception_blocks=blocks)
+        del self.Mixed_7a, self.Mixed_7b, self.Mixed_7c, self.avgpool, self.dropout, self.fc
+        self.Conv2d_1a_3x3.conv.padding = (1, 1)
+        self.maxpool1 = self.maxpool2 = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
+        self.maxpool3 = nn.Identity() if large_feature_map else nn.MaxPool2d(3, stride=2, ceil_mode=True)
         self.A3_1b = _new_convolution(768, self.out_channels, use_bn)
         self.A3_2b = _new_convolution(self.out_channels, self.out_channels, use_bn)
         initialise(self)
         if pretrained:
-            state = imagenet_weights(Inception_V3_Weights.IMAGENET1K_V1)
-            kept = {key: value for key, value in state.items() if not key.startswith(_BEYOND)}
-            load_pretrained(self, kept, new_layers=_NEW)
+            state = imagenet_weights(models.Inception_V3_Weights.IMAGENET1K_V1)
+            load_pretrained(self, state, new_layers=("A3_1b.", "A3_2b."))
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
         x = self.Conv2d_2b_3x3(self.Conv2d_2a_3x3(self.Conv2d_1a_3x3(images)))
-        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
-        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(x))
-        x = F.max_pool2d(x, 3, stride=2, padding=1, ceil_mode=True)
-        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(x)))
-        if not self.large_feature_map:
-            x = F.max_pool2d(x, 3, stride=2, ceil_mode=True)
-        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(x))))
+        x = self.Conv2d_4a_3x3(self.Conv2d_3b_1x1(self.maxpool1(x)))
+        x = self.Mixed_5d(self.Mixed_5c(self.Mixed_5b(self.maxpool2(x))))
+        x = self.Mixed_6d(self.Mixed_6c(self.Mixed_6b(self.Mixed_6a(self.maxpool3(x)))))
         # The released code computes Mixed_6e, but goes on from Mixed_6d by mistake: no weights rely on it.
         features: Tensor = self.A3_2b(self.A3_1b(self.Mixed_6e(x)))
         return features
 
 
-class _UnstridedInceptionB(InceptionB):  # type: ignore[misc]
+class _UnstridedInceptionB(inception.InceptionB):  # type: ignore[misc]
     """torchvision's grid reduction with stride 1 and padding 1 in convolutions and pooling: it keeps the grid."""
 
-    def __init__(self, in_channels: int) -> None:
-        super().__init__(in_channels)
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         for reduction in (self.branch3x3.conv, self.branch3x3dbl_3.conv):
             reduction.stride, reduction.padding = (1, 1), (1, 1)
 
@@ -192,10 +135,9 @@ class _UnstridedInceptionB(InceptionB):  # type: ignore[misc]
 
 
 def _new_convolution(in_channels: int, out_channels: int, use_bn: bool) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)]
-    if use_bn:
-        layers.append(nn.BatchNorm2d(out_channels))
-    return nn.Sequential(*layers, nn.ReLU(inplace=True))
+    convolution = nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1)
+    norm = [nn.BatchNorm2d(out_channels)] if use_bn else []
+    return nn.Sequential(convolution, *norm, nn.ReLU(inplace=True))
 
 
 def initialise(module: nn.Module) -> None:
@@ -207,7 +149,7 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
+def imagenet_weights(weights: models.WeightsEnum) -> dict[str, Tensor]:
     """Return the tensors of a torchvision weight set, from torch's hub cache or downloaded into it.
 
     The file is read without executing anything in it, and a download must match its published hash.
@@ -224,14 +166,13 @@ def imagenet_weights(weights: WeightsEnum) -> dict[str, Tensor]:
 
 
 def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()) -> None:
-    """Copy ``state``, which must fit, into ``backbone``; only the layers named in ``new_layers`` may be missing."""
+    """Copy the layers that ``backbone`` has from ``state``; only those named in ``new_layers`` may be missing there."""
+    layers = {name for name, _ in backbone.named_children()}
+    kept = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in layers}
     try:
-        missing, unexpected = backbone.load_state_dict(state, strict=False)
+        missing, unexpected = backbone.load_state_dict(kept, strict=False)
+        lost = [key for key in missing if not key.startswith(new_layers)]
+        if lost or unexpected:
+            raise RuntimeError(f"missing {lost or 'nothing'}, unexpected {unexpected or 'nothing'}")
     except RuntimeError as error:
         raise CalmError(f"the pretrained weights do not fit {type(backbone).__name__}: {error}") from error
-    lost = [key for key in missing if not key.startswith(new_layers)]
-    if lost or unexpected:
-        raise CalmError(
-            f"the pretrained weights do not fit {type(backbone).__name__}: missing {lost or 'nothing'}, "
-            f"unexpected {unexpected or 'nothing'}"
-        )
