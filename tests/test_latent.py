@@ -291,7 +291,7 @@ def test_loss_is_finite_where_the_likelihood_underflows():
 def test_cam_output_loss_is_cross_entropy_of_the_averaged_maps():
     features = torch.randn(3, 5, 2, 4, dtype=torch.float64)
     weight, bias = torch.randn(6, 5, 1, 1, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    out = CamOutput(features, weight, bias)
+    out = CamOutput.of(features, weight, bias)
     targets = torch.tensor([1, 5, 0])
     mean = torch.zeros(3, 6, dtype=torch.float64)
     for b in range(3):

@@ -96,11 +96,26 @@ def test_attribute_refuses_wrong_targets(wrong):
         (torch.tensor([0, 1]), r"shape \(2,\) for 3 images"),
         (torch.tensor([0.0, 1.0, 2.0]), r"shape \(3,\) for 3 images, torch.float32"),
         (torch.ones(3, 4) / 4, r"for 3 images, .* or a row of 5 probabilities"),
+        (torch.tensor([0, 5, 1]), "target 5 of image 1: it must be a class index from 0 to 4"),
+        (torch.tensor([-100, -100, -100]), "target -100 of image 0: it must be a class index"),
+        (torch.tensor([[1.0, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 1, 0, 0, 0]]), "of image 0: it must be a row of prob"),
+        (torch.eye(5)[:3] * torch.tensor([[1.0], [1.0], [0.0]]), r"\[0.0, 0.0, 0.0, 0.0, ...\] of image 2: it must be"),
+        (torch.tensor([[1.5, -0.5, 0, 0, 0]]).repeat(3, 1), "at least 0, with sum 1"),
+        (torch.full((3, 5), torch.nan), "at least 0, with sum 1"),
     ],
 )
 def test_loss_refuses_wrong_targets(method, targets, message):
     with pytest.raises(CalmError, match=message):
         tiny(method).loss(IMAGES, targets)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_loss_takes_smoothed_rows_rounded_to_half_precision(method, dtype):
+    rows = torch.full((3, 1000), 1e-4)
+    rows[:, 7] += 0.9
+    model = create_model(Tiny(), 1000, method)
+    assert_close(model.loss(IMAGES, rows.to(dtype)), model.loss(IMAGES, rows), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("method", METHODS)

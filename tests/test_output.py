@@ -21,7 +21,7 @@ CALM = CalmOutput(LOGITS, SCORES)
 
 def cam_output() -> CamOutput:
     """A CAM output whose activation maps are LOGITS: identity weights on them as features."""
-    return CamOutput(LOGITS, torch.eye(5, dtype=torch.float64)[..., None, None], torch.zeros(5, dtype=torch.float64))
+    return CamOutput.of(LOGITS, torch.eye(5, dtype=torch.float64)[..., None, None], torch.zeros(5, dtype=torch.float64))
 
 
 def expected(kind: str, b: int, target: int) -> Tensor:

@@ -58,7 +58,7 @@ def test_training_measures_count_dead_priors_as_uniform() -> None:
 
 def test_training_measures_of_cam_have_no_explanation() -> None:
     measures = TrainingMeasures()
-    output = CamOutput(torch.rand(2, 4, 3, 3), torch.rand(3, 4, 1, 1), torch.zeros(3))
+    output = CamOutput.of(torch.rand(2, 4, 3, 3), torch.rand(3, 4, 1, 1), torch.zeros(3))
     measures.update(torch.tensor(1.0), 2, output, torch.tensor([0, 2]))
     assert set(measures.compute()) == {"train_loss", "train_accuracy", "train_nll"}
 

@@ -17,12 +17,9 @@ posterior           joint / likelihood     p(z | x, y): where the cue is, given 
 Values are mass (a probability per grid cell, not a density per pixel) in natural logarithms. They are computed in
 float32 or wider whatever the dtype of the activations: this file is where half precision is widened.
 
-A loss for class indices reads one row of the joint, the target's: log p(y, z | x) = log p(y | x, z) + log p(z | x).
-
 **EM and ML learn the same thing (Fisher's identity).** With the posterior q taken from the current parameters, in the
 same step and untempered, the gradient of the EM loss is -sum_z q(z) d log joint(z) = -d log sum_z joint(z), which is
-the gradient of the ML loss; only the values of the losses differ. The gradients differ when q comes from elsewhere:
-from a teacher, or from a temperature other than 1 (docs/mathematics.md has the derivation).
+the gradient of the ML loss (docs/mathematics.md). It differs with a teacher, or a temperature other than 1.
 
 Source: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution", ICCV 2021, section 3.
 """
@@ -41,40 +38,17 @@ from torch import Tensor
 from calm.config import PriorActivation, PriorDenominator
 from calm.errors import CalmError, shown, unknown
 
-__all__ = [
-    "PriorActivation",
-    "PriorDenominator",
-    "Targets",
-    "as_targets",
-    "check_classes",
-    "check_targets",
-    "e_step",
-    "em_loss",
-    "log_conditional",
-    "log_joint",
-    "log_likelihood",
-    "log_posterior",
-    "log_prior",
-    "ml_loss",
-    "target_log_conditional",
-    "widen",
-]
-
 Targets: TypeAlias = "Tensor | Sequence[int] | Sequence[Sequence[int]] | SupportsIndex"
 """Class indices (B,) or (B, K), or one index for all images."""
-
-FLOAT16_MAX = 65504.0
-"""The largest finite float16."""
 
 
 def widen(values: Tensor) -> Tensor:
     """Return ``values`` in float32, or unchanged if they are float32 or float64.
 
-    Activations beyond the range of float16 are infinite, and infinities cancel to NaN: they are replaced by the largest
-    finite float16.
+    Activations beyond the range of float16 are infinite, and infinities cancel to NaN: they become its largest value.
     """
     if values.dtype == torch.float16:
-        return values.float().clamp(-FLOAT16_MAX, FLOAT16_MAX)
+        return values.float().clamp(-65504, 65504)
     return values if values.dtype in (torch.float32, torch.float64) else values.float()
 
 
@@ -205,12 +179,14 @@ def em_loss(posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*ro
 
 
 def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
-    """Check the shape and dtype of a loss's targets, and return class indices as int64, soft targets unchanged.
+    """Return checked targets of a loss: class indices as int64, soft targets (rows of probabilities) unchanged.
 
-    The range of the indices is not checked here, which would wait for a GPU.
+    A GPU asserts the values itself, so that a training step need not wait for it: a wrong value becomes an error of the
+    device at its next synchronisation. Elsewhere it is a `CalmError` at once.
 
     Raises:
-        CalmError: If the targets are neither one class index per image nor one row of C probabilities per image.
+        CalmError: If the targets are neither one class index below C per image, nor one row of C probabilities per
+            image, at least 0 and with sum 1 (within 0.001; within 0.01 in half precision).
     """
     soft = targets.is_floating_point()
     if targets.shape != ((batch, classes) if soft else (batch,)):
@@ -218,42 +194,42 @@ def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
             f"targets of shape {tuple(targets.shape)} for {batch} images, {targets.dtype}: give a class index for each,"
             f" or a row of {classes} probabilities"
         )
-    return targets if soft else targets.long()
+    if soft:
+        tolerance = 1e-3 if targets.dtype in (torch.float32, torch.float64) else 1e-2
+        valid = (targets >= 0).all(dim=1) & ((widen(targets).sum(dim=1) - 1).abs() <= tolerance)
+        allowed = "a row of probabilities (at least 0, with sum 1)"
+    else:
+        targets, allowed = targets.long(), f"a class index from 0 to {classes - 1}"
+        valid = (targets >= 0) & (targets < classes)
+    try:
+        torch._assert_async(valid.all(), f"each target must be {allowed}")
+    except RuntimeError as error:  # at once on a CPU, and where a device has no such assertion
+        for image in valid.logical_not().nonzero().flatten()[:1].tolist():
+            raise CalmError(
+                f"target {shown(targets[image].tolist())} of image {image}: it must be {allowed}"
+            ) from error
+    return targets
 
 
-def as_targets(targets: Any, images: int) -> Tensor:
-    """Return targets as a tensor; one class alone becomes that of all images. Neither dtype nor range is checked.
+def check_classes(targets: Any, images: int, classes: int) -> Int[Tensor, " b"] | Int[Tensor, "b k"]:
+    """Return class indices (B,) or (B, K) as int64; one index alone becomes that of all images.
 
     Raises:
-        CalmError: If the targets are not numbers.
+        CalmError: If the targets are not class indices below ``classes`` for B = ``images``.
     """
     try:
         tensor = torch.as_tensor(targets)
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalmError(f"targets must be class indices, one or a list or a tensor, got {shown(targets)}") from error
-    return tensor if tensor.ndim else tensor.expand(images)
-
-
-def check_classes(targets: Any, images: int, classes: int) -> Int[Tensor, " b"] | Int[Tensor, "b k"]:
-    """Return class indices (B,) or (B, K) as int64, after checking their shape, dtype and range.
-
-    Args:
-        targets: Class indices; one alone is that of all images.
-        images: B, the number of images.
-        classes: C, the number of classes.
-
-    Raises:
-        CalmError: If the targets are not class indices below C for B images.
-    """
-    tensor = as_targets(targets, images)
+    tensor = tensor if tensor.ndim else tensor.expand(images)
     if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.ndim not in (1, 2):
         raise CalmError(
             f"targets must be class indices of shape (B,) or (B, K), got {tensor.dtype} of shape {tuple(tensor.shape)}"
         )
-    if len(tensor) != images:
-        raise CalmError(f"{len(tensor)} targets for {images} images: give one row per image")
-    if tensor.numel() and not torch.compiler.is_compiling():
-        low, high = int(tensor.min()), int(tensor.max())
-        if low < 0 or high >= classes:
-            raise CalmError(f"targets out of range: {low if low < 0 else high}, allowed are 0 to {classes - 1}")
+    if tensor.shape[0] != images:
+        raise CalmError(f"{tensor.shape[0]} targets for {images} images: give one row per image")
+    if not torch.compiler.is_compiling():
+        wrong = tensor[(tensor < 0) | (tensor >= classes)]
+        if len(wrong):
+            raise CalmError(f"targets out of range: {int(wrong[0])}, allowed are 0 to {classes - 1}")
     return tensor.long()

@@ -14,14 +14,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm import checkpoint, output as maps
+from calm import checkpoint
 from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
-from calm.output import CalmOutput, CamOutput
-
-__all__ = ["CalmHead", "CalmModel", "CamHead", "Method", "ModelConfig", "create_model", "load"]
+from calm.latent import Targets, check_classes
+from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind, difference
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -29,10 +28,6 @@ class PointwiseConv2d(nn.Conv2d):
 
     With channels first on a CPU that takes 0.6 times PyTorch's convolution for 200 classes and a 28x28 grid; other
     memory formats are left to the convolution.
-
-    Args:
-        in_channels: D, the channels of the features.
-        out_channels: The channels of the result.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
@@ -93,7 +88,7 @@ class CamHead(nn.Module):
     def forward(self, features: Float[Tensor, "b d h w"]) -> CamOutput:
         """Score the classes on the averaged features."""
         assert self.conv_last.bias is not None
-        return CamOutput(features, self.conv_last.weight, self.conv_last.bias)
+        return CamOutput.of(features, self.conv_last.weight, self.conv_last.bias)
 
 
 def _class_scorer(in_channels: int, num_classes: int) -> PointwiseConv2d:
@@ -102,9 +97,6 @@ def _class_scorer(in_channels: int, num_classes: int) -> PointwiseConv2d:
     if conv.bias is not None:
         nn.init.zeros_(conv.bias)
     return conv
-
-
-_IMAGENET = (Preprocessing().mean, Preprocessing().std)
 
 
 class CalmModel(nn.Module):
@@ -223,10 +215,10 @@ class CalmModel(nn.Module):
     def attribute(
         self,
         images: Float[Tensor, "b 3 H W"],
-        targets: maps.Targets,
+        targets: Targets,
         kind: str | None = None,
         *,
-        superclass: maps.Superclass | None = None,
+        superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
         """Return attribution maps, (B, H', W') or (B, K, H', W') for targets (B,) or (B, K), from one forward pass.
@@ -243,15 +235,15 @@ class CalmModel(nn.Module):
         """
         kind = self.map_kind(kind)
         output = self(images)
-        result: Tensor = output.attribute(targets, kind, superclass=superclass, size=size or _size(images))
-        return result
+        maps: Tensor = output.attribute(targets, kind, superclass=superclass)
+        return resize_maps(maps, size or (images.shape[-2], images.shape[-1]))
 
     @torch.no_grad()
     def difference(
         self,
         images: Float[Tensor, "b 3 H W"],
-        first: maps.Targets,
-        second: maps.Targets,
+        first: Targets,
+        second: Targets,
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
@@ -261,14 +253,15 @@ class CalmModel(nn.Module):
         The difference is taken on the grid and resized as in `attribute`. The classes are (B,), or one for all images.
         """
         kind = self.map_kind(kind)
-        pair = torch.stack([maps.as_targets(one, len(images)) for one in (first, second)], dim=1)
-        of_first, of_second = self(images).attribute(pair, kind).unbind(dim=1)
-        return resize_maps(maps.difference(of_first, of_second), size or _size(images))
+        output = self(images)
+        pair = [check_classes(one, output.batch_size, output.num_classes) for one in (first, second)]
+        of_first, of_second = output.attribute(torch.stack(pair, dim=1), kind).unbind(dim=1)
+        return resize_maps(difference(of_first, of_second), size or (images.shape[-2], images.shape[-1]))
 
     def map_kind(self, kind: str | None = None) -> str:
         """Return the canonical name of a map kind of this model; None is its default kind."""
         output = CamOutput if self.config.method == "cam" else CalmOutput
-        return maps.canonical_kind(output.default_kind if kind is None else kind, output.family)
+        return canonical_kind(output.default_kind if kind is None else kind, output.family)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
@@ -416,7 +409,3 @@ def load(
             f"{folder / checkpoint.WEIGHTS} does not fit the model in {checkpoint.CARD}: {error}{hint}"
         ) from error
     return model.to(map_location).eval()
-
-
-def _size(images: Tensor) -> tuple[int, int]:
-    return images.shape[-2], images.shape[-1]

@@ -1,23 +1,5 @@
 """What a model returns for a batch of images: predictions, losses and attribution maps of one forward pass.
 
-=========================  ==========================  =====================================================
-map kind                   released code's name        what a value of the map is
-=========================  ==========================  =====================================================
-joint                      jointll                     p(y, z | x); sums to p(y | x)
-joint-superclass           jointll-superclass          p(one of the classes, z | x): sum of their joints
-joint-superclass-mean      jointll-superclass-mean     the same divided by the number of classes
-posterior                  gtcond                      p(z | x, y); sums to 1
-posterior-superclass       gtcond-superclass           sum of the classes' posteriors
-posterior-superclass-mean  gtcond-superclass-mean      their mean; sums to 1
-prior                      saliency                    p(z | x); sums to 1
-cam                        vanilla                     the class logit f[y] at z
-cam-saliency               vanilla-saliency            sum over classes of min-max normalised f
-cam-superclass             vanilla-superclass          that sum over the classes of a superclass
-=========================  ==========================  =====================================================
-
-The released names are accepted as aliases. The first seven kinds need a CALM model and the last three a CAM model;
-a kind of the other family is an error, since it would show weights that were never trained.
-
 Source: paper, sections 3 (model) and 4 (attribution maps), and the released code's score map processes.
 """
 
@@ -25,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -33,24 +15,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calm import latent
+from calm.config import PriorActivation, PriorDenominator
 from calm.errors import CalmError, unknown
 from calm.heatmaps import normalize, resize_maps
-from calm.latent import PriorActivation, PriorDenominator, Targets, as_targets, check_classes, widen
-
-__all__ = [
-    "ALIASES",
-    "MAP_KINDS",
-    "CalmOutput",
-    "CamOutput",
-    "MapKind",
-    "Superclass",
-    "Targets",
-    "as_targets",
-    "attribute",
-    "canonical_kind",
-    "check_classes",
-    "difference",
-]
+from calm.latent import Targets, check_classes, widen
 
 Superclass: TypeAlias = Mapping[int, Sequence[int]]
 """For each target class, the classes of its superclass (which normally include the target)."""
@@ -62,8 +30,26 @@ class _Output:
     family: ClassVar[str]
     default_kind: ClassVar[str]
 
-    def __init__(self, batch_size: int, num_classes: int, device: torch.device) -> None:
-        self.batch_size, self.num_classes, self.device = batch_size, num_classes, device
+    @property
+    def batch_size(self) -> int:
+        """B, the number of images."""
+        return self._scores_of_classes.shape[0]
+
+    @property
+    def num_classes(self) -> int:
+        """C, the number of classes."""
+        return self._scores_of_classes.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the activations."""
+        return self._scores_of_classes.device
+
+    @property
+    def _scores_of_classes(self) -> Tensor:
+        """The first field, whose shape begins with (B, C)."""
+        first: Tensor = next(iter(vars(self).values()))
+        return first
 
     def attribute(
         self,
@@ -72,43 +58,64 @@ class _Output:
         *,
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
-    ) -> Tensor:
-        """Return attribution maps of this forward pass: see `calm.output.attribute`."""
-        output = cast("CalmOutput | CamOutput", self)
-        return attribute(output, targets, self.default_kind if kind is None else kind, superclass=superclass, size=size)
+    ) -> Float[Tensor, "b H W"] | Float[Tensor, "b k H W"]:
+        """Return attribution maps of one or several target classes per image, from this forward pass.
+
+        Args:
+            targets: Class indices, (B,) for one map per image or (B, K) for K, as a tensor or a list; or one class for
+                all images.
+            kind: A name in `MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
+            superclass: For the ``-superclass`` kinds: the classes that each target is summed over.
+            size: (height, width) to resize to; None leaves the maps on the grid.
+
+        Returns:
+            Maps (B, H, W) or (B, K, H, W), in the units of `MAP_KINDS`.
+
+        Raises:
+            CalmError: If the kind is unknown or of the other model family, the targets have a wrong shape, dtype or
+                range, or a superclass is missing or not wanted.
+        """
+        kind = self.default_kind if kind is None else kind
+        spec = MAP_KINDS[canonical_kind(kind, self.family)]
+        targets = check_classes(targets, self.batch_size, self.num_classes).to(self.device)
+        classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
+        if (spec.over == "superclass") != (superclass is not None):
+            needs = "needs superclass=, a mapping from target to its classes"
+            raise CalmError(f"map kind {kind!r} {needs if superclass is None else 'takes no superclass='}")
+        if spec.over == "target":
+            maps = spec.read(self, classes)
+        else:
+            rows = spec.read(self, torch.arange(self.num_classes, device=self.device).expand(self.batch_size, -1))
+            members = torch.ones(*classes.shape, self.num_classes).to(rows)
+            if superclass is not None:
+                members = _members(classes, superclass, self.num_classes).to(rows)
+            maps = torch.einsum("bkc,bchw->bkhw", members, rows)
+            maps = maps / members.sum(dim=2)[..., None, None] if spec.mean else maps
+        maps = maps if targets.ndim == 2 else maps.squeeze(1)
+        return maps if size is None else resize_maps(maps, size)
 
 
+@dataclass(eq=False)
 class CalmOutput(_Output):
     """The output of a CALM model for B images: the activations of its head, and what follows from them.
 
     The quantities are those of `calm.latent`. Each property is computed from the activations when it is read: keep the
     value if you need it twice.
 
-    Args:
+    Attributes:
         logits: f, class scores per location.
         scores: s, one score per location.
         activation: The prior's activation, see `calm.latent.log_prior`.
         denominator: The prior's denominator, see `calm.latent.log_prior`.
-
-    Attributes:
-        batch_size: B, the number of images.
-        num_classes: C, the number of classes.
-        device: The device of the activations.
     """
 
     family = "calm"
     default_kind = "joint"
 
-    def __init__(
-        self,
-        logits: Float[Tensor, "b c h w"],
-        scores: Float[Tensor, "b 1 h w"],
-        activation: PriorActivation = "softplus",
-        denominator: PriorDenominator = "differentiated",
-    ) -> None:
-        super().__init__(logits.shape[0], logits.shape[1], logits.device)
-        self.logits, self.scores = logits, scores
-        self.activation, self.denominator = activation, denominator
+    logits: Float[Tensor, "b c h w"]
+    scores: Float[Tensor, "b 1 h w"]
+    activation: PriorActivation = "softplus"
+    denominator: PriorDenominator = "differentiated"
 
     @property
     def log_conditional(self) -> Float[Tensor, "b c h w"]:
@@ -206,6 +213,7 @@ class CalmOutput(_Output):
         return ((targets * losses).sum(dim=1) if soft else losses).mean()
 
 
+@dataclass(eq=False)
 class CamOutput(_Output):
     """The output of a CAM model for B images: averaged class scores, and class activation maps when they are read.
 
@@ -213,29 +221,32 @@ class CamOutput(_Output):
     saves the products at all locations and their backward pass. The maps are computed from the features and a copy of
     the weights, so that they still belong to the prediction after an optimiser step.
 
-    Args:
-        features: The backbone's features.
-        weight: The classifier's weight, (C, D, 1, 1).
-        bias: The classifier's bias, (C,).
-
     Attributes:
-        class_scores: The mean of f over the locations, (B, C): the classifier's logits.
+        class_scores: The mean of f over the locations: the classifier's logits, in float32 or wider.
+        features: The backbone's features.
+        weight: The classifier's weight, in the dtype of the features.
+        bias: The classifier's bias, in the dtype of the features.
     """
 
     family = "cam"
     default_kind = "cam"
 
-    def __init__(self, features: Float[Tensor, "b d h w"], weight: Tensor, bias: Tensor) -> None:
-        super().__init__(features.shape[0], weight.shape[0], features.device)
-        self.class_scores = widen(F.linear(features.mean(dim=(-2, -1)), weight.flatten(1), bias))
-        self._features = features
-        self._weight, self._bias = (one.to(features.dtype, copy=True) for one in (weight, bias))
+    class_scores: Float[Tensor, "b c"]
+    features: Float[Tensor, "b d h w"]
+    weight: Float[Tensor, "c d 1 1"]
+    bias: Float[Tensor, " c"]
+
+    @classmethod
+    def of(cls, features: Float[Tensor, "b d h w"], weight: Tensor, bias: Tensor) -> CamOutput:
+        """Classify the averaged features by a classifier's weight (C, D, 1, 1) and bias (C,)."""
+        scores = widen(F.linear(features.mean(dim=(-2, -1)), weight.flatten(1), bias))
+        return cls(scores, features, weight.to(features.dtype, copy=True), bias.to(features.dtype, copy=True))
 
     @property
     def logits(self) -> Float[Tensor, "b c h w"]:
         """f, the class activation maps of all classes."""
         with _without_autocast(self.device):
-            return F.conv2d(self._features, self._weight, self._bias)
+            return F.conv2d(self.features, self.weight, self.bias)
 
     @property
     def log_probs(self) -> Float[Tensor, "b c"]:
@@ -250,8 +261,8 @@ class CamOutput(_Output):
     def class_logits(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """Return f of K classes per image, in float32 or wider."""
         with _without_autocast(self.device):
-            maps = torch.einsum("bdhw,bkd->bkhw", self._features, self._weight.flatten(1)[classes])
-        return widen(maps) + widen(self._bias)[classes][..., None, None]
+            maps = torch.einsum("bdhw,bkd->bkhw", self.features, self.weight.flatten(1)[classes])
+        return widen(maps) + widen(self.bias)[classes][..., None, None]
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
         """Return the cross-entropy, mean over the batch, in nats.
@@ -272,28 +283,26 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(name, enabled=False)
 
 
-def joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return p(y, z | x) of K classes per image."""
-    return _class_log_joint(output, classes).exp()
+def _log_joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    """Return log p(y, z | x) of K classes per image."""
+    log_conditional = output.log_conditional
+    index = classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:])
+    return latent.log_joint(log_conditional.gather(1, index), output.log_prior)
 
 
-def posterior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return p(z | x, y) of K classes per image."""
-    return latent.log_posterior(_class_log_joint(output, classes)).exp()
+def _joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    return _log_joint(output, classes).exp()
 
 
-def prior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return p(z | x), which is the same for every class."""
+def _posterior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    return latent.log_posterior(_log_joint(output, classes)).exp()
+
+
+def _prior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     return output.prior.unsqueeze(1).expand(-1, classes.shape[1], -1, -1)
 
 
-def cam(output: CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return f[y], the class activation maps."""
-    return output.class_logits(classes)
-
-
-def normalized_cam(output: CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return f[y], min-max normalised per image and class."""
+def _normalized_cam(output: CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     return normalize(output.class_logits(classes), "minmax")
 
 
@@ -302,7 +311,7 @@ class MapKind:
     """How a kind of map is computed.
 
     Attributes:
-        family: ``calm`` or ``cam``, the models that have it.
+        family: ``calm`` or ``cam``, the models that have it; of others, the map would show weights never trained.
         read: From an output and classes (B, K) to their maps (B, K, h, w).
         over: The classes whose maps are summed: ``target``, ``superclass`` or ``all``.
         mean: Whether the sum is divided by the number of classes.
@@ -315,31 +324,22 @@ class MapKind:
 
 
 MAP_KINDS: dict[str, MapKind] = {
-    "joint": MapKind("calm", joint),
-    "joint-superclass": MapKind("calm", joint, over="superclass"),
-    "joint-superclass-mean": MapKind("calm", joint, over="superclass", mean=True),
-    "posterior": MapKind("calm", posterior),
-    "posterior-superclass": MapKind("calm", posterior, over="superclass"),
-    "posterior-superclass-mean": MapKind("calm", posterior, over="superclass", mean=True),
-    "prior": MapKind("calm", prior),
-    "cam": MapKind("cam", cam),
-    "cam-saliency": MapKind("cam", normalized_cam, over="all"),
-    "cam-superclass": MapKind("cam", normalized_cam, over="superclass"),
+    "joint": MapKind("calm", _joint),  # p(y, z | x); sums to p(y | x)
+    "joint-superclass": MapKind("calm", _joint, over="superclass"),  # p(one of the classes, z | x): sum of their joints
+    "joint-superclass-mean": MapKind("calm", _joint, over="superclass", mean=True),  # divided by their number
+    "posterior": MapKind("calm", _posterior),  # p(z | x, y); sums to 1
+    "posterior-superclass": MapKind("calm", _posterior, over="superclass"),  # sum of the classes' posteriors
+    "posterior-superclass-mean": MapKind("calm", _posterior, over="superclass", mean=True),  # their mean; sums to 1
+    "prior": MapKind("calm", _prior),  # p(z | x); sums to 1
+    "cam": MapKind("cam", CamOutput.class_logits),  # the class logit f[y] at z
+    "cam-saliency": MapKind("cam", _normalized_cam, over="all"),  # sum over classes of min-max normalised f
+    "cam-superclass": MapKind("cam", _normalized_cam, over="superclass"),  # that sum over the classes of a superclass
 }
+"""The kinds of maps, and what a value of each is."""
 
-ALIASES = {
-    "jointll": "joint",
-    "jointll-superclass": "joint-superclass",
-    "jointll-superclass-mean": "joint-superclass-mean",
-    "gtcond": "posterior",
-    "gtcond-superclass": "posterior-superclass",
-    "gtcond-superclass-mean": "posterior-superclass-mean",
-    "saliency": "prior",
-    "vanilla": "cam",
-    "vanilla-saliency": "cam-saliency",
-    "vanilla-superclass": "cam-superclass",
-}
-"""The released code's names of the map kinds."""
+_RELEASED_WORDS = {"joint": "jointll", "posterior": "gtcond", "prior": "saliency", "cam": "vanilla"}
+ALIASES = {_RELEASED_WORDS[name.split("-")[0]] + name[len(name.split("-")[0]) :]: name for name in MAP_KINDS}
+"""The released code's names of the map kinds: ``jointll-superclass`` is joint-superclass, ``saliency`` is prior."""
 
 
 def canonical_kind(kind: str, family: str) -> str:
@@ -359,82 +359,20 @@ def canonical_kind(kind: str, family: str) -> str:
     return name
 
 
-def attribute(
-    output: CalmOutput | CamOutput,
-    targets: Targets,
-    kind: str,
-    *,
-    superclass: Superclass | None = None,
-    size: tuple[int, int] | None = None,
-) -> Float[Tensor, "b H W"] | Float[Tensor, "b k H W"]:
-    """Return attribution maps of one or several target classes per image, from one forward pass.
-
-    Args:
-        output: What the model returned for the images.
-        targets: Class indices, (B,) for one map per image or (B, K) for K, as a tensor or a list; or one class for all
-            images.
-        kind: A row of the table at the top of this file.
-        superclass: For the ``-superclass`` kinds: the classes that each target is summed over.
-        size: (height, width) to resize to; None leaves the maps on the grid.
-
-    Returns:
-        Maps (B, H, W) or (B, K, H, W), in the units of the table.
-
-    Raises:
-        CalmError: If the kind is unknown or of the other model family, the targets have a wrong shape, dtype or range,
-            or a superclass is missing or not wanted.
-    """
-    spec = MAP_KINDS[canonical_kind(kind, output.family)]
-    targets = check_classes(targets, output.batch_size, output.num_classes).to(output.device)
-    classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
-    if (spec.over == "superclass") != (superclass is not None):
-        problem = (
-            "needs superclass=, a mapping from target to its classes" if superclass is None else "takes no superclass="
-        )
-        raise CalmError(f"map kind {kind!r} {problem}")
-    if spec.over == "target":
-        maps = spec.read(output, classes)
-    elif spec.over == "all":
-        every = torch.arange(output.num_classes, device=classes.device).expand(len(classes), -1)
-        maps = spec.read(output, every).sum(dim=1, keepdim=True).expand(-1, classes.shape[1], -1, -1)
-    else:
-        members, valid = _superclass_members(classes, superclass or {}, output.num_classes)
-        rows = spec.read(output, members.flatten(1))
-        rows = rows.reshape(*members.shape, *rows.shape[2:])
-        maps = (rows * valid[..., None, None]).sum(dim=2)
-        if spec.mean:
-            maps = maps / valid.sum(dim=2)[..., None, None]
-    maps = maps if targets.ndim == 2 else maps.squeeze(1)
-    return maps if size is None else resize_maps(maps, size)
-
-
 def difference(first: Float[Tensor, "*n h w"], second: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
     """Return abs(first - second): why one class and not the other."""
     return (first - second).abs()
 
 
-def _class_log_joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return log p(y, z | x) of K classes per image."""
-    log_conditional = output.log_conditional
-    index = classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:])
-    return latent.log_joint(log_conditional.gather(1, index), output.log_prior)
-
-
-def _superclass_members(
-    targets: Int[Tensor, "b k"], superclass: Superclass, classes: int
-) -> tuple[Int[Tensor, "b k m"], Bool[Tensor, "b k m"]]:
-    """Return the classes of each target's superclass, padded with class 0 to the longest, and which are no padding."""
-    rows: list[list[int]] = []
-    for target in targets.flatten().tolist():
-        members = list(dict.fromkeys(superclass.get(target, ())))
+def _members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) -> Bool[Tensor, "b k c"]:
+    """Return which classes are in the superclass of each target."""
+    table = torch.zeros(*targets.shape, classes, dtype=torch.bool, device=targets.device)
+    for row, target in zip(table.flatten(0, 1), targets.flatten().tolist(), strict=True):
+        members = list(superclass.get(target, ()))
         if not members:
             raise CalmError(f"superclass has no classes for target {target}: it names {sorted(superclass)}")
         wrong = [member for member in members if not 0 <= member < classes]
         if wrong:
             raise CalmError(f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {classes - 1}")
-        rows.append(members)
-    longest = max(map(len, rows), default=1)
-    padded = targets.new_tensor([row + [0] * (longest - len(row)) for row in rows])
-    lengths = targets.new_tensor([len(row) for row in rows])
-    valid = torch.arange(longest, device=targets.device) < lengths[:, None]
-    return padded.view(*targets.shape, longest), valid.view(*targets.shape, longest)
+        row[members] = True
+    return table

@@ -23,9 +23,9 @@ from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.inference import evaluation_mode
-from calm.latent import check_classes
+from calm.latent import Targets, check_classes
 from calm.model import CalmModel
-from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass, Targets
+from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass
 
 __all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "canonical_method", "class_scores"]
 
