@@ -47,7 +47,7 @@ def stand_in(
         ("train --data x --method caml", "unknown value 'caml' in --method: .*; did you mean 'cam'[?]"),
         ("train --data x --lr high", "--lr is 'high': give a number; see calm train --help"),
         ("train --data x --method", "argument --method: expected one argument; see calm train --help"),
-        ("data birds a b", "nothing is known to do with b; see calm data birds --help"),
+        ("data birds a b", "unrecognized arguments: b; see calm data birds --help"),
         ("data check x --layout cubs", "unknown value 'cubs' in --layout: .*; did you mean 'cub'[?]"),
         ("data prepare cub --form x", "unknown flag --form; did you mean --from[?]"),
         ("data prepare cub", "missing: --from, --out; see calm data prepare --help"),

@@ -50,15 +50,21 @@ class Parser(ArgumentParser):
     def __init__(self, **options: Any) -> None:
         defaults: dict[str, Any] = {"formatter_class": Formatter, "exit_on_error": False, "allow_abbrev": False}
         super().__init__(**defaults | options)
+        self._given: list[tuple[argparse.Action, list[str]]] = []  # the words that each argument was given
 
     def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         """Return the values of ``args`` as a namespace; raises as `parse` does."""
         # First, since a mistyped flag is also missed under its right name.
         _refuse_unknown_flags(self, args)
+        self._given = []
         try:
             return super().parse_args(args, *rest, **options)
         except argparse.ArgumentError as error:
-            raise _explained(self, args, error) from error
+            raise _explained(self, self._given, error) from error
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        self._given.append((action, arg_strings))
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
 
 def build_parser(
@@ -124,51 +130,20 @@ def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
             raise CalmError(f"unknown flag {flag[:200]}{hint}")
 
 
-def _explained(parser: ArgumentParser, words: Sequence[str], error: argparse.ArgumentError) -> CalmError:
+def _explained(
+    parser: Parser, given: list[tuple[argparse.Action, list[str]]], error: argparse.ArgumentError
+) -> CalmError:
     """The error to show for a command line that the parser refused."""
     help_page = f"see {parser.prog} --help"
-    message = CalmError(f"{' '.join(str(error).split())}; {help_page}")
-    try:
-        given, surplus = _given(parser, words)
-    except argparse.ArgumentError:
-        return message
-    for action in parser._actions:
-        for value in given.get(action.dest, []):
-            problem = _problem(action, value, help_page)
-            if problem is not None:
+    for action, words in given:
+        for word in words:
+            if (problem := _problem(action, word, help_page)) is not None:
                 return problem
-    if surplus:
-        return CalmError(f"nothing is known to do with {' '.join(surplus)[:200]}; {help_page}")
-    files = any(isinstance(action, ActionConfigFile) and action.dest in given for action in parser._actions)
-    missing = [_name(action) for action in parser._actions if action.required and action.dest not in given]
-    return CalmError(f"missing: {', '.join(missing)}; {help_page}") if missing and not files else message
-
-
-def _given(parser: ArgumentParser, words: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """The words that each argument gets, by its ``dest``, and the words left over: argparse alone, without types."""
-    untyped = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    for action in parser._actions:
-        if action.nargs == 0:
-            untyped.add_argument(*action.option_strings, action="store_const", const=[], dest=action.dest)
-        elif action.option_strings:
-            nargs = "*" if action.nargs in ("+", "*") else "?"
-            untyped.add_argument(*action.option_strings, action="append", nargs=nargs, dest=action.dest)
-    namespace, positional = untyped.parse_known_args(list(words))
-    given = {name: _flat(value) for name, value in vars(namespace).items() if value not in (None, [])}
-    actions = [action for action in parser._actions if not action.option_strings]
-    for number, action in enumerate(actions, start=1):
-        rest = len(actions) - number
-        count = max(1, len(positional) - rest) if action.nargs in ("+", "*") else 1
-        if positional:
-            given[action.dest], positional = positional[:count], positional[count:]
-    return given, positional
-
-
-def _flat(value: Any) -> list[str]:
-    """The words in nested lists; None stands for a flag without a value."""
-    if isinstance(value, list):
-        return [word for member in value for word in _flat(member)]
-    return [] if value is None else [value]
+    actions = [action for action, words in given if words]
+    missing = [_name(action) for action in parser._actions if action.required and action not in actions]
+    if missing and not any(isinstance(action, ActionConfigFile) for action in actions):
+        return CalmError(f"missing: {', '.join(missing)}; {help_page}")
+    return CalmError(f"{' '.join(str(error).split())[:500]}; {help_page}")
 
 
 def _name(action: argparse.Action) -> str:
