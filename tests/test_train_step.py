@@ -18,7 +18,7 @@ from calm.model import CalmModel, create_model
 from calm.output import CalmOutput, CamOutput
 from calm.train.config import LossOptions, RunLength
 from calm.train.optim import Average
-from calm.train.step import FiniteGuard, Position, TrainingMeasures, TrainingStep, check_weights, diagnose
+from calm.train.step import TrainingMeasures, TrainingStep, check_weights, diagnose
 
 
 def output_of(batch: int = 5, classes: int = 7, *, activation: str = "softplus", scale: float = 2.0) -> CalmOutput:
@@ -37,7 +37,7 @@ def test_training_measures_entropies_are_those_of_prior_and_posterior(activation
     measures = TrainingMeasures()
     priors, posteriors = [], []
     for output, labels in zip((first, second), targets, strict=True):
-        measures.update(torch.tensor(1.0), len(labels), output, labels)
+        measures.update(torch.tensor(1.0), len(labels), 0, output, labels)
         priors += [entropy(prior) for prior in output.prior]
         posteriors += [entropy(output.posterior[i, label]) for i, label in enumerate(labels.tolist())]
     values = measures.compute()
@@ -50,7 +50,7 @@ def test_training_measures_count_dead_priors_as_uniform() -> None:
     scores = torch.tensor([-1.0, 1.0, -3.0, -2.0]).view(4, 1, 1, 1).expand(4, 1, 3, 4)
     measures = TrainingMeasures()
     output = CalmOutput(torch.zeros(4, 2, 3, 4), scores, "relu")
-    measures.update(torch.tensor(1.0), 4, output, torch.zeros(4, dtype=torch.int64))
+    measures.update(torch.tensor(1.0), 4, 0, output, torch.zeros(4, dtype=torch.int64))
     values = measures.compute()
     assert values["dead_prior"] == 0.75
     assert values["prior_entropy_relative"] == pytest.approx(1.0)
@@ -59,46 +59,41 @@ def test_training_measures_count_dead_priors_as_uniform() -> None:
 def test_training_measures_of_cam_have_no_explanation() -> None:
     measures = TrainingMeasures()
     output = CamOutput.of(torch.rand(2, 4, 3, 3), torch.rand(3, 4, 1, 1), torch.zeros(3))
-    measures.update(torch.tensor(1.0), 2, output, torch.tensor([0, 2]))
+    measures.update(torch.tensor(1.0), 2, 0, output, torch.tensor([0, 2]))
     assert set(measures.compute()) == {"train_loss", "train_accuracy", "train_nll"}
 
 
 def test_training_measures_loss_is_the_mean_over_images() -> None:
     measures = TrainingMeasures()
     for loss, images in ((1.0, 6), (4.0, 2)):
-        measures.update(torch.tensor(loss), images, output_of(), torch.randint(7, (5,)))
-    measures.update(torch.tensor(1.75), 8)  # not all batches are looked at
+        measures.update(torch.tensor(loss), images, 0, output_of(), torch.randint(7, (5,)))
+    measures.update(torch.tensor(1.75), 8, 1)  # not all batches are looked at
     assert measures.compute()["train_loss"] == 1.75
     measures.reset()
-    measures.update(torch.tensor(3.0), 1, output_of(), torch.eye(7)[[0, 1, 2, 3, 4]])  # soft targets
+    measures.update(torch.tensor(3.0), 1, 2, output_of(), torch.eye(7)[[0, 1, 2, 3, 4]])  # soft targets
     assert measures.compute()["train_loss"] == 3.0
 
 
-POSITION = Position(epoch=2, step=40, lr=0.05)
+WHERE = "epoch 3, learning rate 0.05"
 
 
 def model_of(activation: str = "softplus") -> CalmModel:
     return create_model(tiny_net(stateful=False), 3, prior_activation=activation)  # type: ignore[arg-type]
 
 
-def test_finite_guard_records_the_first_bad_step() -> None:
-    guard = FiniteGuard()
+def test_training_measures_record_the_first_bad_step() -> None:
+    measures = TrainingMeasures()
     for step, loss in enumerate((1.0, 2.0, float("inf"), 1.0, float("nan"))):
-        guard.note(torch.tensor(loss), step)
-    assert guard.first_bad() == 2
-
-
-def test_finite_guard_without_bad_losses_has_none() -> None:
-    guard = FiniteGuard()
-    assert guard.first_bad() is None
-    guard.note(torch.tensor(3.0), 0)
-    assert guard.first_bad() is None
+        measures.update(torch.tensor(loss), 1, step)
+        assert measures.first_bad_step() == (None if step < 2 else 2)
+    measures.reset()
+    assert measures.first_bad_step() is None
 
 
 def test_diagnose_names_bad_images() -> None:
     images = torch.rand(4, 3, 16, 16)
     images[1, 0, 3, 3] = torch.nan
-    message = str(diagnose(model_of(), images, 38, POSITION))
+    message = str(diagnose(model_of(), images, 38, WHERE))
     assert "step 38 (epoch 3, learning rate 0.05): 1 of 4 images" in message
     assert "calm data check" in message
 
@@ -106,29 +101,29 @@ def test_diagnose_names_bad_images() -> None:
 def test_diagnose_names_bad_weights() -> None:
     model = model_of()
     model.backbone.layers[2].weight.data[0] = torch.inf  # type: ignore[union-attr, index, operator]
-    message = str(diagnose(model, torch.rand(2, 3, 16, 16), 38, POSITION))
+    message = str(diagnose(model, torch.rand(2, 3, 16, 16), 38, WHERE))
     assert "backbone.layers.2.weight are not finite" in message
     assert "lower lr" in message
     with pytest.raises(CalmError, match=r"backbone\.layers\.2\.weight"):
-        check_weights(model, POSITION)
+        check_weights(model, 40, WHERE)
 
 
 @pytest.mark.parametrize(("part", "cause"), [("conv_last", "class logits"), ("attention", "location scores")])
 def test_diagnose_names_overflowing_activations(part: str, cause: str) -> None:
     model = model_of()
     getattr(model.head, part).weight.data.fill_(3e38)
-    assert cause in str(diagnose(model, 100 * torch.rand(2, 3, 16, 16), 38, POSITION))
+    assert cause in str(diagnose(model, 100 * torch.rand(2, 3, 16, 16), 38, WHERE))
 
 
 def test_diagnose_names_dead_priors() -> None:
     model = model_of("relu")
     model.head.attention.weight.data.zero_()  # type: ignore[union-attr, operator]
     model.head.attention.bias.data.fill_(-1.0)  # type: ignore[union-attr, operator]
-    assert "dead for 2 of 2 images" in str(diagnose(model, torch.rand(2, 3, 16, 16), 38, POSITION))
+    assert "dead for 2 of 2 images" in str(diagnose(model, torch.rand(2, 3, 16, 16), 38, WHERE))
 
 
 def test_check_weights_passes_finite_weights() -> None:
-    check_weights(model_of(), POSITION)
+    check_weights(model_of(), 40, WHERE)
 
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "unique_dim", "_unique2", "is_nonzero"}

@@ -21,8 +21,6 @@ from calm.files import use_temporary_caches
 if TYPE_CHECKING:
     from calm.cli.parsing import Parser
 
-__all__ = ["COMMANDS", "Command", "main", "run"]
-
 
 @dataclass(frozen=True)
 class Command:

@@ -24,10 +24,12 @@ from calm.model import CalmModel
 from calm.train.config import RunLength, TrainConfig
 from calm.train.optim import Average, build_optimizer, build_scheduler
 
-__all__ = ["Row", "TrainingState", "checkpoint_path", "export", "restore", "save_checkpoint"]
-
 Row: TypeAlias = dict[str, float]
 """Numbers of an epoch by name: a row of metrics.csv, or the measures of a split."""
+
+PARTS, NUMBERS = ("model", "optimizer", "scheduler", "precision"), ("epoch", "step", "history", "last", "best")
+CHECKPOINT = Path("checkpoints", "last.ckpt")
+"""The file of a run folder that the run continues from."""
 
 
 @dataclass
@@ -88,18 +90,9 @@ class TrainingState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to continue to the bit."""
-        return {
-            "model": self.model.state_dict(),
-            "averages": {name: average.state_dict() for name, average in self.averages.items()},
-            "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
-            "precision": self.precision.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "history": self.history,
-            "last": self.last,
-            "best": self.best,
-        }
+        averages = {name: average.state_dict() for name, average in self.averages.items()}
+        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        return {**parts, "averages": averages, **{name: getattr(self, name) for name in NUMBERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a saved state.
@@ -107,12 +100,10 @@ class TrainingState:
         Raises:
             Exception: of any kind, if ``state`` is not that of a run with the same configuration.
         """
-        self.model.load_state_dict(state["model"])
+        for name in PARTS:
+            getattr(self, name).load_state_dict(state[name])
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.precision.load_state_dict(state["precision"])
         self.epoch, self.step = int(state["epoch"]), int(state["step"])
         self.history = [dict(row) for row in state["history"]]
         self.last, self.best = dict(state["last"]), dict(state["best"])
@@ -126,11 +117,6 @@ class TrainingState:
 
 def _quality(measures: Row) -> tuple[float, float]:
     return measures["accuracy"], -measures["nll"]
-
-
-def checkpoint_path(run_dir: Path) -> Path:
-    """Return the path of the checkpoint that a run continues from."""
-    return run_dir / "checkpoints" / "last.ckpt"
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:
@@ -159,7 +145,7 @@ def restore(state: TrainingState, path: Path) -> None:
 
 def export(state: TrainingState, run_dir: Path) -> None:
     """Write the models ``last/`` and, if the last epoch is the best, ``best/`` and ``checkpoints/best.ckpt``."""
-    model, path = state.evaluated, checkpoint_path(run_dir)
+    model, path = state.evaluated, run_dir / CHECKPOINT
     model.training_summary = {**model.training_summary, "validation": state.last}
     model.save_pretrained(run_dir / "last")
     if state.best["epoch"] == state.last["epoch"]:

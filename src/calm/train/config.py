@@ -24,8 +24,6 @@ from calm.files import read_yaml
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
 
-__all__ = ["RunLength", "TrainConfig", "is_new", "load_config", "parse_config", "preset", "temperature_schedule"]
-
 
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
 Grouping: TypeAlias = Literal["head", "released"]

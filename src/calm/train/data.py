@@ -17,20 +17,7 @@ from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
 from calm.model import CalmModel, create_model, load
-from calm.train.config import RunLength, TrainConfig
-
-__all__ = ["build_datasets", "build_loader", "build_model", "read_splits", "run_length"]
-
-
-def run_length(images: int, config: TrainConfig) -> RunLength:
-    """Return the length of a run: only full batches are trained on; the images left over differ in each epoch.
-
-    Raises:
-        CalmError: there are fewer training images than one batch has.
-    """
-    if images < config.batch_size:
-        raise CalmError(f"batch_size is {config.batch_size}, but there are only {images} training images: lower it")
-    return RunLength(config.epochs, images // config.batch_size)
+from calm.train.config import TrainConfig
 
 
 def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool) -> DataLoader[Any]:

@@ -8,12 +8,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,8 +27,6 @@ from calm.errors import CalmError
 from calm.files import read_json, read_yaml, remove_abandoned, write_json, write_text
 from calm.model import CalmModel
 from calm.train.config import TrainConfig
-
-__all__ = ["config_dict", "default_run_dir", "differences", "inspect", "open_folder", "write_config"]
 
 RunState = Literal["new", "unfinished", "finished"]
 FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
@@ -110,15 +109,8 @@ def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def config_dict(config: TrainConfig) -> dict[str, Any]:
     """Return the configuration as plain values for YAML; paths are absolute, so that it works from any folder."""
-    return {name: _plain(value) for name, value in asdict(config).items()}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _plain(member) for name, member in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(member) for member in value]
-    return str(value.resolve()) if isinstance(value, Path) else value
+    plain: dict[str, Any] = json.loads(json.dumps(asdict(config), default=lambda path: str(path.resolve())))
+    return plain
 
 
 def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
@@ -165,19 +157,13 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 def versions() -> dict[str, Any]:
     """Return the versions of packages and Python, and the machine and devices that the run uses."""
-    packages: dict[str, str | None] = {}
-    for name in ("calm", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    names = ("calm", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow")
     return {
-        "packages": packages,
+        "packages": {name: version(name) for name in names},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda,
-        "gpus": gpus,
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }

@@ -27,7 +27,6 @@ from typing import Any
 import torch
 from lightning.fabric.loggers.logger import Logger
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from calm.data.dataset import ImageDataset
@@ -40,8 +39,6 @@ from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 from calm.train.checkpoints import Row
-
-__all__ = ["RunLog", "TensorBoardLogger", "draw_maps", "logger_class", "open_loggers", "progress_bar"]
 
 
 class RunLog:
@@ -67,17 +64,6 @@ class RunLog:
     def interactive(self) -> bool:
         """Whether a progress bar can be drawn."""
         return self.console.is_terminal and not self.console.quiet
-
-
-def progress_bar(log: RunLog) -> Progress:
-    """Return a bar, not started yet, whose tasks have a description and ``values``, a text that follows the bar.
-
-    Args:
-        log: lines printed to it appear above the bar. Where it has no terminal, the bar shows nothing.
-    """
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    values = TextColumn("{task.fields[values]}")
-    return Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
@@ -121,6 +107,8 @@ class TensorBoardLogger(Logger):
         OSError: from every method, the disk is full: the event file is its file name.
     """
 
+    name, version = "tensorboard", None
+
     def __init__(self, save_dir: Path, purge_step: int | None = None) -> None:
         from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
         from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
@@ -133,15 +121,6 @@ class TensorBoardLogger(Logger):
         self._write(file_version="brain.Event:2")
         if purge_step is not None:
             self._write(step=purge_step, session_log=SessionLog(status=SessionLog.START))
-
-    @property
-    def name(self) -> str:
-        """The name of the folder."""
-        return "tensorboard"
-
-    @property
-    def version(self) -> None:
-        """A run has one version only."""
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Write nothing: config.yaml is in the run folder."""

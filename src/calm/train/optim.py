@@ -11,8 +11,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from calm.train.config import OptimOptions, RunLength, is_new
 
-__all__ = ["Average", "build_optimizer", "build_scheduler", "parameter_groups"]
-
 ONE_CYCLE_RISE = 0.3
 
 

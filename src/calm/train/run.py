@@ -24,6 +24,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.loggers.logger import Logger
 from PIL import Image
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -35,23 +36,11 @@ from calm.files import atomic_path, write_json
 from calm.inference import evaluation_mode
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
-from calm.train import checkpoints, folder
-from calm.train.checkpoints import Row, TrainingState
+from calm.train import checkpoints, folder, journal
+from calm.train.checkpoints import CHECKPOINT, Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
-from calm.train.data import build_datasets, build_loader, build_model, read_splits, run_length
-from calm.train.journal import (
-    RunLog,
-    choose_images,
-    draw_maps,
-    epoch_line,
-    logger_class,
-    open_loggers,
-    progress_bar,
-    write_table,
-)
-from calm.train.step import Position, TrainingStep, check_weights, diagnose
-
-__all__ = ["Trainer", "evaluate", "train"]
+from calm.train.data import build_datasets, build_loader, build_model, read_splits
+from calm.train.step import TrainingStep, check_weights, diagnose
 
 
 def train(
@@ -81,15 +70,19 @@ def train(
     """
     run_dir = config.run_dir or folder.default_run_dir(config)
     first = folder.is_first_process()
-    log = RunLog(quiet=quiet or not first)
+    log = journal.RunLog(quiet=quiet or not first)
     status = folder.inspect(run_dir, config) if first else "unfinished"
     if status == "finished" or (run_dir / "result.json").exists():
         log(f"{run_dir} is finished; delete it or choose another --run_dir to train again")
         return run_dir
     for name in config.log.loggers:
-        logger_class(name)
+        journal.logger_class(name)
     splits, report = read_splits(config, progress=log.interactive)
-    run = run_length(len(splits["train"].records), config)
+    images = len(splits["train"].records)
+    if images < config.batch_size:
+        raise CalmError(f"batch_size is {config.batch_size}, but there are only {images} training images: lower it")
+    # Only full batches are trained on. The images left over differ in each epoch.
+    run = RunLength(config.epochs, images // config.batch_size)
     with torch.random.fork_rng(), _process_settings(config.hardware):
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model = build_model(config, splits["train"], backbone)
@@ -127,7 +120,7 @@ class Trainer:
         run: RunLength,
         datasets: Mapping[str, ImageDataset],
         run_dir: Path,
-        log: RunLog,
+        log: journal.RunLog,
     ) -> None:
         self.fabric, self.config, self.run = fabric, config, run
         self.datasets, self.run_dir, self.log = datasets, run_dir, log
@@ -139,13 +132,15 @@ class Trainer:
         self.loaders = {
             name: build_loader(dataset, config, fabric, shuffle=name == "train") for name, dataset in datasets.items()
         }
-        self.bar = progress_bar(log)
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        values = TextColumn("{task.fields[values]}")
+        self.bar = Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)
         self.task = self.bar.add_task("", total=None, values="")
 
     def fit(self, loggers: Iterable[Logger] = ()) -> None:
         """Train from the start, or from the checkpoint in the run folder, and test; see `train` for what it raises."""
         state, first = self.state, self.fabric.is_global_zero
-        path = checkpoints.checkpoint_path(self.run_dir)
+        path = self.run_dir / CHECKPOINT
         if path.exists():
             self.log("continuing after the last whole epoch")
             checkpoints.restore(state, path)
@@ -154,7 +149,7 @@ class Trainer:
         saved = state.epoch
         names, more = (self.config.log.loggers, loggers) if first else ((), ())
         try:
-            with open_loggers(names, self.run_dir, state.step, more) as opened, self.bar:
+            with journal.open_loggers(names, self.run_dir, state.step, more) as opened, self.bar:
                 self.fabric.loggers.extend(opened)
                 for logger in opened:
                     with suppress(NotImplementedError):  # Fabric's CSVLogger
@@ -229,22 +224,22 @@ class Trainer:
 
     def check_losses(self) -> None:
         """Raise the `CalmError` of `diagnose` if a loss was not finite; this waits for the device."""
-        bad = self.step.guard.first_bad()
+        bad = self.step.measures.first_bad_step()
         if bad is not None:
-            raise diagnose(self.state.model, self.step.images, bad, self._position())
+            raise diagnose(self.state.model, self.step.images, bad, self._where())
 
     def check_epoch(self) -> None:
         """Look at losses and weights of an epoch before anything of it is measured or saved."""
         self.check_losses()
-        check_weights(self.state.model, self._position())
+        check_weights(self.state.model, self.state.step, self._where())
         if self.fabric.world_size > 1:  # BatchNorm's statistics: those of the first process, whose model is saved
             averaged = [average.module for average in self.state.averages.values()]
             for buffer in (buffer for model in (self.state.model, *averaged) for buffer in model.buffers()):
                 torch.distributed.broadcast(buffer, 0)
 
-    def _position(self) -> Position:
-        rates = [group["lr"] for group in self.state.optimizer.param_groups]
-        return Position(self.state.epoch, self.state.step, max(rates))
+    def _where(self) -> str:
+        rate = max(group["lr"] for group in self.state.optimizer.param_groups)
+        return f"epoch {self.state.epoch + 1}, learning rate {rate:.3g}"
 
     def row(self, seconds: float, validation: Row) -> Row:
         """Return the epoch's row of metrics.csv; all processes must call this, as they add up what they measured."""
@@ -264,13 +259,13 @@ class Trainer:
     def report_epoch(self) -> None:
         """Write the latest row to metrics.csv, log and loggers, and draw the panel."""
         state, row, step = self.state, self.state.history[-1], self.state.step - 1
-        write_table(self.run_dir / "metrics.csv", state.history)
-        self.log(epoch_line(row, self.config.epochs))
+        journal.write_table(self.run_dir / "metrics.csv", state.history)
+        self.log(journal.epoch_line(row, self.config.epochs))
         numbers = {f"epoch/{name}": row[name] for name in row if name not in ("epoch", "step")}
         self.fabric.log_dict(numbers, step)
         if self.config.log.panel_images:
-            images = choose_images(self.datasets["val"].split, self.config.log.panel_images)
-            picture = draw_maps(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
+            images = journal.choose_images(self.datasets["val"].split, self.config.log.panel_images)
+            picture = journal.draw_maps(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
             with atomic_path(self.run_dir / "panels" / f"epoch_{state.epoch:03d}.png") as temporary:
                 Image.fromarray(picture).save(temporary)
             for logger in self.fabric.loggers:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -17,8 +16,6 @@ from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 from calm.train.config import RunLength, TrainConfig, temperature_schedule
 from calm.train.optim import Average
-
-__all__ = ["FiniteGuard", "Position", "TrainingMeasures", "TrainingStep", "check_weights", "diagnose"]
 
 Output: TypeAlias = CalmOutput | CamOutput
 
@@ -35,23 +32,29 @@ class TrainingMeasures(Metric):
     full_state_update = False
     losses: Tensor
     probes: Tensor
+    first_bad: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.add_state("losses", torch.zeros(2), dist_reduce_fx="sum")  # images, loss
         # images, right, nll, prior entropy, posterior entropy, dead prior
         self.add_state("probes", torch.zeros(6), dist_reduce_fx="sum")
+        self.add_state("first_bad", torch.tensor(-1), dist_reduce_fx="max")  # step whose loss was not finite
         self.locations = 0
 
-    def update(self, loss: Tensor, images: int, output: Output | None = None, targets: Tensor | None = None) -> None:
+    def update(
+        self, loss: Tensor, images: int, step: int, output: Output | None = None, targets: Tensor | None = None
+    ) -> None:
         """Add a batch.
 
         Args:
             loss: mean over the images of the batch.
             images: how many they are.
+            step: optimiser steps before this one.
             output: the model's output, if predictions and maps are measured, too.
             targets: class indices (B,), or rows (B, C), which count as their largest class.
         """
+        self.first_bad.masked_fill_(~loss.detach().isfinite() & (self.first_bad < 0), step)
         self.losses += torch.stack([torch.full_like(loss, images), loss.detach() * images]).to(self.losses)
         if output is None or targets is None:
             return
@@ -66,6 +69,11 @@ class TrainingMeasures(Metric):
             columns += [torch.special.entr(prob).sum(dim=1) for prob in (log_prior.exp(), posterior)]
             columns.append(output.dead.float())
         self.probes[: len(columns)] += torch.stack(columns).sum(dim=1).to(self.probes)
+
+    def first_bad_step(self) -> int | None:
+        """Return the first step since `reset` whose loss was NaN or infinite, if any. This waits for the device."""
+        step = int(self.first_bad)
+        return None if step < 0 else step
 
     def compute(self) -> dict[str, float]:
         """Return the means since the last `reset`.
@@ -99,7 +107,6 @@ class TrainingStep(nn.Module):
 
     Attributes:
         measures: what was measured since the epoch began.
-        guard: the first step whose loss was not finite.
         shown: ``loss`` and ``accuracy``, smoothed over the batches that are looked at, for progress and loggers.
         images: the latest batch, for a message about it.
     """
@@ -110,7 +117,6 @@ class TrainingStep(nn.Module):
         self.temperature = temperature_schedule(config.loss.temperature, run.steps)
         self.mix = BatchMix(config.augment, model.config.num_classes) if config.augment.mixes else None
         self.measures = TrainingMeasures()
-        self.guard = FiniteGuard()
         self.shown: dict[str, float] = {}
         self.images = torch.empty(0)
         self._probe_every = max(1, run.steps_per_epoch * config.optim.accumulate // PROBES_PER_EPOCH)
@@ -135,11 +141,10 @@ class TrainingStep(nn.Module):
                 teacher = self.averages["teacher"](images)
         loss = self.model.output_loss(output, targets, temperature=self.temperature(step), teacher=teacher)
         self.images = images
-        self.guard.note(loss, step)
         if self.looks_at(step, index):
             self._show(loss, output, targets)
         probed = index % self._probe_every == 0
-        self.measures.update(loss, len(images), output if probed else None, targets)
+        self.measures.update(loss, len(images), step, output if probed else None, targets)
         return loss
 
     def looks_at(self, step: int, index: int) -> bool:
@@ -154,49 +159,19 @@ class TrainingStep(nn.Module):
         self.shown = {name: 0.7 * self.shown.get(name, value) + 0.3 * value for name, value in now.items()}
 
 
-@dataclass(frozen=True)
-class Position:
-    """Position in a run, for messages.
-
-    Attributes:
-        epoch: from 0.
-        step: optimiser steps taken so far.
-        lr: highest learning rate of all parameter groups at that step.
-    """
-
-    epoch: int
-    step: int
-    lr: float
-
-
-class FiniteGuard:
-    """Record on the device which step first had a loss that is NaN or infinite; only `first_bad` synchronises."""
-
-    def __init__(self) -> None:
-        self._first_bad: Tensor | None = None
-
-    def note(self, loss: Tensor, step: int) -> None:
-        """Record ``step`` if its ``loss`` is the first that is not finite."""
-        if self._first_bad is None:
-            self._first_bad = torch.full((), -1, dtype=torch.int64, device=loss.device)
-        bad = ~torch.isfinite(loss.detach()) & (self._first_bad < 0)
-        self._first_bad.masked_fill_(bad, step)
-
-    def first_bad(self) -> int | None:
-        """Return the first step whose loss was not finite, if there was one. This waits for the device."""
-        step = -1 if self._first_bad is None else int(self._first_bad)
-        return None if step < 0 else step
-
-
-def check_weights(model: nn.Module, position: Position) -> None:
+def check_weights(model: nn.Module, step: int, where: str) -> None:
     """Refuse weights that are not finite, as before a checkpoint is written.
+
+    Args:
+        model: a `CalmModel`.
+        step: optimiser steps taken so far.
+        where: the position in the run, for the message: "epoch 3, learning rate 0.01".
 
     Raises:
         CalmError: a parameter or buffer holds NaN or infinity. The message names it, the step and the likely cause.
     """
     if name := first_nonfinite_weight(model):
-        cause = f"after this step the weights of {name} are not finite"
-        raise _stopped(position.step, position, cause, diverged=True)
+        raise _stopped(step, where, f"after this step the weights of {name} are not finite", DIVERGED)
 
 
 def first_nonfinite_weight(model: nn.Module) -> str | None:
@@ -209,45 +184,36 @@ def first_nonfinite_weight(model: nn.Module) -> str | None:
     return list(floats)[int(finite.int().argmin())]
 
 
+def diagnose(model: nn.Module, images: Tensor, step: int, where: str) -> CalmError:
+    """Return the error for a loss that was not finite at ``step``; ``images`` are the current batch, that of ``step``
+    or of the next check after it. See `check_weights` for the other arguments."""
+    return _stopped(step, where, *_cause(model, images))
+
+
 @torch.no_grad()
-def diagnose(model: nn.Module, images: Tensor, step: int, position: Position) -> CalmError:
-    """Return the error for a loss that was not finite at ``step``.
-
-    Args:
-        model: a `CalmModel`, as it is now.
-        images: the current batch: that of ``step``, or of the next check after it.
-        step: the first step whose loss was not finite.
-        position: the current position in the run.
-    """
-    finite_images = torch.isfinite(images).flatten(1).all(dim=1)
-    if not bool(finite_images.all()):
-        bad = len(images) - int(finite_images.sum())
-        cause = f"{bad} of {len(images)} images of the batch hold NaN or infinity"
-        return _stopped(step, position, cause, diverged=False)
+def _cause(model: nn.Module, images: Tensor) -> tuple[str, str]:
+    """Return why the loss of a batch is not finite, and the likely remedy."""
+    if bad := int((~images.isfinite()).flatten(1).any(dim=1).sum()):
+        return f"{bad} of {len(images)} images of the batch hold NaN or infinity", BAD_IMAGES
     if name := first_nonfinite_weight(model):
-        return _stopped(step, position, f"the weights of {name} are not finite", diverged=True)
+        return f"the weights of {name} are not finite", DIVERGED
     output: Output = model(images)
-    overflowing = {"class logits": output.logits}
+    if not output.logits.isfinite().all():
+        return "the weights are finite but the class logits overflow", DIVERGED
     if isinstance(output, CalmOutput):
-        overflowing["location scores"] = output.scores
-    for name, values in overflowing.items():
-        if not bool(torch.isfinite(values).all()):
-            return _stopped(step, position, f"the weights are finite but the {name} overflow", diverged=True)
-    dead = int(output.dead.sum()) if isinstance(output, CalmOutput) else 0
-    if dead:
-        cause = f"the prior is dead for {dead} of {len(images)} images (all location scores below 0)"
-    else:
-        cause = "images, weights and activations are finite now: the loss overflowed"
-    return _stopped(step, position, cause, diverged=False)
+        if not output.scores.isfinite().all():
+            return "the weights are finite but the location scores overflow", DIVERGED
+        if dead := int(output.dead.sum()):
+            return f"the prior is dead for {dead} of {len(images)} images (all location scores below 0)", BAD_IMAGES
+    return "images, weights and activations are finite now: the loss overflowed", BAD_IMAGES
 
 
-def _stopped(step: int, position: Position, cause: str, *, diverged: bool) -> CalmError:
-    advice = (
-        "lower lr or optim.head_ratio, add optim.warmup_epochs or optim.clip_norm, or use precision 32-true"
-        if diverged
-        else "look at the images of the data set with `calm data check`, or lower lr"
-    )
+DIVERGED = "lower lr or optim.head_ratio, add optim.warmup_epochs or optim.clip_norm, or use precision 32-true"
+BAD_IMAGES = "look at the images of the data set with `calm data check`, or lower lr"
+
+
+def _stopped(step: int, where: str, cause: str, remedy: str) -> CalmError:
     return CalmError(
-        f"training stopped: the loss is not finite at step {step} (epoch {position.epoch + 1}, learning rate"
-        f" {position.lr:.3g}): {cause}. Likely remedy: {advice}. The last checkpoint is from before this."
+        f"training stopped: the loss is not finite at step {step} ({where}): {cause}. Likely remedy: {remedy}. The last"
+        " checkpoint is from before this."
     )
