@@ -13,6 +13,7 @@ from calm.cli.train import parse
 from calm.errors import CalmError
 from calm.files import write_text
 from calm.train.config import (
+    PRESETS,
     DataOptions,
     Hardware,
     LossOptions,
@@ -20,11 +21,9 @@ from calm.train.config import (
     TrainConfig,
     load_config,
     preset,
-    preset_names,
-    preset_path,
     temperature_schedule,
 )
-from calm.train.folder import config_dict, default_run_dir, differences, inspect, write_config
+from calm.train.folder import check_folder, config_dict, default_run_dir, differences, write_config
 
 
 def test_train_config_defaults_are_the_released_recipe() -> None:
@@ -38,7 +37,7 @@ def test_train_config_defaults_are_the_released_recipe() -> None:
     assert config.loss == LossOptions(posterior="current", temperature=1.0)
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", PRESETS)
 def test_preset_says_only_what_it_changes(name: str) -> None:
     config = config_dict(preset(name, "--data=x"))
     default = config_dict(TrainConfig(data=Path("x")))
@@ -47,7 +46,7 @@ def test_preset_says_only_what_it_changes(name: str) -> None:
         parts = [leaves(v, f"{before}{k}.") if isinstance(v, dict) else {before + k: v} for k, v in tree.items()]
         return {name: value for part in parts for name, value in part.items()}
 
-    written = leaves(yaml.safe_load(preset_path(name).read_text()))
+    written = leaves(yaml.safe_load(PRESETS[name].read_text()))
     assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
 
 
@@ -128,18 +127,16 @@ def test_options_refuse_impossible_values(make: Any) -> None:
         make()
 
 
-def test_inspect_names_what_differs(tmp_path: Path) -> None:
+def test_check_folder_names_what_differs(tmp_path: Path) -> None:
     config = TrainConfig(data=tmp_path)
-    assert inspect(tmp_path / "run", config) == "new"
+    check_folder(tmp_path / "run", config)
     write_config(config, tmp_path / "run")
-    assert inspect(tmp_path / "run", config) == "unfinished"
-    assert inspect(tmp_path / "run", replace(config, reading=DataOptions(workers=1, cache=True))) == "unfinished"
+    check_folder(tmp_path / "run", config)
+    check_folder(tmp_path / "run", replace(config, reading=DataOptions(workers=1, cache=True)))
     with pytest.raises(CalmError, match=r"lr: 0.01 there, 0.5 now\n  optim.name: 'sgd' there, 'adamw' now"):
-        inspect(tmp_path / "run", replace(config, lr=0.5, optim=OptimOptions(name="adamw")))
+        check_folder(tmp_path / "run", replace(config, lr=0.5, optim=OptimOptions(name="adamw")))
     with pytest.raises(CalmError, match="holds no run"):
-        inspect(tmp_path, config)
-    (tmp_path / "run" / "result.json").write_text("{}")
-    assert inspect(tmp_path / "run", config) == "finished"
+        check_folder(tmp_path, config)
 
 
 def test_default_run_dir_is_the_same_for_the_same_command(tmp_path: Path) -> None:
@@ -164,13 +161,13 @@ def test_temperature_schedule_refuses_unreadable_text(text: str, message: str) -
         temperature_schedule(text, steps=1)
 
 
-def test_inspect_says_which_settings_of_an_earlier_version_are_gone(tmp_path):
+def test_check_folder_says_which_settings_of_an_earlier_version_are_gone(tmp_path):
     config = TrainConfig(data=tmp_path / "data", run_dir=tmp_path)
     former = config_dict(config)
     former["hardware"]["keep_logits"] = True
     write_text(tmp_path / "config.yaml", yaml.safe_dump(former))
     with pytest.raises(CalmError, match=r"hardware\.keep_logits: True there, no setting of this version"):
-        inspect(tmp_path, config)
+        check_folder(tmp_path, config)
 
 
 def test_parse_names_settings_of_an_earlier_version_in_a_resumed_run(tmp_path):

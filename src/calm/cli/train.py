@@ -8,7 +8,7 @@ from pathlib import Path
 
 from calm.cli import parsing
 from calm.errors import CalmError
-from calm.train.config import TrainConfig, add_arguments, load_config, parse_config, preset, preset_names
+from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, parse_config, preset
 
 EXAMPLES = """\
 examples:
@@ -32,9 +32,10 @@ def build_parser() -> parsing.Parser:
         description="Train CALM or CAM on images in any layout that `calm data check` reads.",
         epilog=EXAMPLES,
     )
-    presets = ", ".join(preset_names())
     hidden = argparse.SUPPRESS  # not in the configuration
-    parser.add_argument("--preset", metavar="NAME", help=f"settings to start from: {presets}", default=hidden)
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}", default=hidden
+    )
     parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder", default=hidden)
     skip_bad = "go on without images that the check complains about"
     parser.add_argument("--skip-bad", action="store_true", help=skip_bad, default=hidden)

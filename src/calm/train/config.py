@@ -9,12 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from importlib.resources import files
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
-
-import yaml
 
 from calm.config import Method, PriorActivation, PriorDenominator
 from calm.data.augmentation import Augmentation
@@ -171,19 +168,10 @@ class OptimOptions:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        _check(
-            self,
-            "optim.",
-            momentum=(0, 1),
-            weight_decay=(0, LARGEST),
-            head_ratio=(0, LARGEST),
-            step_epochs=(1, MOST),
-            step_factor=(0, 1),
-            warmup_epochs=(0, LARGEST),
-            accumulate=(1, MOST),
-            clip_norm=(0, LARGEST),
-            ema_decay=(0, 1),
-        )
+        shares = dict.fromkeys(("momentum", "step_factor", "ema_decay"), (0, 1))
+        counts = dict.fromkeys(("step_epochs", "accumulate"), (1, MOST))
+        open_ended = dict.fromkeys(("weight_decay", "head_ratio", "warmup_epochs", "clip_norm"), (0, LARGEST))
+        _check(self, "optim.", **shares, **counts, **open_ended)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise CalmError(f"optim.betas are {shown(list(self.betas))}: allowed are 0 to below 1")
         if self.name == "sgd" and self.nesterov and not self.momentum:
@@ -359,16 +347,8 @@ def temperature_schedule(temperature: float | str, steps: int) -> Callable[[int]
     return at
 
 
-def preset_names() -> list[str]:
-    """Return the names of the presets: the YAML files of ``calm/presets``."""
-    return sorted(Path(str(path)).stem for path in files("calm").joinpath("presets").iterdir())
-
-
-def preset_path(name: str) -> Path:
-    """Return the YAML file of a preset; a `CalmError` names those that there are."""
-    if name not in preset_names():
-        raise unknown("preset", name, preset_names(), where="--preset")
-    return Path(str(files("calm").joinpath("presets", f"{name}.yaml")))
+PRESETS = {path.stem: path for path in sorted(Path(__file__).parents[1].glob("presets/*.yaml"))}
+"""The YAML file of each preset, by its name."""
 
 
 def preset(name: str, *overrides: str, parser: ArgumentParser | None = None) -> TrainConfig:
@@ -378,9 +358,10 @@ def preset(name: str, *overrides: str, parser: ArgumentParser | None = None) -> 
 
     See `load_config` for the other arguments and for the errors.
     """
-    path = preset_path(name)
-    e_step = LossOptions(**yaml.safe_load(path.read_text(encoding="utf-8")).get("loss", {}))
-    return parse_config(["--config", str(path), *overrides], parser, e_step)
+    if name not in PRESETS:
+        raise unknown("preset", name, PRESETS, where="--preset")
+    e_step = LossOptions(**read_settings(PRESETS[name]).get("loss", {}))
+    return parse_config(["--config", str(PRESETS[name]), *overrides], parser, e_step)
 
 
 def load_config(path: Path | str, *overrides: str, parser: ArgumentParser | None = None) -> TrainConfig:
@@ -395,6 +376,14 @@ def load_config(path: Path | str, *overrides: str, parser: ArgumentParser | None
         CalmError: no such file, an unknown field, a value that does not fit.
     """
     return parse_config(["--config", str(path), *overrides], parser)
+
+
+def read_settings(path: Path | str) -> dict[str, Any]:
+    """Return what a YAML file of settings says, unchecked; a `CalmError` if it is none. See `calm.files.read_yaml`."""
+    settings = read_yaml(path, "configuration")
+    if not isinstance(settings, dict):
+        raise CalmError(f"configuration {path} is no list of 'setting: value'")
+    return settings
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -426,8 +415,7 @@ def parse_config(
     paths = [value for flag, value in pairwise(arguments) if flag == "--config"]
     paths += [word.partition("=")[2] for word in arguments if word.startswith("--config=")]
     for path in paths:  # with limits on size and aliases, before the parser reads it
-        if not isinstance(read_yaml(path, "configuration"), dict):
-            raise CalmError(f"configuration {path} is no list of 'setting: value'")
+        read_settings(path)
     try:
         values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
         if values["method"] != "calm-em" and values["loss"] == e_step:

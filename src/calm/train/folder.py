@@ -14,9 +14,9 @@ import platform
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import yaml
@@ -24,11 +24,10 @@ import yaml
 from calm.data.loading import summary
 from calm.data.records import Report, Split
 from calm.errors import CalmError
-from calm.files import read_json, read_yaml, remove_abandoned, write_json, write_text
+from calm.files import read_json, remove_abandoned, write_json, write_text
 from calm.model import CalmModel
-from calm.train.config import TrainConfig
+from calm.train.config import TrainConfig, read_settings
 
-RunState = Literal["new", "unfinished", "finished"]
 FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
 """Fields that change nothing about the result: a run may be continued with other values."""
 
@@ -45,13 +44,8 @@ def is_first_process() -> bool:
     return next((rank for rank in ranks if rank is not None), "0") == "0"
 
 
-def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> RunState:
-    """Return the state of a run folder.
-
-    Args:
-        run_dir: the folder.
-        config: of the run that is to be in it.
-        flag: the option that names another folder, for the messages.
+def check_folder(run_dir: Path, config: TrainConfig) -> None:
+    """Check that a run may be written to a folder: it is new, or holds this run.
 
     Raises:
         CalmError: the folder holds something else, or a run with another configuration: the message names the fields.
@@ -62,13 +56,8 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         if run_dir.exists() and not run_dir.is_dir():
             raise CalmError(f"run_dir {run_dir} is a file")
         if run_dir.exists() and any(run_dir.iterdir()):
-            raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with {flag}")
-        return "new"
-    former = read_yaml(path, "configuration")
-    if not isinstance(former, dict):
-        raise CalmError(f"configuration {path} is no list of 'setting: value'")
-    changed = differences(former, config_dict(config))
-    if changed:
+            raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with --run_dir")
+    elif changed := differences(read_settings(path), config_dict(config)):
         known = flattened(config_dict(config))
         listed = "\n".join(
             f"  {name}: {old!r:.200} there, " + (f"{new!r} now" if name in known else "no setting of this version")
@@ -76,9 +65,8 @@ def inspect(run_dir: Path, config: TrainConfig, *, flag: str = "--run_dir") -> R
         )
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
-            f"choose another folder with {flag}, or delete that one"
+            "choose another folder with --run_dir, or delete that one"
         )
-    return "finished" if (run_dir / "result.json").exists() else "unfinished"
 
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -94,9 +82,8 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[
 
 def unknown_settings(path: Path) -> list[str]:
     """Return the settings of a configuration file, by dotted name, that `TrainConfig` lacks."""
-    if not path.is_file() or not isinstance(former := read_yaml(path, "configuration"), dict):
-        return []
-    return sorted(flattened(former).keys() - flattened(config_dict(TrainConfig(data=Path()))).keys())
+    former = flattened(read_settings(path)) if path.is_file() else {}
+    return sorted(former.keys() - flattened(config_dict(TrainConfig(data=Path()))).keys())
 
 
 def flattened(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -157,9 +144,10 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 def versions() -> dict[str, Any]:
     """Return the versions of packages and Python, and the machine and devices that the run uses."""
+    installed = {found.name.lower(): found.version for found in distributions()}
     names = ("calm", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow")
     return {
-        "packages": {name: version(name) for name in names},
+        "packages": {name: installed.get(name) for name in names},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),

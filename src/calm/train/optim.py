@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -68,22 +69,18 @@ def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, run: 
         return lr_scheduler.OneCycleLR(
             optimizer, peaks, total_steps=steps, pct_start=rise / steps, cycle_momentum=False
         )
-    main: lr_scheduler.LRScheduler
-    if optim.schedule == "cosine":
-        main = lr_scheduler.CosineAnnealingLR(optimizer, max(1, run.steps - warmup))
-    elif optim.schedule == "constant":
-        main = lr_scheduler.ConstantLR(optimizer, factor=1.0)
-    else:
-        # The released code steps its scheduler before the epoch, so that each decay comes one epoch early.
-        early = 1 if optim.schedule == "released-step" else 0
-        epochs = range(optim.step_epochs - early, run.epochs, optim.step_epochs)
-        # SequentialLR counts the steps of its second scheduler from the end of the warm-up.
-        milestones = [max(0, epoch * run.steps_per_epoch - warmup) for epoch in epochs]
-        main = lr_scheduler.MultiStepLR(optimizer, milestones, gamma=optim.step_factor)
-    if not warmup:
-        return main
-    rising = lr_scheduler.LinearLR(optimizer, 1 / warmup, total_iters=max(1, warmup - 1))
-    return lr_scheduler.SequentialLR(optimizer, [rising, main], [warmup])
+    # The released code steps its scheduler before the epoch, so that each decay comes one epoch early.
+    early = 1 if optim.schedule == "released-step" else 0
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        if optim.schedule == "cosine":
+            return (1 + math.cos(math.pi * (step - warmup) / max(1, run.steps - warmup))) / 2
+        epoch = step // run.steps_per_epoch + early
+        return 1.0 if optim.schedule == "constant" else optim.step_factor ** (epoch // optim.step_epochs)
+
+    return lr_scheduler.LambdaLR(optimizer, factor)
 
 
 class Average(AveragedModel):

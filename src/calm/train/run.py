@@ -71,8 +71,9 @@ def train(
     run_dir = config.run_dir or folder.default_run_dir(config)
     first = folder.is_first_process()
     log = journal.RunLog(quiet=quiet or not first)
-    status = folder.inspect(run_dir, config) if first else "unfinished"
-    if status == "finished" or (run_dir / "result.json").exists():
+    if first:
+        folder.check_folder(run_dir, config)
+    if (run_dir / "result.json").exists():
         log(f"{run_dir} is finished; delete it or choose another --run_dir to train again")
         return run_dir
     for name in config.log.loggers:
