@@ -134,30 +134,51 @@ def test_attribute_files_never_overwrites_an_input(calm_model: CalmModel, tmp_pa
     second = write_picture(tmp_path / "a.joint.png", seed=1)
     before = second.read_bytes()
     with pytest.raises(CalmError, match="would overwrite the input"):
-        attribute_files([str(first), str(second)], model="m", out=tmp_path)
+        attribute_files([str(first), str(second)], model="m", out=tmp_path, overwrite=True)
     assert second.read_bytes() == before
     assert not (tmp_path / "a.joint.npy").exists()
+
+
+def test_attribute_files_numbers_results_of_equal_names(calm_model: CalmModel, tmp_path: Path) -> None:
+    one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg", seed=1)
+    out = tmp_path / "out"
+    attribute_files([str(one), str(two)], model="m", out=out)
+    first = {path.name: path.read_bytes() for path in out.iterdir()}
+    assert set(first) == {"a.joint.png", "a.joint.npy", "A-2.joint.png", "A-2.joint.npy", "results.json"}
+    again = attribute_files([str(two)], model="m", out=out)
+    assert again == out / "results-2.json"
+    (record,) = json.loads(again.read_text())["images"]
+    assert record["files"] == {"overlay": "A.joint.png", "map": "A.joint.npy"}
+    attribute_files([str(two)], model="m", out=out)
+    assert (out / "A-3.joint.png").is_file()
+    assert {name: (out / name).read_bytes() for name in first} == first
+
+
+def test_attribute_files_overwrites_earlier_results_if_asked(calm_model: CalmModel, tmp_path: Path) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    for _ in range(2):
+        attribute_files([str(file)], model="m", out=out, overwrite=True)
+    assert {path.name for path in out.iterdir()} == {"a.joint.png", "a.joint.npy", "results.json"}
 
 
 def test_attribute_files_does_not_read_its_results(calm_model: CalmModel, tmp_path: Path) -> None:
     write_picture(tmp_path / "a.png")
     for _ in range(2):
         attribute_files([str(tmp_path)], model="m", out=tmp_path / "maps")
-    results = json.loads((tmp_path / "maps" / "results.json").read_text())
+    results = json.loads((tmp_path / "maps" / "results-2.json").read_text())
     assert len(results["images"]) == 1
 
 
-def test_find_images_finds_each_once_under_a_unique_name(tmp_path: Path) -> None:
+def test_find_images_finds_each_once(tmp_path: Path) -> None:
     one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg")
     (tmp_path / "x" / "notes.txt").write_text("no image")
     found, missing = find_images(
         [str(one), str(tmp_path / "x"), str(tmp_path / "*" / "*.jpg"), str(tmp_path / "z*.png")], tmp_path / "out"
     )
-    assert [entry.path for entry in found] == [one, two]
-    assert [entry.name for entry in found] == ["a", "A-2"]
+    assert found == {one: "a", two: "A"}
     assert missing == [str(tmp_path / "z*.png")]
     nested, _ = find_images([str(tmp_path)], tmp_path / "out")
-    assert [entry.name for entry in nested] == ["x/a", "y/A"]
+    assert [*nested.values()] == ["x/a", "y/A"]
     with pytest.raises(CalmError, match=r"no image found in 'nothing.png'"):
         find_images(["nothing.png"], tmp_path)
 

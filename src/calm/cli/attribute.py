@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
-from itertools import product
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,7 @@ def attribute_files(
     versus: str | None = None,
     out: Path = Path("attributions"),
     grid: bool = False,
+    overwrite: bool = False,
     batch_size: int = 16,
     device: str = "auto",
 ) -> Path:
@@ -49,7 +50,8 @@ def attribute_files(
     of a joint map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
     keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
 
-    Pictures are turned upright as their EXIF data says.
+    Earlier results are kept: where a file has the name already, the new ones are NAME-2.KIND.png and so on, and
+    results-2.json. Pictures are turned upright as their EXIF data says.
 
     Args:
         images: image files, folders (searched at all depths) and patterns such as 'photos/*.jpg'.
@@ -63,11 +65,12 @@ def attribute_files(
             the overlay red speaks for the target, blue for the other.
         out: folder for the results. Inputs are never overwritten.
         grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
+        overwrite: replace earlier results of the same names instead of numbering the new ones.
         batch_size: images in one pass through the model; fewer if they are very large.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
 
     Returns:
-        The file results.json.
+        The file results.json, or results-2.json, ...
 
     Raises:
         CalmError: a wrong option, before anything is written; or, after all others were done, images that
@@ -89,17 +92,17 @@ def attribute_files(
     suffixes = {"overlay": f".{label}.png", "map": f".{label}.npy"}
     if grid:
         suffixes["grid"] = f".{label}.grid.npy"
-    _refuse_overwriting(inputs, out, suffixes)
+    names = _result_names(inputs, out, suffixes, overwrite)
     console = Console(soft_wrap=True)
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     done: list[dict[str, Any]] = []
     for batch in _batches(inputs, batch_size, failed):
         explanations = explain(loaded, [picture for _, picture in batch], query)
-        for (entry, picture), explanation in zip(batch, explanations, strict=True):
-            files = _write(out, entry.name, picture, explanation, query, suffixes)
-            done.append(_record(entry.path, explanation, query, loaded.class_names) | {"files": files})
-            _print_explanation(console, entry.path, explanation, query, loaded.class_names)
-    results = out / "results.json"
+        for (path, picture), explanation in zip(batch, explanations, strict=True):
+            files = _write(out, names[path], picture, explanation, query, suffixes)
+            done.append(_record(path, explanation, query, loaded.class_names) | {"files": files})
+            _print_explanation(console, path, explanation, query, loaded.class_names)
+    results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
     write_json(results, {"format": 1, "model": model, "method": query.method, "images": done, "failed": failed})
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
     if failed:
@@ -116,15 +119,7 @@ def _load(source: str, device: str) -> CalmModel:
     return load(source, map_location="cpu").to(place).eval()
 
 
-@dataclass(frozen=True)
-class ImageInput:
-    """An image file, and the unique name, a relative path without suffix, that its results go under."""
-
-    path: Path
-    name: str
-
-
-def find_images(entries: Sequence[str], out: Path) -> tuple[list[ImageInput], list[str]]:
+def find_images(entries: Sequence[str], out: Path) -> tuple[dict[Path, str], list[str]]:
     """Find the images that the entries of a command line name.
 
     Args:
@@ -133,7 +128,8 @@ def find_images(entries: Sequence[str], out: Path) -> tuple[list[ImageInput], li
         out: folder of the results: images in it are passed over, unless they are named one by one.
 
     Returns:
-        Each image once, in the order named (folders and patterns sorted), and the entries without an image.
+        The images, each once and in the order named (folders and patterns sorted), each with the name, a relative path
+        without suffix, that its results would like to have; and the entries without an image.
 
     Raises:
         CalmError: no image at all, a name that is not UTF-8 text, or ``out`` is a loop of links.
@@ -144,21 +140,15 @@ def find_images(entries: Sequence[str], out: Path) -> tuple[list[ImageInput], li
         out = out.resolve()
     except (OSError, RuntimeError) as error:
         raise CalmError(f"cannot write to {out}: {error}") from error
-    found: dict[Path, ImageInput] = {}
-    missing: list[str] = []
-    names: set[str] = set()
-    for entry in entries:
-        matches = list(_matches(entry, out))
-        if not matches:
-            missing.append(entry)
-        for path, name in matches:
-            if not is_text(str(path)):
-                raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
-            if path.resolve() not in found:
-                found[path.resolve()] = ImageInput(path, _unique(name, names))
+    matches = {entry: list(_matches(entry, out)) for entry in entries}
+    found: dict[Path, tuple[Path, str]] = {}
+    for path, name in chain(*matches.values()):
+        if not is_text(str(path)):
+            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
+        found.setdefault(path.resolve(), (path, name))
     if not found:
         raise CalmError(f"no image found in {', '.join(map(repr, entries)) or 'an empty list'}")
-    return list(found.values()), missing
+    return dict(found.values()), [entry for entry, images in matches.items() if not images]
 
 
 def _matches(entry: str, out: Path) -> Iterator[tuple[Path, str]]:
@@ -186,43 +176,52 @@ def _is_image(file: Path, out: Path) -> bool:
     return file.suffix.lower() in SUFFIXES and file.is_file() and not file.resolve().is_relative_to(out)
 
 
-def _unique(name: str, taken: set[str]) -> str:
-    """``name``, or name-2, name-3, ... if it is taken, in any case: not every file system tells cases apart."""
-    candidate, number = name, 1
-    while candidate.casefold() in taken:
-        number += 1
-        candidate = f"{name}-{number}"
-    taken.add(candidate.casefold())
-    return candidate
+def _numbered(name: str, taken: Callable[[str], bool]) -> str:
+    """``name``, or name-2, name-3, ... if it is taken."""
+    return next(word for word in chain([name], (f"{name}-{n}" for n in count(2))) if not taken(word))
+
+
+def _result_names(
+    inputs: Mapping[Path, str], out: Path, suffixes: Mapping[str, str], overwrite: bool
+) -> dict[Path, str]:
+    """Return the name of each image's results, which is unique, in any case, in this call and, unless they may be
+    overwritten, among the files in ``out``; a `CalmError` if an input would be overwritten."""
+    if out.exists() and not out.is_dir():
+        raise CalmError(f"--out {out} is a file: name a folder")
+    sources = {path.resolve() for path in inputs}
+    names: dict[Path, str] = {}
+    used: set[str] = set()  # without case, which not every file system tells apart
+
+    def taken(name: str) -> bool:
+        there = any((out / (name + suffix)).exists() for suffix in suffixes.values())
+        return name.casefold() in used or (there and not overwrite)
+
+    for path, wanted in inputs.items():
+        names[path] = _numbered(wanted, taken)
+        used.add(names[path].casefold())
+        for suffix in suffixes.values():
+            if (written := (out / (names[path] + suffix)).resolve()) in sources:
+                raise CalmError(f"the result for {path} would overwrite the input {written}: choose another --out")
+    return names
 
 
 def _batches(
-    inputs: Sequence[ImageInput], batch_size: int, failed: list[dict[str, str]]
-) -> Iterator[list[tuple[ImageInput, Picture]]]:
+    inputs: Iterable[Path], batch_size: int, failed: list[dict[str, str]]
+) -> Iterator[list[tuple[Path, Picture]]]:
     """Read the pictures in batches, smaller ones if the pictures are large; append unreadable ones to ``failed``."""
     from calm.images import read_rgb
 
-    batch: list[tuple[ImageInput, Picture]] = []
-    for entry in inputs:
+    batch: list[tuple[Path, Picture]] = []
+    for path in inputs:
         try:
-            batch.append((entry, read_rgb(entry.path, exif=True)))
+            batch.append((path, read_rgb(path, exif=True)))
         except CalmError as error:
-            failed.append({"file": str(entry.path), "error": str(error)})
+            failed.append({"file": str(path), "error": str(error)})
         if len(batch) == batch_size or sum(picture.size for _, picture in batch) > BATCH_BYTES:
             yield batch
             batch = []
     if batch:
         yield batch
-
-
-def _refuse_overwriting(inputs: Sequence[ImageInput], out: Path, suffixes: dict[str, str]) -> None:
-    if out.exists() and not out.is_dir():
-        raise CalmError(f"--out {out} is a file: name a folder")
-    sources = {entry.path.resolve() for entry in inputs}
-    for entry, suffix in product(inputs, suffixes.values()):
-        written = (out / (entry.name + suffix)).resolve()
-        if written in sources:
-            raise CalmError(f"the result for {entry.path} would overwrite the input {written}: choose another --out")
 
 
 def _write(
