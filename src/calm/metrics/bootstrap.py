@@ -11,16 +11,15 @@ Source: Hanley and MacGibbon, Creating non-parametric bootstrap samples using Po
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torchmetrics import Metric
 
-from calm.config import REPLICATES
+from calm.config import REPLICATES as REPLICATES
 from calm.errors import CalmError
-
-__all__ = ["REPLICATES", "Estimate", "band", "bootstrap_mean", "estimate", "weights"]
 
 
 class Estimate(NamedTuple):
@@ -37,15 +36,8 @@ class Estimate(NamedTuple):
 def weights(keys: Int[Tensor, " b"], replicates: int, seed: int = 0) -> Float[Tensor, "r b"]:
     """Return how often each image occurs in each bootstrap sample; row 0 is the data set itself, all ones.
 
-    The result is a function of (seed, key, replicate) alone: the same in any batch, process and device.
-
-    Args:
-        keys: the index of each image in its data set.
-        replicates: R, number of bootstrap samples.
-        seed: of the draw.
-
-    Returns:
-        (R + 1, B) float64, whole numbers: 1, then Poisson(1).
+    The result, (R + 1, B) float64, whole numbers, depends on seed, key (the image's index in its data set) and
+    replicate alone: it is the same in any batch, process and device.
 
     Raises:
         CalmError: a negative number of replicates.
@@ -97,6 +89,36 @@ def bootstrap_mean(values: Float[Tensor, " n"], replicates: int = REPLICATES, se
         raise CalmError("no value to average")
     drawn = weights(torch.arange(len(values), device=values.device), replicates, seed)
     return estimate((drawn @ values.double()) / drawn.sum(dim=1))
+
+
+class Bootstrap(TypedDict, total=False):
+    """Keyword arguments of every metric.
+
+    Attributes:
+        replicates: bootstrap samples of images (of pairs for `CueLocalization`), 1,000 by default; 0: no intervals.
+        seed: of the bootstrap, 0 by default.
+    """
+
+    replicates: int
+    seed: int
+
+
+class BootstrapMetric(Metric):
+    """A metric that keeps its sums once for the data set and once for each bootstrap sample (see `Bootstrap`)."""
+
+    full_state_update = False
+
+    def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
+        super().__init__()
+        self.replicates, self.seed = replicates, seed
+
+    def add_sums(self, name: str, *shape: int) -> None:
+        """Add a state of zeros, (R + 1, ``*shape``) float64, which processes add up."""
+        self.add_state(name, torch.zeros(self.replicates + 1, *shape, dtype=torch.float64), dist_reduce_fx="sum")
+
+    def draw(self, keys: Int[Tensor, " b"]) -> Float[Tensor, "r b"]:
+        """Return the `weights` of images."""
+        return weights(keys.to(self.device), self.replicates, self.seed)
 
 
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number

@@ -8,7 +8,7 @@ compared with the true ones in one call.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, Unpack
 
 import cv2
 import numpy as np
@@ -16,17 +16,13 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
-from torchmetrics import Metric
 
 from calm.errors import CalmError
-from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, band, estimate
 from calm.metrics.pixels import Thresholds, check_maps, thresholds
-
-__all__ = ["BoxCurve", "Boxes", "MapBoxes", "MaxBoxAcc", "MaxBoxAccResult", "box_ious", "map_boxes", "threshold_ious"]
 
 Boxes: TypeAlias = NDArray[np.int64]
 """(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
-
 
 MANY = 400
 """Above this many contours, connected components are faster than contour tracing for the next threshold."""
@@ -85,23 +81,17 @@ def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
     wide = np.maximum(np.minimum(right, columns[2]) - np.maximum(left, columns[0]) + 1, 0)
     high = np.maximum(np.minimum(bottom, columns[3]) - np.maximum(top, columns[1]) + 1, 0)
     shared = wide * high
-    union = (right - left + 1) * (bottom - top + 1) + _pixels(truth)[:, None] - shared
-    ratio: NDArray[np.float64] = shared / union
+    of_truth = (truth[:, 2] - truth[:, 0] + 1) * (truth[:, 3] - truth[:, 1] + 1)
+    ratio: NDArray[np.float64] = shared / ((right - left + 1) * (bottom - top + 1) + of_truth[:, None] - shared)
     return ratio.T
 
 
 def threshold_ious(
     scores: NDArray[np.floating[Any]], truth: Boxes, thresholds: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return the overlap of a map's boxes with the best-fitting true box, at each threshold.
+    """Return the overlap (IoU) of a map's boxes with the best-fitting of (m, 4) true boxes, at each threshold.
 
-    Args:
-        scores: (h, w) in [0, 1], not checked.
-        truth: (m, 4) at least one box, in pixels of the map.
-        thresholds: (t,) in [0, 1].
-
-    Returns:
-        (t,) the largest contour's intersection over union, and (t,) that of the best contour.
+    It is that of the largest contour's box, (t,), and that of the best contour's, (t,); arguments as for `map_boxes`.
 
     Raises:
         CalmError: no true box, or one whose corners are in the wrong order.
@@ -140,8 +130,7 @@ def _contour_boxes(
             counts[place] = len(untraced[place][1])
         else:
             mode, offset = cv2.RETR_TREE, (left, top)
-            contours = cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
-            traced += contours
+            traced += (contours := cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0])
             counts[place] = len(contours)
     boxes = np.empty((counts.sum(), 4), dtype=np.int64)
     areas = np.empty(len(boxes), dtype=np.int64)
@@ -200,11 +189,6 @@ def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]
     return np.stack(first + beyond, axis=1).astype(np.int64), np.abs(np.add.reduceat(turned, starts))
 
 
-def _pixels(boxes: Boxes) -> NDArray[np.int64]:
-    sides = boxes[:, 2:] - boxes[:, :2] + 1
-    return sides[:, 0] * sides[:, 1]
-
-
 V1_IOU = 0.5
 """The overlap at which MaxBoxAcc counts a box as right."""
 
@@ -251,21 +235,17 @@ class MaxBoxAccResult(NamedTuple):
         return self.v1
 
 
-class MaxBoxAcc(Metric):
+class MaxBoxAcc(BootstrapMetric):
     """Box accuracy at the best threshold, versions 1 and 2, with Top-1 and Top-5 localization.
 
     Higher is better, from 0 to 1. The threshold is chosen on the images that the figure is reported for, so it is an
     upper bound of what a user gets; and a box around the whole image scores well on large objects. Each bootstrap
     sample has its own best threshold.
 
-    Memory depends on the number of thresholds only. Boxes are found on the CPU, with OpenCV; sums are kept on the
-    metric's device.
-
     Args:
         which: thresholds, see `calm.metrics.pixels`.
         ious: IoUs required in version 2.
-        replicates: bootstrap samples of images.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Raises:
         CalmError: no overlap, or one outside (0, 1].
@@ -274,7 +254,6 @@ class MaxBoxAcc(Metric):
     """
 
     higher_is_better = True
-    full_state_update = False
     thresholds: Tensor
     largest: Tensor
     best: Tensor
@@ -287,22 +266,19 @@ class MaxBoxAcc(Metric):
         self,
         which: Thresholds | Tensor = "even",
         ious: Sequence[float] = (0.3, 0.5, 0.7),
-        *,
-        replicates: int = REPLICATES,
-        seed: int = 0,
+        **bootstrap: Unpack[Bootstrap],
     ) -> None:
-        super().__init__()
+        super().__init__(**bootstrap)
         if not ious or not all(0 < iou <= 1 for iou in ious):
             raise CalmError(f"ious are {tuple(ious)}: give at least one above 0 and at most 1")
-        self.ious, self.replicates, self.seed = tuple(ious), replicates, seed
+        self.ious = tuple(ious)
         self.register_buffer("thresholds", thresholds(which))
         self.latest = torch.empty(0)
         """(b,) IoU of the largest contour's box at the image's best threshold, for each image of the last batch."""
-        zeros = torch.zeros(replicates + 1, len(self.thresholds), dtype=torch.float64)
         for name in ("largest", "top1", "top5"):
-            self.add_state(name, zeros.clone(), dist_reduce_fx="sum")
-        self.add_state("best", zeros.repeat(len(self.ious), 1, 1), dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(replicates + 1, dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_sums(name, len(self.thresholds))
+        self.add_sums("best", len(self.thresholds), len(self.ious))
+        self.add_sums("images")
         self.add_state("predicted", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(
@@ -331,14 +307,11 @@ class MaxBoxAcc(Metric):
             raise CalmError(f"{len(maps)} maps, boxes of {len(boxes)} images and {len(keys)} keys: one each")
         if (predictions is None) != (labels is None):
             raise CalmError("give predictions and labels, or neither")
-        if (
-            predictions is not None
-            and labels is not None
-            and (predictions.ndim != 2 or len(predictions) != len(maps) or labels.shape != keys.shape)
-        ):
+        shapes = None if predictions is None or labels is None else (tuple(predictions.shape), tuple(labels.shape))
+        if shapes and (len(shapes[0]) != 2 or shapes[0][0] != len(maps) or shapes[1] != keys.shape):
             raise CalmError(
-                f"{len(maps)} maps, predictions of shape {tuple(predictions.shape)} and labels of shape"
-                f" {tuple(labels.shape)}: give (b, k) classes by falling probability, and (b,) true ones"
+                f"{len(maps)} maps, predictions of shape {shapes[0]} and labels of shape {shapes[1]}: give (b, k)"
+                " classes by falling probability, and (b,) true ones"
             )
         if not len(maps):
             self.latest = torch.empty(0)
@@ -349,17 +322,16 @@ class MaxBoxAcc(Metric):
             threshold_ious(scores, truth.cpu().numpy().astype(np.int64), levels)
             for scores, truth in zip(arrays, boxes, strict=True)
         ]
-        device = self.largest.device
-        largest, best = (torch.from_numpy(np.stack(each)).to(device) for each in zip(*ious, strict=True))
-        drawn = weights(keys.to(device), self.replicates, self.seed)
+        largest, best = (torch.from_numpy(np.stack(each)).to(self.device) for each in zip(*ious, strict=True))
+        drawn = self.draw(keys)
         hit = (largest >= V1_IOU).double()
         self.largest += drawn @ hit
         for place, iou in enumerate(self.ious):
-            self.best[place] += drawn @ (best >= iou).double()
+            self.best[..., place] += drawn @ (best >= iou).double()
         self.images += drawn.sum(dim=1)
         self.latest = largest.amax(dim=1)
         if predictions is not None and labels is not None:
-            right = (predictions == labels.to(predictions.device)[:, None]).to(device)
+            right = (predictions == labels.to(predictions.device)[:, None]).to(self.device)
             self.top1 += drawn @ (hit * right[:, :1])
             self.top5 += drawn @ (hit * right[:, :5].any(dim=1, keepdim=True))
             self.predicted += len(maps)
@@ -375,7 +347,7 @@ class MaxBoxAcc(Metric):
             raise CalmError("no image with a box was given")
         if predicted not in (0, images):
             raise CalmError(f"predictions were given for {predicted} of {images} images: give all or none")
-        v1, each = self._share(self.largest), [self._share(hits) for hits in self.best]
+        v1, each = self._share(self.largest), [self._share(hits) for hits in self.best.unbind(-1)]
         reached = [share.amax(dim=1) for share in each]
         return MaxBoxAccResult(
             v1=estimate(v1.amax(dim=1)),

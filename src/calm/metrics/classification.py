@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from calm.errors import CalmError
-from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
-
-__all__ = ["BINS", "Classification", "ClassificationResult", "rank_correlation"]
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
 
 BINS = 15
 """Bins of the calibration error."""
@@ -37,7 +34,7 @@ class ClassificationResult(NamedTuple):
     bins: Float[Tensor, "15 3"]
 
 
-class Classification(Metric):
+class Classification(BootstrapMetric):
     """Top-1, top-5, negative log-likelihood and expected calibration error of p(y | x).
 
     The figures equal those of torchmetrics' ``MulticlassAccuracy`` (micro) and ``MulticlassCalibrationError``
@@ -45,24 +42,20 @@ class Classification(Metric):
     and slightly more so in bootstrap samples: compare intervals, not figures.
 
     Args:
-        replicates: bootstrap samples of images, for the intervals.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: Guo et al., On Calibration of Modern Neural Networks, 2017, for the calibration error.
     """
 
-    full_state_update = False
     sums: Tensor
     binned: Tensor
 
-    def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
-        super().__init__()
-        self.replicates, self.seed = replicates, seed
+    def __init__(self, **bootstrap: Unpack[Bootstrap]) -> None:
+        super().__init__(**bootstrap)
         # Columns: images, label is the most probable class, label is among the first five, nll.
-        self.add_state("sums", torch.zeros(replicates + 1, 4, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums("sums", 4)
         # By bin: images, confidence, right. torchmetrics gives a confidence of exactly 1 a bin of its own, the last.
-        binned = torch.zeros(replicates + 1, BINS + 1, 3, dtype=torch.float64)
-        self.add_state("binned", binned, dist_reduce_fx="sum")
+        self.add_sums("binned", BINS + 1, 3)
 
     def update(self, probs: Float[Tensor, "b c"], labels: Int[Tensor, " b"], keys: Int[Tensor, " b"]) -> None:
         """Add a batch.
@@ -92,7 +85,7 @@ class Classification(Metric):
         confidence = best.values[:, 0].clamp(max=1)
         edges = torch.linspace(0, 1, BINS + 1, dtype=confidence.dtype, device=confidence.device)
         place = torch.bucketize(confidence, edges, right=True) - 1
-        drawn = weights(keys.to(probs.device), self.replicates, self.seed)
+        drawn = self.draw(keys)
         ones = torch.ones_like(nll)
         self.sums += drawn @ torch.stack([ones, hits[:, 0], hits.any(dim=1), nll], dim=1).double()
         rows = torch.stack([ones, confidence, hits[:, 0]], dim=1).double()

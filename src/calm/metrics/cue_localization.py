@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
-from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, bootstrap_mean
 from calm.metrics.pixels import (
     COUNTINGS,
     Bucketize,
@@ -22,8 +21,6 @@ from calm.metrics.pixels import (
     pixel_edges,
     precision_recall,
 )
-
-__all__ = ["ACCUMULATIONS", "Accumulation", "CueLocalization", "CueLocalizationResult"]
 
 Accumulation = Literal["pair", "cumulative"]
 ACCUMULATIONS: tuple[Accumulation, ...] = ("pair", "cumulative")
@@ -48,7 +45,7 @@ class CueLocalizationResult(NamedTuple):
     empty: int
 
 
-class CueLocalization(Metric):
+class CueLocalization(BootstrapMetric):
     """Mean over class pairs of the PxAP of their difference maps (mPxAP), with intervals over pairs.
 
     Higher is better, from 0 to 1. A random map scores the share of pixels of the differing parts, a few percent; a map
@@ -60,14 +57,12 @@ class CueLocalization(Metric):
         which: thresholds, see `calm.metrics.pixels`; 1 is added to them, as for `calm.metrics.PixelAP`.
         counting: see `calm.metrics.pixels.COUNTINGS`.
         accumulation: see ``ACCUMULATIONS``.
-        replicates: bootstrap samples of pairs.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: paper, section 5.2 and its table of mPxAP.
     """
 
     higher_is_better = True
-    full_state_update = False
     histogram: Tensor
 
     def __init__(
@@ -76,20 +71,16 @@ class CueLocalization(Metric):
         which: Thresholds | Tensor = "even",
         counting: Counting = "strict",
         accumulation: Accumulation = "pair",
-        *,
-        replicates: int = REPLICATES,
-        seed: int = 0,
+        **bootstrap: Unpack[Bootstrap],
     ) -> None:
-        super().__init__()
+        super().__init__(**bootstrap)
         if counting not in COUNTINGS:
             raise unknown("counting", counting, COUNTINGS)
         if accumulation not in ACCUMULATIONS:
             raise unknown("accumulation", accumulation, ACCUMULATIONS)
         if not groups:
             raise CalmError("no class pair: give the number of differing part groups of at least one")
-        self.groups = tuple(groups)
-        self.counting, self.accumulation = counting, accumulation
-        self.replicates, self.seed = replicates, seed
+        self.groups, self.counting, self.accumulation = tuple(groups), counting, accumulation
         self.bucketize = Bucketize(pixel_edges(which))
         zeros = torch.zeros(len(groups), len(self.bucketize) + 1, 2, dtype=torch.float64)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
@@ -137,6 +128,5 @@ class CueLocalization(Metric):
         def mean(chosen: Tensor) -> Estimate:
             return bootstrap_mean(per_pair[chosen & defined], self.replicates, self.seed)
 
-        numbers = sorted(set(groups[defined].tolist()))
-        by_groups = {n: mean(groups == n) for n in numbers}
+        by_groups = {n: mean(groups == n) for n in sorted(set(groups[defined].tolist()))}
         return CueLocalizationResult(tuple(per_pair.tolist()), by_groups, mean(defined), int((~defined).sum()))

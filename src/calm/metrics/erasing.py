@@ -11,37 +11,20 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple, Unpack, get_args
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
 from torchvision.transforms.functional import gaussian_blur
 
-from calm.config import DRAWS, FRACTIONS, Fill
+from calm.config import DRAWS as DRAWS
+from calm.config import FRACTIONS as FRACTIONS
+from calm.config import Fill as Fill
 from calm.errors import CalmError, unknown
-from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
-
-__all__ = [
-    "DRAWS",
-    "FILLS",
-    "FRACTIONS",
-    "Fill",
-    "InsertionDeletion",
-    "InsertionDeletionResult",
-    "RemoveAndClassify",
-    "RemoveAndClassifyResult",
-    "check_fractions",
-    "erase",
-    "erasing_order",
-    "filling",
-    "first_pixels",
-    "insertion_deletion_curves",
-    "random_order",
-]
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
 
 FILLS: dict[Fill, str] = {
     "zero": "0 in normalised input, the data set's mean colour (the paper's)",
@@ -60,16 +43,9 @@ _LOW = 0xFFFFFFFF
 def random_order(keys: Int[Tensor, " b"], pixels: int, seed: int = 0) -> Int[Tensor, "b n"]:
     """Return a random number for each pixel of each image, all those of an image different.
 
-    The result is a function of (seed, key) alone: the same in any batch, process and device. Two rounds of a bijection
-    of 32-bit numbers (the finaliser of MurmurHash3) take the pixel's index to its number.
-
-    Args:
-        keys: the index of each image in its data set.
-        pixels: n, of an image.
-        seed: of the order; its lower 32 bits count.
-
-    Returns:
-        (B, n) int64, from 0 to below 2^32; the pixels with the largest numbers are erased first.
+    The result, int64 from 0 to below 2^32, depends on the key (the image's index in its data set) and the lower 32 bits
+    of the seed alone: it is the same in any batch, process and device. Two rounds of a bijection of 32-bit numbers (the
+    finaliser of MurmurHash3) take the pixel's index to its number. Pixels with larger numbers are erased first.
     """
     indices = torch.arange(pixels, device=keys.device, dtype=torch.int64)
     own = _mix((keys.to(torch.int64) & _LOW) ^ _mix(torch.full_like(keys, seed & _LOW, dtype=torch.int64)))
@@ -137,13 +113,9 @@ def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tenso
 def filling(
     images: Float[Tensor, "b c H W"], how: Fill = "zero", *, keys: Int[Tensor, " b"], seed: int = 0
 ) -> Float[Tensor, "b c H W"]:
-    """Return what erased pixels become, for every pixel of normalised images.
+    """Return what erased pixels become (see ``FILLS``), for every pixel of normalised images.
 
-    Args:
-        images: normalised input of the model.
-        how: one of ``FILLS``.
-        keys: the index of each image in its data set; with ``seed`` decides the noise.
-        seed: of the noise.
+    Noise depends on the seed and the keys, the images' indices in their data set.
 
     Raises:
         CalmError: an unknown fill.
@@ -208,7 +180,7 @@ class RemoveAndClassifyResult(NamedTuple):
     random_area: Estimate
 
 
-class RemoveAndClassify(Metric):
+class RemoveAndClassify(BootstrapMetric):
     """R_k of the paper: accuracy without the k percent highest-scored pixels, over that without k percent random ones.
 
     Lower is better: 1 means that the map picks pixels no better than chance. Compare methods for one classifier, or
@@ -220,30 +192,24 @@ class RemoveAndClassify(Metric):
 
     Args:
         fractions: shares of pixels erased, ascending.
-        replicates: bootstrap samples of images with their draws, for the intervals.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: paper, section 5.3 (remove-and-classify).
     """
 
     higher_is_better = False
-    full_state_update = False
     right_topk: Tensor
     right_random: Tensor
     right: Tensor
     images: Tensor
 
-    def __init__(self, fractions: Sequence[float] = FRACTIONS, *, replicates: int = REPLICATES, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(self, fractions: Sequence[float] = FRACTIONS, **bootstrap: Unpack[Bootstrap]) -> None:
+        super().__init__(**bootstrap)
         self.fractions = check_fractions(fractions)
-        self.replicates, self.seed = replicates, seed
-        for name, shape in (
-            ("right_topk", (replicates + 1, len(self.fractions))),
-            ("right_random", (replicates + 1, len(self.fractions))),
-            ("right", (replicates + 1,)),
-            ("images", (replicates + 1,)),
-        ):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_sums("right_topk", len(self.fractions))
+        self.add_sums("right_random", len(self.fractions))
+        self.add_sums("right")
+        self.add_sums("images")
 
     def update(
         self,
@@ -268,7 +234,7 @@ class RemoveAndClassify(Metric):
         for name, values in (("correct_topk", correct_topk), ("correct_random", correct_random)):
             if values.shape != expected:
                 raise CalmError(f"{name} has shape {tuple(values.shape)}, needed is {expected}: (images, fractions)")
-        drawn = weights(keys.to(correct.device), self.replicates, self.seed)
+        drawn = self.draw(keys)
         self.right_topk += drawn @ correct_topk.double()
         self.right_random += drawn @ correct_random.double()
         self.right += drawn @ correct.double()
@@ -383,7 +349,7 @@ class InsertionDeletionResult(NamedTuple):
     deletion_area: Estimate
 
 
-class InsertionDeletion(Metric):
+class InsertionDeletion(BootstrapMetric):
     """Area under the insertion and the deletion curve, averaged over images.
 
     Both depend on the classifier's confidence as well as on the map: compare maps of one classifier. As in
@@ -391,24 +357,21 @@ class InsertionDeletion(Metric):
 
     Args:
         steps: S of the curves.
-        replicates: bootstrap samples of images, for the intervals.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: Petsiuk, Das, Saenko, RISE, 2018, section 4.2.
     """
 
-    full_state_update = False
     curves: Tensor
     images: Tensor
 
-    def __init__(self, steps: int = 20, *, replicates: int = REPLICATES, seed: int = 0) -> None:
-        super().__init__()
+    def __init__(self, steps: int = 20, **bootstrap: Unpack[Bootstrap]) -> None:
+        super().__init__(**bootstrap)
         if steps < 1:
             raise CalmError(f"steps is {steps}: give 1 or more")
-        self.steps, self.replicates, self.seed = steps, replicates, seed
-        curves = torch.zeros(replicates + 1, 2, steps + 1, dtype=torch.float64)
-        self.add_state("curves", curves, dist_reduce_fx="sum")
-        self.add_state("images", torch.zeros(replicates + 1, dtype=torch.float64), dist_reduce_fx="sum")
+        self.steps = steps
+        self.add_sums("curves", 2, steps + 1)
+        self.add_sums("images")
 
     def update(self, inserted: Float[Tensor, "b s1"], deleted: Float[Tensor, "b s1"], keys: Int[Tensor, " b"]) -> None:
         """Add the curves of a batch (`insertion_deletion_curves`).
@@ -421,7 +384,7 @@ class InsertionDeletion(Metric):
             raise CalmError(f"curves have {both.shape[2]} points, {self.steps} steps have {self.steps + 1}")
         if not bool(((both >= 0) & (both <= 1 + 1e-4)).all()):
             raise CalmError("curves must be probabilities, in [0, 1]")
-        drawn = weights(keys.to(both.device), self.replicates, self.seed)
+        drawn = self.draw(keys)
         self.curves += (drawn @ both.flatten(1)).view_as(self.curves)
         self.images += drawn.sum(dim=1)
 

@@ -2,29 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torchmetrics import Metric
 
 from calm.errors import CalmError, unknown
-from calm.metrics.bootstrap import REPLICATES, Estimate, band, estimate, weights
-
-__all__ = [
-    "COUNTINGS",
-    "Bucketize",
-    "Counting",
-    "PixelAP",
-    "PixelAPResult",
-    "Thresholds",
-    "check_maps",
-    "histograms",
-    "pixel_edges",
-    "precision_recall",
-    "thresholds",
-]
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, band, estimate
 
 Thresholds = Literal["even", "log"]
 
@@ -76,9 +61,6 @@ class Bucketize(nn.Module):
     at most one threshold each; a table says how many thresholds lie below a cell, and one comparison decides about the
     threshold inside it. A float32 reaches a float64 threshold if it reaches the smallest float32 that is not below that
     threshold, so results are exact. Thresholds too close for a small table, and float64 scores, are searched.
-
-    Args:
-        thresholds: (t,) float64, ascending, in [0, 1].
     """
 
     thresholds: Tensor
@@ -106,11 +88,7 @@ class Bucketize(nn.Module):
         return len(self.thresholds)
 
     def forward(self, scores: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
-        """Return the number of thresholds t with score >= t, int32.
-
-        Args:
-            scores: in [0, 1], not checked.
-        """
+        """Return the number of thresholds t with score >= t, int32; scores, in [0, 1], are not checked."""
         if scores.dtype == torch.float64 or self.shift is None:
             return torch.bucketize(scores.double(), self.thresholds, right=True, out_int32=True)
         values = scores.detach().float().contiguous().flatten()
@@ -139,7 +117,7 @@ class PixelAPResult(NamedTuple):
     recall_band: tuple[tuple[float, ...], tuple[float, ...]]
 
 
-class PixelAP(Metric):
+class PixelAP(BootstrapMetric):
     """Area under the pixel precision-recall curve, with the pixels of all images pooled.
 
     Higher is better, from 0 to 1; a map without information scores the share of positive pixels. Since pixels are
@@ -149,31 +127,23 @@ class PixelAP(Metric):
     Args:
         which: thresholds, see `thresholds`; 1 is added to them, see `pixel_edges`.
         counting: see ``COUNTINGS``.
-        replicates: bootstrap samples of images, for the interval.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: Choe et al., 2020, section 3.2; the paper's table of cue localization.
     """
 
     higher_is_better = True
-    full_state_update = False
     histogram: Tensor
 
     def __init__(
-        self,
-        which: Thresholds | Tensor = "even",
-        counting: Counting = "strict",
-        *,
-        replicates: int = REPLICATES,
-        seed: int = 0,
+        self, which: Thresholds | Tensor = "even", counting: Counting = "strict", **bootstrap: Unpack[Bootstrap]
     ) -> None:
-        super().__init__()
+        super().__init__(**bootstrap)
         if counting not in COUNTINGS:
             raise unknown("counting", counting, COUNTINGS)
-        self.counting, self.replicates, self.seed = counting, replicates, seed
+        self.counting = counting
         self.bucketize = Bucketize(pixel_edges(which))
-        zeros = torch.zeros(replicates + 1, len(self.bucketize) + 1, 2, dtype=torch.float64)
-        self.add_state("histogram", zeros, dist_reduce_fx="sum")
+        self.add_sums("histogram", len(self.bucketize) + 1, 2)
 
     def update(
         self,
@@ -191,13 +161,11 @@ class PixelAP(Metric):
             ignore: True at pixels that are not counted.
 
         Raises:
-            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``; numbers
-                of images that differ.
+            CalmError: see `check_maps`.
         """
         check_maps(maps, positive, keys, ignore)
         counts = histograms(maps, positive, self.bucketize, ignore).double()
-        drawn = weights(keys.to(maps.device), self.replicates, self.seed)
-        self.histogram += (drawn @ counts.flatten(1)).view_as(self.histogram)
+        self.histogram += (self.draw(keys) @ counts.flatten(1)).view_as(self.histogram)
 
     def compute(self) -> PixelAPResult:
         """Return the area with its interval, and the curve.

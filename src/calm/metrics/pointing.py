@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
-from torchmetrics import Metric
 
 from calm.errors import CalmError
-from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
 from calm.metrics.pixels import check_maps
-
-__all__ = ["EnergyInside", "PointingGame", "PointingResult", "count_pixels", "energy_inside", "peak_hits"]
 
 
 class PointingResult(NamedTuple):
@@ -70,10 +67,7 @@ def energy_inside(
 ) -> Float[Tensor, " b"]:
     """Return the share of each map's sum that lies at true pixels: float64, in [0, 1]; 0 for a map of zeros.
 
-    Args:
-        maps: scores, zero or more.
-        truth: the object's pixels.
-        ignore: True at pixels whose scores are not counted.
+    Arguments are those of `peak_hits`; scores at ignored pixels are not counted.
     """
     scores = maps if ignore is None else maps.masked_fill(ignore, 0)
     whole = scores.sum(dim=(1, 2), dtype=torch.float64)
@@ -81,19 +75,16 @@ def energy_inside(
     return torch.where(whole > 0, inside.sum(dim=(1, 2), dtype=torch.float64) / whole, 0.0)
 
 
-class _ImageMean(Metric):
+class _ImageMean(BootstrapMetric):
     """Mean of a per-image figure, with its bootstrap interval."""
 
-    full_state_update = False
     higher_is_better = True
     sums: Tensor
     counts: Tensor
 
-    def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
-        super().__init__()
-        self.replicates, self.seed = replicates, seed
-        # Columns: sum of the figure, images with a true pixel.
-        self.add_state("sums", torch.zeros(replicates + 1, 2, dtype=torch.float64), dist_reduce_fx="sum")
+    def __init__(self, **bootstrap: Unpack[Bootstrap]) -> None:
+        super().__init__(**bootstrap)
+        self.add_sums("sums", 2)  # sum of the figure, images with a true pixel
         # Images left out, and images with a blank map.
         self.add_state("counts", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
 
@@ -104,25 +95,13 @@ class _ImageMean(Metric):
         keys: Int[Tensor, " b"],
         ignore: Bool[Tensor, "b h w"] | None = None,
     ) -> None:
-        """Add a batch.
-
-        Args:
-            maps: values in [0, 1].
-            truth: the object's pixels.
-            keys: the index of each image in its data set, which decides in which bootstrap samples it is.
-            ignore: True at pixels that are not counted.
-
-        Raises:
-            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``truth``; numbers of
-                images that differ.
-        """
+        """Add a batch; arguments and errors are those of `calm.metrics.PixelAP.update`."""
         check_maps(maps, truth, keys, ignore)
         counted = truth if ignore is None else truth & ~ignore
         seen = counted.any(dim=2).any(dim=1)
         scores = maps if ignore is None else maps.masked_fill(ignore, 0)
         figure = self._figure(scores, counted)
-        drawn = weights(keys.to(maps.device), self.replicates, self.seed)
-        self.sums += drawn @ torch.stack([figure * seen, seen.double()], dim=1)
+        self.sums += self.draw(keys) @ torch.stack([figure * seen, seen.double()], dim=1)
         blank = seen & (scores == 0).all(dim=2).all(dim=1)
         self.counts += torch.stack([(~seen).sum(), blank.sum()]).double()
 
@@ -151,15 +130,14 @@ class PointingGame(_ImageMean):
 
     Args:
         tolerance: distance in pixels at which a near miss is a hit, see `peak_hits`. The source takes 15.
-        replicates: bootstrap samples of images, for the interval.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: Zhang et al., Top-down Neural Attention by Excitation Backprop, 2018, section 4.1. There the mean is
     over the classes of a data set; here it is over images.
     """
 
-    def __init__(self, *, tolerance: int = 0, replicates: int = REPLICATES, seed: int = 0) -> None:
-        super().__init__(replicates=replicates, seed=seed)
+    def __init__(self, *, tolerance: int = 0, **bootstrap: Unpack[Bootstrap]) -> None:
+        super().__init__(**bootstrap)
         if tolerance < 0:
             raise CalmError(f"tolerance is {tolerance}: give a radius of 0 pixels or more")
         self.tolerance = tolerance
@@ -176,8 +154,7 @@ class EnergyInside(_ImageMean):
     does not measure whether the truth is covered.
 
     Args:
-        replicates: bootstrap samples of images, for the interval.
-        seed: of the bootstrap.
+        bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
 
     Source: Wang et al., Score-CAM, 2020, section 4.3 (energy-based pointing game).
     """
