@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Unpack
+
 import torch
 from torch import Tensor
 
 from calm.data.records import Split
 from calm.evaluate.distributed import all_gather
-from calm.evaluate.reading import Progress, predictions, scores_by_id
+from calm.evaluate.reading import Reading, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Prediction, Subject
 from calm.metrics.bootstrap import REPLICATES
-from calm.metrics.classification import BINS, Classification
-
-__all__ = ["agreement", "classification"]
+from calm.metrics.classification import Classification
 
 
 @torch.no_grad()
 def classification(
-    subject: Subject,
-    split: Split,
-    *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
-    seed: int = 0,
-    replicates: int = REPLICATES,
+    subject: Subject, split: Split, *, seed: int = 0, replicates: int = REPLICATES, **reading: Unpack[Reading]
 ) -> Result:
     """Measure how often the prediction is right, and how well its probability is calibrated.
 
@@ -33,11 +26,9 @@ def classification(
         subject: the classifier. Its maps are used only if they are CALM's joint: then the largest difference between
             the sum of a map and the probability that it explains is measured too.
         split: the images.
-        batch_size: images in a forward pass.
-        workers: processes that read images.
-        progress: see `calm.evaluate.reading`.
         seed: of the bootstrap.
         replicates: bootstrap samples of images.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figures ``top1``, ``top5``, ``nll``, ``ece``; the curve ``reliability``, accuracy over confidence in 15 bins
@@ -51,9 +42,7 @@ def classification(
     has_joint = subject.about.get("method") == "joint"
     worst = torch.zeros((), dtype=torch.float64, device=subject.device)
     scores: dict[int, float] = {}
-    for _, labels, keys, prediction in predictions(
-        subject, split, batch_size=batch_size, workers=workers, progress=progress
-    ):
+    for _, labels, keys, prediction in predictions(subject, split, **reading):
         probs = prediction.probs
         metric.update(probs, labels, keys)
         if has_joint:
@@ -73,10 +62,8 @@ def classification(
         scores=scores_of_all,
         details={
             "agreement": worst_of_all if has_joint else None,
-            "bins": BINS,
             "bin_shares": result.bins[:, 0].tolist(),
             "images": len(scores_of_all),
-            "options": {"seed": seed, "replicates": replicates},
         },
     )
 

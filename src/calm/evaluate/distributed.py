@@ -1,12 +1,8 @@
-"""Several processes that evaluate together: each takes its share of the batches, and all end with the same figures.
+"""Several processes, started by a launcher such as torchrun, evaluate together and end with the same figures.
 
-A launcher such as torchrun starts them and sets RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT and LOCAL_RANK. What they
-exchange is small, a few megabytes of sums and scores per benchmark, so it goes through gloo in the processors' memory,
-also where the work is done on GPUs.
-
-An error in one process must end all of them. So `all_gather` exchanges, beside the value, what has gone wrong; a
-process that fails takes part in the next exchange with its message; and between batches the others check whether one
-has failed (`check_failures`).
+Each takes its share of the batches. They exchange a few megabytes of sums and scores, so gloo does it, also for GPUs.
+An error in one process must end all: `all_gather` exchanges, beside the value, what has gone wrong; a process that
+fails takes part in the next exchange with its message; and between batches the others call `check_failures`.
 """
 
 from __future__ import annotations
@@ -17,28 +13,13 @@ import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from calm.errors import CalmError
 from calm.inference import resolve_device
-
-if TYPE_CHECKING:
-    from torch.distributed.distributed_c10d import Store
-
-__all__ = [
-    "all_gather",
-    "check_failures",
-    "device_of_process",
-    "gather_dict",
-    "is_first",
-    "process_group",
-    "rank",
-    "share",
-    "world_size",
-]
 
 T = TypeVar("T")
 
@@ -48,7 +29,7 @@ _JOIN_TIMEOUT = timedelta(minutes=10)
 _EXCHANGE_TIMEOUT = timedelta(days=1)
 """Timeout for the slowest process at an exchange. A process that has ended is noticed at once."""
 
-_store: Store | None = None
+_store: Any = None
 """Where a process that fails sets ``_FAILED``; None outside `process_group`."""
 
 _FAILED = "calm evaluate has failed"
@@ -96,21 +77,13 @@ def all_gather(value: T) -> list[T]:
 
 
 def gather_dict(values: Mapping[int, T]) -> dict[int, T]:
-    """Return the entries of all processes, by ascending keys.
-
-    Raises:
-        CalmError: see `all_gather`.
-    """
+    """Return the entries of all processes, by ascending keys; errors are those of `all_gather`."""
     entries = {key: value for part in all_gather(dict(values)) for key, value in part.items()}
     return dict(sorted(entries.items()))
 
 
 def check_failures() -> None:
-    """Raise if another process has failed meanwhile.
-
-    Raises:
-        CalmError: it has.
-    """
+    """Raise a CalmError if another process has failed meanwhile."""
     if _store is not None and _store.check([_FAILED]):
         raise _OtherFailedError("another process has failed")
 
@@ -150,7 +123,8 @@ def process_group() -> Iterator[None]:
     if os.environ.get("WORLD_SIZE", "1") == "1" or world_size() > 1:
         yield
         return
-    _connect()
+    global _store
+    _store = _connect()
     try:
         try:
             yield
@@ -162,14 +136,14 @@ def process_group() -> Iterator[None]:
     except _AgreedError as error:
         if is_first():
             print(f"calm: {error}", file=sys.stderr, flush=True)
-        _all_gather_object(None)  # a launcher kills the others when one exits: wait until the reason is printed
+        _exchange(None, None)  # a launcher kills the others when one exits: wait until the reason is printed
         raise SystemExit(2) from error
     finally:
-        _disconnect()
+        _store = None
+        dist.destroy_process_group()
 
 
-def _connect() -> None:
-    global _store
+def _connect() -> Any:
     from torch.distributed.rendezvous import rendezvous
 
     try:
@@ -180,13 +154,7 @@ def _connect() -> None:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but the processes do not meet ({error}): start them with"
             " torchrun, or take WORLD_SIZE out of the environment"
         ) from error
-    _store = store
-
-
-def _disconnect() -> None:
-    global _store
-    _store = None
-    dist.destroy_process_group()
+    return store
 
 
 def _announce(error: Exception) -> str | None:
@@ -202,20 +170,14 @@ def _announce(error: Exception) -> str | None:
 
 
 def _exchange(failure: str | None, value: T) -> list[T]:
-    gathered = _all_gather_object((failure, value))
-    failures = [message for message, _ in gathered if message is not None]
-    if failures:
-        raise _AgreedError(failures[0])
-    return [each for _, each in gathered]
-
-
-def _all_gather_object(value: T) -> list[T]:
-    gathered: list[T] = [value] * world_size()
+    gathered = [(failure, value)] * world_size()
     try:
-        dist.all_gather_object(gathered, value)
+        dist.all_gather_object(gathered, (failure, value))
     except RuntimeError as error:
         raise _LostError(
             "another process has ended without a word, and its images are missing: see its output, or whether memory"
             " ran out"
         ) from error
-    return gathered
+    if failures := [message for message, _ in gathered if message is not None]:
+        raise _AgreedError(failures[0])
+    return [each for _, each in gathered]

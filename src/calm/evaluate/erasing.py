@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias, get_args
+from typing import NamedTuple, Unpack, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from calm.config import Explain
+from calm.config import DRAWS, FRACTIONS, Explain, Fill
 from calm.data.records import Split
 from calm.data.seeds import mix_seed
 from calm.errors import CalmError, unknown
 from calm.evaluate.distributed import all_gather
-from calm.evaluate.reading import Batch, Progress, predictions, scores_by_id
+from calm.evaluate.reading import Batch, Reading, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.heatmaps import resize_and_normalize
 from calm.metrics.bootstrap import REPLICATES, Estimate
 from calm.metrics.erasing import (
-    DRAWS,
-    FRACTIONS,
-    Fill,
     InsertionDeletion,
     RemoveAndClassify,
     check_fractions,
@@ -33,8 +30,6 @@ from calm.metrics.erasing import (
     insertion_deletion_curves,
     random_order,
 )
-
-__all__ = ["RankedBatch", "after_erasing", "draw_seed", "insertion_deletion", "ranked_batches", "remove_and_classify"]
 
 
 class RankedBatch(NamedTuple):
@@ -58,21 +53,21 @@ class RankedBatch(NamedTuple):
 
 
 def ranked_batches(
-    subject: Subject,
-    split: Split,
-    explain: Explain,
-    fill: Fill,
-    seed: int,
-    batch_size: int,
-    workers: int,
-    progress: Progress | None = None,
+    subject: Subject, split: Split, explain: Explain, fill: Fill, seed: int, **reading: Unpack[Reading]
 ) -> Iterator[RankedBatch]:
     """Rank the pixels of each batch by the maps of its labels (as the paper does) or of its most probable classes.
 
     Maps are resized to the model's input, then normalised as the subject says. The random order of an image depends
     only on ``seed`` and its position in the split; it also decides between pixels of equal score.
+
+    Raises:
+        CalmError: an unknown name; see `predictions`.
     """
-    for batch in predictions(subject, split, batch_size=batch_size, workers=workers, progress=progress):
+    if explain not in get_args(Explain):
+        raise unknown("class to explain", explain, get_args(Explain))
+    if fill not in get_args(Fill):
+        raise unknown("fill", fill, get_args(Fill))
+    for batch in predictions(subject, split, **reading):
         images, labels, keys, prediction = batch
         explained = labels if explain == "label" else prediction.probs.argmax(dim=1)
         size = (images.shape[-2], images.shape[-1])
@@ -83,30 +78,18 @@ def ranked_batches(
         yield RankedBatch(batch, explained, order, random, filler, ~maps.flatten(1).any(dim=1))
 
 
-def _check_names(explain: str, fill: str) -> None:
-    if explain not in get_args(Explain):
-        raise unknown("class to explain", explain, get_args(Explain))
-    if fill not in get_args(Fill):
-        raise unknown("fill", fill, get_args(Fill))
-
-
-Classify: TypeAlias = Callable[[Tensor], Tensor]
-
-
 @torch.no_grad()
 def remove_and_classify(
     subject: Subject,
     split: Split,
     *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
     fractions: Sequence[float] = FRACTIONS,
     draws: int = DRAWS,
     fill: Fill = "zero",
     explain: Explain = "label",
     seed: int = 0,
     replicates: int = REPLICATES,
+    **reading: Unpack[Reading],
 ) -> Result:
     """Erase the highest-scored pixels, classify again, and compare with erasing as many random ones.
 
@@ -117,15 +100,13 @@ def remove_and_classify(
     Args:
         subject: classifier and map.
         split: the images; right means that the prediction is the label.
-        batch_size: images in a forward pass.
-        workers: processes that read images.
-        progress: see `calm.evaluate.reading`.
         fractions: shares of pixels erased.
         draws: random erasures of each image, averaged; 1 + K (1 + draws) forward passes for K fractions.
         fill: what erased pixels become, see `calm.metrics.erasing.FILLS`.
         explain: map of the ``label`` (as the paper does) or of the ``prediction``.
         seed: of random pixels, noise and bootstrap.
         replicates: bootstrap samples of images with their draws.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figures ``r10``, ... (R_k by percent), ``r_area`` and ``top1``; curves of R_k and of both accuracies. An
@@ -136,7 +117,6 @@ def remove_and_classify(
         CalmError: an impossible option; a label that the classifier has no class for; unreadable images.
     """
     shares = check_fractions(fractions)
-    _check_names(explain, fill)
     if draws < 1:
         raise CalmError(f"draws is {draws}: give 1 or more")
     metric = RemoveAndClassify(shares, replicates=replicates, seed=seed).to(subject.device)
@@ -146,7 +126,7 @@ def remove_and_classify(
     def classify(images: Tensor) -> Tensor:
         return subject.predict(images).probs
 
-    for ranked in ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+    for ranked in ranked_batches(subject, split, explain, fill, seed, **reading):
         images, labels, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
@@ -165,22 +145,16 @@ def remove_and_classify(
         scores |= dict(zip(keys.tolist(), lost.tolist(), strict=True))
     scores_of_all, constant = scores_by_id(split, scores), sum(all_gather(constant))
     result = metric.cpu().compute()
-    at = (0.0, *result.fractions)
-    accuracy_curves = {"topk": result.topk, "random": result.random}
+    at = (0.0, *shares)
+    figures = {f"r{100 * share:g}": ratio for share, ratio in zip(shares, result.ratio, strict=True)}
     return Result(
         "remove-and-classify",
         subject.label,
-        figures={
-            **{f"r{100 * share:g}": ratio for share, ratio in zip(shares, result.ratio, strict=True)},
-            "r_area": result.ratio_area,
-            "top1": result.accuracy,
-        },
+        figures={**figures, "r_area": result.ratio_area, "top1": result.accuracy},
         curves={
             "ratio": Curve.of(at, (Estimate(1.0, 1.0, 1.0), *result.ratio), "share of pixels", "R_k"),
-            **{
-                name: Curve.of(at, (result.accuracy, *curve), "share of pixels", "accuracy")
-                for name, curve in accuracy_curves.items()
-            },
+            "topk": Curve.of(at, (result.accuracy, *result.topk), "share of pixels", "accuracy"),
+            "random": Curve.of(at, (result.accuracy, *result.random), "share of pixels", "accuracy"),
         },
         scores=scores_of_all,
         details={
@@ -188,14 +162,6 @@ def remove_and_classify(
             "random_area": list(result.random_area),
             "constant_maps": constant,
             "images": len(scores_of_all),
-            "options": {
-                "fractions": list(shares),
-                "draws": draws,
-                "fill": fill,
-                "explain": explain,
-                "seed": seed,
-                "replicates": replicates,
-            },
         },
     )
 
@@ -206,7 +172,7 @@ def draw_seed(seed: int, draw: int) -> int:
 
 
 def after_erasing(
-    classify: Classify,
+    classify: Callable[[Tensor], Tensor],
     images: Float[Tensor, "b 3 H W"],
     order: Int[Tensor, "b n"],
     filler: Float[Tensor, "b 3 H W"],
@@ -234,14 +200,12 @@ def insertion_deletion(
     subject: Subject,
     split: Split,
     *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
     points: int = 20,
     fill: Fill = "zero",
     explain: Explain = "label",
     seed: int = 0,
     replicates: int = REPLICATES,
+    **reading: Unpack[Reading],
 ) -> Result:
     """Insert pixels into the blurred image, and delete them from the whole one, highest score first.
 
@@ -251,14 +215,12 @@ def insertion_deletion(
     Args:
         subject: classifier and map.
         split: the images.
-        batch_size: images in a forward pass.
-        workers: processes that read images.
-        progress: see `calm.evaluate.reading`.
         points: steps from no pixel to all.
         fill: what deleted pixels become, see `calm.metrics.erasing.FILLS`.
         explain: map and probability of the ``label`` or of the ``prediction``.
         seed: of the order of equal scores, of noise and of the bootstrap.
         replicates: bootstrap samples of images.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figures ``insertion`` and ``deletion``, the areas under the curves of the same names: the probability of the
@@ -270,11 +232,10 @@ def insertion_deletion(
 
     Source: Petsiuk, Das, Saenko, RISE, 2018, section 4.2.
     """
-    _check_names(explain, fill)
     metric = InsertionDeletion(points, replicates=replicates, seed=seed).to(subject.device)
     scores: dict[int, float] = {}
     constant = 0
-    for ranked in ranked_batches(subject, split, explain, fill, seed, batch_size, workers, progress):
+    for ranked in ranked_batches(subject, split, explain, fill, seed, **reading):
         images, _, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         inserted, deleted = insertion_deletion_curves(
@@ -292,19 +253,14 @@ def insertion_deletion(
         scores |= dict(zip(keys.tolist(), gained.tolist(), strict=True))
     scores_of_all, constant = scores_by_id(split, scores), sum(all_gather(constant))
     result = metric.cpu().compute()
-    curves = {"insertion": result.insertion, "deletion": result.deletion}
     return Result(
         "insertion-deletion",
         subject.label,
         figures={"insertion": result.insertion_area, "deletion": result.deletion_area},
         curves={
             name: Curve.of(result.fractions, curve, "share of pixels", f"p(y | x) after {name}")
-            for name, curve in curves.items()
+            for name, curve in (("insertion", result.insertion), ("deletion", result.deletion))
         },
         scores=scores_of_all,
-        details={
-            "constant_maps": constant,
-            "images": len(scores_of_all),
-            "options": {"points": points, "fill": fill, "explain": explain, "seed": seed, "replicates": replicates},
-        },
+        details={"constant_maps": constant, "images": len(scores_of_all)},
     )

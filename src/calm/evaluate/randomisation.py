@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import get_args
+from typing import Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,14 +15,12 @@ from calm.config import Order
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.evaluate.distributed import all_gather, gather_dict
-from calm.evaluate.reading import Progress, predictions, scaled_progress
+from calm.evaluate.reading import Reading, predictions, scaled_progress
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.metrics.bootstrap import REPLICATES, Estimate, bootstrap_mean
 from calm.metrics.classification import rank_correlation
 from calm.model import CalmModel
-
-__all__ = ["Order", "randomisation", "reinitialise", "stages"]
 
 _SEED_OFFSET = 0x52414E444F4D
 """Added to seeds, so that a small seed does not draw the weights that a model was initialised with."""
@@ -35,11 +33,9 @@ def randomisation(
     *,
     order: Order = "cascading",
     images: int = 200,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
     seed: int = 0,
     replicates: int = REPLICATES,
+    **reading: Unpack[Reading],
 ) -> Result:
     """Draw the weights anew and compare the label's maps before and after, by Spearman's rank correlation.
 
@@ -55,11 +51,9 @@ def randomisation(
         split: images and the classes explained.
         order: ``cascading``: one stage (`stages`) after another, from the head down; ``all``: at once.
         images: number of images, spread evenly over the split; their maps are kept in memory.
-        batch_size: images in a forward pass.
-        workers: processes that read images.
-        progress: called after each batch with its share of the work, as a number of the split's images.
         seed: of the weights and the bootstrap.
         replicates: bootstrap samples of images.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figure ``randomisation``: the mean correlation with every weight drawn anew; the curve ``randomisation`` over
@@ -81,15 +75,12 @@ def randomisation(
     count = len(split.records)
     chosen = range(count) if images >= count else [i * count // images for i in range(images)]
     changed = copy.deepcopy(model)
-    everything: list[tuple[str, list[nn.Module]]] = [("all", [changed])]
-    rounds = stages(changed) if order == "cascading" else everything
-    progress = scaled_progress(progress, len(chosen) * (1 + len(rounds)), count)
+    rounds: list[tuple[str, list[nn.Module]]] = stages(changed) if order == "cascading" else [("all", [changed])]
+    reading["progress"] = scaled_progress(reading.get("progress"), len(chosen) * (1 + len(rounds)), count)
 
     def maps_with(weights: CalmModel) -> Iterator[tuple[list[int], Tensor]]:
         randomised = replace(subject, predict=partial(predict_with, weights))
-        for _, labels, keys, prediction in predictions(
-            randomised, split, batch_size=batch_size, workers=workers, progress=progress, indices=chosen
-        ):
+        for _, labels, keys, prediction in predictions(randomised, split, chosen, **reading):
             yield keys.tolist(), prediction.maps(labels[:, None])[:, 0].flatten(1).cpu()
 
     reference = list(maps_with(model))
@@ -107,21 +98,13 @@ def randomisation(
         constant.append(len(values) - len(defined))
         undefined = Estimate(torch.nan, torch.nan, torch.nan)
         points.append(bootstrap_mean(defined, replicates, seed) if len(defined) else undefined)
+    curve = Curve.of(range(len(points)), points, "stages drawn anew", "rank correlation with the map before")
     return Result(
         "randomisation",
         subject.label,
         figures={"randomisation": points[-1]},
-        curves={
-            "randomisation": Curve.of(
-                range(len(points)), points, "stages drawn anew", "rank correlation with the map before"
-            )
-        },
-        details={
-            "stages": [name for name, _ in rounds],
-            "constant_maps": constant,
-            "images": len(chosen),
-            "options": {"order": order, "images": images, "seed": seed, "replicates": replicates},
-        },
+        curves={"randomisation": curve},
+        details={"stages": [name for name, _ in rounds], "constant_maps": constant, "images": len(chosen)},
     )
 
 

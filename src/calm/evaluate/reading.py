@@ -7,7 +7,7 @@ processes there are, and no image is read twice.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple, TypeAlias, TypedDict, Unpack
 
 import torch
 from jaxtyping import Float, Int
@@ -22,10 +22,22 @@ from calm.evaluate.distributed import check_failures, gather_dict, rank, share, 
 from calm.evaluate.subject import Prediction, Subject
 from calm.images import Preprocessing
 
-__all__ = ["Batch", "Progress", "batches", "own_batches", "predictions", "scaled_progress", "scores_by_id"]
-
 Progress: TypeAlias = Callable[[int], None]
 """Called after each batch with its number of images; of several processes, with that of all their batches."""
+
+
+class Reading(TypedDict, total=False):
+    """Keyword arguments of every benchmark.
+
+    Attributes:
+        batch_size: images in a forward pass, 32 by default. It does not change the figures.
+        workers: processes that read images ahead; 0, the default, reads in this one.
+        progress: called after each batch with its share of the work, as a number of the split's images.
+    """
+
+    batch_size: int
+    workers: int
+    progress: Progress | None
 
 
 def scaled_progress(progress: Progress | None, reads: int, total: int) -> Progress | None:
@@ -61,23 +73,14 @@ def own_batches(indices: Sequence[int], batch_size: int, progress: Progress | No
 def batches(
     split: Split,
     preprocessing: Preprocessing,
-    device: torch.device | str,
+    device: torch.device,
+    indices: Sequence[int],
     *,
     batch_size: int = 32,
     workers: int = 0,
     progress: Progress | None = None,
-    indices: Sequence[int] | None = None,
 ) -> Iterator[tuple[Float[Tensor, "b 3 H W"], Int[Tensor, " b"], Int[Tensor, " b"]]]:
-    """Yield normalised images, class indices and positions in the split: the batches of this process.
-
-    Args:
-        split: its order is kept.
-        preprocessing: the model's.
-        device: of the images; labels and positions stay on the CPU.
-        batch_size: most images in a batch.
-        workers: processes that read ahead; 0 reads here.
-        progress: called after each batch.
-        indices: read only these images of the split; None: all.
+    """Yield normalised images on ``device``, class indices and positions: this process's batches of ``indices``.
 
     Raises:
         CalmError: a batch size below 1, a negative number of workers, an image that cannot be read; another
@@ -86,16 +89,10 @@ def batches(
     if workers < 0:
         raise CalmError(f"workers must be at least 0, got {workers}")
     data: Dataset[tuple[Tensor, int, int]] = ImageDataset(split, eval_transform(preprocessing))
-    indices = range(len(split.records)) if indices is None else indices
-    pinned = torch.device(device).type == "cuda"
-    loader = DataLoader(
-        data,
-        batch_sampler=[list(batch) for batch in share(_split_batches(indices, batch_size))],
-        num_workers=workers,
-        pin_memory=pinned,
-    )
-    own = own_batches(indices, batch_size, progress)
-    for _, (images, labels, positions) in zip(own, loader, strict=False):
+    own = [list(batch) for batch in share(_split_batches(indices, batch_size))]
+    pinned = device.type == "cuda"
+    loader = DataLoader(data, batch_sampler=own, num_workers=workers, pin_memory=pinned)
+    for _, (images, labels, positions) in zip(own_batches(indices, batch_size, progress), loader, strict=False):
         yield images.to(device, non_blocking=pinned), labels, positions
 
 
@@ -116,23 +113,15 @@ class Batch(NamedTuple):
 
 
 def predictions(
-    subject: Subject,
-    split: Split,
-    *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
-    indices: Sequence[int] | None = None,
+    subject: Subject, split: Split, indices: Sequence[int] | None = None, **reading: Unpack[Reading]
 ) -> Iterator[Batch]:
-    """Yield the batches of this process with their predictions (see `batches` for the arguments).
+    """Yield the batches of this process with their predictions; ``indices``: of these images only.
 
     Raises:
         CalmError: a label that the subject has no class for; see `batches`.
     """
-    options = {"batch_size": batch_size, "workers": workers}
-    for images, labels, positions in batches(
-        split, subject.preprocessing, subject.device, progress=progress, indices=indices, **options
-    ):
+    indices = range(len(split.records)) if indices is None else indices
+    for images, labels, positions in batches(split, subject.preprocessing, subject.device, indices, **reading):
         prediction = subject.predict(images)
         classes = prediction.probs.shape[1]
         if int(labels.max()) >= classes:

@@ -11,7 +11,7 @@ Source: Hanley and MacGibbon, Creating non-parametric bootstrap samples using Po
 from __future__ import annotations
 
 import math
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int

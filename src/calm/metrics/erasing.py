@@ -20,9 +20,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
-from calm.config import DRAWS as DRAWS
-from calm.config import FRACTIONS as FRACTIONS
-from calm.config import Fill as Fill
+from calm.config import DRAWS as DRAWS, FRACTIONS as FRACTIONS, Fill as Fill
 from calm.errors import CalmError, unknown
 from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
 

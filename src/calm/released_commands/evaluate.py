@@ -127,7 +127,7 @@ def measure(
 
     right: list[bool] = []
     erased: dict[str, list[Tensor]] = {"topk": [], "random": []}
-    batches = ranked_batches(subject, split, "label", "zero", seed, batch_size, workers)
+    batches = ranked_batches(subject, split, "label", "zero", seed, batch_size=batch_size, workers=workers)
     for number, ranked in enumerate(batches, start=1):
         images, labels, _, prediction = ranked.batch
         right += (prediction.probs.argmax(dim=1) == labels).tolist()
