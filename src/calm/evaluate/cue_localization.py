@@ -1,8 +1,7 @@
 """Cue localization: whether the difference map of two classes lies on the parts that tell them apart.
 
 Nothing in an image's forward pass depends on the pair. So each image is read and predicted once, its part regions are
-drawn once, and the maps of all classes that its pairs need come from that prediction; only the difference, its resizing
-and its histogram are computed pair by pair.
+drawn once, and only the difference of two maps, its resizing and its histogram are computed pair by pair.
 
 Source: paper, section 5.2.
 """
@@ -13,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Unpack
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -35,7 +35,7 @@ from calm.data.records import Record, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.evaluate.distributed import all_gather
-from calm.evaluate.reading import Progress, batches, scaled_progress
+from calm.evaluate.reading import Reading, predictions, scaled_progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 from calm.heatmaps import resize_and_normalize
@@ -45,8 +45,6 @@ from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLoca
 from calm.metrics.pixels import Counting
 from calm.metrics.pointing import count_pixels, energy_inside, peak_hits
 from calm.output import difference
-
-__all__ = ["CueData", "cue_localization", "read_cue_data"]
 
 
 @dataclass(frozen=True)
@@ -83,13 +81,9 @@ class CueData:
 
 
 def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -> CueData:
-    """Read the pairs and part points of a data set.
+    """Read the pairs of classes that differ in so many part groups (``counts``), and the part points of a split.
 
-    Args:
-        split: the images.
-        root: of the data set: ``attributes/`` and ``parts/`` are below it (`calm.data.cues`), and perhaps
-            ``parts/groups.yaml`` (`calm.data.cues`).
-        counts: numbers of differing part groups that make a pair.
+    ``attributes/`` and ``parts/`` are below ``root``, and perhaps ``parts/groups.yaml`` (`calm.data.cues`).
 
     Raises:
         CalmError: a file is missing or malformed, no pair differs in so many groups, or no image shows a part.
@@ -110,8 +104,8 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
         for label in (pair.first, pair.second):
             pairs_of.setdefault(label, []).append(number)
     for image, (record, seen) in enumerate(zip(split.records, visible.tolist(), strict=True)):
-        own = (n for n in pairs_of.get(record.label, ()) if any(seen[group] for group in pairs[n].groups))
-        if numbers := tuple(own):
+        own = pairs_of.get(record.label, ())
+        if numbers := tuple(n for n in own if any(seen[group] for group in pairs[n].groups)):
             samples[image] = numbers
     if not samples:
         raise CalmError(
@@ -148,12 +142,10 @@ def cue_localization(
     split: Split,
     root: Path | CueData,
     *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
     counts: Sequence[int] = (1, 2, 3),
     replicates: int = REPLICATES,
     seed: int = 0,
+    **reading: Unpack[Reading],
 ) -> Result:
     """Compare difference maps of class pairs with the parts in which the classes differ.
 
@@ -161,12 +153,10 @@ def cue_localization(
         subject: its class indices are those of the split.
         split: the images.
         root: of the data set, or what `read_cue_data` read there.
-        batch_size: images of one forward pass. It does not change the figures.
-        workers: processes that read images.
-        progress: called after each batch with its share of the work, as a number of the split's images.
         counts: numbers of differing part groups that make a pair; not used if ``root`` is data already.
         replicates: bootstrap samples, of pairs for PxAP and of images for peak and mass.
         seed: of the bootstrap.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figures ``mpxap``, ``mpxap_1`` ... (every pixel counted, each pair by itself) and the same with the
@@ -184,17 +174,11 @@ def cue_localization(
     differing = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs])
     measured: list[_Samples] = []
     at_once = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
-    for images, _, positions in batches(
-        split,
-        subject.preprocessing,
-        subject.device,
-        batch_size=batch_size,
-        workers=workers,
-        progress=scaled_progress(progress, len(data.samples), len(split.records)),
-        indices=list(data.samples),
-    ):
+    reading["progress"] = scaled_progress(reading.get("progress"), len(data.samples), len(split.records))
+    for _, _, keys, prediction in predictions(subject, split, list(data.samples), **reading):
+        positions = keys.cpu()
         plan = _Plan.of(data, positions)
-        grid = subject.predict(images).maps(plan.classes.to(subject.device))
+        grid = prediction.maps(plan.classes.to(subject.device))
         bits = data.bits(data.regions(split.records, positions)).to(subject.device)
         object_pixels = count_pixels(bits.to(torch.bool))
         parts: list[_Samples] = []
@@ -217,8 +201,7 @@ def cue_localization(
     return _result(subject, split, data, metric.cpu(), samples, replicates, seed)
 
 
-@dataclass(frozen=True)
-class _Plan:
+class _Plan(NamedTuple):
     """The classes whose maps a batch needs, and its samples (an image with one of its pairs).
 
     Attributes:
@@ -242,57 +225,48 @@ class _Plan:
         for row, image in enumerate(images.tolist()):
             pairs = [(data.pairs[n].first, data.pairs[n].second, n) for n in data.samples[image]]
             needed = sorted({label for first, second, _ in pairs for label in (first, second)})
-            place = {label: slot for slot, label in enumerate(needed)}
-            samples += [(row, place[first], place[second], n) for first, second, n in pairs]
+            samples += [(row, needed.index(first), needed.index(second), n) for first, second, n in pairs]
             classes.append(needed)
         most = max(map(len, classes))
         padded = torch.tensor([needed + needed[:1] * (most - len(needed)) for needed in classes])
         return cls(padded, *torch.tensor(samples).unbind(dim=1))
 
 
-@dataclass(frozen=True)
-class _Samples:
+SHARES = ("peak_in_part", "mass_in_part", "part_of_image", "part_of_object")
+"""Shares of a map's highest pixels and of its mass that lie in the differing parts, and of the image's pixels (both
+figures of a random pixel) and the object's pixels that belong to these parts."""
+
+
+class _Samples(NamedTuple):
     """Peak and mass of samples, by their image and pair.
 
     Attributes:
         image: position in the split.
         pair: number of the pair.
         visible: whether any pixel belongs to a differing part; if not, the sample has no peak or mass.
-        peak_in_part: share of the map's highest pixels that lie in the differing parts.
-        mass_in_part: share of the map's mass that does.
-        part_of_image: share of the image's pixels that belong to these parts: both figures of a random pixel.
-        part_of_object: share of the object's pixels that do.
+        shares: see ``SHARES``.
     """
 
     image: Int[Tensor, " s"]
     pair: Int[Tensor, " s"]
     visible: Bool[Tensor, " s"]
-    peak_in_part: Float[Tensor, " s"]
-    mass_in_part: Float[Tensor, " s"]
-    part_of_image: Float[Tensor, " s"]
-    part_of_object: Float[Tensor, " s"]
+    shares: Float[Tensor, "s 4"]
 
     @classmethod
     def of(cls, maps: Tensor, truth: Tensor, object_pixels: Tensor, image: Tensor, pair: Tensor) -> _Samples:
         area = count_pixels(truth)
-        shares = (area.double() / whole for whole in (truth[0].numel(), object_pixels.clamp(min=1)))
-        values = (area > 0, peak_hits(maps, truth), energy_inside(maps, truth), *shares)
-        return cls(image, pair, *(value.cpu() for value in values))
+        of_whole = (area.double() / whole for whole in (truth[0].numel(), object_pixels.clamp(min=1)))
+        shares = torch.stack([peak_hits(maps, truth), energy_inside(maps, truth), *of_whole], dim=1)
+        return cls(image, pair, (area > 0).cpu(), shares.cpu())
 
     @classmethod
     def concatenate(cls, parts: Sequence[_Samples]) -> _Samples:
-        return cls(*(torch.cat([getattr(part, name) for part in parts]) for name in cls.__annotations__))
-
-    def shares(self) -> dict[str, Tensor]:
-        """Return the values by the names of their figures."""
-        names = ("peak_in_part", "mass_in_part", "part_of_image", "part_of_object")
-        return {name: getattr(self, name) for name in names}
+        return cls(*map(torch.cat, zip(*parts, strict=True)))
 
     def of_pair(self, number: int) -> dict[str, float]:
         """Return the number of a pair's visible samples, and the means of the shares over them (or NaN)."""
         own = self.visible & (self.pair == number)
-        means = {name: float(values[own].mean()) for name, values in self.shares().items()}
-        return {"shown": int(own.sum()), **means}
+        return {"shown": int(own.sum()), **dict(zip(SHARES, self.shares[own].mean(dim=0).tolist(), strict=True))}
 
 
 def _result(
@@ -305,22 +279,19 @@ def _result(
     seed: int,
 ) -> Result:
     results: dict[str, CueLocalizationResult] = {}
+    figures: dict[str, Estimate] = {}
     for ending, (counting, accumulation) in COUNTINGS.items():
         other = deepcopy(metric)  # the same pixels, counted otherwise
         other.counting, other.accumulation = counting, accumulation
-        results[ending] = other.compute()
-    figures: dict[str, Estimate] = {}
-    for ending, result in results.items():
+        results[ending] = result = other.compute()
         figures |= {f"mpxap{ending}_{number}": mean for number, mean in result.by_groups.items()}
         figures[f"mpxap{ending}"] = result.mean
     groups = torch.tensor([len(pair.groups) for pair in data.pairs])
     single = (groups[samples.pair] == 1) & samples.visible
     if single.any():
-        shares = samples.shares()
-        columns = torch.stack([torch.ones_like(samples.mass_in_part), *shares.values()], dim=1)[single]
+        columns = torch.nn.functional.pad(samples.shares[single], (0, 1), value=1)
         sums = _bootstrap_sums(samples.image[single], columns, replicates, seed)
-        for column, name in enumerate(shares, start=1):
-            figures[name] = estimate(sums[:, column] / sums[:, 0])
+        figures |= {name: estimate(sums[:, column] / sums[:, -1]) for column, name in enumerate(SHARES)}
     with metric.sync_context():  # the pixels of all processes
         counted = metric.histogram.sum(dim=1)
     share = counted[:, 1] / counted.sum(dim=1)
@@ -348,8 +319,6 @@ def _result(
             "images": len(data.samples),
             "samples": len(samples.pair),
             "segmented": all(bool(split.records[image].masks) for image in data.samples),
-            "normalization": subject.normalization,
-            "thresholds": subject.thresholds,
         },
     )
 
@@ -369,7 +338,7 @@ def _bootstrap_sums(
 def _scores(samples: _Samples, split: Split) -> dict[str, float]:
     """Return the mean mass in the differing parts of each image, over its pairs."""
     images, place = torch.unique(samples.image[samples.visible], return_inverse=True)
-    masses = samples.mass_in_part[samples.visible]
+    masses = samples.shares[samples.visible, SHARES.index("mass_in_part")]
     mean = torch.zeros(len(images), dtype=torch.float64).index_add_(0, place, masses) / place.bincount()
     ids = (split.records[image].id for image in images.tolist())
     return dict(zip(ids, mean.tolist(), strict=True))
