@@ -5,10 +5,10 @@ Boxes and masks are scaled to the protocol's size as in the published evaluator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack
 
 import cv2
 import numpy as np
@@ -17,21 +17,22 @@ from jaxtyping import Bool, Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
+from calm.data.cues import PROTOCOL_SIZE
 from calm.data.records import Record, Split
 from calm.errors import CalmError
-from calm.evaluate.reading import Progress, own_batches, predictions, scores_by_id
+from calm.evaluate.reading import Reading, own_batches, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import MapFolder, Subject
 from calm.heatmaps import resize_and_normalize
 from calm.images import image_size, probe, read_pixels
-from calm.metrics.bootstrap import REPLICATES, Estimate
-from calm.metrics.boxes import BoxCurve, MaxBoxAcc
-from calm.metrics.pixels import PixelAP, Thresholds, histograms, precision_recall, thresholds
+from calm.metrics.bootstrap import REPLICATES, Bootstrap, Estimate
+from calm.metrics.boxes import MaxBoxAcc
+from calm.metrics.pixels import PixelAP, Thresholds, histograms, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
 
-__all__ = ["PROTOCOL_SIZE", "Truth", "box_region", "localization", "masks", "scaled_boxes", "truth_kinds"]
-
 Truth = Literal["boxes", "masks"]
+_Figures: TypeAlias = dict[str, Estimate]
+_Curves: TypeAlias = dict[str, Curve]
 
 
 def truth_kinds(split: Split) -> tuple[tuple[Truth, ...], str]:
@@ -70,10 +71,12 @@ def scaled_boxes(record: Record, size: tuple[int, int]) -> Int[Tensor, "n 4"]:
     Raises:
         CalmError: the image cannot be read (only where its size is not in the lists).
     """
-    width, height = record.size or _file_size(record.path)
+    stored = record.size or image_size(record.path)
+    if stored is None:
+        raise CalmError(f"cannot read image {record.path}: {probe(record.path).message}")
     corners = torch.tensor(record.boxes, dtype=torch.float64)
     target = torch.tensor([size[1], size[0]] * 2, dtype=torch.float64)
-    return (corners * target / torch.tensor([width, height] * 2, dtype=torch.float64)).long()
+    return (corners * target / torch.tensor(stored * 2, dtype=torch.float64)).long()
 
 
 def box_region(boxes: Int[Tensor, "n 4"], size: tuple[int, int]) -> Bool[Tensor, "h w"]:
@@ -105,28 +108,14 @@ def _union(paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
     return union
 
 
-def _file_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) as stored."""
-    size = image_size(path)
-    if size is None:
-        raise CalmError(f"cannot read image {path}: {probe(path).message}")
-    return size
-
-
-PROTOCOL_SIZE = (224, 224)
-"""(height, width) at which maps are compared with boxes and masks."""
-
-
 def localization(
     subject: Subject | MapFolder,
     split: Split,
     *,
-    batch_size: int = 32,
-    workers: int = 0,
-    progress: Progress | None = None,
     size: tuple[int, int] = PROTOCOL_SIZE,
     replicates: int = REPLICATES,
     seed: int = 0,
+    **reading: Unpack[Reading],
 ) -> Result:
     """Compare a subject's maps of the true classes with the boxes or masks of a split.
 
@@ -138,12 +127,10 @@ def localization(
     Args:
         subject: a model with its explanation, or a folder of maps in [0, 1], which are used as they are.
         split: every image needs a box, or every image a mask; with both, all figures are given.
-        batch_size: most images at a time.
-        workers: processes that read images ahead.
-        progress: called after each batch with its number of images.
         size: (height, width) to which maps are resized, bilinear and before normalisation, and the truth too.
         replicates: bootstrap samples of images.
         seed: of the bootstrap.
+        reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
         Figures, curves, and for each image the area under its own precision-recall curve where there are masks, or else
@@ -153,19 +140,17 @@ def localization(
         CalmError: images without annotation; unreadable files; maps that are not in [0, 1].
     """
     kinds, partly = truth_kinds(split)
-    if batch_size < 1:
-        raise CalmError(f"batch_size must be at least 1, got {batch_size}")
     device = subject.device if isinstance(subject, Subject) else torch.device("cpu")
-    boots = {"replicates": replicates, "seed": seed}
+    boots = Bootstrap(replicates=replicates, seed=seed)
     scorers: list[_Masks | _Boxes] = [
-        _Masks(subject.thresholds, **boots) if kind == "masks" else _Boxes(subject.box_thresholds, **boots)
+        _Masks(subject.thresholds, boots) if kind == "masks" else _Boxes(subject.box_thresholds, boots)
         for kind in kinds
     ]
     pointing, energy = PointingGame(**boots), EnergyInside(**boots)
     for metric in (pointing, energy, *(scorer.metric for scorer in scorers)):
         metric.to(device)
     scores: dict[int, float] = {}
-    for maps in _maps(subject, split, size, batch_size, workers, progress):
+    for maps in _maps(subject, split, size, **reading):
         records = [split.records[position] for position in maps.positions.tolist()]
         updated = [scorer.update(maps, records, size) for scorer in scorers]
         inside, ignore, own = updated[0]
@@ -173,14 +158,11 @@ def localization(
             metric.update(maps.maps, inside, maps.positions, ignore)
         scores |= dict(zip(maps.positions.tolist(), own, strict=True))
     scores_of_all = scores_by_id(split, scores)
-    figures: dict[str, Estimate] = {}
-    curves: dict[str, Curve] = {}
+    figures: _Figures = {}
+    curves: _Curves = {}
     details: dict[str, Any] = {"truth": list(kinds), "images": len(split.records), "size": list(size)}
     for scorer in scorers:
-        more = scorer.compute(split)
-        figures |= more.figures
-        curves |= more.curves
-        details |= more.details
+        scorer.compute(split, figures, curves, details)
     pointed = pointing.cpu().compute()
     figures |= {"pointing": pointed.mean, "energy_inside": energy.cpu().compute().mean}
     details |= {"blank_maps": pointed.blank, "partly": partly}
@@ -206,24 +188,17 @@ class _Maps(NamedTuple):
 
 
 def _maps(
-    subject: Subject | MapFolder,
-    split: Split,
-    size: tuple[int, int],
-    batch_size: int,
-    workers: int,
-    progress: Progress | None,
+    subject: Subject | MapFolder, split: Split, size: tuple[int, int], **reading: Unpack[Reading]
 ) -> Iterator[_Maps]:
     """Yield the maps of the true classes, batch by batch."""
     if isinstance(subject, MapFolder):
         labels = torch.tensor([record.label for record in split.records])
-        for batch in own_batches(range(len(split.records)), batch_size, progress):
-            positions = torch.tensor(batch)
+        batches = own_batches(range(len(split.records)), reading.get("batch_size", 32), reading.get("progress"))
+        for batch in batches:
             maps = subject.maps(batch)
-            yield _Maps(maps, maps, positions, labels[positions], None)
+            yield _Maps(maps, maps, torch.tensor(batch), labels[torch.tensor(batch)], None)
         return
-    for _, labels, positions, prediction in predictions(
-        subject, split, batch_size=batch_size, workers=workers, progress=progress
-    ):
+    for _, labels, positions, prediction in predictions(subject, split, **reading):
         probs = prediction.probs.detach()
         grid = prediction.maps(labels[:, None])[:, 0].detach()
         maps = resize_and_normalize(grid, size, subject.normalization)
@@ -237,17 +212,11 @@ _Updated = tuple[Bool[Tensor, "b h w"], Bool[Tensor, "b h w"] | None, Sequence[f
 """Masks of the objects and of pixels to ignore, and each image's own score."""
 
 
-class _Computed(NamedTuple):
-    figures: Mapping[str, Estimate]
-    curves: Mapping[str, Curve]
-    details: Mapping[str, Any]
-
-
 class _Boxes:
     """Compare maps with boxes."""
 
-    def __init__(self, which: Thresholds, *, replicates: int, seed: int) -> None:
-        self.metric = MaxBoxAcc(thresholds(which), replicates=replicates, seed=seed)
+    def __init__(self, which: Thresholds, boots: Bootstrap) -> None:
+        self.metric = MaxBoxAcc(which, **boots)
         self.x_name = "threshold (log)" if which == "log" else "threshold"
 
     def update(self, maps: _Maps, records: Sequence[Record], size: tuple[int, int]) -> _Updated:
@@ -257,27 +226,24 @@ class _Boxes:
         inside = torch.stack([box_region(each, size) for each in boxes]).to(maps.maps.device)
         return inside, None, self.metric.latest.tolist()
 
-    def compute(self, split: Split) -> _Computed:
+    def compute(self, split: Split, figures: _Figures, curves: _Curves, details: dict[str, Any]) -> None:
         result = self.metric.cpu().compute()
-        figures = {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
+        figures |= {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
         figures |= {f"maxboxacc_{round(100 * iou)}": figure for iou, figure in result.per_iou.items()}
         if result.top1 is not None and result.top5 is not None:
             figures |= {"top1_localization": result.top1, "top5_localization": result.top5}
-        curves = {"box accuracy": self._curve(result.thresholds, result.v1_curve)}
-        for iou, curve in result.curves.items():
-            curves[f"box accuracy V2 at IoU {iou:g}"] = self._curve(result.thresholds, curve)
-        return _Computed(figures, curves, {"best_threshold": result.best_threshold})
-
-    def _curve(self, at: Sequence[float], curve: BoxCurve) -> Curve:
-        bands = list(curve.value), list(curve.low), list(curve.high)
-        return Curve(list(at), *bands, self.x_name, "images localized")
+        titled = {f"box accuracy V2 at IoU {iou:g}": curve for iou, curve in result.curves.items()}
+        for title, curve in {"box accuracy": result.v1_curve, **titled}.items():
+            value, low, high = map(list, curve)
+            curves[title] = Curve(list(result.thresholds), value, low, high, self.x_name, "images localized")
+        details["best_threshold"] = result.best_threshold
 
 
 class _Masks:
     """Compare maps with masks."""
 
-    def __init__(self, which: Thresholds, *, replicates: int, seed: int) -> None:
-        self.metric = PixelAP(which, replicates=replicates, seed=seed)
+    def __init__(self, which: Thresholds, boots: Bootstrap) -> None:
+        self.metric = PixelAP(which, **boots)
 
     def update(self, maps: _Maps, records: Sequence[Record], size: tuple[int, int]) -> _Updated:
         pairs = [masks(record, size) for record in records]
@@ -286,8 +252,7 @@ class _Masks:
         counts = histograms(maps.maps, inside, self.metric.bucketize, ignore).double()
         return inside, ignore, precision_recall(counts)[2].tolist()
 
-    def compute(self, split: Split) -> _Computed:
-        figures, curves = {}, {}
+    def compute(self, split: Split, figures: _Figures, curves: _Curves, details: dict[str, Any]) -> None:
         released = deepcopy(self.metric.cpu())  # the same pixels, counted otherwise
         released.counting = "released"
         for name, metric in (("pxap", self.metric), ("pxap_released", released)):
@@ -302,4 +267,3 @@ class _Masks:
             title = "precision and recall" + (", released counting" if name == "pxap_released" else "")
             low, high = map(list, result.precision_band)
             curves[title] = Curve(list(result.recall), list(result.precision), low, high, "recall", "precision")
-        return _Computed(figures, curves, {})

@@ -1,19 +1,14 @@
 """What is benchmarked: a model with one way to explain it, or a folder of maps that another program computed.
 
-A benchmark asks a `Subject` for one `Prediction` per batch, and takes from it the class probabilities and the maps of
-as many classes as it needs. The model's own maps all come from that one forward pass; a baseline runs the model again
-for each class.
-
-In a folder of maps, the map of image ``birds/003.jpg`` is ``birds/003.jpg.npy`` or ``birds/003.npy``: an array (height,
-width) of the protocol's size, with values in [0, 1], of the image's true class. All files are checked before any is
-scored.
+A benchmark asks a `Subject` for one `Prediction` per batch. The model's own maps all come from that one forward pass; a
+baseline runs the model again for each class.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from pathlib import Path, PurePosixPath
@@ -26,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calm import baselines
+from calm.data.cues import PROTOCOL_SIZE
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.files import open_regular
@@ -34,10 +30,6 @@ from calm.images import Preprocessing
 from calm.metrics.pixels import Thresholds
 from calm.model import CalmModel
 from calm.output import MAP_KINDS, CalmOutput, CamOutput
-
-__all__ = ["MapFolder", "Prediction", "Subject", "model_subject", "open_map_folder", "read_map", "weights_digest"]
-
-_NAMES = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}
 
 
 class Prediction(Protocol):
@@ -53,7 +45,7 @@ class Prediction(Protocol):
 
 @dataclass(frozen=True)
 class Subject:
-    """A row of a benchmark's table.
+    """A row of a benchmark's table: a model with an explanation.
 
     Attributes:
         label: its name in the table, "CALM-EM joint".
@@ -163,7 +155,7 @@ def model_subject(
 
     probabilities = own and MAP_KINDS[name].family == "calm"
     return Subject(
-        label or f"{_NAMES[model.config.method]} {name}",
+        label or f"{model.config.method.upper()} {name}",
         partial(predict_with, model),
         model.preprocessing,
         model.device,
@@ -198,14 +190,7 @@ def weights_digest(model: torch.nn.Module) -> str:
 
 @dataclass(frozen=True)
 class MapFolder:
-    """A row of a benchmark's table that needs no model.
-
-    Attributes:
-        label: its name in the table.
-        files: the map of each image of the split, in the split's order.
-        thresholds: of the protocol, "even" or "log".
-        about: the identity of stored results, ready for JSON.
-    """
+    """A row of a benchmark's table that needs no model (see `Subject`); ``files`` are in the split's order."""
 
     label: str
     files: tuple[Path, ...]
@@ -226,11 +211,14 @@ def open_map_folder(
     folder: Path,
     split: Split,
     *,
-    size: tuple[int, int] = (224, 224),
+    size: tuple[int, int] = PROTOCOL_SIZE,
     label: str | None = None,
     thresholds: Thresholds = "even",
 ) -> MapFolder:
     """Find and check the maps of all images of a split.
+
+    The map of image ``birds/003.jpg`` is ``birds/003.jpg.npy`` or ``birds/003.npy``: an array (height, width) with
+    values in [0, 1], of the image's true class.
 
     Args:
         folder: where the ``.npy`` files are.
@@ -250,11 +238,15 @@ def open_map_folder(
     files, problems = _match([record.id for record in split.records], present)
     digest = hashlib.sha256()
     for path in files.values():
-        problem = _problem(path, size, digest)
-        if problem:
-            problems.append((problem[0], f"{path.relative_to(folder).as_posix()}{problem[1]}"))
+        if problem := _problem(path, size, digest):
+            problems[problem[0]].append(f"{path.relative_to(folder).as_posix()}{problem[1]}")
     if problems:
-        raise CalmError(_report(folder, split, size, problems))
+        images = f"{len(split.records)} images, maps of {size[0]} x {size[1]}"
+        lines = [f"the maps in {folder} do not fit split {split.name!r} ({images}):"]
+        for kind, names in problems.items():
+            more = f", and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
+            lines.append(f"  {len(names)} {kind}: {_FIXES[kind]}. {', '.join(names[:_EXAMPLES])}{more}")
+        raise CalmError("\n".join(lines))
     about = {"method": "maps", "maps": str(folder.resolve()), "digest": digest.hexdigest()}
     return MapFolder(label or folder.resolve().name, tuple(files.values()), thresholds, about)
 
@@ -297,30 +289,25 @@ _FIXES = {
 }
 
 
-def _match(ids: Sequence[str], present: Mapping[str, Path]) -> tuple[dict[str, Path], list[tuple[str, str]]]:
-    """Return the file of each image that has one, in order, and the problems: images and files that do not match."""
-    stems = Counter(_stem(name) for name in ids)
+def _match(ids: Sequence[str], present: Mapping[str, Path]) -> tuple[dict[str, Path], defaultdict[str, list[str]]]:
+    """Return the file of each image that has one, in order, and the images and files that do not match, by problem."""
+    stem_of = {name: str(PurePosixPath(name).with_suffix("")) for name in ids}
+    times = Counter(stem_of.values())
     files: dict[str, Path] = {}
-    problems = []
-    used: set[str] = set()
-    for name in ids:
-        candidates = [f"{name}.npy"]
-        if stems[_stem(name)] == 1 and _stem(name) != name:
-            candidates.append(f"{_stem(name)}.npy")
-        there = [candidate for candidate in candidates if candidate in present]
-        used.update(there)
-        if not there:
-            problems.append(("images have no map", name))
-        elif len(there) > 1:
-            problems.append(("images have two maps", name))
-        else:
+    problems: defaultdict[str, list[str]] = defaultdict(list)
+    unused = dict.fromkeys(present)
+    for name, stem in stem_of.items():
+        candidates = {f"{name}.npy"} | ({f"{stem}.npy"} if times[stem] == 1 else set())
+        there = sorted(candidates & present.keys())
+        for candidate in there:
+            del unused[candidate]
+        if len(there) == 1:
             files[name] = present[there[0]]
-    problems += [("maps belong to no image of the split", name) for name in present if name not in used]
+        else:
+            problems["images have two maps" if there else "images have no map"].append(name)
+    if unused:
+        problems["maps belong to no image of the split"] += unused
     return files, problems
-
-
-def _stem(name: str) -> str:
-    return str(PurePosixPath(name).with_suffix(""))
 
 
 def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] | None:
@@ -338,18 +325,3 @@ def _problem(path: Path, size: tuple[int, int], digest: Any) -> tuple[str, str] 
     if low < 0 or high > 1:
         return "maps leave [0, 1]", f" ({low:g} to {high:g})"
     return None
-
-
-def _report(folder: Path, split: Split, size: tuple[int, int], problems: Iterable[tuple[str, str]]) -> str:
-    """Return one message about all problems."""
-    kinds: dict[str, list[str]] = {}
-    for kind, what in problems:
-        kinds.setdefault(kind, []).append(what)
-    lines = [
-        f"the maps in {folder} do not fit split {split.name!r} ({len(split.records)} images, maps of "
-        f"{size[0]} x {size[1]}):"
-    ]
-    for kind, names in kinds.items():
-        more = f", and {len(names) - _EXAMPLES} more" if len(names) > _EXAMPLES else ""
-        lines.append(f"  {len(names)} {kind}: {_FIXES[kind]}. {', '.join(names[:_EXAMPLES])}{more}")
-    return "\n".join(lines)
