@@ -8,10 +8,10 @@ import platform
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from calm.data.records import Split
 from calm.errors import CalmError, shown
 from calm.evaluate.cue_localization import read_cue_data
 from calm.evaluate.distributed import all_gather, device_of_process, is_first, process_group, world_size
+from calm.evaluate.localization import truth_kinds
 from calm.evaluate.reading import Progress
 from calm.evaluate.registry import Benchmark, EvaluateConfig, benchmark, chosen_benchmarks
 from calm.evaluate.result import Result
@@ -35,15 +36,14 @@ from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_fo
 from calm.evaluate.tables import print_tables, write_tables
 from calm.files import read_yaml, working_folder
 from calm.metrics.erasing import check_fractions
-from calm.model import CalmModel, load
+from calm.model import load
 from calm.output import MAP_KINDS
-
-__all__ = ["READING", "Data", "evaluate", "result_path", "run", "run_split"]
 
 READING: Mapping[str, tuple[type, ...]] = {"val_fraction": (int, float), "present_classes_only": (bool,)}
 """What of a run's configuration decides which images a carved split has, and how classes are numbered."""
 
 
+@process_group()
 def evaluate(config: EvaluateConfig) -> list[Result]:
     """Run benchmarks, print their tables, and write them and each result to a folder.
 
@@ -55,11 +55,6 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
     Raises:
         CalmError: anything wrong with an option, a model or the data: before work starts, where it can be known.
     """
-    with process_group():
-        return _evaluate(config)
-
-
-def _evaluate(config: EvaluateConfig) -> list[Result]:
     check_fractions(config.fractions)
     split, reading = run_split(
         config.data, config.split, config.model, layout=config.layout, metadata_root=config.metadata_root
@@ -84,11 +79,8 @@ def _evaluate(config: EvaluateConfig) -> list[Result]:
                 stored = " (stored)" * result_path(name, subject, data, out, options).is_file()
                 task = bars.add_task(f"{name}: {subject.label}{stored}", total=len(split.records))
 
-                def advance(count: int, task: Any = task) -> None:
-                    bars.advance(task, count)
-
-                reading_options = {"batch_size": config.batch_size, "workers": config.workers}
-                results.append(run(name, subject, data, out, progress=advance, **reading_options, **options))
+                how: dict[str, Any] = {"batch_size": config.batch_size, "workers": config.workers}
+                results.append(run(name, subject, data, out, progress=partial(bars.advance, task), **how, **options))
                 bars.update(task, completed=len(split.records))
     if is_first():
         write_tables(results, out)
@@ -109,8 +101,8 @@ def _annotated(config: EvaluateConfig, split: Split) -> dict[str, Benchmark]:
         try:
             if name == "cue-localization":
                 read_cue_data(split, config.data)
-            if name == "localization" and not any(record.boxes or record.masks for record in split.records):
-                raise CalmError(f"split {split.name!r} of {config.data} has neither boxes nor masks")
+            if name == "localization":
+                truth_kinds(split)
         except CalmError as error:
             if config.benchmark != "all":
                 raise
@@ -136,8 +128,9 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
         model = load(source, map_location="cpu").to(device).eval()
         if model.config.num_classes != split.num_classes:
             raise CalmError(f"{source} knows {model.config.num_classes} classes, {config.data} has {split.num_classes}")
+        family = "cam" if model.config.method == "cam" else "calm"
         for method in methods or [model.map_kind()]:
-            if not _has(model, method):
+            if method not in BASELINES and MAP_KINDS[method].family != family:
                 continue
             unused.discard(method)
             options = {name: getattr(config, name) for name in ("steps", "samples") if _reads(method, name)}
@@ -153,18 +146,13 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
             )
     for method in methods:
         if method in unused and config.model:
-            family = MAP_KINDS[method].family.upper()
-            raise CalmError(f"--method {method} needs a {family} model, and none of --model is one")
+            needed = MAP_KINDS[method].family.upper()
+            raise CalmError(f"--method {method} needs a {needed} model, and none of --model is one")
     return subjects
 
 
 def _reads(method: str, option: str) -> bool:
     return method in BASELINES and option in BASELINES[method].options
-
-
-def _has(model: CalmModel, method: str) -> bool:
-    family = "cam" if model.config.method == "cam" else "calm"
-    return method in BASELINES or MAP_KINDS[method].family == family
 
 
 def _distinct_labels(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
@@ -202,14 +190,9 @@ def _progress_bars() -> ProgressBars:
 def run_split(
     root: Path, name: SplitName, models: Sequence[str], *, layout: Layout = "auto", metadata_root: Path | None = None
 ) -> tuple[Split, dict[str, Any]]:
-    """Read a split; where the data set lacks it, carve it from the training images as the models' runs did.
+    """Read a split as ``load_split`` does; where the data set lacks it, carve it as the models' runs did.
 
-    Args:
-        root: of the data set.
-        name: of the split.
-        models: run folders, models in run folders, or others, which have no configuration of a split.
-        layout: as for ``load_split``.
-        metadata_root: as for ``load_split``.
+    Models that are in no run folder have no configuration of a split.
 
     Returns:
         The split, and the settings of `READING` that it was read with.
@@ -242,10 +225,11 @@ def _reading(model: Path) -> dict[str, Any]:
     reading = config.get("reading", {}) if isinstance(config, dict) else None
     if not isinstance(reading, dict):
         raise CalmError(f"configuration {path} has no list 'reading' of 'setting: value'")
-    for name, types in READING.items():
-        if name in reading and type(reading[name]) not in types:
-            raise CalmError(f"configuration {path}: reading.{name} is {shown(reading[name])}")
-    return {name: reading[name] for name in READING if name in reading}
+    found = {name: reading[name] for name in READING if name in reading}
+    for name, value in found.items():
+        if type(value) not in READING[name]:
+            raise CalmError(f"configuration {path}: reading.{name} is {shown(value)}")
+    return found
 
 
 def _settings(reading: Mapping[str, Any]) -> str:
@@ -289,22 +273,22 @@ class Data:
     @cached_property
     def annotation(self) -> str:
         """SHA-256 of the files that `calm.data.cues` reads, wherever they may be."""
-        digest = hashlib.sha256()
         paths = [path for folder in ("attributes", "parts") for path in sorted((self.root / folder).glob("*.*"))]
         paths += [self.root / "images.txt", self.root / "attributes.txt", self.root.parent / "attributes.txt"]
-        for path in paths:
-            if path.is_file():
-                digest.update(path.name.encode() + hashlib.sha256(path.read_bytes()).digest())
-        return digest.hexdigest()
+        return _digest(path for path in paths if path.is_file())
 
     @cached_property
     def masks(self) -> str:
         """SHA-256 of the mask files of all images."""
-        digest = hashlib.sha256()
-        for record in self.split.records:
-            for path in record.all_masks:
-                digest.update(hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"none")
-        return digest.hexdigest()
+        return _digest(path for record in self.split.records for path in record.all_masks)
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        content = hashlib.sha256(path.read_bytes()).digest() if path.is_file() else b"none"
+        digest.update(path.name.encode() + content)
+    return digest.hexdigest()
 
 
 # --- one result ----------------------------------------------------------------------------------------------
@@ -351,9 +335,9 @@ def run(
         subject: what to benchmark.
         data: on what.
         out: results are stored in ``out/NAME/LABEL-DIGEST.json``.
-        batch_size: images of one forward pass.
-        workers: processes that read images.
-        progress: called with the number of images after each batch.
+        batch_size: see `calm.evaluate.reading.Reading`, as for workers and progress.
+        workers: of the same.
+        progress: of the same.
         options: of the benchmark, such as ``replicates`` and ``seed``.
 
     Returns:
