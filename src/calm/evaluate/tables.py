@@ -1,4 +1,4 @@
-"""Results as tables: one model of a table for the terminal, Markdown and HTML, and rows of figures for JSON and CSV."""
+"""Results as tables: for the terminal and Markdown, and rows of figures for JSON and CSV."""
 
 from __future__ import annotations
 
@@ -6,9 +6,8 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
@@ -18,67 +17,35 @@ from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
 from calm.files import write_json, write_text
 from calm.metrics.bootstrap import Estimate
 
-__all__ = [
-    "Cell",
-    "Table",
-    "figure_rows",
-    "format_estimate",
-    "markdown",
-    "print_tables",
-    "remarks",
-    "tables",
-    "write_tables",
-]
-
 _WIDTH = 16
 """Width of a column on the terminal, with its border."""
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A figure with its interval, as text; ``best`` if it is the best of its column."""
-
-    text: str
-    best: bool
-
-
-@dataclass(frozen=True)
-class Table:
-    """The results of a benchmark.
-
-    Attributes:
-        title: the benchmark and its data.
-        figures: names of the columns' figures (`calm.evaluate.result.FIGURES`).
-        heads: heads of the columns, with unit and direction.
-        rows: label and cells of each result.
-        meanings: what the figures mean, one sentence each.
-    """
+class _Table(NamedTuple):
+    """The results of a benchmark: label and cells of each, cells being a text and whether it is its column's best."""
 
     title: str
-    figures: list[str]
     heads: list[str]
-    rows: list[tuple[str, list[Cell]]]
+    rows: list[tuple[str, list[tuple[str, bool]]]]
     meanings: list[str]
 
 
-def tables(results: Sequence[Result], *, main_only: bool = False) -> list[Table]:
+def _tables(results: Sequence[Result], *, main_only: bool = False) -> list[_Table]:
     """Return a table for each benchmark, with all figures or the main ones."""
     made = []
     for of_benchmark in _by_benchmark(results).values():
         names = figure_order(name for result in of_benchmark for name in result.figures)
-        names = [name for name in names if figure_spec(name).main or not main_only]
-        best = {name: _best(name, of_benchmark) for name in names}
+        specs = {name: figure_spec(name) for name in names if figure_spec(name).main or not main_only}
+        best = {name: _best(name, of_benchmark) for name in specs}
         rows = []
         for result in of_benchmark:
-            estimates = [result.figures.get(name) for name in names]
+            found = {name: result.figures.get(name) for name in specs}
             cells = [
-                Cell(format_estimate(e, figure_spec(name)), e is not None and e.value == best[name])
-                for name, e in zip(names, estimates, strict=True)
+                (format_estimate(e, specs[name]), e is not None and e.value == best[name]) for name, e in found.items()
             ]
             rows.append((result.label, cells))
-        specs = [figure_spec(name) for name in names]
-        meanings = [f"{spec.title}: {spec.meaning}" for spec in specs if spec.meaning]
-        made.append(Table(_title(of_benchmark[0]), names, [_head(spec) for spec in specs], rows, meanings))
+        meanings = [f"{spec.title}: {spec.meaning}" for spec in specs.values() if spec.meaning]
+        made.append(_Table(_title(of_benchmark[0]), [_head(spec) for spec in specs.values()], rows, meanings))
     return made
 
 
@@ -108,15 +75,12 @@ def format_estimate(estimate: Estimate | None, spec: FigureSpec) -> str:
     return value if math.isnan(estimate.low + estimate.high) else f"{value} ({low}{to}{high})"
 
 
-# --- writers -------------------------------------------------------------------------------------------------
-
-
 def markdown(results: Sequence[Result]) -> str:
     """Return a table for each benchmark with all figures and what they mean; the best value of a column is bold."""
     parts = []
-    for table in tables(results):
+    for table in _tables(results):
         rows = [
-            [label.replace("|", "\\|"), *(f"**{cell.text}**" if cell.best else cell.text for cell in cells)]
+            [label.replace("|", "\\|"), *(f"**{text}**" if best else text for text, best in cells)]
             for label, cells in table.rows
         ]
         lines = [["method", *table.heads], ["---"] + ["---:"] * len(table.heads), *rows]
@@ -140,7 +104,7 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
     """Print the main figures, each benchmark in as many tables below each other as the terminal's width needs."""
-    for table in tables(results, main_only=True):
+    for table in _tables(results, main_only=True):
         longest = max(len(label) for label, _ in table.rows)
         columns = max(1, (console.width - longest - 4) // _WIDTH)
         for start in range(0, len(table.heads), columns):
@@ -150,7 +114,7 @@ def print_tables(results: Sequence[Result], console: Console) -> None:
             for head in table.heads[shown]:
                 printed.add_column(escape(head), justify="right", max_width=_WIDTH - 3)
             for label, cells in table.rows:
-                texts = (f"[bold]{cell.text}[/bold]" if cell.best else cell.text for cell in cells[shown])
+                texts = (f"[bold]{text}[/bold]" if best else text for text, best in cells[shown])
                 printed.add_row(escape(label), *(text.replace(" (", "\n(") for text in texts))
             console.print(printed)
     for line in remarks(results):
