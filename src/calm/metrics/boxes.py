@@ -24,6 +24,8 @@ from calm.metrics.pixels import Thresholds, check_maps, thresholds
 Boxes: TypeAlias = NDArray[np.int64]
 """(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
 
+Areas: TypeAlias = NDArray[np.float64]
+
 MANY = 400
 """Above this many contours, connected components are faster than contour tracing for the next threshold."""
 
@@ -106,15 +108,13 @@ def threshold_ious(
     return ious[own.largest][own.level], np.maximum.reduceat(ious, own.starts)[own.level]
 
 
-def _contour_boxes(
-    grey: NDArray[np.uint8], levels: Sequence[int]
-) -> tuple[Boxes, NDArray[np.int64], NDArray[np.int64]]:
-    """Return the boxes of the contours above each of the ascending levels, twice their areas, and each level's number.
+def _contour_boxes(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[Boxes, Areas, NDArray[np.int64]]:
+    """Return the boxes of the contours above each of the ascending levels, their areas, and each level's number.
 
     For levels that were not traced, areas only tell which contour is the largest. An empty level has one dummy box.
     """
     traced: list[Any] = []
-    untraced: dict[int, tuple[Boxes, NDArray[np.int64]]] = {}
+    untraced: dict[int, tuple[Boxes, Areas]] = {}
     counts = np.ones(len(levels), dtype=np.int64)
     part, left, top = grey, 0, 0
     for place, level in enumerate(levels):
@@ -133,18 +133,20 @@ def _contour_boxes(
             traced += (contours := cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0])
             counts[place] = len(contours)
     boxes = np.empty((counts.sum(), 4), dtype=np.int64)
-    areas = np.empty(len(boxes), dtype=np.int64)
+    areas = np.empty(len(boxes))
     starts = np.cumsum(counts) - counts
     was_traced = np.ones(len(boxes), dtype=bool)
     for place, (own, marks) in untraced.items():
         here = np.s_[starts[place] : starts[place] + counts[place]]
         boxes[here], areas[here], was_traced[here] = own, marks, False
     if traced:
-        boxes[was_traced], areas[was_traced] = _boxes_and_areas(traced)
+        corners = np.array([cv2.boundingRect(contour) for contour in traced])
+        boxes[was_traced] = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1)
+        areas[was_traced] = [cv2.contourArea(contour) for contour in traced]
     return boxes, areas, counts
 
 
-def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, NDArray[np.int64]]:
+def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, Areas]:
     """Return the boxes of the contours of a binary image from its connected components, and 1 for the largest, else 0.
 
     An outer contour has the box of its connected component. A hole's contour runs through the pixels around the hole,
@@ -164,7 +166,7 @@ def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[B
     largest = max(_outlines(rivals, with_holes), key=cv2.contourArea)  # of equals the first, as if traced
     x, y, wide, high = every = np.concatenate([outer, holes], axis=1)
     same = np.logical_and.reduce([side == own for side, own in zip(every, cv2.boundingRect(largest), strict=True)])
-    marks = np.zeros(len(same), dtype=np.int64)
+    marks = np.zeros(len(same))
     marks[same.argmax()] = 1
     return np.stack([x + left, y + top, x + wide + left, y + high + top], axis=1).astype(np.int64), marks
 
@@ -172,21 +174,6 @@ def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[B
 def _outlines(mask: NDArray[np.bool_], holes: bool = False) -> Sequence[Any]:
     mode = cv2.RETR_TREE if holes else cv2.RETR_EXTERNAL
     return cv2.findContours(mask.view(np.uint8), mode, cv2.CHAIN_APPROX_SIMPLE)[0]
-
-
-def _boxes_and_areas(contours: Sequence[Any]) -> tuple[Boxes, NDArray[np.int64]]:
-    """Return boxes (n, 4), the second corner one beyond the last pixel, and twice the enclosed areas (n,)."""
-    ends = np.cumsum([len(contour) for contour in contours])
-    starts = np.concatenate([[0], ends[:-1]])
-    points = np.concatenate(contours)[:, 0]
-    x, y = np.ascontiguousarray(points[:, 0]), np.ascontiguousarray(points[:, 1])
-    first = [np.minimum.reduceat(axis, starts) for axis in (x, y)]
-    beyond = [np.maximum.reduceat(axis, starts) + 1 for axis in (x, y)]
-    turned = np.empty(len(x), dtype=np.int64)
-    turned[:-1] = x[:-1] * y[1:] - y[:-1] * x[1:]
-    last = ends - 1
-    turned[last] = x[last] * y[starts] - y[last] * x[starts]
-    return np.stack(first + beyond, axis=1).astype(np.int64), np.abs(np.add.reduceat(turned, starts))
 
 
 V1_IOU = 0.5

@@ -1,9 +1,8 @@
 """Metrics that erase pixels and classify again: remove-and-classify, insertion and deletion.
 
-The order of erasure is one 64-bit integer per pixel: the map's value in the upper half, a random number in the lower
-half. The random numbers of an image are all different, so pixels of equal value are erased in the image's own random
-order and not as a sorting algorithm happens to leave them. Random erasure uses that same order: a constant map erases
-exactly the random pixels.
+The order of erasure is one 64-bit integer per pixel: the map's value in the upper half, a random number, different for
+each pixel of an image, in the lower half. So pixels of equal value are erased in the image's own random order, and a
+constant map erases exactly the random pixels.
 """
 
 from __future__ import annotations
@@ -35,9 +34,6 @@ FILLS: dict[Fill, str] = {
 _LOW = 0xFFFFFFFF
 
 
-# --- orders and masks ----------------------------------------------------------------------------------------
-
-
 def random_order(keys: Int[Tensor, " b"], pixels: int, seed: int = 0) -> Int[Tensor, "b n"]:
     """Return a random number for each pixel of each image, all those of an image different.
 
@@ -61,9 +57,7 @@ def _mix(bits: Tensor) -> Tensor:
 def erasing_order(maps: Float[Tensor, "b h w"], random: Int[Tensor, "b n"]) -> Int[Tensor, "b n"]:
     """Return the order in which a map erases pixels, row by row: larger numbers first, no two of an image equal.
 
-    Args:
-        maps: scores in any unit; read as float32.
-        random: `random_order` of the same images, which decides between equal scores.
+    Scores are read as float32; ``random``, the `random_order` of the images, decides between equal ones.
 
     Raises:
         CalmError: NaN in a map; not one random number per pixel.
@@ -103,9 +97,6 @@ def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tenso
         if place < pixels:
             torch.ge(order, ranked[:, place, None], out=mask)
     return masks
-
-
-# --- what erased pixels become -------------------------------------------------------------------------------
 
 
 def filling(
@@ -150,9 +141,6 @@ def erase(
     return torch.where(mask.view(len(images), 1, *images.shape[-2:]), fill, images)
 
 
-# --- remove-and-classify -------------------------------------------------------------------------------------
-
-
 class RemoveAndClassifyResult(NamedTuple):
     """Figures by share of erased pixels, in the order of ``fractions``.
 
@@ -164,8 +152,8 @@ class RemoveAndClassifyResult(NamedTuple):
         random: accuracy without random pixels, mean over draws, in [0, 1].
         accuracy: with all pixels.
         ratio_area: mean height of the curve of R_k from 0 (where it is 1) to the largest fraction.
-        topk_area: mean height of the curve ``topk`` from 0 (``accuracy``) to the largest fraction.
-        random_area: the same for ``random``.
+        topk_area: the same of ``topk``, which is ``accuracy`` at 0.
+        random_area: the same of ``random``.
     """
 
     fractions: tuple[float, ...]
@@ -283,9 +271,6 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
     return given
 
 
-# --- insertion and deletion ----------------------------------------------------------------------------------
-
-
 def insertion_deletion_curves(
     classify: Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b c"]],
     images: Float[Tensor, "b 3 H W"],
@@ -330,14 +315,9 @@ def insertion_deletion_curves(
 
 
 class InsertionDeletionResult(NamedTuple):
-    """Mean curves, and the mean height (area) of each; probabilities in [0, 1].
+    """Mean probability by share of the pixels inserted or deleted (``fractions``, S + 1 from 0 to 1), all in [0, 1].
 
-    Attributes:
-        fractions: shares of the pixels inserted or deleted, 0 to 1, (S + 1,).
-        insertion: mean probability by fraction.
-        deletion: mean probability by fraction.
-        insertion_area: higher is better.
-        deletion_area: lower is better.
+    Areas are the mean heights of the curves; of insertion higher is better, of deletion lower.
     """
 
     fractions: tuple[float, ...]
