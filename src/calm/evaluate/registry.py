@@ -12,8 +12,6 @@ from calm.config import DRAWS, FRACTIONS, REPLICATES, Explain, Fill, Order
 from calm.data.loading import Layout, SplitName
 from calm.errors import CalmError, unknown
 
-__all__ = ["BENCHMARKS", "Benchmark", "EvaluateConfig", "benchmark", "chosen_benchmarks", "options_of"]
-
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -199,33 +197,21 @@ BENCHMARKS: dict[str, Benchmark] = {
 
 
 def benchmark(name: str) -> Benchmark:
-    """Return the row of ``BENCHMARKS``.
-
-    Raises:
-        CalmError: no such benchmark.
-    """
+    """Return the row of ``BENCHMARKS``, or raise a CalmError."""
     if name not in BENCHMARKS:
         raise unknown("benchmark", name, [*BENCHMARKS, "all"])
     return BENCHMARKS[name]
 
 
 def chosen_benchmarks(name: str) -> dict[str, Benchmark]:
-    """Return the benchmark of a name; of "all", those that are part of it.
-
-    Raises:
-        CalmError: no such benchmark.
-    """
+    """Return the benchmark of a name, or raise a CalmError; of "all", those that are part of it."""
     if name == "all":
         return {name: row for name, row in BENCHMARKS.items() if row.in_all}
     return {name: benchmark(name)}
 
 
 def options_of(name: str) -> set[str]:
-    """Return the fields of `EvaluateConfig` that a benchmark reads; of "all", those that any of its benchmarks does.
-
-    Raises:
-        CalmError: no such benchmark.
-    """
+    """Return the fields of `EvaluateConfig` that a benchmark reads; of "all", those that any of its benchmarks does."""
     rows = chosen_benchmarks(name)
     read = {option for row in rows.values() for option in (*row.reads, *row.options)}
     if name == "all":

@@ -13,8 +13,6 @@ from calm.errors import CalmError
 from calm.files import read_json, write_json
 from calm.metrics.bootstrap import Estimate
 
-__all__ = ["FIGURES", "Curve", "FigureSpec", "Result", "figure_order", "figure_spec"]
-
 FORMAT = 1
 """Version of the JSON file."""
 
@@ -151,16 +149,7 @@ def figure_order(names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve, with or without a 95 percent band.
-
-    Attributes:
-        x: abscissas, in the order of drawing.
-        y: ordinates.
-        low: lower end of the band, or None.
-        high: upper end, or None.
-        x_name: title of the x axis.
-        y_name: title of the y axis.
-    """
+    """Points in the order of drawing, perhaps a 95 percent band (``low``, ``high``), and the titles of the axes."""
 
     x: list[float]
     y: list[float]

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import PIL
 import torch
@@ -39,6 +40,9 @@ from calm.metrics.erasing import check_fractions
 from calm.model import load
 from calm.output import MAP_KINDS
 
+_MODULES: Mapping[str, Any] = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
+"""What figures depend on: contours are OpenCV's, the regions of parts Pillow's."""
+
 READING: Mapping[str, tuple[type, ...]] = {"val_fraction": (int, float), "present_classes_only": (bool,)}
 """What of a run's configuration decides which images a carved split has, and how classes are numbered."""
 
@@ -60,11 +64,11 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
         config.data, config.split, config.model, layout=config.layout, metadata_root=config.metadata_root
     )
     rows = _annotated(config, split)
-    folders = [
-        open_map_folder(folder, split, thresholds=config.thresholds or "even") for folder in dict.fromkeys(config.maps)
-    ]
+    thresholds = config.thresholds or "even"
+    folders = [open_map_folder(folder, split, thresholds=thresholds) for folder in dict.fromkeys(config.maps)]
     subjects = _distinct_labels([*_model_subjects(config, split), *folders])
-    out = config.out or _default_folder(config.model)
+    single = len(set(config.model)) == 1 and Path(config.model[0]).is_dir()
+    out = config.out or (Path(config.model[0]) / "evaluation" if single else Path("evaluation"))
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
     if is_first():
@@ -91,11 +95,7 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
 
 
 def _annotated(config: EvaluateConfig, split: Split) -> dict[str, Benchmark]:
-    """Return the chosen benchmarks that the data set has annotation for; print which are left out of "all".
-
-    Raises:
-        CalmError: no such benchmark; one chosen by name has no annotation.
-    """
+    """Return the chosen benchmarks that the data set has annotation for; print which are left out of "all"."""
     rows = chosen_benchmarks(config.benchmark)
     for name in list(rows):
         try:
@@ -110,9 +110,6 @@ def _annotated(config: EvaluateConfig, split: Split) -> dict[str, Benchmark]:
                 print(f"{name} is left out: {error}", file=sys.stderr)
             del rows[name]
     return rows
-
-
-# --- subjects ------------------------------------------------------------------------------------------------
 
 
 def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
@@ -173,18 +170,10 @@ def _first_of_each_model(subjects: list[Subject | MapFolder]) -> list[Subject | 
     return list({subject.about["model"]: subject for subject in reversed(subjects)}.values())[::-1]
 
 
-def _default_folder(models: Sequence[str]) -> Path:
-    single = len(set(models)) == 1 and Path(models[0]).is_dir()
-    return Path(models[0]) / "evaluation" if single else Path("evaluation")
-
-
 def _progress_bars() -> ProgressBars:
     console = Console(stderr=True, quiet=not is_first())
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return ProgressBars(*columns, console=console, disable=not console.is_terminal)
-
-
-# --- data ----------------------------------------------------------------------------------------------------
 
 
 def run_split(
@@ -291,9 +280,6 @@ def _digest(paths: Iterable[Path]) -> str:
     return digest.hexdigest()
 
 
-# --- one result ----------------------------------------------------------------------------------------------
-
-
 def result_path(name: str, subject: Subject | MapFolder, data: Data, out: Path, options: Mapping[str, Any]) -> Path:
     """Return where a result is stored: the file's name ends in a digest of everything that the figures depend on.
 
@@ -368,7 +354,11 @@ def run(
         "processes": world_size(),
         "seconds": round(time.perf_counter() - began, 2),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": _versions(),
+        "versions": {
+            "calm": version("calm"),
+            "python": platform.python_version(),
+            **{name: str(module.__version__) for name, module in _MODULES.items()},
+        },
     }
     result = replace(result, label=label, provenance=provenance)
     if is_first():
@@ -386,15 +376,3 @@ def _protocol(row: Benchmark, subject: Subject | MapFolder) -> dict[str, str | N
     if row.boxes and isinstance(subject, Subject):
         protocol |= {"box_normalization": subject.box_normalization, "box_thresholds": subject.box_thresholds}
     return protocol
-
-
-def _versions() -> dict[str, str]:
-    """Return the versions that figures depend on: contours are OpenCV's, the regions of parts Pillow's."""
-    import cv2
-
-    modules = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
-    return {
-        "calm": version("calm"),
-        "python": platform.python_version(),
-        **{name: str(module.__version__) for name, module in modules.items()},
-    }

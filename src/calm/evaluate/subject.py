@@ -185,9 +185,6 @@ def weights_digest(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
-# --- folders of maps -----------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class MapFolder:
     """A row of a benchmark's table that needs no model (see `Subject`); ``files`` are in the split's order."""
