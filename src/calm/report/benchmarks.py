@@ -34,8 +34,9 @@ def benchmark_section(
 ) -> Section:
     """All figures and curves of a benchmark on one data set; if ``fold``, the images are folded away at first."""
     paper = PUBLISHED.get((group.benchmark, group.published_data or ""))
-    names = _figure_names(group, paper)
-    main = [name for name in names if (paper and name in paper.figures) or figure_spec(name).main]
+    published = [name for figures in paper.rows.values() for name in figures] if paper else []
+    names = _figure_names(group, published)
+    main = [name for name in names if name in published or figure_spec(name).main]
     images = group.data.get("images")
     caption = f"{images:,} images; 95 percent intervals" if images else "95 percent intervals"
     lines, charts = _curves(group, style)
@@ -72,10 +73,9 @@ def main_figure(group: Group) -> tuple[str, str, str] | None:
     return values[0], f"{group.heading}: {spec.title}", note
 
 
-def _figure_names(group: Group, paper: Published | None = None) -> list[str]:
+def _figure_names(group: Group, published: Sequence[str] = ()) -> list[str]:
     """The figures that any result or the paper has: those that are described in that order, then the others."""
-    names = [name for result in group.results for name in result.figures]
-    return figure_order([*names, *(paper.figures if paper else ())])
+    return figure_order([*(name for result in group.results for name in result.figures), *published])
 
 
 def _column(name: str) -> Column:

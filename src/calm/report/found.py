@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 
 from calm.data.loading import load_split
 from calm.data.records import Split
@@ -24,62 +24,45 @@ from calm.report.charts import PALETTE
 
 CUB, IMAGENET, OPENIMAGES = "CUB-200-2011", "ImageNet", "OpenImages30k"
 
-DATA_SETS = {(200, 5794): CUB, (1000, 50000): IMAGENET, (100, 5000): OPENIMAGES}
+DATA_SETS: dict[Any, str] = {(200, 5794): CUB, (1000, 50000): IMAGENET, (100, 5000): OPENIMAGES}
 """Which data set has so many classes and test images."""
 
 
-@dataclass(frozen=True)
-class Published:
-    """A table of the paper: names of figures (as in ``Result.figures``), by method their values in percent, and a note
-    on what one has to know to compare."""
+class Published(NamedTuple):
+    """A table of the paper: by method its figures (as in ``Result.figures``), and what one has to know to compare."""
 
-    figures: Sequence[str]
-    percent: Mapping[str, Sequence[float]]
+    rows: Mapping[str, Mapping[str, float]]
     note: str = "The paper gives top-1 accuracy without intervals."
 
-    @property
-    def rows(self) -> dict[str, dict[str, float]]:
-        """The figures of each method as fractions."""
-        return {
-            method: {name: value / 100 for name, value in zip(self.figures, values, strict=True)}
-            for method, values in self.percent.items()
-        }
 
-
+_CUES = {  # in percent, of pairs that differ in 1, 2, 3 parts, and of all
+    "vanilla gradient": (10.0, 13.7, 15.3, 13.9),
+    "integrated gradients": (12.0, 15.1, 17.3, 15.7),
+    "SmoothGrad": (11.8, 15.5, 18.6, 16.5),
+    "VarGrad": (16.7, 21.1, 23.1, 21.4),
+    "CAM": (24.1, 28.3, 32.2, 29.6),
+    "CALM-ML": (23.6, 26.7, 28.8, 27.3),
+    "CALM-EM": (30.4, 33.3, 36.3, 34.3),
+}
+_CUE_FIGURES = ("mpxap_published_1", "mpxap_published_2", "mpxap_published_3", "mpxap_published")
 PUBLISHED = {
     ("cue-localization", CUB): Published(
-        ("mpxap_published_1", "mpxap_published_2", "mpxap_published_3", "mpxap_published"),
         {
-            "vanilla gradient": (10.0, 13.7, 15.3, 13.9),
-            "integrated gradients": (12.0, 15.1, 17.3, 15.7),
-            "SmoothGrad": (11.8, 15.5, 18.6, 16.5),
-            "VarGrad": (16.7, 21.1, 23.1, 21.4),
-            "CAM": (24.1, 28.3, 32.2, 29.6),
-            "CALM-ML": (23.6, 26.7, 28.8, 27.3),
-            "CALM-EM": (30.4, 33.3, 36.3, 34.3),
+            method: {name: value / 100 for name, value in zip(_CUE_FIGURES, values, strict=True)}
+            for method, values in _CUES.items()
         },
         "The paper's figures of cue localization count cumulatively: the released code never empties its histogram, so"
         " that each pair's figure includes all pairs before it. They stand in the columns that count so. Its network is"
         " a ResNet-50 with a 28x28 grid.",
     ),
-    ("classification", CUB): Published(["top1"], {"CALM-ML": [59.6], "CALM-EM": [71.8]}),
-    ("classification", OPENIMAGES): Published(["top1"], {"CALM-ML": [70.9], "CALM-EM": [70.1]}),
-    ("classification", IMAGENET): Published(["top1"], {"CALM-ML": [70.6], "CALM-EM": [70.4]}),
+    ("classification", CUB): Published({"CALM-ML": {"top1": 0.596}, "CALM-EM": {"top1": 0.718}}),
+    ("classification", OPENIMAGES): Published({"CALM-ML": {"top1": 0.709}, "CALM-EM": {"top1": 0.701}}),
+    ("classification", IMAGENET): Published({"CALM-ML": {"top1": 0.706}, "CALM-EM": {"top1": 0.704}}),
 }
 """The paper's tables by benchmark and data set."""
 
 LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}  # names of the training methods
 CALM = ("calm-em", "calm-ml")  # those of CALM, the more important first
-
-
-def data_set(classes: int, images: int, names: Iterable[str]) -> str | None:
-    """The data set of the paper that a test split is, by its size and (CUB) a class name, or None.
-
-    >>> data_set(200, 5794, ["001.Black_footed_Albatross"]), data_set(200, 5794, ["Emerald_Leafbird"])
-    ('CUB-200-2011', None)
-    """
-    name = DATA_SETS.get((classes, images))
-    return None if name == CUB and not any("Black_footed_Albatross" in own for own in names) else name
 
 
 @dataclass(frozen=True)
@@ -140,13 +123,8 @@ def is_number(value: object) -> TypeGuard[float]:
 
 def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
     """The finished runs whose models the results are about, and what is wrong with those that cannot be read."""
-    folders: dict[Path, None] = {}
-    for result in (result for group in groups for result in group.results):
-        model = Path(str(subject(result).get("model", "")))
-        if model.is_absolute():  # RUN, or RUN/best and RUN/last
-            folders |= {path: None for path in (model, model.parent) if (path / "result.json").is_file()}
     runs, problems = [], []
-    for folder in folders:
+    for folder in dict.fromkeys(folder for group in groups for folder in group.run_folders):
         try:
             runs.append(read_run(folder))
         except CalmError as error:
@@ -192,9 +170,17 @@ class Group:
 
     @property
     def published_data(self) -> str | None:
-        """The data set of the paper that this is, if it is one."""
-        names = self.data.get("class_counts", {})
-        return data_set(int(self.data.get("classes", 0)), int(self.data.get("images", 0)), names)
+        """The data set of the paper that this is, by its size and (CUB) a class name, if it is one."""
+        name = DATA_SETS.get((self.data.get("classes"), self.data.get("images")))
+        albatross = any("Black_footed_Albatross" in own for own in self.data.get("class_counts", ()))
+        return None if name == CUB and not albatross else name
+
+    @property
+    def run_folders(self) -> list[Path]:
+        """The finished runs that the results are about: their models are RUN, RUN/best or RUN/last."""
+        models = [Path(str(about(result).get("model", ""))) for result in self.results]
+        folders = [folder for model in models if model.is_absolute() for folder in (model, model.parent)]
+        return [folder for folder in folders if (folder / "result.json").is_file()]
 
     def read_split(self) -> Split:
         """The images of the data set, read as they were for the results; a `CalmError` if it is gone or damaged."""
@@ -225,11 +211,11 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
         )
     found: dict[tuple[str, str], list[Result]] = {}
     for result in map(Result.load, files):
-        key = result.benchmark, json.dumps(_about(result, "data").get("fingerprint"))
+        key = result.benchmark, json.dumps(about(result, "data").get("fingerprint"))
         found.setdefault(key, []).append(result)
     groups = [
-        Group(key[0], tuple(sorted(_distinct(found[key]), key=_rank)), _about(found[key][0], "data"))
-        for key in sorted(found, key=_order)
+        Group(key[0], tuple(sorted(_distinct(found[key]), key=_rank)), about(found[key][0], "data"))
+        for key in sorted(found, key=lambda key: (_ORDER.index(key[0]) if key[0] in _ORDER else len(_ORDER), key))
     ]
     headings = Counter(group.heading for group in groups)
     marks = [f"[{str(group.data.get('fingerprint'))[:8]}]" if headings[group.heading] > 1 else "" for group in groups]
@@ -249,33 +235,24 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
     return chosen | {label: pool[number % len(pool)] for number, label in enumerate(others)}
 
 
-def subject(result: Result) -> Mapping[str, Any]:
-    """What the provenance says about the model and the method."""
-    return _about(result, "subject")
-
-
-def _about(result: Result, name: str) -> Mapping[str, Any]:
-    about = result.provenance.get(name, {})
-    return about if isinstance(about, Mapping) else {}
+def about(result: Result, what: str = "subject") -> Mapping[str, Any]:
+    """What the provenance says about the model and the method, or of the ``data``."""
+    known = result.provenance.get(what)
+    return known if isinstance(known, Mapping) else {}
 
 
 def own_maps(result: Result) -> str | None:
     """How the model was trained (``calm-em``, ...) if the result is about its own maps, not a baseline's; else None."""
-    about = subject(result)
-    config = about.get("model_config")
-    return config.get("method") if isinstance(config, Mapping) and about.get("method") in MAP_KINDS else None
+    config = about(result).get("model_config")
+    return config.get("method") if isinstance(config, Mapping) and about(result).get("method") in MAP_KINDS else None
 
 
 _ORDER = ("cue-localization", "remove-and-classify", "localization", "classification")
 
 
-def _order(key: tuple[str, str]) -> tuple[int, str, str]:
-    return (_ORDER.index(key[0]) if key[0] in _ORDER else len(_ORDER), *key)
-
-
 def _rank(result: Result) -> tuple[bool, str]:
     """The maps of the models themselves before other explanations of them, each by label."""
-    return subject(result).get("method") not in MAP_KINDS, result.label
+    return about(result).get("method") not in MAP_KINDS, result.label
 
 
 def _is_result(path: Path) -> bool:
@@ -290,28 +267,21 @@ def _is_result(path: Path) -> bool:
 def _distinct(results: Sequence[Result]) -> list[Result]:
     """The results with labels that differ: equal ones are told apart by what differs, the run's folder or the protocol,
     and else by a number."""
-    alike: dict[str, list[tuple[str, ...]]] = {}
-    for result in results:
-        alike.setdefault(result.label, []).append(_circumstances(result))
     seen: Counter[str] = Counter()
     distinct = []
     for result in results:
-        label, others = result.label, alike[result.label]
+        label, own = result.label, _circumstances(result)
+        others = [_circumstances(other) for other in results if other.label == label]
         if len(others) > 1:
-            each = zip(_circumstances(result), zip(*others, strict=True), strict=True)
-            apart = [own for own, all_of_them in each if own and len(set(all_of_them)) > 1]
-            label = f"{label} ({', '.join(apart) or _run_name(result) or 'run'})"
+            apart = [value for place, value in enumerate(own) if len({other[place] for other in others}) > 1]
+            label = f"{label} ({', '.join(filter(None, apart)) or own[0] or 'run'})"
         seen[label] += 1
         distinct.append(replace(result, label=f"{label} {seen[label]}" if seen[label] > 1 else label))
     return distinct
 
 
 def _circumstances(result: Result) -> tuple[str, ...]:
-    """What two results of one label may differ in."""
+    """What two results of one label may differ in: the run's folder, and the protocol."""
     norm, cuts = (result.provenance.get(name) for name in ("normalization", "thresholds"))
-    return _run_name(result), f"norm {norm}" if norm else "", f"thresholds {cuts}" if cuts else ""
-
-
-def _run_name(result: Result) -> str:
-    model = subject(result).get("model")
-    return Path(str(model)).name if model else ""
+    run = Path(str(about(result).get("model") or "")).name
+    return run, f"norm {norm}" if norm else "", f"thresholds {cuts}" if cuts else ""

@@ -25,7 +25,7 @@ from calm.images import read_rgb
 from calm.model import CalmModel, load
 from calm.output import difference
 from calm.render import Picture, draw_boxes, draw_contour, draw_peak, overlay, resize_picture
-from calm.report.found import Group, subject
+from calm.report.found import Group, about
 from calm.report.page import Shot, listed, species_name
 
 BEST, WORST, RANDOM = 3, 3, 4
@@ -144,11 +144,11 @@ def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Sce
 
 def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
     """One map (h, w) for each scene: of its class, or the difference of its two; a `CalmError` if any is gone."""
-    about = subject(result)
-    if about.get("maps"):
-        return [_stored(Path(about["maps"]), scene.record.id) for scene in scenes]
+    known = about(result)
+    if known.get("maps"):
+        return [_stored(Path(known["maps"]), scene.record.id) for scene in scenes]
     model = load_model(result)
-    asked = model_subject(model, method=about.get("method"), **(about.get("options") or {}))
+    asked = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
     images = model.preprocess([scene.picture for scene in scenes])
     maps = asked.predict(images).maps(torch.tensor([scene.classes for scene in scenes])).detach()
     return list(maps[:, 0] if maps.shape[1] == 1 else difference(maps[:, 0], maps[:, 1]))
@@ -156,8 +156,7 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
 
 def load_model(result: Result) -> CalmModel:
     """The model of a result, in evaluation mode; a `CalmError` if it is gone or has other weights now."""
-    about = subject(result)
-    source = about.get("model")
+    source = about(result).get("model")
     if not source:
         raise CalmError("its provenance names no model")
     if not Path(source).is_absolute():
@@ -165,7 +164,7 @@ def load_model(result: Result) -> CalmModel:
     if not Path(source).exists():
         raise CalmError(f"its model is no longer at {source}")
     model = load(source).eval()
-    if weights_digest(model) != about.get("weights"):
+    if weights_digest(model) != about(result).get("weights"):
         raise CalmError(f"the model at {source} has other weights now: evaluate it again")
     return model
 

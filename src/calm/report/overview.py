@@ -14,7 +14,7 @@ from calm.errors import CalmError
 from calm.evaluate.result import Result
 from calm.report.benchmarks import benchmark_section, main_figure
 from calm.report.charts import PALETTE, Line, chart
-from calm.report.found import CALM, Group, Run, find_groups, find_runs, is_number, own_maps, styles, subject
+from calm.report.found import CALM, Group, Run, find_groups, find_runs, is_number, own_maps, styles
 from calm.report.gallery import gallery as images_of
 from calm.report.page import Column, Page, Row, Section, Table
 from calm.report.story import Study, birds_config, single_pairs, story_sections
@@ -120,12 +120,9 @@ def _data_sets(groups: Sequence[Group], runs: Sequence[Run]) -> list[DataSet]:
     by_data: dict[str, list[Group]] = {}
     for group in groups:
         by_data.setdefault(str(group.data.get("fingerprint")), []).append(group)
-    data_sets = []
-    for own in by_data.values():
-        models = {Path(str(subject(r).get("model", ""))) for group in own for r in group.results}
-        folders = models | {model.parent for model in models}
-        data_sets.append(DataSet(own, [run for run in runs if run.folder in folders]))
-    return data_sets
+    folders = [{folder for group in own for folder in group.run_folders} for own in by_data.values()]
+    owned = [[run for run in runs if run.folder in mine] for mine in folders]
+    return [DataSet(own, mine) for own, mine in zip(by_data.values(), owned, strict=True)]
 
 
 def _named(section: Section, name: str) -> Section:
