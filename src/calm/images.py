@@ -1,8 +1,4 @@
-"""Read image files as RGB pixels, and turn images into a model's input.
-
-`probe` finds out what is wrong with an image file, `read_rgb` reads its pixels, and `Preprocessing` is the test-time
-preprocessing that is stored with a model's weights.
-"""
+"""Read image files as RGB pixels, say what is wrong with them, and turn images into a model's input."""
 
 from __future__ import annotations
 
@@ -10,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeAlias, Union, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, Union, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -24,11 +20,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-MAX_PIXELS = 89_478_485
-"""Most pixels of an image: Pillow's own limit, from which on Pillow warns (256 MiB of RGB)."""
-
-MAX_SCANS = 100
-"""Most scans of a progressive JPEG, each of which costs a pass over all pixels; encoders write about ten."""
+MAX_PIXELS = 89_478_485  # most pixels of an image: Pillow's own limit, from which on it warns (256 MiB of RGB)
+MAX_SCANS = 100  # most scans of a progressive JPEG, each a pass over all pixels; encoders write about ten
+LONG_SIDE = 2**16  # longest side, in pixels, of a picture that is resized in one step
+MAX_INPUT_SIDE = 8192  # most pixels of a side of the model's input
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 """Formats that are read, whatever the file's name. Pillow knows more, but hands EPS to Ghostscript, which runs it."""
@@ -46,27 +41,20 @@ _OTHER_KINDS = {
 _END_MARKERS = {"JPEG": b"\xff\xd9", "PNG": b"IEND"}
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """The result of looking at an image file.
+class Probe(NamedTuple):
+    """The result of looking at an image file."""
 
-    Attributes:
-        size: (width, height) of the stored pixels; None if the header cannot be read.
-        kind: key of ``calm.data.records.KINDS``; empty if nothing is wrong.
-        message: what is wrong.
-    """
-
-    size: tuple[int, int] | None
-    kind: str = ""
-    message: str = ""
+    size: tuple[int, int] | None  # (width, height) of the stored pixels; None if the header cannot be read
+    kind: str = ""  # key of ``calm.data.records.KINDS``; empty if nothing is wrong
+    message: str = ""  # what is wrong
 
 
 class _TooLargeError(Exception):
     """The image has more pixels or scans than are read."""
 
 
+# Our error and those of Pillow, which has the same limit, warns above it, and raises above twice it.
 _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
-"""Our error and those of Pillow, which has the same limit, warns above it, and raises above twice it."""
 
 
 def probe(path: Path, *, decode: bool = False) -> Probe:
@@ -77,29 +65,24 @@ def probe(path: Path, *, decode: bool = False) -> Probe:
         decode: whether to decode all pixels. Otherwise only the header is read, and the pixels of JPEG and PNG files
             without an end marker, which finds truncated files at the cost of a header.
     """
+    size, start = None, b""
     try:
         with open_regular(path, "image") as file:
-            return _probe(file, decode)
+            start = file.read(512)
+            file.seek(0)
+            with Image.open(file, formats=FORMATS) as image:
+                size = image.size
+                _check_cost(image, file)
+                if decode or not _has_end_marker(image, file):
+                    image.load()
+                return Probe(size)
     except CalmError as error:
         return Probe(None, "missing-file", str(error) if os.path.lexists(path) else "no such file")
-
-
-def _probe(file: BinaryIO, decode: bool) -> Probe:
-    start = file.read(512)
-    if not start:
-        return Probe(None, "empty-file", "0 bytes")
-    file.seek(0)
-    size = None
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            size = image.size
-            _check_cost(image, file)
-            if decode or not _has_end_marker(image, file):
-                image.load()
-            return Probe(size)
     except _TOO_LARGE as error:
         return Probe(size, "too-large", str(error))
     except UnidentifiedImageError:
+        if not start:
+            return Probe(None, "empty-file", "0 bytes")
         kinds = [kind for magic, kind in _OTHER_KINDS.items() if start.lstrip().lower().startswith(magic)]
         unknown = f"none of the formats {', '.join(FORMATS)}; it begins with {start[:12]!r}"
         return Probe(None, "not-an-image", f"{kinds[0]}, by its first bytes" if kinds else unknown)
@@ -203,10 +186,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-LONG_SIDE = 2**16
-"""Longest side, in pixels, of a picture that is resized in one step."""
-
-
 def resize_image(
     image: Image.Image, size: tuple[int, int], resample: Image.Resampling = Image.Resampling.BILINEAR
 ) -> Image.Image:
@@ -218,9 +197,6 @@ def resize_image(
 
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", "np.ndarray", "Tensor"]
 """A file, a PIL image, or uint8 RGB of shape (H, W, 3)."""
-
-MAX_INPUT_SIDE = 8192
-"""Most pixels of a side of the model's input."""
 
 
 @dataclass(frozen=True)

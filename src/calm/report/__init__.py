@@ -10,8 +10,6 @@ from pathlib import Path
 
 from calm.errors import CalmError
 
-__all__ = ["write_report"]
-
 
 def write_report(sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0) -> Path:
     """Make one self-contained HTML page of the results of `calm evaluate`.

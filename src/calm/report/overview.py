@@ -62,8 +62,8 @@ class DataSet:
 
     def figure(self, name: str, methods: Sequence[str]) -> float | None:
         """A figure of the first model that was trained by one of the methods, by its own maps."""
-        results = [r for group in self.groups for r in group.results if name in r.figures]
-        values = {own_maps(r): r.figures[name].value for r in reversed(results)}
+        results = [r for group in reversed(self.groups) for r in reversed(group.results) if name in r.figures]
+        values = {own_maps(r): r.figures[name].value for r in results}
         return next((values[method] for method in methods if method in values), None)
 
     def run(self, methods: Sequence[str]) -> Run | None:
@@ -72,8 +72,7 @@ class DataSet:
 
 
 def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, seed: int = 0) -> Page:
-    """The page of `calm.report.write_report`. Paths below ``base`` are written relative to it; of others it tells the
-    last part only."""
+    """The page of `write_report`. Paths below ``base`` are written relative to it; others by their last part only."""
     groups = find_groups(sources)
     runs, problems = find_runs(groups)
     style = styles(groups)
@@ -120,9 +119,8 @@ def _data_sets(groups: Sequence[Group], runs: Sequence[Run]) -> list[DataSet]:
     by_data: dict[str, list[Group]] = {}
     for group in groups:
         by_data.setdefault(str(group.data.get("fingerprint")), []).append(group)
-    folders = [{folder for group in own for folder in group.run_folders} for own in by_data.values()]
-    owned = [[run for run in runs if run.folder in mine] for mine in folders]
-    return [DataSet(own, mine) for own, mine in zip(by_data.values(), owned, strict=True)]
+    owned = [[run for run in runs if any(run.folder in g.run_folders for g in own)] for own in by_data.values()]
+    return list(map(DataSet, by_data.values(), owned))
 
 
 def _named(section: Section, name: str) -> Section:
@@ -154,10 +152,8 @@ def _classification_table(runs: Sequence[Run]) -> Table:
         "images_per_second": Column("images/s in training", ".0f", "higher"),
         "seconds": Column("seconds of training", ".0f", "lower"),
     }
-    rows = []
-    for run in runs:
-        values = [(run.result | run.test).get(name) for name in columns]
-        rows.append(Row(run.label, [value if is_number(value) else None for value in values]))
+    values = {run.label: [(run.result | run.test).get(name) for name in columns] for run in runs}
+    rows = [Row(label, [value if is_number(value) else None for value in own]) for label, own in values.items()]
     return Table(list(columns.values()), rows, "Classification of the test images", "model")
 
 

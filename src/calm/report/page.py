@@ -80,10 +80,8 @@ class Column:
 
     def written(self, value: float | str | None) -> str:
         """A number as it stands in the table; a dash for None, strings as they are."""
-        if value is None:
-            return "–"
-        if isinstance(value, str):
-            return value
+        if value is None or isinstance(value, str):
+            return value or "–"
         return percent(value) if self.form == "%" else format(value, self.form)
 
     def interval(self, ends: tuple[float, float]) -> str:
@@ -94,13 +92,12 @@ class Column:
 
 @dataclass(frozen=True)
 class Row:
-    """A row: its name, a number or None for each column, an optional (low, high) interval for each, and whether it
-    competes for the best value (a chance level does not)."""
+    """A row of a table."""
 
     name: str
-    values: Sequence[float | str | None]
-    intervals: Sequence[tuple[float, float] | None] = ()
-    competes: bool = True
+    values: Sequence[float | str | None]  # one for each column
+    intervals: Sequence[tuple[float, float] | None] = ()  # (low, high) for each, if there are any
+    competes: bool = True  # for the best value: a chance level does not
 
 
 @dataclass(frozen=True)
@@ -117,19 +114,13 @@ class Table:
         cells = []
         intervals = row.intervals or [None] * len(self.columns)
         for place, (column, value, ends) in enumerate(zip(self.columns, row.values, intervals, strict=True)):
-            text = column.written(value)
-            best = row.competes and text == self._best(place)
+            rivals = [row.values[place] for row in self.rows if row.competes]
+            numbers = [rival for rival in rivals if isinstance(rival, (int, float))]
+            text, best = column.written(value), False
+            if column.better and row.competes and len(numbers) > 1:  # compared as written: what looks equal is
+                best = text == column.written(max(numbers) if column.better == "higher" else min(numbers))
             cells.append((text, column.interval(ends) if ends else None, best))
         return cells
-
-    def _best(self, place: int) -> str | None:
-        """The best value of a column as it is written, so that values which look equal are equally good."""
-        column = self.columns[place]
-        values = [row.values[place] for row in self.rows if row.competes]
-        numbers = [value for value in values if isinstance(value, (int, float))]
-        if not column.better or len(numbers) < 2:
-            return None
-        return column.written(max(numbers) if column.better == "higher" else min(numbers))
 
 
 @dataclass(frozen=True)
@@ -154,13 +145,8 @@ def data_uri(picture: Picture, *, lossless: bool = False) -> str:
 
 @cache
 def _environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("calm.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    blocks: Any = {"trim_blocks": True, "lstrip_blocks": True}
+    environment = Environment(loader=PackageLoader("calm.report"), autoescape=True, undefined=StrictUndefined, **blocks)
     environment.filters |= {
         "counted": counted,
         "data_uri": data_uri,
