@@ -82,17 +82,13 @@ def overlay(
     Args:
         image: the picture, (H, W, 3) uint8.
         values: the map, (h, w), of any size and range; a model's grid is best, since it is resized only once.
-        how: how its range becomes [0, 1] (`calm.normalize`). With the colour map ``signed`` the map is
-            divided by its largest absolute value instead.
+        how: makes its range [0, 1] (`calm.normalize`); a ``signed`` map is divided by its largest absolute value.
         colormap: ``heat``, or ``signed`` for differences.
         alpha: opacity of the highest value, 0 to 1.
         size: (height, width) of the result; None: that of the picture.
 
     Returns:
-        uint8 RGB of ``size``. A constant or NaN map leaves the greyed picture.
-
-    Raises:
-        CalmError: a picture or map of another shape or dtype, alpha outside [0, 1].
+        uint8 RGB of ``size``. A constant or NaN map leaves the greyed picture. Wrong arguments are a `CalmError`.
     """
     if not 0 <= alpha <= 1:
         raise CalmError(f"alpha is an opacity between 0 and 1, got {alpha}")
@@ -121,11 +117,7 @@ def _overlaid(pixels: Picture, scaled: NDArray[Any], colormap: Colormap, alpha: 
 def draw_contour(
     image: Picture, values: Tensor | ArrayLike, level: float, *, colour: Colour = PAPER, width: int = 1
 ) -> Picture:
-    """Outline where a map reaches ``level`` (a mask: 0.5). The map, (h, w), is resized to the picture first.
-
-    Returns:
-        A new picture; the line has a thin dark edge, to be seen on any background.
-    """
+    """Return a new picture with an outline, dark-edged, where a map (h, w), resized to it, reaches ``level``."""
     import cv2
 
     inside = resize_maps(_grid(values), image.shape[:2]).numpy() >= level
@@ -199,7 +191,7 @@ def panel(
     cell: int = 160,
     gap: int = 10,
 ) -> Picture:
-    """A grid of captioned pictures, as one picture on white.
+    """A grid of captioned pictures, as one picture on white; a `CalmError` if there is none.
 
     Args:
         rows: the cells; None leaves one empty, and a short row ends early.
@@ -208,9 +200,6 @@ def panel(
         labels: a text left of each row.
         cell: side of a cell, in pixels; pictures keep their proportions inside it.
         gap: pixels between cells and around them.
-
-    Raises:
-        CalmError: no cells.
 
     >>> import numpy as np
     >>> panel([[Tile(np.zeros((8, 8, 3), np.uint8))] * 2], cell=20, gap=5).shape

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from markupsafe import Markup
+from numpy.typing import NDArray
 
 from calm.evaluate.result import Curve, Result, figure_order, figure_spec
 from calm.metrics.bootstrap import Estimate
@@ -18,6 +21,7 @@ WIDEST = 8  # columns of one table
 MOST_PAIRS = 60  # pairs in one drawing; more of them go into further ones
 STEP = 0.004  # a point of a curve that is nearer to the last one drawn, as a share of the axes, is not drawn
 CROWDED = 0.01  # if half of the x are below it, the x axis is logarithmic
+NOTHING = Estimate(math.nan, math.nan, math.nan)  # of a figure that a result lacks
 CURVE_TITLES = {
     "ratio": "R_k: the ratio of the next two",
     "topk": "Accuracy without the highest pixels",
@@ -85,39 +89,30 @@ def _column(name: str) -> Column:
 
 def _tables(group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None) -> list[Table]:
     """The figures in tables that fit the page, the first one with the caption."""
-    starts = range(0, len(names), WIDEST)
-    return [_table(group, names[start : start + WIDEST], paper, None if start else caption) for start in starts]
-
-
-def _table(group: Group, names: Sequence[str], paper: Published | None, caption: str | None) -> Table:
-    rows = []
-    for result in group.results:
-        estimates = [result.figures.get(name) for name in names]
-        values = [e.value if e and math.isfinite(e.value) else None for e in estimates]
-        rows.append(Row(result.label, values, [_interval(e) for e in estimates]))
-    for method, figures in paper.rows.items() if paper else ():
-        if any(name in figures for name in names):
-            rows.append(Row(f"paper: {method}", [figures.get(name) for name in names], competes=False))
-    return Table([_column(name) for name in names], rows, caption, "method")
-
-
-def _interval(estimate: Estimate | None) -> tuple[float, float] | None:
-    return estimate[1:] if estimate and math.isfinite(estimate.low + estimate.high) else None
+    tables: list[Table] = []
+    for start in range(0, len(names), WIDEST):
+        columns = names[start : start + WIDEST]
+        rows = []
+        for result in group.results:
+            estimates = [result.figures.get(name, NOTHING) for name in columns]
+            rows.append(Row(result.label, [e.value for e in estimates], [e[1:] for e in estimates]))
+        for method, figures in paper.rows.items() if paper else ():
+            if any(name in figures for name in columns):
+                rows.append(Row(f"paper: {method}", [figures.get(name) for name in columns], competes=False))
+        tables.append(Table(list(map(_column, columns)), rows, None if start else caption, "method"))
+    return tables
 
 
 def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
     """What the columns mean, and which way is good; those for 1, 2, ... parts are explained with their mean."""
-    entries, by_parts = [], False
-    for name in names:
-        spec, (stem, _, parts) = figure_spec(name), name.rpartition("_")
-        if parts.isdecimal() and stem in names and stem.startswith("mpxap"):
-            by_parts = True
-        elif spec.meaning:
+    by_parts = [name for name in names if re.fullmatch(r"mpxap.*_\d+", name) and name.rpartition("_")[0] in names]
+    entries = []
+    for spec in (figure_spec(name) for name in names if name not in by_parts):
+        if spec.meaning:
             way = f"; {spec.better} is better" if spec.better else ""
             entries.append((spec.title, f"{spec.meaning.rstrip('.')}{way}."))
-    if by_parts:
-        entries.append(("1 part, 2 parts, 3 parts", "mPxAP of the pairs that differ in so many parts."))
-    return entries
+    parts = ("1 part, 2 parts, 3 parts", "mPxAP of the pairs that differ in so many parts.")
+    return [*entries, parts] if by_parts else entries
 
 
 def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[Markup]]:
@@ -154,22 +149,20 @@ def _fractions(values: Sequence[float]) -> bool:
 
 def _line(label: str, curve: Curve, style: Style) -> Line:
     """The curve with the points that can be told apart."""
-    keep = _kept(curve.x, curve.y)
-    band = None
-    if curve.low is not None and curve.high is not None:
-        band = [curve.low[i] for i in keep], [curve.high[i] for i in keep]
-    return Line([curve.x[i] for i in keep], [curve.y[i] for i in keep], label, *style, band)
+    points = np.array([curve.x, curve.y, curve.low or curve.y, curve.high or curve.y], dtype=float)
+    points = points[:, np.isfinite(points[:2]).all(axis=0)]
+    spans = np.ptp(points[:2], axis=1, keepdims=True) if points.size else 1.0
+    x, y, low, high = points[:, _kept(points[:2] / np.where(spans, spans, 1.0))].tolist()
+    return Line(x, y, label, *style, None if curve.low is None else (low, high))
 
 
-def _kept(x: Sequence[float], y: Sequence[float]) -> list[int]:
-    """Places of the points that are at least `STEP` from the one kept before them; and the last."""
-    finite = [i for i in range(len(x)) if math.isfinite(x[i]) and math.isfinite(y[i])]
-    spans = [max(v[i] for i in finite) - min(v[i] for i in finite) or 1.0 for v in (x, y)] if finite else []
-    kept: list[int] = []
-    for i in finite:
-        if not kept or any(abs(v[i] - v[kept[-1]]) >= STEP * span for v, span in zip((x, y), spans, strict=True)):
+def _kept(points: NDArray[np.floating]) -> list[int]:
+    """Places of the points (2, n) that are at least `STEP` from the one kept before them; and the last."""
+    kept = [0] if points.size else []
+    for i in range(1, points.shape[1]):
+        if np.abs(points[:, i] - points[:, kept[-1]]).max() >= STEP or i == points.shape[1] - 1:
             kept.append(i)
-    return kept if not finite or kept[-1] == finite[-1] else [*kept, finite[-1]]
+    return kept
 
 
 def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
@@ -190,8 +183,7 @@ def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Markup | 
     names = [*(f"{stem}_{number}" for number in numbers), stem]
     lines = []
     for result in group.results:
-        nothing = Estimate(math.nan, math.nan, math.nan)
-        values, low, high = zip(*(result.figures.get(name, nothing) for name in names), strict=True)
+        values, low, high = zip(*(result.figures.get(name, NOTHING) for name in names), strict=True)
         lines.append(Line(range(len(names)), values, result.label, *style[result.label], band=(low, high)))
     title = f"{figure_spec(stem).title} by differing parts"
     return dot_chart(lines, [*numbers, "all"], title=title, x_label="part groups that differ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,8 +78,9 @@ def dot_chart(lines: Sequence[Line], places: Sequence[str], *, title: str, x_lab
         for number, line in enumerate(lines):
             colour, shift = _COLOURS[line.colour], 0.7 * ((number + 0.5) / len(lines) - 0.5)
             x = [place + shift for place in line.x]
-            if line.band is not None:
-                axes.plot([x, x], line.band, color=colour, linewidth=1.6, alpha=0.6)
+            for at, low, high in zip(x, *(line.band or ((), ())), strict=False):
+                if math.isfinite(low + high):
+                    axes.plot([at, at], [low, high], color=colour, linewidth=1.6, alpha=0.6)
             fill, size = "none" if line.dashed else colour, 3.2 if wide else 5
             axes.plot(x, line.y, "o", color=colour, markersize=size, markerfacecolor=fill)
         axes.set_xticks(range(len(places)), places, rotation=90 if wide else 0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -79,15 +80,19 @@ class Column:
     better: Literal["higher", "lower", ""] = ""  # which numbers are good; "" for neither: then none is bold
 
     def written(self, value: float | str | None) -> str:
-        """A number as it stands in the table; a dash for None, strings as they are."""
-        if value is None or isinstance(value, str):
-            return value or "–"
+        """A number as it stands in the table; a dash for None and NaN, strings as they are."""
+        if value is None or isinstance(value, str) or not math.isfinite(value):
+            return value if isinstance(value, str) else "–"
         return percent(value) if self.form == "%" else format(value, self.form)
 
-    def interval(self, ends: tuple[float, float]) -> str:
-        """An interval, with a percent sign only at its end."""
+    def interval(self, ends: tuple[float, float]) -> str | None:
+        """An interval, with a percent sign only at its end; None if it has no ends."""
         low, high = map(self.written, ends)
-        return f"{low.removesuffix(PERCENT)}{' to ' if low.startswith(('-', '−')) else '–'}{high}"
+        return (
+            None
+            if "–" in (low, high)
+            else f"{low.removesuffix(PERCENT)}{' to ' if low.startswith(('-', '−')) else '–'}{high}"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,7 +120,7 @@ class Table:
         intervals = row.intervals or [None] * len(self.columns)
         for place, (column, value, ends) in enumerate(zip(self.columns, row.values, intervals, strict=True)):
             rivals = [row.values[place] for row in self.rows if row.competes]
-            numbers = [rival for rival in rivals if isinstance(rival, (int, float))]
+            numbers = [rival for rival in rivals if isinstance(rival, (int, float)) and math.isfinite(rival)]
             text, best = column.written(value), False
             if column.better and row.competes and len(numbers) > 1:  # compared as written: what looks equal is
                 best = text == column.written(max(numbers) if column.better == "higher" else min(numbers))

@@ -1,5 +1,4 @@
-"""The sections that show single images: the classes, where a model sees its evidence, its mistakes, and what it says
-about two classes that differ in one part."""
+"""The sections that show single images: classes, evidence, mistakes, and classes that differ in one part."""
 
 from __future__ import annotations
 
@@ -20,7 +19,9 @@ from calm.data.cues import PROTOCOL_SIZE, CuePair, group_mask, read_pairs
 from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import CueData, read_cue_data
+from calm.evaluate.reading import predictions
 from calm.evaluate.result import Result
+from calm.evaluate.subject import model_subject
 from calm.files import read_json
 from calm.heatmaps import Normalization, resize_maps
 from calm.images import read_rgb
@@ -51,11 +52,8 @@ class Classifier:
     @classmethod
     def predicting(cls, name: str, model: CalmModel, split: Split) -> Classifier:
         """The model with its predictions for the images of a split."""
-        paths = [record.path for record in split.records]
-        batches = [paths[start : start + BATCH] for start in range(0, len(paths), BATCH)]
-        with torch.no_grad():
-            probs = [model(model.preprocess(batch)).probs.cpu() for batch in batches]
-        return cls(name, model, torch.cat(probs))
+        batches = predictions(model_subject(model), split, batch_size=BATCH)
+        return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches]))
 
     def says(self, image: int) -> int:
         """The most probable class of an image."""
@@ -85,10 +83,9 @@ class Study:
         calm = next((by_method[method] for method in CALM if method in by_method), None)
         if calm is None:
             return None
-        root, split = groups[0].root, groups[0].read_split()
-        total = len(split.records)
-        places = _evenly_spaced(total, MOST_IMAGES)
-        split = replace(split, records=tuple(split.records[place] for place in places))
+        root, whole = groups[0].root, groups[0].read_split()
+        total = len(whole.records)
+        split = replace(whole, records=tuple(whole.records[place] for place in _evenly_spaced(total, MOST_IMAGES)))
         cues, pairs = None, []
         with suppress(CalmError, OSError):  # there may be no such annotation
             cues = read_cue_data(split, root)
@@ -141,7 +138,6 @@ def single_pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
     (by the results' labels, the share of maps that peak in the part), ``chance`` (of a random pixel of the object).
     """
     tables = {r.label: r.details["pairs"] for r in results if "peak_in_part" in r.figures}
-    columns = list(tables.values())
     return [
         {
             **{name: species_name(str(rows[0][name])) for name in ("first", "second")},
@@ -150,7 +146,7 @@ def single_pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
             "peaks": {label: row["peak_in_part"] for label, row in zip(tables, rows, strict=True)},
             "chance": rows[0]["part_of_object"],
         }
-        for rows in zip(*columns, strict=False)
+        for rows in zip(*tables.values(), strict=False)
         if len(rows[0]["groups"]) == 1 and rows[0]["shown"]
     ]
 
@@ -180,21 +176,18 @@ def _plate(study: Study, seed: int) -> list[Picture]:
 
 def _visible(drawing: Drawing) -> tuple[int, int]:
     """How well a drawing shows its bird: visible parts, then pixels, if it keeps clear of the border."""
-    mask = drawing.mask
-    cut = mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any()
-    return (0 if cut else sum(point is not None for point in drawing.points), int(mask.sum()))
+    cut = drawing.mask.sum() > drawing.mask[1:-1, 1:-1].sum()
+    return 0 if cut else sum(point is not None for point in drawing.points), int(drawing.mask.sum())
 
 
 def _classes(study: Study, plate: Sequence[Picture]) -> Section:
     """What is to be told apart: drawn, or the first test image of each class; and some test images."""
-    portraits = []
+    portraits, what = [], "a drawn bird" if plate else "test image"
     for label, name in enumerate(study.names[:CLASSES_SHOWN]):
         images = (study.labels == label).nonzero().flatten().tolist()
-        if plate:
-            portraits.append(Shot(plate[label], f"a drawn bird: {name}", name, _neighbours(study, label)))
-        elif images:
-            picture = _enlarged(study.picture(images[0]), PLATE_SIDE)
-            portraits.append(Shot(picture, f"test image: {name}", name, _neighbours(study, label)))
+        if plate or images:
+            picture = plate[label] if plate else _enlarged(study.picture(images[0]), PLATE_SIDE)
+            portraits.append(Shot(picture, f"{what}: {name}", name, _neighbours(study, label)))
     seen = [
         Shot(_enlarged(study.picture(image), 96), f"test image: {study.names[int(study.labels[image])]}")
         for image in _evenly_spaced(len(study.labels), IMAGES_SHOWN)
@@ -204,13 +197,10 @@ def _classes(study: Study, plate: Sequence[Picture]) -> Section:
 
 
 def _neighbours(study: Study, label: int) -> str:
-    near = [
-        f"{study.names[pair.second if pair.first == label else pair.first]} ({listed(study.differing(*key))})"
-        for key, pair in study.pairs.items()
-        if label in key and len(pair.groups) == 1
-    ]
-    nothing = "no near relative" if study.pairs else ""
-    return "near: " + listed(near) if near else nothing
+    """The classes that differ from this one in one part, and that part."""
+    single = [key for key, pair in study.pairs.items() if label in key and len(pair.groups) == 1]
+    near = [f"{study.names[sum(key) - label]} ({listed(study.differing(*key))})" for key in single]
+    return "near: " + listed(near) if near else "no near relative" if study.pairs else ""
 
 
 def _evidence(study: Study) -> Section:
@@ -251,14 +241,11 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
 def _mistakes(study: Study) -> Section:
     """Images that CALM gets wrong, surest first; if there are none, those it is least sure of."""
     labels, probs = study.labels, study.calm.probs
-    says, sure = probs.argmax(dim=1), probs.amax(dim=1)
+    sure, says = probs.max(dim=1)
     wrong = (says != labels).nonzero().flatten()
-    if len(wrong):
-        chosen = wrong[sure[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
-        rivals = labels[chosen]
-    else:
-        chosen = sure.argsort()[:2]
-        rivals = probs[chosen].topk(2).indices[:, 1]
+    surest = wrong[sure[wrong].argsort(descending=True)][:MISTAKES_SHOWN]
+    chosen = surest if len(wrong) else sure.argsort()[:2]
+    rivals = labels[chosen] if len(wrong) else probs[chosen].topk(2).indices[:, 1]
     cards = [
         {"image": image, "first": first, "second": second, "shots": _two_classes(study, image, first, second)}
         for image, first, second in zip(chosen.tolist(), says[chosen].tolist(), rivals.tolist(), strict=True)
@@ -278,14 +265,13 @@ def _mistakes(study: Study) -> Section:
 def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot]:
     """The maps of two classes for one image."""
     picture, names = study.picture(image), (study.names[first], study.names[second])
-    one, other = names
     joint = _class_maps(study, study.calm, image, first, second)
     signed = overlay(picture, joint[0] - joint[1], colormap="signed", size=(SIDE, SIDE))
     signed = draw_peak(signed, (joint[0] - joint[1]).abs())
     shots = [Shot(_enlarged(picture), f"test image {image}", "image")]
     scaled = joint / float(joint.max())
     shots += [_shot(picture, m, "clipping", f"CALM: {name}", name) for m, name in zip(scaled, names, strict=True)]
-    shots.append(Shot(signed, f"difference of CALM's maps of {one} and {other}", "CALM: difference"))
+    shots.append(Shot(signed, f"difference of CALM's maps of {' and '.join(names)}", "CALM: difference"))
     if study.cam:
         cam = _class_maps(study, study.cam, image, first, second)
         shots += [_shot(picture, m, "minmax", f"CAM: {name}", name) for m, name in zip(cam, names, strict=True)]
@@ -309,10 +295,11 @@ def _differences(
     parts = [single["part"] for single in singles]
     turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
     first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
+    chosen = {(singles[place]["first"], singles[place]["second"]): singles[place] for place in sorted(first)}
     cards = [
         {**single, "shots": _pair_shots(study, cues, plate, known[names])}
-        for single in (singles[place] for place in sorted(first))
-        if (names := (single["first"], single["second"])) in known
+        for names, single in chosen.items()
+        if names in known
     ]
     values = {"study": study, "cards": cards, "drawn": bool(plate)}
     return Section("Why this species and not that one?", "differences", values, "Differences")
