@@ -1,11 +1,8 @@
 """Read untrusted JSON, YAML, CSV and PyTorch files within size limits; write files atomically.
 
-**Reading.** Only regular files are opened, so that a pipe or device cannot block the process. No code in a file is run,
-and the memory that a file can claim is bounded by the limits below. Every error is a `CalmError` that names the file.
-
-**Writing.** A file takes its final name only when its content is complete. Until then it is called
-``.NAME.writing-XXXXXXXX.SUFFIX``, beside the final name, and its writer holds a lock on it (``flock``). A killed writer
-leaves such a file without a lock; the next writer in that folder removes it.
+Only regular files are opened, no code in a file is run, and errors are a `CalmError` that names the file. A file takes
+its final name when its content is complete. Until then its writer holds a lock (``flock``) on
+``.NAME.writing-XXXXXXXX.SUFFIX`` beside it; what a killed writer left is removed by the next writer in that folder.
 """
 
 from __future__ import annotations
@@ -22,7 +19,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -261,13 +258,11 @@ def _lock(path: Path, *, wait: bool) -> int | None:
     """Lock a file or folder, and return the file descriptor that holds the lock; None where that is not possible."""
     if sys.platform == "win32":
         return None
-    with suppress(OSError):  # it is locked by another process, or the file system has no locks
+    with suppress(OSError), ExitStack() as on_error:  # locked by another process, or a file system without locks
         lock = os.open(path, os.O_RDONLY)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError:
-            os.close(lock)
-            raise
+        on_error.callback(os.close, lock)
+        fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        on_error.pop_all()
         return lock
     return None
 
@@ -345,10 +340,7 @@ def _is_temporary(name: str | bytes) -> bool:
 
 
 def use_temporary_caches() -> None:
-    """Let matplotlib cache in ``TMPDIR/calm-UID``, owned by this user, unless ``MPLCONFIGDIR`` is set.
-
-    matplotlib, which torchmetrics imports, would otherwise write a list of fonts into the user's home.
-    """
+    """Let matplotlib cache in ``TMPDIR/calm-UID``, and not in the user's home, unless ``MPLCONFIGDIR`` is set."""
     if "MPLCONFIGDIR" in os.environ or sys.platform == "win32":
         return
     with suppress(OSError):  # nowhere to write: matplotlib warns, and makes its list each time

@@ -60,10 +60,8 @@ _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionB
 def probe(path: Path, *, decode: bool = False) -> Probe:
     """Look at an image file; errors are in the result.
 
-    Args:
-        path: the file.
-        decode: whether to decode all pixels. Otherwise only the header is read, and the pixels of JPEG and PNG files
-            without an end marker, which finds truncated files at the cost of a header.
+    Without ``decode`` only the header is read, and the pixels of JPEG and PNG files without an end marker, which finds
+    truncated files at the cost of a header.
     """
     size, start = None, b""
     try:

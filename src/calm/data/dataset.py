@@ -30,9 +30,9 @@ Remainder = Literal["drop", "keep"]
 class EpochSampler(Sampler[int]):
     """The indices of this process, batch after batch, in an order that depends only on (seed, epoch).
 
-    The order is cut into global batches of ``batch_size``; of each, process ``rank`` takes the ``rank``-th of
-    ``world_size`` equal runs. So the union of the processes' t-th batches is the t-th batch of a single process. Give
-    :attr:`local_batch_size` to the data loader, and call :meth:`set_epoch` before each epoch.
+    Of each global batch, process ``rank`` takes the ``rank``-th of ``world_size`` equal runs, so that the processes'
+    t-th batches together are the t-th batch of a single process. Give :attr:`local_batch_size` to the data loader, and
+    call :meth:`set_epoch` before each epoch.
 
     Args:
         dataset: the images; `set_epoch` sets its epoch too, for its augmentation.
@@ -119,8 +119,7 @@ class EpochSampler(Sampler[int]):
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
     """The images of a split as (image, label, index): normalised float32 (3, H, W), class index, position in the split.
 
-    Random choices of the transform depend only on (seed, epoch, index): not on the number of workers or
-    processes, the order of reading, or what was drawn before; torch's generators are left as they were. The
+    Random choices of the transform depend only on (seed, epoch, index), and leave torch's generators as they were. The
     epoch is in shared memory, so that :meth:`set_epoch` reaches workers that live across epochs.
 
     Args:
@@ -164,11 +163,7 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         self._epoch.fill_(epoch)
 
     def picture(self, index: int) -> Image.Image:
-        """Return the image as it is shown to a person: RGB, of its own size, upright where ``split.exif`` says so.
-
-        Raises:
-            CalmError: the file cannot be read.
-        """
+        """Return the image as people see it, RGB of its own size; a `CalmError` if the file cannot be read."""
         if self._cache is not None and self._cache_size is None:
             return Image.fromarray(self._cache[index])
         return Image.fromarray(read_rgb(self.split.records[index].path, exif=self.split.exif))

@@ -25,16 +25,10 @@ def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
 
 
 def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> ImageTransform:
-    """Return the augmentation of one picture, followed by the normalisation of ``preprocessing``.
+    """Return a picklable transform of RGB pictures of any size to (3, height, width).
 
-    Resizing uses Pillow's antialiased bilinear filter, as ``preprocessing`` does. `BatchMix` mixes whole batches.
-
-    Args:
-        augmentation: what to do; ``AUGMENTATIONS`` has named ones.
-        preprocessing: gives size, mean, and standard deviation of the model's input.
-
-    Returns:
-        A picklable transform of RGB pictures of any size to (3, height, width).
+    It augments one picture (`BatchMix` mixes whole batches), resizing by the filter of ``preprocessing``, which also
+    gives the size and the normalisation that follows.
     """
     from torchvision.transforms import v2
 
@@ -75,8 +69,7 @@ def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
 def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, int] | None:
     """Return the (height, width) that every picture is resized to before anything random; None if it is not.
 
-    ``size`` is (height, width) of the model's input. A picture that `calm.images.resize_image` brought to the result
-    before comes out of `train_transform` the same.
+    ``size`` is that of the model's input. `train_transform` does the same to a picture that was resized so before.
 
     >>> from calm.data.augmentation import AUGMENTATIONS
     >>> fixed_size(AUGMENTATIONS["published"], (224, 224)), fixed_size(AUGMENTATIONS["modern"], (224, 224))

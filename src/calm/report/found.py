@@ -1,7 +1,6 @@
 """What a report is made of: results of benchmarks, finished training runs, and the paper's own figures.
 
-Source of the paper's figures: Kim, Choe, Akata, Oh, "Keep CALM and Improve Visual Feature Attribution", ICCV 2021: the
-tables of cue localization and of classification; ResNet-50 on a 28x28 grid.
+Source of these: Kim et al., "Keep CALM and Improve Visual Feature Attribution", ICCV 2021; ResNet-50, 28x28 grid.
 """
 
 from __future__ import annotations
@@ -192,11 +191,7 @@ class Group:
 
 
 def find_groups(folders: Sequence[Path]) -> list[Group]:
-    """All results below the folders, by benchmark and data set; a file found twice counts once.
-
-    Raises:
-        CalmError: a folder that is missing, or no result below any.
-    """
+    """All results below the folders, by benchmark and data set, each file once; a `CalmError` if there is none."""
     files: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
@@ -204,11 +199,9 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
         inside = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
         files.update({path.resolve(): None for path in inside if _is_result(path)})
     if not files:
-        names = ", ".join(map(str, folders))
-        raise CalmError(
-            f"no result of a benchmark below {names}: make some with calm evaluate, or name the folder where it put"
-            " them (./evaluation, if it was asked about several models and not told --out)"
-        )
+        where = "(./evaluation, if it was asked about several models and not told --out)"
+        advice = f"make some with calm evaluate, or name the folder where it put them {where}"
+        raise CalmError(f"no result of a benchmark below {', '.join(map(str, folders))}: {advice}")
     found: dict[tuple[str, str], list[Result]] = {}
     for result in map(Result.load, files):
         key = result.benchmark, json.dumps(about(result, "data").get("fingerprint"))
@@ -265,8 +258,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _distinct(results: Sequence[Result]) -> list[Result]:
-    """The results with labels that differ: equal ones are told apart by what differs, the run's folder or the protocol,
-    and else by a number."""
+    """The results with labels that differ: equal ones are told apart by run or protocol, and else by a number."""
     seen: Counter[str] = Counter()
     distinct = []
     for result in results:

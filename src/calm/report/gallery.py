@@ -9,16 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
-from PIL import Image
 from torch import Tensor
 
 from calm.data.cues import group_mask
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import read_cue_data
+from calm.evaluate.localization import PROTOCOL_SIZE, masks
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject, read_map, weights_digest
 from calm.images import read_rgb
@@ -46,8 +45,7 @@ class Scene:
 
 
 def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
-    """What ``templates/gallery.html`` reads: cards of images, chosen by score and at random by ``seed``, with the maps
-    of all methods; sentences for what cannot be drawn any more."""
+    """What ``templates/gallery.html`` reads: cards of images with the maps of all methods; what cannot be drawn."""
     values: dict[str, Any] = {"cards": {}, "counts": (BEST, WORST, RANDOM), "problems": [], "columns": 1}
     chosen = choose(group, seed=seed)
     if not chosen:
@@ -94,11 +92,7 @@ def choose(group: Group, *, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
-    """The images by id, read where the provenance says that the data are.
-
-    Raises:
-        CalmError | OSError: the data are gone or cannot be read, or no longer hold one of the images.
-    """
+    """The images by id, read where the provenance says that the data are; a `CalmError` if one is gone."""
     split = group.read_split()
     places = {record.id: record for record in split.records}
     missing = [name for name in ids if name not in places]
@@ -110,18 +104,9 @@ def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
     views = []
     for record in records:
         picture, label = read_rgb(record.path, exif=split.exif), species_name(split.class_names[record.label])
-        views.append(Scene(record, picture, record.boxes, _masks(record), (record.label,), label))
+        region = masks(record, PROTOCOL_SIZE)[0].float() if record.masks else None
+        views.append(Scene(record, picture, record.boxes, region, (record.label,), label))
     return views
-
-
-def _masks(record: Record) -> Tensor | None:
-    """The union of the masks of an image, (h, w)."""
-    union: Any = None
-    for path in record.masks:
-        with Image.open(path) as image:
-            inside = np.asarray(image.convert("L")) > 0
-        union = inside if union is None else union | inside
-    return None if union is None else torch.from_numpy(union).float()
 
 
 def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Scene]:

@@ -60,11 +60,12 @@ class DataSet:
         measured = [r.details.get("agreement") for group in self.groups for r in group.results]
         return max((value for value in measured if value is not None), default=None)
 
-    def figure(self, name: str, methods: Sequence[str]) -> float | None:
-        """A figure of the first model that was trained by one of the methods, by its own maps."""
+    def figure(self, name: str) -> dict[str, float | None]:
+        """A figure of the first model of CALM and of CAM, by their own maps."""
         results = [r for group in reversed(self.groups) for r in reversed(group.results) if name in r.figures]
         values = {own_maps(r): r.figures[name].value for r in results}
-        return next((values[method] for method in methods if method in values), None)
+        ours = next((values[method] for method in CALM if method in values), None)
+        return {"calm": ours, "cam": values.get("cam")}
 
     def run(self, methods: Sequence[str]) -> Run | None:
         """The first run of one of the methods."""
@@ -96,22 +97,15 @@ def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, se
     sections.append(_making(data_sets, runs, problems, sources, base))
     footer = f"{PAPER} Made {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC."
     for data in data_sets:
-        accuracy = {"calm": data.figure("top1", CALM), "cam": data.figure("top1", ["cam"])}
-        if data.classes and accuracy["calm"] is not None:
-            peak = {"calm": data.figure("peak_in_part", CALM), "cam": data.figure("peak_in_part", ["cam"])}
-            values = {
-                "data": data,
-                "accuracy": accuracy,
-                "peak": peak | {"chance": data.figure("part_of_object", CALM)},
-                "run": data.run(CALM),
-                "cam_run": data.run(["cam"]),
-            }
+        values: dict[str, Any] = {name: data.figure(name) for name in ("top1", "peak_in_part", "part_of_object")}
+        if data.classes and values["top1"]["calm"] is not None:
+            values |= {"data": data, "run": data.run(CALM), "cam_run": data.run(["cam"])}
             name = "procedural birds" if birds_config(data.groups[0].root) else data.groups[0].data_name
             title = "A classifier that says where it saw the evidence"
             return Page(title, f"CALM on {name}", Section("", "summary_calm", values), sections, footer)
-    figures = [figure for group in groups if (figure := main_figure(group)) is not None]
-    values = {"methods": len(style), "benchmarks": len(groups), "figures": figures}
-    summary = Section("", "summary_benchmarks", values)
+    figures = list(filter(None, map(main_figure, groups)))
+    counts = {"methods": len(style), "benchmarks": len(groups), "figures": figures}
+    summary = Section("", "summary_benchmarks", counts)
     return Page("Attribution maps, measured", "CALM benchmarks", summary, sections, footer)
 
 
@@ -171,12 +165,10 @@ def _pointing_table(results: Sequence[Result]) -> Table:
 def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
     """Peak in the part by pair."""
     shares = [*singles[0]["peaks"], "chance"]
-    rows = [
-        Row(f"{s['first']} / {s['second']}", [s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]])
-        for s in singles
-    ]
+    names = [f"{single['first']} / {single['second']}" for single in singles]
+    cells = [[s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]] for s in singles]
     columns = [Column("part"), Column("maps"), *[Column(label, "%") for label in shares]]
-    return Table(columns, rows, "Peak in the part, pair by pair", "pair")
+    return Table(columns, list(map(Row, names, cells)), "Peak in the part, pair by pair", "pair")
 
 
 _TRAINING_CHARTS = (

@@ -74,11 +74,7 @@ class Study:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Study | None:
-        """The study of the models whose results on one data set are given; None without a CALM model among them.
-
-        Raises:
-            CalmError | OSError: the models or the data are gone, damaged or cannot be read.
-        """
+        """The study of the models on one data set; None without a CALM model; a `CalmError` if one is gone."""
         by_method = {own_maps(result): result for group in groups for result in reversed(group.results)}
         calm = next((by_method[method] for method in CALM if method in by_method), None)
         if calm is None:
@@ -358,5 +354,5 @@ def _enlarged(picture: Picture, side: int = SIDE) -> Picture:
 
 def _shot(picture: Picture, values: Tensor, how: Normalization, label: str, name: str) -> Shot:
     """A map over its picture, with a ring at its highest value."""
-    drawn = overlay(picture, values.cpu(), how=how, size=(SIDE, SIDE))
-    return Shot(draw_peak(drawn, values.cpu()), f"{label} map for {name}", label)
+    drawn = overlay(picture, values, how=how, size=(SIDE, SIDE))
+    return Shot(draw_peak(drawn, values), f"{label} map for {name}", label)
