@@ -405,7 +405,7 @@ def test_attribute_refuses_an_option_that_the_method_does_not_read(name: str, op
         ("smoothgrad", {"noise": float("nan")}, "noise must be"),
         ("gradient", {"batch_size": 0}, "batch_size must be"),
         ("gradcam", {"target_layer": "backbone.third"}, "'backbone.third' is no module"),
-        ("gradcam", {"target_layer": nn.Identity()}, "not part of the model"),
+        ("gradcam", {"target_layer": nn.Identity()}, "target_layer Identity is no module of the model"),
     ],
 )
 def test_attribute_refuses_wrong_values(name: str, wrong: dict[str, object], message: str, images: Tensor) -> None:

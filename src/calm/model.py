@@ -39,8 +39,7 @@ class PointwiseConv2d(nn.Conv2d):
             return super().forward(features)
         weight, columns = self.weight.flatten(1).expand(len(features), -1, -1), features.flatten(2)
         bias = features.new_zeros(1) if self.bias is None else self.bias[:, None]
-        rows = torch.baddbmm(bias, weight, columns)
-        return rows.view(len(features), self.out_channels, *features.shape[2:])
+        return torch.baddbmm(bias, weight, columns).view(len(features), self.out_channels, *features.shape[2:])
 
 
 class CalmHead(nn.Module):
@@ -94,8 +93,8 @@ class CamHead(nn.Module):
 def _class_scorer(in_channels: int, num_classes: int) -> PointwiseConv2d:
     conv = PointwiseConv2d(in_channels, num_classes)
     nn.init.xavier_uniform_(conv.weight)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
+    assert conv.bias is not None
+    nn.init.zeros_(conv.bias)
     return conv
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -88,27 +87,21 @@ def attribute(
     gradient; for a differentiable map use ``model(images).attribute``.
 
     Args:
-        model: a model of this package.
-        images: normalised images, on the model's device.
-        targets: the class to explain in each image, (B,), or one for all.
-        method: one of ``METHODS``.
-        superclass: for the model's ``-superclass`` maps, the classes of each target.
-        size: (height, width) of the maps; None: that of the images.
-        batch_size: most images in one pass through the model; lower it when memory runs out. It does not change the
-            result.
-        steps: points of the integral; integrated-gradients only. 50 if None.
-        samples: noisy copies per image; smoothgrad, smoothgrad-squared and vargrad only. 50 if None.
-        noise: their standard deviation as a share of (max - min) of each image. 0.25 if None.
-        seed: of that noise; the same seed gives the same map. 0 if None.
-        target_layer: the layer that the Grad-CAM family reads, a module or its dotted name; it may return a grid
-            (B, D, h, w) or a transformer's tokens (B, T, D). The last feature map ("backbone") if None.
+        model: A model of this package.
+        images: Normalised images, on the model's device.
+        targets: The class to explain in each image, (B,), or one for all.
+        method: One of ``METHODS``.
+        superclass: For the model's ``-superclass`` maps, the classes of each target.
+        size: (height, width) of the maps; None is that of the images.
+
+    The other arguments are those of `Options`; None is the default there.
 
     Returns:
         Maps in float32 or wider. Gradient and Grad-CAM families: at least 0, not normalised.
 
     Raises:
-        CalmError: an unknown method, an option that the method does not read, images and targets that do not fit, or
-            a method whose library is not installed.
+        CalmError: If the method is unknown, does not read an option or is not installed, or images or targets do not
+            fit.
 
     Source: paper, tables of cue localization and of remove-and-classify.
     """
@@ -122,8 +115,14 @@ def attribute(
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
         raise CalmError(f"method {method!r} does not read the option {min(unread)}: {reads}")
     options = Options(batch_size=batch_size, **given)
-    _check_values(options)
-    classes = _check_inputs(model, images, targets)
+    check_images(images)
+    if images.device != model.device:
+        raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
+    if not len(images):
+        raise CalmError("images is empty: give at least one")
+    classes = check_classes(targets, len(images), model.config.num_classes)
+    if classes.ndim != 1:
+        raise CalmError(f"targets must be one class per image, got shape {tuple(classes.shape)}")
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
     with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
@@ -149,25 +148,3 @@ def canonical_method(method: str, model: CalmModel | None = None) -> str:
     if name not in METHODS:
         raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])
     return name if model is None or name in BASELINES else model.map_kind(name)
-
-
-def _check_values(options: Options) -> None:
-    for name in ("steps", "samples", "batch_size"):
-        value = getattr(options, name)
-        if not isinstance(value, int) or value < 1:
-            raise CalmError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if not 0 <= options.noise < math.inf:
-        raise CalmError(f"noise must be a number of at least 0, got {options.noise!r}")
-
-
-def _check_inputs(model: CalmModel, images: Tensor, given: Targets) -> Tensor:
-    """Check images and targets; return the targets as a tensor."""
-    check_images(images)
-    if images.device != model.device:
-        raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
-    if not len(images):
-        raise CalmError("images is empty: give at least one")
-    targets = check_classes(given, len(images), model.config.num_classes)
-    if targets.ndim != 1:
-        raise CalmError(f"targets must be one class per image, got shape {tuple(targets.shape)}")
-    return targets

@@ -1,12 +1,9 @@
 """Grad-CAM and its family, through pytorch-grad-cam (``pip install "calm[baselines]"``).
 
-The weights of the channels are the library's; what is around them is ours, so that values keep their meaning. The
-library min-max scales the map of every image to [0, 1] and resizes it with OpenCV, after which maps of two images or
-two classes cannot be compared. Here a map is ReLU(sum over channels of weight * activation), as in the papers, resized
-by `calm.heatmaps`. For display or a protocol use `calm.normalize`.
-
-Ablation-CAM is left out: it divides by the score, which reverses its sign where the score is negative, as log p(y | x)
-is.
+The weights of the channels are the library's; what is around them is ours. The library min-max scales the map of every
+image to [0, 1], after which maps of two images or two classes cannot be compared. Here a map is ReLU(sum over channels
+of weight * activation), as in the papers. Ablation-CAM is left out: it divides by the score, which reverses its sign
+where the score is negative, as log p(y | x) is.
 """
 
 from __future__ import annotations
@@ -40,32 +37,26 @@ def gradcam(library_class: str) -> Callable[[CalmModel, Tensor, Tensor, Options]
         with layer.register_forward_hook(_start_graph):
             # The library applies its transform as soon as it sees a value: before a later layer works in place.
             cam = getattr(pytorch_grad_cam, library_class)(scorer, [layer], torch.clone)
+            seen = cam.activations_and_grads
             try:
-                maps = _weighted_sum(cam, scorer, layer, images, targets, options)
+                scores = seen(images)
+                if cam.uses_gradients:
+                    scores.gather(1, targets[:, None]).sum().backward()
+                if len(seen.activations) != 1 or (cam.uses_gradients and len(seen.gradients) != 1):
+                    problem = "must run once in a forward pass and lead to the score"
+                    raise CalmError(f"target_layer {options.target_layer!r} {problem}")
+                activations = _as_grid(seen.activations[0], scorer.grid)
+                gradients = _as_grid(seen.gradients[0], scorer.grid) if cam.uses_gradients else None
+                seen.release()  # or the features of every pass of Score-CAM would be kept
+                cam.batch_size = options.batch_size
+                scores_of = [itemgetter(target) for target in targets.tolist()]
+                with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar for each image
+                    maps = cam.get_cam_image(images, layer, scores_of, activations, gradients, False)
             finally:
-                cam.activations_and_grads.release()
+                seen.release()
         return torch.as_tensor(maps, device=images.device).clamp(min=0)
 
     return explain
-
-
-def _weighted_sum(
-    cam: Any, scorer: _Scorer, layer: nn.Module, images: Tensor, targets: Tensor, options: Options
-) -> Any:
-    """The library's CAM image: the sum over channels of weight * activation, an array (B, h, w)."""
-    recorded = cam.activations_and_grads
-    scores = recorded(images)
-    if cam.uses_gradients:
-        scores.gather(1, targets[:, None]).sum().backward()
-    if len(recorded.activations) != 1 or (cam.uses_gradients and len(recorded.gradients) != 1):
-        raise CalmError(f"target_layer {options.target_layer!r} must run once in a forward pass and lead to the score")
-    activations = _as_grid(recorded.activations[0], scorer.grid)
-    gradients = _as_grid(recorded.gradients[0], scorer.grid) if cam.uses_gradients else None
-    recorded.release()  # or the features of every pass of Score-CAM would be kept
-    cam.batch_size = options.batch_size
-    scores_of = [itemgetter(target) for target in targets.tolist()]
-    with contextlib.redirect_stderr(io.StringIO()):  # Score-CAM draws a progress bar for each image
-        return cam.get_cam_image(images, layer, scores_of, activations, gradients, False)
 
 
 class _Scorer(nn.Module):
@@ -83,15 +74,13 @@ class _Scorer(nn.Module):
 
 
 def _target_layer(model: CalmModel, layer: nn.Module | str) -> nn.Module:
-    """The module of the model that ``layer`` names or is."""
-    if isinstance(layer, str):
-        modules: dict[str, nn.Module] = dict(model.named_modules())
-        if layer not in modules:
-            raise CalmError(f"target_layer {layer!r} is no module of the model: its parts are named like 'backbone'")
-        return modules[layer]
-    if not any(layer is module for module in model.modules()):
-        raise CalmError(f"target_layer {type(layer).__name__} is not part of the model")
-    return layer
+    """Return the module of the model that ``layer`` names or is."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    found = modules.get(layer) if isinstance(layer, str) else layer
+    if found is None or found not in modules.values():
+        given = repr(layer) if isinstance(layer, str) else type(layer).__name__
+        raise CalmError(f"target_layer {given} is no module of the model: its parts are named like 'backbone'")
+    return found
 
 
 def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:

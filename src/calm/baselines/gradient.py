@@ -1,23 +1,24 @@
-"""The score that baselines explain, and the gradient family of the paper's tables, through Captum.
+"""The score that baselines explain, and the gradient family of the paper's tables.
 
 Each function explains ``class_scores(model(images))[targets]`` and returns what the published tables show: the absolute
 value of the attribution, then the maximum over colour channels. Values are in score units per input unit (gradient,
 SmoothGrad), in its square (SmoothGrad-squared, VarGrad), or in score units (the two that multiply by the input).
 
-SmoothGrad and its kin take their gradients from Captum, but the noise is drawn here: Captum's NoiseTunnel has one
-standard deviation per batch and uses the global random numbers, while the paper's noise is a quarter of the range of
-*each* image.
+Gradients come from Captum, but the noise is drawn here: Captum's NoiseTunnel has one standard deviation per batch and
+uses the global random numbers, while the paper's noise is a quarter of the range of *each* image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from calm.errors import CalmError
 from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 
@@ -31,13 +32,17 @@ class Options:
     """The options of all baselines; `calm.baselines.BASELINES` says which method reads which.
 
     Attributes:
-        steps: points of the integral of integrated gradients.
-        samples: noisy copies of an image (SmoothGrad, SmoothGrad-squared, VarGrad).
-        noise: standard deviation of the noise, as a share of the image's own range (max - min over its pixels and
+        steps: Points of the integral of integrated gradients.
+        samples: Noisy copies of each image (SmoothGrad, SmoothGrad-squared, VarGrad).
+        noise: Standard deviation of the noise, as a share of the image's own range (max - min over its pixels and
             channels, in normalised input units).
-        seed: of the noise.
-        batch_size: most images in one pass through the model.
-        target_layer: the layer that the Grad-CAM family reads: a module of the model or its dotted name.
+        seed: Seed of the noise; the same seed gives the same map.
+        batch_size: Most images in one pass through the model; it does not change the result.
+        target_layer: The layer that the Grad-CAM family reads, a module of the model or its dotted name; it may return
+            a grid (B, D, h, w) or a transformer's tokens (B, T, D). The default is the last feature map.
+
+    Raises:
+        CalmError: If a number is out of its range.
     """
 
     steps: int = 50
@@ -46,6 +51,14 @@ class Options:
     seed: int = 0
     batch_size: int = 16
     target_layer: nn.Module | str = "backbone"
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "samples", "batch_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise CalmError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.noise < math.inf:
+            raise CalmError(f"noise must be a number of at least 0, got {self.noise!r}")
 
 
 def class_scores(output: CalmOutput | CamOutput) -> Float[Tensor, "b c"]:
@@ -63,10 +76,7 @@ def gradient(model: CalmModel, images: Images, targets: Targets, options: Option
 
 def input_x_gradient(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
     """Return |x * d score / d x| (Shrikumar et al., 2017), x in normalised input units."""
-    from captum.attr import InputXGradient
-
-    explainer = InputXGradient(_forward(model))
-    return _over_colours(explainer.attribute(images.requires_grad_(), target=targets))
+    return _over_colours(images * _gradients(model, images, targets))
 
 
 def integrated_gradients(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
@@ -79,61 +89,43 @@ def integrated_gradients(model: CalmModel, images: Images, targets: Targets, opt
     from captum.attr import IntegratedGradients
 
     quadrature = {"n_steps": options.steps, "method": "gausslegendre", "internal_batch_size": options.batch_size}
-    explainer = IntegratedGradients(_forward(model))
+    explainer = IntegratedGradients(lambda images: class_scores(model(images)))
     return _over_colours(explainer.attribute(images, baselines=0, target=targets, **quadrature))
 
 
 def smoothgrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
     """Return the |mean| of the gradients at noisy copies of the image (Smilkov et al., 2017)."""
-    return _mean_over_noise(model, images, targets, options, lambda gradients: gradients)
+    sums = (part.sum(dim=0) for part in _noisy(model, images, targets, options))
+    return _over_colours(sum(sums, torch.zeros_like(images)) / options.samples)
 
 
 def smoothgrad_squared(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
     """Return the mean of the squared gradients at noisy copies of the image (Hooker et al., 2019)."""
-    return _mean_over_noise(model, images, targets, options, torch.square)
+    sums = (part.square().sum(dim=0) for part in _noisy(model, images, targets, options))
+    return _over_colours(sum(sums, torch.zeros_like(images)) / options.samples)
 
 
 def vargrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
-    """Return the variance (division by n, not n - 1) of the gradients at noisy copies (Adebayo et al., 2018).
-
-    Mean and squared deviations are merged pass by pass (Chan et al., 1979), as a difference of two large sums would
-    lose digits.
-    """
-    count = 0
-    mean, deviations = torch.zeros_like(images), torch.zeros_like(images)
-    for gradients in _noisy_gradients(model, images, targets, options):
-        new = len(gradients)
-        new_mean = gradients.mean(dim=0)
-        step = new_mean - mean
-        deviations += (gradients - new_mean).square().sum(dim=0) + step.square() * (count * new / (count + new))
-        mean += step * (new / (count + new))
-        count += new
-    return _over_colours(deviations / count)
+    """Return the variance (division by n, not n - 1) of the gradients at noisy copies (Adebayo et al., 2018)."""
+    first, total, squares = None, torch.zeros_like(images), torch.zeros_like(images)
+    for part in _noisy(model, images, targets, options):
+        # Deviations from one of the gradients: a difference of two large sums would lose digits.
+        first = part[0] if first is None else first
+        total += (part - first).sum(dim=0)
+        squares += (part - first).square().sum(dim=0)
+    return _over_colours(squares / options.samples - (total / options.samples).square())
 
 
-def _forward(model: CalmModel) -> Callable[[Tensor], Tensor]:
-    return lambda images: class_scores(model(images))
-
-
-def _gradients(model: CalmModel, images: Tensor, targets: Tensor) -> Tensor:
-    """d score / d x with its sign, (B, 3, H, W), from Captum."""
+def _gradients(model: CalmModel, images: Images, targets: Targets) -> Images:
+    """Return d score / d x with its sign."""
     from captum.attr import Saliency
 
-    attributions: Tensor = Saliency(_forward(model)).attribute(images.requires_grad_(), target=targets, abs=False)
+    explainer = Saliency(lambda images: class_scores(model(images)))
+    attributions: Tensor = explainer.attribute(images.detach().requires_grad_(), target=targets, abs=False)
     return attributions.detach()
 
 
-def _mean_over_noise(
-    model: CalmModel, images: Images, targets: Targets, options: Options, of: Callable[[Tensor], Tensor]
-) -> Maps:
-    """The mean, over the noisy copies, of a function of the gradients."""
-    total = torch.zeros_like(images)
-    for gradients in _noisy_gradients(model, images, targets, options):
-        total += of(gradients).sum(dim=0)
-    return _over_colours(total / options.samples)
-
-
-def _noisy_gradients(
+def _noisy(
     model: CalmModel, images: Images, targets: Targets, options: Options
 ) -> Iterator[Float[Tensor, "k b 3 h w"]]:
     """Yield gradients at noisy copies of the images, k copies at a time, ``options.samples`` in all.
@@ -142,17 +134,16 @@ def _noisy_gradients(
     image depends neither on its neighbours, nor on the batch size, nor (up to rounding) on the device.
     """
     generator = torch.Generator().manual_seed(options.seed)
-    extent = images.amax(dim=(1, 2, 3), keepdim=True) - images.amin(dim=(1, 2, 3), keepdim=True)
-    sigma = options.noise * extent
+    sigma = options.noise * (images.amax(dim=(1, 2, 3), keepdim=True) - images.amin(dim=(1, 2, 3), keepdim=True))
     at_once = max(1, options.batch_size // len(images))
     for start in range(0, options.samples, at_once):
         copies = range(start, min(start + at_once, options.samples))
         unit = torch.stack([torch.randn(images.shape[1:], generator=generator, dtype=images.dtype) for _ in copies])
         noisy = images + sigma * unit[:, None].to(images.device)
-        gradients = _gradients(model, noisy.flatten(0, 1).detach(), targets.repeat(len(copies)))
+        gradients = _gradients(model, noisy.flatten(0, 1), targets.repeat(len(copies)))
         yield gradients.view(len(copies), *images.shape)
 
 
 def _over_colours(attributions: Images) -> Maps:
-    """Absolute value, then the maximum over the colour channels."""
+    """Return the largest absolute value over the colour channels."""
     return attributions.detach().abs().amax(dim=1)
