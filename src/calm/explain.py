@@ -22,10 +22,7 @@ from calm.model import CalmModel
 from calm.output import MAP_KINDS
 from calm.render import Colormap, Picture, draw_point, overlay
 
-SMALLEST_PICTURE = 224
-"""Overlays of smaller pictures are enlarged by a whole number, so that their shorter side has at least this many
-pixels, unless their longer side would have more than `LONGEST_ENLARGED`."""
-
+SMALLEST_PICTURE = 224  # pixels of a shorter side below which overlays are enlarged, by a whole number
 LONGEST_ENLARGED = 2048  # most pixels of the longer side of an enlarged overlay
 LARGEST_OVERLAY = 4_000_000  # overlays of larger pictures are shrunk to about this many pixels
 LONGEST_OVERLAY = 65_535  # most pixels of the longer side of an overlay
@@ -33,13 +30,13 @@ LONGEST_OVERLAY = 65_535  # most pixels of the longer side of an overlay
 
 @dataclass(frozen=True)
 class Query:
-    """What to explain.
+    """What to explain: see `resolve_query`.
 
     Attributes:
-        method: a map kind of the model or a baseline, under its canonical name.
-        target: index of the class to explain; None: in each picture the most probable one (other than ``versus``).
-        versus: index of a class to compare with: the map is the difference, target minus versus.
-        superclass: indices of the classes to sum over, for a ``-superclass`` kind.
+        method: A map kind of the model or a baseline, under its canonical name.
+        target: Index of the class to explain; None is in each picture the most probable one (other than ``versus``).
+        versus: Index of a class to compare with: the map is the difference, target minus versus.
+        superclass: Indices of the classes to sum over, for a ``-superclass`` kind.
     """
 
     method: str
@@ -59,17 +56,11 @@ def resolve_query(
 ) -> Query:
     """Check names of classes, kinds and methods against a model, and return the query that they mean.
 
-    Args:
-        model: the model to ask.
-        target: name or index of a class, see `class_index`.
-        kind: a map kind; None: the model's main one, or its superclass kind if ``superclass`` is given.
-        method: any attribution method, instead of a kind.
-        superclass: names or indices of classes, separated by commas.
-        versus: name or index of a class to compare with.
+    Classes are given as to `class_index`, those of ``superclass`` with commas between them. Without a kind or method,
+    the kind is the model's main one, or its superclass kind if ``superclass`` is given.
 
     Raises:
-        CalmError: an unknown class, kind or method, one that does not fit the model, or options that exclude each
-            other.
+        CalmError: If a class, kind or method is unknown or does not fit the model, or options exclude each other.
     """
     if kind is not None and method is not None:
         raise CalmError(f"kind {kind!r} and method {method!r} are both given: choose one")
@@ -99,10 +90,9 @@ def class_index(model: CalmModel, text: str) -> int:
     "016.Painted_Bunting".
 
     Raises:
-        CalmError: no such class; the message has the closest names.
+        CalmError: If there is no such class; the message has the closest names.
     """
-    wanted = _folded(text)
-    names = [_folded(name) for name in model.class_names]
+    wanted, *names = (name.strip().casefold().replace(" ", "_") for name in (text, *model.class_names))
     short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
     for spelling in (names, short):
         if spelling.count(wanted) == 1:
@@ -114,22 +104,18 @@ def class_index(model: CalmModel, text: str) -> int:
     raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}")
 
 
-def _folded(name: str) -> str:
-    return name.strip().casefold().replace(" ", "_")
-
-
 @dataclass(frozen=True)
 class Explanation:
     """The explanation of one picture.
 
     Attributes:
-        probs: p(y | x), (C,).
-        target: index of the class that was explained.
-        top: indices of the most probable classes, best first.
-        places: where the map of a class points, in the picture's pixels: for the target, and for the other classes of
+        probs: p(y | x).
+        target: Index of the class that was explained.
+        top: Indices of the most probable classes, best first.
+        places: Where the map of a class points, in the picture's pixels: for the target, and for the other classes of
             ``top`` where the method gives their maps at no cost.
-        grid: the map as the method gives it: on the model's grid (h, w), or at its input pixels for gradients.
-        signed: for a difference, target minus versus on the grid; else the same as ``grid``.
+        grid: The map as the method gives it: on the model's grid (h, w), or at its input pixels for gradients.
+        signed: For a difference, target minus versus on the grid; else the same as ``grid``.
         size: (height, width) of the picture.
     """
 
@@ -151,22 +137,19 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
     """Explain pictures, (H, W, 3) uint8 RGB of any sizes, in one batch. The model's state is restored afterwards.
 
     Raises:
-        CalmError: the method does not fit the model (`calm.output`).
+        CalmError: If the method does not fit the model.
     """
     images = model.preprocess(list(pictures))
     with evaluation_mode(model), torch.no_grad():
         output = model(images)
         probs = output.probs
         best = probs.topk(min(top, probs.shape[1])).indices
-        if query.target is not None:
-            target = torch.full_like(best[:, :1], query.target)
-        elif query.versus is not None:
-            others = probs.index_fill(1, torch.tensor([query.versus]).to(best.device), -1)
-            target = others.argmax(1, keepdim=True)
-        else:
-            target = best[:, :1]
+        target = best[:, 0] if query.target is None else torch.full_like(best[:, 0], query.target)
+        if query.target is None and query.versus is not None:
+            without = torch.arange(probs.shape[1], device=probs.device) == query.versus
+            target = probs.masked_fill(without, -1).argmax(dim=1)
         versus = [] if query.versus is None else [torch.full_like(target, query.versus)]
-        classes = torch.cat([target, *versus], dim=1)
+        classes = torch.stack([target, *versus], dim=1)
         if query.method in BASELINES:
             columns = [attribute(model, images, column, query.method) for column in classes.unbind(1)]
             maps = torch.stack(columns, dim=1)
@@ -176,22 +159,16 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
         else:
             classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
             maps = output.attribute(classes, query.method)
-    maps, classes, best, probs = maps.cpu(), classes.cpu(), best.cpu(), probs.cpu()
-    return [_explanation(picture, probs[i], best[i], classes[i], maps[i], query) for i, picture in enumerate(pictures)]
-
-
-def _explanation(
-    picture: Picture, probs: Tensor, best: Tensor, classes: Tensor, maps: Tensor, query: Query
-) -> Explanation:
-    """Of one picture: ``classes`` (K,) begin with the target, then versus if there is one; ``maps`` are (K, h, w)."""
-    size = picture.shape[0], picture.shape[1]
-    signed = maps[0] if query.versus is None else maps[0] - maps[1]
-    grid = maps[0] if query.versus is None else signed.abs()
-    target = int(classes[0])
-    map_of = {int(c): values for c, values in zip(classes, maps, strict=True)}
-    map_of[target] = grid
-    places = {c: locate(resize_maps(values, size)) for c, values in map_of.items()}
-    return Explanation(probs, target, tuple(best.tolist()), places, grid, signed, size)
+    explanations = []
+    columns = (one.cpu() for one in (probs, best, classes, maps))
+    for picture, prob, most, asked, values in zip(pictures, *columns, strict=True):
+        size = picture.shape[0], picture.shape[1]
+        signed = values[0] if query.versus is None else values[0] - values[1]
+        grid = values[0] if query.versus is None else signed.abs()
+        map_of = dict(zip(asked.tolist(), values, strict=True)) | {int(asked[0]): grid}
+        places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
+        explanations.append(Explanation(prob, int(asked[0]), tuple(most.tolist()), places, grid, signed, size))
+    return explanations
 
 
 def draw(picture: Picture, explanation: Explanation, query: Query) -> Picture:

@@ -16,9 +16,6 @@ from torch import Tensor
 from calm.errors import unknown
 from calm.latent import widen
 
-__all__ = ["Normalization", "Place", "locate", "normalize", "resize_and_normalize", "resize_maps"]
-
-
 Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
 
 
@@ -71,15 +68,14 @@ def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[T
     """Resize maps to ``size`` = (height, width) in pixels: bilinear, half-pixel centres, no antialiasing.
 
     The values keep the unit of the grid (the probability of a grid cell, for CALM's maps): the map on the grid sums to
-    p(y | x), the resized map does not. Computed in float32 or wider. This is the only interpolation of maps in the
-    package.
+    p(y | x), the resized map does not. Computed in float32 or wider.
 
     Source: the protocol of the paper's evaluation (OpenCV's and PyTorch's ``bilinear``, ``align_corners=False``).
     """
+    maps = widen(maps)
     if maps.shape[-2:] == size:
         return maps
-    flat = widen(maps).reshape(-1, 1, *maps.shape[-2:])
-    resized = F.interpolate(flat, size=size, mode="bilinear", align_corners=False)
+    resized = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=size, mode="bilinear", align_corners=False)
     return resized.reshape(*maps.shape[:-2], *size)
 
 
@@ -91,8 +87,8 @@ class Place:
     """The highest point of a map, and the ninth of the image (in a three by three grid) that contains it.
 
     Attributes:
-        x: The column of the pixel, from the left, starting at 0.
-        y: The row of the pixel, from the top, starting at 0.
+        x: The column of the pixel, from 0 at the left.
+        y: The row of the pixel, from 0 at the top.
         value: The map's value there, in the map's unit.
         words: The name of the ninth: "upper left", "centre", "bottom", ...
         share: The share of the map's positive mass in that ninth, 0 to 1; 0 for a map without any.

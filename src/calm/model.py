@@ -141,11 +141,7 @@ class CalmModel(nn.Module):
         return self.preprocessing(images).to(self.device)
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Return the backbone's features of normalised images (see `preprocess`).
-
-        Raises:
-            CalmError: If the images are not floats of shape (B, 3, H, W).
-        """
+        """Return the backbone's features of images, as for `forward`."""
         check_images(images)
         features: Tensor = self.backbone(images)
         return features
@@ -160,7 +156,7 @@ class CalmModel(nn.Module):
             An output with ``log_probs`` and ``probs`` (B, C), losses and maps.
 
         Raises:
-            CalmError: See `encode`.
+            CalmError: If the images are not floats of shape (B, 3, H, W).
         """
         output: CalmOutput | CamOutput = self.head(self.encode(images))
         return output
@@ -173,13 +169,9 @@ class CalmModel(nn.Module):
         temperature: float = 1.0,
         teacher: CalmModel | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the training loss of the model's method, mean over the batch, in nats.
+        """Return `CalmOutput.loss` of images, as for `forward`, by the model's method.
 
-        Args:
-            images: As for `forward`.
-            targets: Class indices (B,), or soft targets (B, C) whose rows sum to 1.
-            temperature: calm-em: the exponent beta of the E-step.
-            teacher: calm-em: the model whose posterior is used (an average of past weights); None is this model.
+        The teacher is here the model whose posterior is used (an average of past weights); None is this model.
         """
         with torch.no_grad():
             taught = None if teacher is None else teacher(images)
@@ -220,18 +212,7 @@ class CalmModel(nn.Module):
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
     ) -> Tensor:
-        """Return attribution maps, (B, H', W') or (B, K, H', W') for targets (B,) or (B, K), from one forward pass.
-
-        Args:
-            images: As for `forward`.
-            targets: The classes to explain; one alone is that of all images.
-            kind: A name in `calm.output.MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
-            superclass: For the superclass kinds: from each target to its classes.
-            size: (height, width) of the maps; None is the size of the images.
-
-        Raises:
-            CalmError: See `calm.output.attribute`; checked before the forward pass where possible.
-        """
+        """Return `CalmOutput.attribute` of images, as for `forward`; ``size`` None is the size of the images."""
         kind = self.map_kind(kind)
         output = self(images)
         maps: Tensor = output.attribute(targets, kind, superclass=superclass)

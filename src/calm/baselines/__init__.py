@@ -107,9 +107,9 @@ def attribute(
     """
     name = canonical_method(method)
     baseline = BASELINES.get(name)
-    optional = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
-    given: dict[str, Any] = {option: value for option, value in optional.items() if value is not None}
-    names = given.keys() | ({"superclass"} if superclass is not None else set())
+    values = {"steps": steps, "samples": samples, "noise": noise, "seed": seed, "target_layer": target_layer}
+    given: dict[str, Any] = {option: value for option, value in values.items() if value is not None}
+    names = {*given, *({"superclass"} if superclass is not None else ())}
     read = frozenset({"superclass"}) if baseline is None else baseline.options
     if unread := names - read:
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
