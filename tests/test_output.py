@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calm.errors import CalmError
-from calm.output import ALIASES, MAP_KINDS, CalmOutput, CamOutput, canonical_kind, difference
+from calm.output import ALIASES, MAP_KINDS, CalmOutput, CamOutput, canonical_kind
 
 LOGITS, SCORES = activations_of((3, 5, 3, 4), 11, 1.5)
 TARGETS = torch.tensor([4, 0, 2])
@@ -79,11 +79,6 @@ def test_attribute_resizes_bilinearly_with_half_pixel_centres(h, w, big_h, big_w
     output = CalmOutput(logits, scores)
     got = output.attribute(torch.tensor([1]), size=(big_h, big_w))
     assert_close(got[0], oracle.bilinear(output.joint[0, 1], (big_h, big_w)))
-
-
-def test_difference_is_the_absolute_difference():
-    a, b = torch.tensor([[[0.1, 0.5]]]), torch.tensor([[[0.4, 0.2]]])
-    assert_close(difference(a, b), torch.tensor([[[0.3, 0.3]]]))
 
 
 @pytest.mark.parametrize(

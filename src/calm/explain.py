@@ -160,8 +160,8 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
             classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
             maps = output.attribute(classes, query.method)
     explanations = []
-    columns = (one.cpu() for one in (probs, best, classes, maps))
-    for picture, prob, most, asked, values in zip(pictures, *columns, strict=True):
+    answers = zip(pictures, probs.cpu(), best.cpu(), classes.cpu(), maps.cpu(), strict=True)
+    for picture, prob, most, asked, values in answers:
         size = picture.shape[0], picture.shape[1]
         signed = values[0] if query.versus is None else values[0] - values[1]
         grid = values[0] if query.versus is None else signed.abs()

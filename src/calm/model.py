@@ -20,7 +20,7 @@ from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
 from calm.latent import Targets, check_classes
-from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind, difference
+from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -236,7 +236,7 @@ class CalmModel(nn.Module):
         output = self(images)
         pair = [check_classes(one, output.batch_size, output.num_classes) for one in (first, second)]
         of_first, of_second = output.attribute(torch.stack(pair, dim=1), kind).unbind(dim=1)
-        return resize_maps(difference(of_first, of_second), size or (images.shape[-2], images.shape[-1]))
+        return resize_maps((of_first - of_second).abs(), size or (images.shape[-2], images.shape[-1]))
 
     def map_kind(self, kind: str | None = None) -> str:
         """Return the canonical name of a map kind of this model; None is its default kind."""
@@ -336,8 +336,7 @@ def create_model(
     else:
         body = adapt_backbone(backbone, preprocessing.size)
     expected = getattr(body, "normalization", None)
-    is_default = (preprocessing.mean, preprocessing.std) == (default.mean, default.std)
-    if pretrained and expected is not None and is_default:
+    if pretrained and expected and (preprocessing.mean, preprocessing.std) == (default.mean, default.std):
         preprocessing = replace(preprocessing, mean=expected[0], std=expected[1])
     channels = int(body.out_channels)  # type: ignore[arg-type]
     head: CalmHead | CamHead

@@ -352,16 +352,9 @@ def canonical_kind(kind: str, family: str) -> str:
     if name not in MAP_KINDS:
         raise unknown("map kind", kind, [*MAP_KINDS, *ALIASES])
     if MAP_KINDS[name].family != family:
-        allowed = [other for other, spec in MAP_KINDS.items() if spec.family == family]
-        raise CalmError(
-            f"map kind {kind!r} cannot be read from a {family.upper()} model: choose one of {', '.join(allowed)}"
-        )
+        allowed = ", ".join(other for other, spec in MAP_KINDS.items() if spec.family == family)
+        raise CalmError(f"map kind {kind!r} cannot be read from a {family.upper()} model: choose one of {allowed}")
     return name
-
-
-def difference(first: Float[Tensor, "*n h w"], second: Float[Tensor, "*n h w"]) -> Float[Tensor, "*n h w"]:
-    """Return abs(first - second): why one class and not the other."""
-    return (first - second).abs()
 
 
 def _members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) -> Bool[Tensor, "b k c"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,15 +28,13 @@ from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass
 
 __all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "canonical_method", "class_scores"]
 
-Explain: TypeAlias = Callable[[CalmModel, Tensor, Tensor, Options], Tensor]
-
 
 @dataclass(frozen=True)
 class Baseline:
-    """A method of the registry."""
+    """A method of the registry: its function, to maps (B, h, w) of any size, and the names of the options it reads."""
 
-    explain: Explain  # from a model, images (B, 3, H, W), targets (B,) and `Options` to maps (B, h, w) of any size
-    options: frozenset[str] = frozenset()  # names of the options that it reads
+    explain: Callable[[CalmModel, Tensor, Tensor, Options], Tensor]  # of images (B, 3, H, W) and targets (B,)
+    options: frozenset[str] = frozenset()
 
 
 _NOISE = frozenset({"samples", "noise", "seed"})

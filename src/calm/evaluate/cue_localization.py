@@ -44,7 +44,6 @@ from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixels import Counting
 from calm.metrics.pointing import count_pixels, energy_inside, peak_hits
-from calm.output import difference
 
 
 @dataclass(frozen=True)
@@ -185,7 +184,7 @@ def cue_localization(
         for chunk in torch.split(torch.arange(len(plan.pair)), at_once):
             row, pair = plan.row[chunk].to(subject.device), plan.pair[chunk]
             first, second = (grid[row, slot[chunk].to(subject.device)] for slot in (plan.first, plan.second))
-            maps = resize_and_normalize(difference(first, second), PROTOCOL_SIZE, subject.normalization)
+            maps = resize_and_normalize((first - second).abs(), PROTOCOL_SIZE, subject.normalization)
             truth = (bits.index_select(0, row) & differing[pair].to(bits)[:, None, None]).to(torch.bool)
             metric.update(maps, truth, pair.to(subject.device))
             parts.append(_Samples.of(maps, truth, object_pixels[row], positions[plan.row[chunk]], pair))

@@ -22,7 +22,6 @@ from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject, read_map, weights_digest
 from calm.images import read_rgb
 from calm.model import CalmModel, load
-from calm.output import difference
 from calm.render import Picture, draw_boxes, draw_contour, draw_peak, overlay, resize_picture
 from calm.report.found import Group, about
 from calm.report.page import Shot, listed, species_name
@@ -136,7 +135,7 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
     asked = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
     images = model.preprocess([scene.picture for scene in scenes])
     maps = asked.predict(images).maps(torch.tensor([scene.classes for scene in scenes])).detach()
-    return list(maps[:, 0] if maps.shape[1] == 1 else difference(maps[:, 0], maps[:, 1]))
+    return list(maps[:, 0] if maps.shape[1] == 1 else (maps[:, 0] - maps[:, 1]).abs())
 
 
 def load_model(result: Result) -> CalmModel:
