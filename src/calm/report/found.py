@@ -60,8 +60,8 @@ PUBLISHED = {
 }
 """The paper's tables by benchmark and data set."""
 
-LABELS = {"calm-em": "CALM-EM", "calm-ml": "CALM-ML", "cam": "CAM"}  # names of the training methods
-CALM = ("calm-em", "calm-ml")  # those of CALM, the more important first
+CALM = ("calm-em", "calm-ml")  # training methods, the more important first
+METHODS = (*CALM, "cam")
 
 
 @dataclass(frozen=True)
@@ -98,14 +98,14 @@ def read_run(folder: Path) -> Run:
         if not (folder / name).is_file():
             raise CalmError(f"{folder} is no finished run of calm train: it has no {name}")
     config, result, versions = (_mapping(folder / name) for name in ("config.yaml", "result.json", "versions.json"))
-    if config.get("method") not in tuple(LABELS):
+    if config.get("method") not in METHODS:
         method = shown(config.get("method"))
-        raise CalmError(f"{folder / 'config.yaml'}: method is {method}: allowed are {', '.join(LABELS)}")
+        raise CalmError(f"{folder / 'config.yaml'}: method is {method}: allowed are {', '.join(METHODS)}")
     best = result.get("best")
     if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
         raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
     history = read_columns(folder / "metrics.csv", need=("epoch",))
-    return Run(folder, config, result, history, versions, LABELS[config["method"]])
+    return Run(folder, config, result, history, versions, config["method"].upper())
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -130,7 +130,7 @@ def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
             problems.append(str(error))
     alike = Counter(run.label for run in runs)
     runs = [replace(run, label=f"{run.label} ({run.folder.name})") if alike[run.label] > 1 else run for run in runs]
-    return sorted(runs, key=lambda run: (tuple(LABELS).index(run.method), run.label)), problems
+    return sorted(runs, key=lambda run: (METHODS.index(run.method), run.label)), problems
 
 
 Style = tuple[str, bool]  # colour and whether dashed: how a method is drawn in every chart of a page

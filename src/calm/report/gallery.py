@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from calm.data.cues import group_mask
+from calm.data.cues import PROTOCOL_SIZE, group_mask
 from calm.data.records import Record, Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import read_cue_data
-from calm.evaluate.localization import PROTOCOL_SIZE, masks
+from calm.evaluate.localization import masks
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject, read_map, weights_digest
 from calm.images import read_rgb
