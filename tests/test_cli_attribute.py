@@ -169,6 +169,15 @@ def test_attribute_files_does_not_read_its_results(calm_model: CalmModel, tmp_pa
     assert len(results["images"]) == 1
 
 
+def test_find_images_follows_linked_folders_but_not_in_a_circle(tmp_path: Path) -> None:
+    write_picture(tmp_path / "x" / "a.png")
+    write_picture(tmp_path / "elsewhere" / "b.png")
+    (tmp_path / "x" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "x")
+    found, _ = find_images([str(tmp_path / "x")], tmp_path / "out")
+    assert [*found.values()] == ["a", "more/b"]
+
+
 def test_find_images_finds_each_once(tmp_path: Path) -> None:
     one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg")
     (tmp_path / "x" / "notes.txt").write_text("no image")

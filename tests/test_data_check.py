@@ -169,6 +169,51 @@ def test_check_splits_reports_an_image_in_two_splits_for_train(tmp_path: Path) -
     assert len(drop_bad(splits["test"], report).records) == 2
 
 
+def test_check_finds_images_of_two_splits_through_links_and_copies(tmp_path: Path) -> None:
+    for index in range(8):
+        write_image(tmp_path / "train" / "ab"[index % 2] / f"{index}.png", (8, 8), index)
+    first = tmp_path / "train/a/0.png"
+    for path in ("test/a/copy.png", "val/a/copy.png"):
+        (tmp_path / path).parent.mkdir(parents=True)
+        (tmp_path / path).write_bytes(first.read_bytes())
+    (tmp_path / "val/a/link.png").symlink_to(tmp_path / "train/b/1.png")
+    other = tmp_path / "test/a/of the same length.png"
+    other.write_bytes(first.read_bytes()[:-1] + b"x")
+    report = check(tmp_path, decode=False)
+    found = {(problem.kind, problem.split, problem.record) for problem in report.problems if problem.kind in KINDS}
+    assert {entry for entry in found if entry[0] in ("two-splits", "copy")} == {
+        ("two-splits", "train", "train/b/1.png"),
+        ("copy", "train", "train/a/0.png"),
+        ("copy", "val", "val/a/copy.png"),
+    }
+    assert f"is in train, and the same content in test as {tmp_path / 'test/a/copy.png'}" in str(report)
+
+
+def test_check_finds_a_linked_folder_that_is_a_split_again(tmp_path: Path) -> None:
+    for index in range(4):
+        write_image(tmp_path / "train" / "ab"[index % 2] / f"{index}.png", (8, 8), index)
+    (tmp_path / "test").symlink_to("train")
+    report = check(tmp_path)
+    assert [(problem.kind, problem.split) for problem in report.errors] == [("two-splits", "train")] * 4
+    with pytest.raises(CalmError, match="a test image seen in training is a leak"):
+        load_checked(tmp_path)
+
+
+def test_load_checked_reports_a_class_that_lost_its_images(tmp_path: Path) -> None:
+    for index in range(9):
+        write_image(tmp_path / ("train", "val", "test")[index // 3] / "abc"[index % 3] / "0.png", (8, 8), index)
+    (tmp_path / "train/b/0.png").rename(tmp_path / "train/b/0.heic")
+    _, report = load_checked(tmp_path)
+    text = report.text(1)
+    for line in (
+        "splits: train/ is train, val/ is val, test/ is test",
+        "2 train, 3 val, 3 test images: no errors, 2 warnings",
+        "1 of 3 classes have no image in train: b",
+        "1 files: 1 .heic",
+    ):
+        assert line in text
+
+
 def test_check_warns_of_classes_without_images(tmp_path: Path) -> None:
     report = check(write_cub(tmp_path))
     assert report.ok

@@ -10,7 +10,18 @@ import pytest
 from data_files import edit, write_cub, write_image, write_lines, write_pack
 from hypothesis import given, strategies as st
 
-from calm.data.loading import carve, detect_layout, fingerprint, load_split, load_splits, match_classes, summary
+from calm.data.check import check
+from calm.data.loading import (
+    carve,
+    detect_layout,
+    fingerprint,
+    has_splits,
+    load_split,
+    load_splits,
+    match_classes,
+    open_source,
+    summary,
+)
 from calm.data.records import Record
 from calm.errors import CalmError
 
@@ -122,7 +133,7 @@ def test_detect_layout_says_what_was_looked_for_and_found(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"split": "valid"}, "unknown split 'valid': allowed are train, val, test; did you mean 'val'"),
+        ({"split": "valid"}, "unknown split 'valid': allowed are train, val, test, all; did you mean 'val'"),
         ({"layout": "cubs"}, "unknown layout 'cubs': allowed are auto, cub, metadata, folder; did you mean 'cub'"),
         ({"val_fraction": 0.5}, "val_fraction is 0.5"),
         ({"val_fraction": -0.1}, "val_fraction is -0.1"),
@@ -203,6 +214,106 @@ def test_summary_counts(tmp_path: Path) -> None:
         "with_masks": 2,
         "origin": "own files",
     }
+
+
+@pytest.mark.parametrize(
+    ("folders", "splits"),
+    [
+        ("Training Testing", ["train", "test"]),
+        ("train VALID", ["train", "val"]),
+        ("val test", ["val", "test"]),
+        ("test", ["test"]),
+        ("train dev testing", ["train", "val", "test"]),
+    ],
+)
+def test_folder_source_takes_the_usual_names_of_splits(tmp_path: Path, folders: str, splits: list[str]) -> None:
+    for folder in folders.split():
+        _tree(tmp_path / folder, 3)
+    source = open_source(tmp_path)
+    assert list(source.splits) == splits
+    for name, folder in zip(splits, folders.split(), strict=True):
+        split = source.read(name)
+        assert split.class_names == ("cat", "dog")
+        assert {record.id.split("/")[0] for record in split.records} == {folder}
+    taken = ", ".join(f"{folder}/ is {name}" for name, folder in zip(splits, folders.split(), strict=True))
+    assert f"splits: {taken}" in check(tmp_path).description
+
+
+def test_folder_source_takes_a_class_called_train_for_a_class(tmp_path: Path) -> None:
+    _tree(tmp_path, 3, ("bus", "car", "train"))
+    assert load_split(tmp_path, "train").class_names == ("bus", "car", "train")
+    assert "splits: no folders of splits, so all images are train" in check(tmp_path).description
+
+
+def test_folder_source_refuses_two_folders_of_a_split(tmp_path: Path) -> None:
+    for folder in ("train", "val", "valid"):
+        _tree(tmp_path / folder)
+    with pytest.raises(CalmError, match=r"val and .*valid are both the split 'val': rename or remove one"):
+        load_split(tmp_path, "train")
+
+
+@pytest.mark.parametrize("folders", [(), ("train", "val", "test"), ("test",)])
+def test_load_split_reads_all_images(tmp_path: Path, folders: tuple[str, ...]) -> None:
+    for folder in folders or (".",):
+        _tree(tmp_path / folder)
+    assert has_splits(tmp_path) == bool(folders)
+    split = load_split(tmp_path, "all")
+    assert split.name == "all"
+    assert split.class_counts() == (5 * max(len(folders), 1),) * 2
+    assert len({record.id for record in split.records}) == len(split.records)
+
+
+def test_folder_source_sorts_numbers_by_value(tmp_path: Path) -> None:
+    names = tuple(map(str, range(12)))
+    split = load_split(_tree(tmp_path, 2, names), "train")
+    assert split.class_names == names
+    assert all(record.id.startswith(f"{record.label}/") for record in split.records)
+    assert "classes: 0, 1, 2 and 9 more, in the order of their numbers" in check(tmp_path).description
+
+
+def test_folder_source_follows_links_but_not_in_a_circle(tmp_path: Path) -> None:
+    _tree(tmp_path / "photos", 3)
+    _tree(tmp_path, 2, ("more",))
+    write_image(tmp_path / "more" / "deeper" / "2.png")
+    cat = tmp_path / "photos" / "cat"
+    (cat / "more").symlink_to(tmp_path / "more")
+    (cat / "again").symlink_to(tmp_path / "photos")
+    (tmp_path / "more" / "deeper" / "up").symlink_to(cat)
+    split = load_split(tmp_path / "photos", "all")
+    cats = [record.id for record in split.records if record.label == 0]
+    assert cats == [f"cat/{name}.png" for name in ("0", "1", "2", "more/0", "more/1", "more/deeper/2")]
+    (cat / "lost.png").symlink_to(tmp_path / "nowhere")
+    (problem,) = check(tmp_path / "photos").errors
+    assert (problem.kind, problem.record) == ("missing-file", "cat/lost.png")
+
+
+def test_folder_source_counts_the_files_that_are_not_read(tmp_path: Path) -> None:
+    _tree(tmp_path, 2)
+    for name in (
+        "a.heic",
+        "b.HEIC",
+        "notes.txt",
+        "._0.png",
+        ".DS_Store",
+        "@eaDir/0.png/SYNOFILE_THUMB_M.jpg",
+        "Thumbs.db",
+    ):
+        (tmp_path / "cat" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cat" / name).touch()
+    write_image(tmp_path / "cat/3.jpg").rename(tmp_path / "cat/3.jfif")
+    split = load_split(tmp_path, "all")
+    assert split.class_counts() == (3, 2)
+    (problem,) = split.problems
+    assert (problem.kind, problem.is_error) == ("not-read", False)
+    assert problem.message == "5 files: 2 .heic, 1 hidden .png, 1 hidden .jpg, 1 .txt"
+
+
+def test_detect_layout_counts_the_endings_of_files(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        (tmp_path / "train" / name / "1.heic").touch()
+    with pytest.raises(CalmError, match=r"endings of files: \.heic \(2\)"):
+        detect_layout(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,9 @@ def _matches(entry: str, out: Path) -> Iterator[tuple[Path, str]]:
     if is_file:
         yield path, path.stem
     elif is_folder:
-        for file in sorted(path.rglob("*")):
+        from calm.data.loading import files_below
+
+        for file in sorted(files_below(path)):
             if _is_image(file, out):
                 yield file, file.relative_to(path).with_suffix("").as_posix()
     else:

@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import warnings
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from io import BufferedReader
 from pathlib import Path
-from typing import TypeVar, Unpack
+from typing import Any, BinaryIO, TypeVar, Unpack
 
 from PIL import Image
 
-from calm.data.loading import LAYOUTS, ReadingOptions, load_splits, open_source, read_splits
+from calm.data.loading import (
+    LAYOUTS,
+    FolderSource,
+    ReadingOptions,
+    Source,
+    are_numbers,
+    load_splits,
+    open_source,
+    read_splits,
+)
 from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
+from calm.files import open_regular
 from calm.images import Probe, probe
 
 T = TypeVar("T")
@@ -52,11 +65,21 @@ def check(
     source = open_source(root, layout, metadata_root)
     splits = read_splits(source, source.splits, 0.0, 0, present_classes_only, strict=False)
     report = check_splits(splits, decode=decode, workers=workers, progress=progress)
-    names = next(iter(splits.values())).class_names
     problems, cues = check_cue_files(Path(root), splits)
-    first = f"classes: {first_of(names, 3)}"
-    description = (f"layout {source.layout}: {LAYOUTS[source.layout]}", first, *filter(None, [cues]))
+    description = (*_described(source, splits), *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), description=description)
+
+
+def _described(source: Source, splits: Mapping[str, Split]) -> tuple[str, ...]:
+    """Return lines about what a data set was taken for."""
+    names = next(iter(splits.values())).class_names
+    lines = [f"layout {source.layout}: {LAYOUTS[source.layout]}"]
+    order = ""
+    if isinstance(source, FolderSource):
+        folders = ", ".join(f"{folder.name}/ is {split}" for split, folder in source.folders.items())
+        lines.append(f"splits: {folders or 'no folders of splits, so all images are train'}")
+        order = ", in the order of their numbers" if are_numbers(names) else ""
+    return (*lines, f"classes: {first_of(names, 3)}{order}")
 
 
 def load_checked(
@@ -84,6 +107,8 @@ def load_checked(
     """
     splits = load_splits(root, names, strict=False, **options)
     report = check_splits(splits, decode=decode, progress=progress)
+    source = open_source(root, options.get("layout", "auto"), options.get("metadata_root"))
+    report = replace(report, description=_described(source, splits))
     if not skip_bad and not report.ok:
         raise CalmError(f"{report}\n`calm train --skip-bad` goes on without the images named in errors")
     return {name: drop_bad(split, report) for name, split in splits.items()}, report
@@ -111,7 +136,7 @@ def check_splits(
     from rich.progress import Progress
 
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
-    problems = _shared_files(listed)
+    problems = _shared_files(listed, workers) if len(listed) > 1 else []
     look = partial(probe, decode=decode)
     total = sum(len(split.records) for split in listed)
     # Pillow's warning about large images is ignored: they are reported as problems.
@@ -168,17 +193,55 @@ def _check_classes(split: Split, log: ProblemLog) -> None:
         log.add("empty-class", split.root, message)
 
 
-def _shared_files(splits: list[Split]) -> list[Problem]:
-    """Return a problem for each file that is in two splits; it is to leave train rather than val or test."""
+def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:
+    """Return a problem for each image that is in two splits; it is to leave train rather than val or test."""
+    images: list[tuple[tuple[object, ...], str, Record]]
+    images = [((), split.name, record) for split in splits for record in split.records]
+    groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
+    for look in (_length, _end, _digest):  # whole files are read only where two have the same length and end
+        groups = defaultdict(list)
+        contents = in_threads(partial(_content, look=look), [record.path for *_, record in images], workers)
+        for (key, name, record), content in zip(images, contents, strict=True):
+            groups[*key, content].append((name, record))
+        groups = {key: members for key, members in groups.items() if len({name for name, _ in members}) > 1}
+        images = [(key, name, record) for key, members in groups.items() for name, record in members]
     problems = []
-    first: dict[Path, str] = {}
-    for split in sorted(splits, key=lambda split: SPLITS.index(split.name), reverse=True):
-        for record in split.records:
-            other = first.setdefault(record.path, split.name)
-            if other != split.name:
-                message = f"is in {split.name} and in {other}"
-                problems.append(Problem("two-splits", split.name, record.path, message, record=record.id))
+    for members in groups.values():
+        members.sort(key=lambda member: SPLITS.index(member[0]), reverse=True)
+        kept, copy = members[0]
+        first: dict[Path, tuple[str, Record]] = {}
+        for name, record in members:
+            other, same = first.setdefault(record.path.resolve(), (name, record))
+            if other != name:
+                alias = "" if same.path == record.path else f" as {same.path}"
+                message = f"is in {name} and in {other}{alias}"
+                problems.append(Problem("two-splits", name, record.path, message, record=record.id))
+            elif name != kept:
+                message = f"is in {name}, and the same content in {kept} as {copy.path}"
+                problems.append(Problem("copy", name, record.path, message, record=record.id))
     return problems
+
+
+def _content(path: Path, look: Callable[[Any], object]) -> object:
+    """Return what ``look`` finds in a file; the path if it finds nothing or the file cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return look(file) or path
+    except (CalmError, OSError):
+        return path
+
+
+def _length(file: BinaryIO) -> int:
+    return file.seek(0, os.SEEK_END)
+
+
+def _end(file: BinaryIO) -> bytes:
+    file.seek(max(0, _length(file) - 4096))
+    return file.read()
+
+
+def _digest(file: BufferedReader) -> bytes:
+    return hashlib.file_digest(file, "sha256").digest()
 
 
 def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:

@@ -1,35 +1,24 @@
-"""Detect how a data set is laid out, and read its splits.
-
-Layouts are the official CUB folder (`calm.data.cub`), the metadata format (`calm.data.metadata`), and a folder for each
-class, with or without a folder for each split above::
-
-    photos/train/cat/1.jpg        or        photos/cat/1.jpg
-    photos/train/dog/2.png                  photos/dog/2.png
-    photos/test/cat/3.jpg
-
-There, class names are the folders' names in alphabetical order. Files are images by their suffix (`SUFFIXES`, any
-case), at any depth below the class folder; hidden files and all others are ignored. Pictures are rotated as their EXIF
-orientation says. Splits that a data set does not have are carved from train.
-"""
+"""Detect how a data set is laid out, and read its splits; docs/reading.md describes the layouts."""
 
 from __future__ import annotations
 
 import json
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
-from calm.data.records import SPLITS, Layout as Layout, Record, Report, Split, first_of, is_text
+from calm.data.records import SPLITS, Layout as Layout, Problem, Record, Report, Split, first_of, is_text, whole_number
 from calm.errors import CalmError, unknown
 
-SplitName = Literal["train", "val", "test"]
+SplitName = Literal["train", "val", "test", "all"]
 
 LAYOUTS: dict[str, str] = {
     "cub": f"{', '.join(CUB_FILES)} and images/ in the folder (official CUB_200_2011)",
@@ -38,7 +27,14 @@ LAYOUTS: dict[str, str] = {
 }
 """Every layout, and what is looked for; detection tries them in this order."""
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SPLIT_FOLDERS = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "dev"),
+    "test": ("test", "testing"),
+}
+"""The names, in lower case, of folders that are taken for a split."""
+
+SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 """Suffixes, in lower case, of the files of a folder that are taken for images."""
 
 
@@ -72,7 +68,7 @@ def load_splits(
 
     Args:
         root: the folder of the data set.
-        names: which of train, val, test.
+        names: which of train, val, test, and "all": the images of all splits that the data set has.
         layout: a key of `LAYOUTS`, or "auto" to detect it.
         metadata_root: the folder with train/, val/, test/ of the metadata format, if it is not ``root/metadata``. If it
             is called CUB, ILSVRC or OpenImages, images are looked for where the released layout has them: below
@@ -103,17 +99,22 @@ def read_splits(
     """Read splits of an open data set; see `load_splits` for the arguments and the errors."""
     wanted = tuple(names)
     for name in wanted:
-        if name not in SPLITS:
-            raise unknown("split", name, SPLITS)
+        if name not in (*SPLITS, "all"):
+            raise unknown("split", name, [*SPLITS, "all"])
     if not 0 <= val_fraction < 0.5:
         raise CalmError(f"val_fraction is {val_fraction}: give a share of train from 0 to below 0.5")
     lacking = [name for name in ("test", "val") if name not in source.splits] if val_fraction else []
-    needed = set(source.splits) if present_classes_only else set(wanted)
+    needed = set(source.splits if present_classes_only or "all" in wanted else wanted)
     if lacking and needed & {"train", *lacking}:
         needed.add("train")
     splits = {name: source.read(name) for name in source.splits if name in needed}
     if strict:
         Report.of(splits.values()).raise_if_bad()
+    if "all" in wanted:
+        everything = {record.id: record for split in splits.values() for record in split.records}
+        problems = tuple(problem for split in splits.values() for problem in split.problems)
+        first = replace(next(iter(splits.values())), name="all", root=source.root)
+        splits["all"] = replace(first, records=tuple(everything.values()), problems=problems)
     if "train" in splits:
         splits |= _with_carved(splits["train"], lacking, val_fraction, seed)
     if present_classes_only:
@@ -280,69 +281,117 @@ class FolderSource:
     layout: ClassVar[Layout] = "folder"
 
     @cached_property
+    def folders(self) -> dict[str, Path]:
+        """The folder of each split; none if the class folders are directly below the root.
+
+        Raises:
+            CalmError: a split has two folders.
+        """
+        found: dict[str, Path] = {}
+        for folder in _folders(self.root):
+            for split, names in SPLIT_FOLDERS.items():
+                if folder.name.lower() in names and found.setdefault(split, folder) != folder:
+                    raise CalmError(f"{found[split]} and {folder} are both the split {split!r}: rename or remove one")
+        # A folder called train may also be a class: then it has images, and no folders of classes.
+        divided = any(map(_class_folders, found.values()))
+        return {split: found[split] for split in SPLITS if split in found} if divided else {}
+
+    @property
     def splits(self) -> tuple[str, ...]:
         """The splits that have a folder; just "train" if the class folders are directly below the root."""
-        own = tuple(split for split in SPLITS if (self.root / split).is_dir())
-        return own if "train" in own else ("train",)
+        return tuple(self.folders) or ("train",)
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
-        """Sorted names of the class folders of train, of which there must be two or more."""
-        base = self._base("train")
-        names = tuple(folder.name for folder in _folders(base))
-        if len(names) < 2:
-            given = f"only {names[0]!r}" if names else "none"
-            raise CalmError(f"{base}: a classifier needs two class folders or more, found {given}")
-        return names
-
-    def _base(self, split: str) -> Path:
-        return self.root / split if (self.root / "train").is_dir() else self.root
+        """Names of train's class folders, two or more (of all splits' without a train), sorted; numbers by value."""
+        base = self.folders.get("train", self.root)
+        bases = [base] if "train" in self.splits else self.folders.values()
+        names = sorted({folder.name for base in bases for folder in _folders(base)})
+        if len(names) < 2 and "train" in self.splits:
+            raise CalmError(f"{base}: a classifier needs two class folders or more, found {first_of(names)}")
+        return tuple(sorted(names, key=int) if are_numbers(names) else names)
 
     def listing(self, split: str) -> str:
         """Return the folder that holds the images of a split, for messages."""
-        return f"the folder {self.root / split if (self.root / split).is_dir() else self.root}"
+        return f"the folder {self.folders.get(split, self.root)}"
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; it must have no class that train lacks, and all names must be UTF-8 text."""
         index = {name: label for label, name in enumerate(self.class_names)}
-        base = self._base(split)
+        base = self.folders.get(split, self.root)
         records: list[Record] = []
+        others: Counter[str] = Counter()
         for folder in _folders(base):
             if folder.name not in index:
                 raise unknown("class folder", folder.name, self.class_names, where=f"{base}; train has no such class")
-            for path in _sorted_names(path for path in folder.rglob("*") if _is_image(path, folder)):
-                records.append(Record(path.relative_to(self.root).as_posix(), path, index[folder.name]))
-        return Split(split, tuple(records), self.class_names, base, exif=True)
+            for path in sorted(files_below(folder)):
+                if _is_image(path, folder):
+                    name = _as_text(path).relative_to(self.root).as_posix()
+                    records.append(Record(name, path, index[folder.name]))
+                elif path.name not in _IGNORED:
+                    ending = path.suffix.lower()
+                    others[f"hidden {ending}" if ending in SUFFIXES else ending or "without an ending"] += 1
+        listed = ", ".join(f"{count:,} {ending:.30}" for ending, count in others.most_common(8))
+        problems = (Problem("not-read", split, base, f"{others.total():,} files: {listed}"),) if others else ()
+        return Split(split, tuple(records), self.class_names, base, exif=True, problems=problems)
 
 
 Source: TypeAlias = CubSource | MetadataSource | FolderSource
 """A data set on disk whose layout is known."""
 
+_IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}
+"""What file managers leave in folders, which nobody misses."""
+
+
+def are_numbers(names: Iterable[str]) -> bool:
+    """Whether all names are whole numbers."""
+    return all(whole_number(name) is not None for name in names)
+
 
 def _folders(base: Path) -> list[Path]:
-    folders = (path for path in base.iterdir() if path.is_dir())
-    return _sorted_names(path for path in folders if not path.name.startswith((".", "__")))
+    """Return the folders directly below ``base`` that may be those of a split or class, sorted."""
+    folders = (path for path in base.iterdir() if path.is_dir() and not _is_hidden(path.name))
+    return sorted(map(_as_text, folders))
 
 
-def _sorted_names(paths: Iterable[Path]) -> list[Path]:
-    """Sort paths, whose names must be UTF-8 text because every result holds them."""
-    result = sorted(paths)
-    for path in result:
-        if not is_text(str(path)):
-            raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
-    return result
+def _as_text(path: Path) -> Path:
+    """Return a path whose name is UTF-8 text, as it must be because every result holds it."""
+    if not is_text(str(path)):
+        raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
+    return path
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """Yield all files below a folder, those of linked folders too: each folder once, and none that is around it."""
+    seen = set(folder.resolve().parents)
+    waiting = [folder]
+    while waiting:
+        place = waiting.pop()
+        if (real := place.resolve()) in seen:
+            continue
+        seen.add(real)
+        for path in sorted(place.iterdir()):
+            if path.is_dir():
+                waiting.append(path)
+            else:
+                yield path
+
+
+def _is_hidden(folder: str) -> bool:
+    """Whether a folder is none of the user's: thumbnails of a file server, what is left of an archive, a cache."""
+    return folder.startswith((".", "__")) or folder == "@eaDir"
 
 
 def _is_image(path: Path, folder: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
+    """Whether a file below ``folder`` is taken for an image by its name; a broken link is, so that it is reported."""
+    *above, name = path.relative_to(folder).parts
+    named = path.suffix.lower() in SUFFIXES and not name.startswith(".") and not any(map(_is_hidden, above))
+    return named and (path.is_file() or not path.exists())
 
 
 def _class_folders(base: Path) -> int:
-    """Return how many folders directly below ``base`` have an image in them or below; 0 if there is no ``base``."""
-    if not base.is_dir():
-        return 0
-    return sum(any(_is_image(path, folder) for path in folder.rglob("*")) for folder in _folders(base))
+    """Return how many folders directly below ``base`` have an image in them or below."""
+    return sum(any(_is_image(path, folder) for path in files_below(folder)) for folder in _folders(base))
 
 
 def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> Source:
@@ -361,6 +410,12 @@ def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | 
     return CubSource(root) if layout == "cub" else FolderSource(root)
 
 
+def has_splits(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> bool:
+    """Whether a data set says which images are of which split: all do but a folder with nothing but class folders."""
+    source = open_source(root, layout, metadata_root)
+    return not isinstance(source, FolderSource) or bool(source.folders)
+
+
 def detect_layout(root: Path) -> Layout:
     """Return the layout of the data set in ``root``.
 
@@ -373,12 +428,15 @@ def detect_layout(root: Path) -> Layout:
         return "metadata"
     entries = sorted(root.iterdir())
     inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
-    if not inner and (_class_folders(root / "train") or _class_folders(root) > 1):
+    if not inner and (FolderSource(root).folders or _class_folders(root) > 1):
         return "folder"
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
+    endings = Counter(path.suffix.lower() or "none" for path in islice(files_below(root), 1000)).most_common(5)
+    below = f"\nendings of files: {', '.join(f'{ending} ({count:,})' for ending, count in endings)}" if endings else ""
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
-    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\nfound: {first_of(names, 12)}{hint}")
+    found = f"found: {first_of(names, 12)}{below}{hint}"
+    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\n{found}")
 
 
 def _lists_below(metadata: Path) -> list[Path]:

@@ -61,7 +61,7 @@ class Split:
     """The images of one split, in the order of the files that list them.
 
     Attributes:
-        name: "train", "val" or "test".
+        name: "train", "val", "test" or "all".
         records: the images.
         class_names: one unique name per class index, the same for all splits of a data set.
         root: folder below which the images are.
@@ -130,6 +130,10 @@ KINDS: dict[str, Kind] = {
     "no-box": Kind("image without a box", "add its line, if boxes are to be evaluated", "warning"),
     "unlisted-id": Kind("annotation of an image not listed", "add its id, or remove the line", "warning"),
     "repeated-line": Kind("line given twice", "remove one of them", "warning"),
+    "not-read": Kind("files that are not read", "turn images among them into JPEG or PNG", "warning"),
+    "copy": Kind(
+        "image whose copy is in another split", "keep one: a test image seen in training is a leak", "warning"
+    ),
     "empty-class": Kind(
         "class without images", "add images, or keep only present classes (present_classes_only)", "warning"
     ),
@@ -190,10 +194,6 @@ class ProblemLog:
             self.add("box-outside", file, f"{text}: the image is {extent}", line, record)
         elif x0 == x1 or y0 == y1:
             self.add("box-thin", file, text, line, record)
-
-
-MAX_SHOWN = 5
-"""Most problems of one kind that the text of a report shows."""
 
 
 @dataclass(frozen=True)
@@ -258,16 +258,19 @@ class Report:
         return {kind: groups[kind] for kind in KINDS if kind in groups}
 
     def __str__(self) -> str:
-        """Return the report as text: by kind, errors first, a few of each kind, with counts and what to do."""
+        return self.text()
+
+    def text(self, most: int = 5) -> str:
+        """Return the report as text: by kind, errors first, at most some of each kind, with counts and what to do."""
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
         lines = [*self.description, f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}"]
         for kind, members in self._by_kind().items():
             lines += ["", f"{KINDS[kind].severity}: {KINDS[kind].title} ({len(members):,})"]
-            for problem in members[:MAX_SHOWN]:
+            for problem in members[:most]:
                 lines.append(f"  [{problem.split}] {_shortened(problem.place)}: {_shortened(problem.message)}")
-            if len(members) > MAX_SHOWN:
-                lines.append(f"  ... and {len(members) - MAX_SHOWN:,} more")
+            if len(members) > most:
+                lines.append(f"  ... and {len(members) - most:,} more")
             lines.append(f"  fix: {KINDS[kind].fix}")
         return "\n".join(lines)
 
