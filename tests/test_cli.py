@@ -78,9 +78,16 @@ def test_main_without_a_command_is_a_mistake(capsys: pytest.CaptureFixture[str])
 # --- a command made for the tests ---------------------------------------------------------------------------
 
 
+class Given(dict[str, Any]):
+    """A result with a finding, which is told by the exit code 1."""
+
+    seen: list[Given] = []  # noqa: RUF012
+    ok = False
+
+
 def stand_in(
     files: list[Path], size: int, *, model: str, kind: Literal["a", "b"] = "a", deep: bool = False, lr: float = 0.1
-) -> dict[str, Any]:
+) -> Given:
     """Do something.
 
     A longer text about ``it`` and :func:`that`.
@@ -104,28 +111,24 @@ def stand_in(
         raise KeyboardInterrupt
     if size == 15:
         raise RuntimeError("a fault of the program")
-    return {"files": files, "size": size, "model": model, "kind": kind, "deep": deep, "lr": lr}
+    Given.seen.append(Given(files=files, size=size, model=model, kind=kind, deep=deep, lr=lr))
+    return Given.seen[-1]
 
 
 @pytest.fixture
-def results(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    seen: list[Any] = []
-
-    def finish(result: Any) -> int:
-        seen.append(result)
-        return 7
-
+def results(monkeypatch: pytest.MonkeyPatch) -> list[Given]:
+    Given.seen.clear()
     module = sys.modules[__name__]
     monkeypatch.setattr(cli, "import_module", lambda name: module)
-    monkeypatch.setitem(COMMANDS, "test", Command("here:stand_in", "a line", "  calm test\n", finish))
+    monkeypatch.setitem(COMMANDS, "test", Command("here:stand_in", "a line", "  calm test\n", prints=True))
     monkeypatch.delenv("CALM_DEBUG", raising=False)
-    return seen
+    return Given.seen
 
 
 def test_main_turns_flags_into_arguments_and_the_result_into_the_exit_code(results: list[Any]) -> None:
-    assert main(["test", "a", "b", "3", "--model=m", "--kind", "b", "--deep"]) == 7
+    assert main(["test", "a", "b", "3", "--model=m", "--kind", "b", "--deep"]) == 1
     assert results == [{"files": [Path("a"), Path("b")], "size": 3, "model": "m", "kind": "b", "deep": True, "lr": 0.1}]
-    assert main(["test", "a", "3", "--model", "m", "--deep=false", "--lr", "2"]) == 7
+    assert main(["test", "a", "3", "--model", "m", "--deep=false", "--lr", "2"]) == 1
     assert results[1] == {"files": [Path("a")], "size": 3, "model": "m", "kind": "a", "deep": False, "lr": 2.0}
 
 

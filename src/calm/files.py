@@ -277,7 +277,7 @@ def remove_abandoned(folder: str | os.PathLike[str]) -> None:
                 os.close(lock)
 
 
-def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+def write_bytes(path: str | os.PathLike[str], data: bytes | memoryview) -> None:
     """Write ``data`` to ``path`` atomically, and flush it to the disk before it takes its name."""
     with atomic_path(path) as temporary, temporary.open("wb") as file:
         file.write(data)

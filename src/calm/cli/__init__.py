@@ -29,7 +29,7 @@ class Command:
     function: str  # what it runs, "module:function": its parameters are the flags, unless ``own_parser``
     line: str  # what it does, in one line
     examples: str = ""  # the end of its help page
-    finish: Callable[[Any], int] = lambda result: 0  # shows the function's result, and returns the exit code
+    prints: bool = False  # it shows the function's result, whose ``ok``, if it has one, decides the exit code
     own_parser: bool = False  # the function takes the words of the command line itself
     fixed: Mapping[str, Any] = field(default_factory=dict)  # values of parameters that get no flag
     flags: Mapping[str, str] = field(default_factory=dict)  # required parameters that are flags and not positional
@@ -39,25 +39,13 @@ class Command:
         """Make the parser of a command without its own; ``name`` is its name in the table."""
         from calm.cli.parsing import build_parser
 
-        return build_parser(
-            self.load(), prog=f"calm {name}", examples=self.examples, fixed=self.fixed, flags=self.flags
-        )
+        return build_parser(self.load(), f"calm {name}", self.examples, self.fixed, self.flags)
 
     def load(self) -> Callable[..., Any]:
         """Import the function."""
         module, _, name = self.function.partition(":")
         function: Callable[..., Any] = getattr(import_module(module), name)
         return function
-
-
-def _print(result: Any) -> int:
-    print(result)
-    return 0
-
-
-def _print_report(report: Any) -> int:
-    print(report)
-    return 0 if report.ok else 1
 
 
 COMMANDS: dict[str, Command] = {
@@ -83,7 +71,7 @@ COMMANDS: dict[str, Command] = {
         "show what calm evaluate measured on one page: tables, curves, images",
         "  calm report runs/birds\n  calm report evaluation --out benchmarks.html\n"
         "  calm report runs/calm-em runs/calm-ml runs/cam --gallery=false\n",
-        finish=_print,
+        prints=True,
         extras=("evaluate",),
     ),
     "evaluate": Command(
@@ -97,13 +85,13 @@ COMMANDS: dict[str, Command] = {
         "turn a checkpoint of the released CALM code into a model of this package",
         "  calm convert last_checkpoint.pth.tar --method calm-em --large_feature_map --out cub-resnet50\n"
         "  calm convert vgg/ --method cam --large_feature_map=false --use_bn=false --out cub-vgg16\n",
-        finish=_print,
+        prints=True,
     ),
     "data birds": Command(
         "calm_birds:write_birds",
         "draw a data set of birds whose species differ by known parts",
         "  calm data birds birds\n  calm data birds birds-large --species 24 --images_per_species 100 --size 128\n",
-        finish=_print,
+        prints=True,
         extras=("evaluate",),
     ),
     "data prepare": Command(
@@ -113,14 +101,14 @@ COMMANDS: dict[str, Command] = {
         "  calm data prepare tiny-imagenet --from tiny-imagenet-200.zip --out tiny --classes n01443537,n01629819\n"
         "  calm data prepare ilsvrc --from downloads metadata.zip --out .\n"
         "  calm data prepare openimages30k --from downloads --out . --metadata_url published\n",
-        finish=_print,
+        prints=True,
         flags={"archives": "--from", "out": "--out"},
     ),
     "data check": Command(
         "calm.data.check:check",
         "look at every image and annotation of a data set, and say all that is wrong",
         "  calm data check birds\n  calm data check dataset/CUB --metadata_root metadata/CUB\n",
-        finish=_print_report,
+        prints=True,
         fixed={"progress": True},
     ),
 }
@@ -185,10 +173,14 @@ def run(words: list[str]) -> int:
     use_temporary_caches()
     with needs_extra(f"calm {name}", *command.extras):
         if command.own_parser:
-            return command.finish(command.load()(rest))
-        from calm.cli.parsing import parse
+            result = command.load()(rest)
+        else:
+            from calm.cli.parsing import parse
 
-        return command.finish(command.load()(**parse(command.parser(name), rest), **command.fixed))
+            result = command.load()(**parse(command.parser(name), rest), **command.fixed)
+        if command.prints:
+            print(result)
+    return 0 if getattr(result, "ok", True) else 1
 
 
 def _split(words: list[str]) -> tuple[str, list[str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import chain, count
@@ -10,12 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from calm.errors import CalmError
-from calm.files import atomic_path, write_json
+from calm.files import atomic_path, write_bytes, write_json
 
 # What a function needs of the rest is imported in it, so that the help page need not wait for PyTorch.
 if TYPE_CHECKING:
     from rich.console import Console
-    from torch import Tensor
 
     from calm.explain import Explanation, Query
     from calm.model import CalmModel
@@ -230,27 +230,20 @@ def _write(
     out: Path, name: str, picture: Picture, explanation: Explanation, query: Query, suffixes: dict[str, str]
 ) -> dict[str, str]:
     """Write the files of one image; return the path in ``out`` of each."""
+    import numpy as np
     from PIL import Image
 
     from calm.explain import draw
 
     for what, suffix in suffixes.items():
-        with atomic_path(out / (name + suffix)) as temporary:
-            if what == "overlay":
+        if what == "overlay":
+            with atomic_path(out / (name + suffix)) as temporary:
                 Image.fromarray(draw(picture, explanation, query)).save(temporary)
-            else:
-                _write_array(temporary, explanation.values if what == "map" else explanation.grid)
+        else:  # in memory first, since numpy.save does not say why a disk cannot be written
+            file = io.BytesIO()
+            np.save(file, (explanation.values if what == "map" else explanation.grid).float().numpy())
+            write_bytes(out / (name + suffix), file.getbuffer())
     return {what: name + suffix for what, suffix in suffixes.items()}
-
-
-def _write_array(path: Path, values: Tensor) -> None:
-    """Write an array as ``numpy.save`` does, but with the system's error message if the disk is full."""
-    import numpy as np
-
-    array = np.ascontiguousarray(values.numpy(), dtype=np.float32)
-    with path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
-        file.write(array.data)
 
 
 def _record(source: Path, explanation: Explanation, query: Query, names: Sequence[str]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from calm.config import Method
 from calm.errors import CalmError
+from calm.files import read_text
 
 if TYPE_CHECKING:
     from calm.released import ConversionReport
@@ -44,14 +45,9 @@ def convert(
         raise CalmError(f"there is no checkpoint {checkpoint}")
     if (out / "config.yaml").is_file():
         raise CalmError(f"--out {out} is the folder of a training run: name another one")
-    names = None if class_names is None else _read_names(class_names)
+    names = None
+    if class_names is not None:
+        names = [line.strip() for line in read_text(class_names, "class names").rstrip().splitlines()]
     model, report = load_with_report(checkpoint, method, large_feature_map, use_bn, names)
     model.training_summary = {"converted_from": report.source.name, "epoch": report.epoch}
     return replace(report, out=model.save_pretrained(out))
-
-
-def _read_names(path: Path) -> list[str]:
-    try:
-        return [line.strip() for line in path.read_text(encoding="utf-8").rstrip().splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise CalmError(f"cannot read the class names {path}: {error}") from error

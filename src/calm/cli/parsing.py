@@ -1,11 +1,7 @@
 """Command-line parsers made from type hints: jsonargparse, with help pages and error messages for people.
 
-`build_parser` serves commands that are one function: required parameters are positional, a required ``list`` takes one
-or more values, all others are flags, and help texts come from the docstring. Other commands fill a `Parser`, which is a
-jsonargparse parser. `parse` returns the typed values of either.
-
-Errors are a `CalmError`. What is wrong is found by comparing the words with the parser's flags and their type
-hints, not by reading the messages of jsonargparse, which are passed on where this finds nothing.
+What is wrong with a command line is found by comparing its words with the parser's flags and their type hints, not by
+reading the messages of jsonargparse, which are passed on where this finds nothing.
 """
 
 from __future__ import annotations
@@ -17,7 +13,7 @@ import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from types import NoneType, SimpleNamespace, UnionType
+from types import MappingProxyType, NoneType, SimpleNamespace, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
@@ -69,13 +65,12 @@ class Parser(ArgumentParser):
 
 def build_parser(
     function: Callable[..., Any],
-    *,
     prog: str,
     examples: str,
     fixed: Iterable[str] = (),
-    flags: Mapping[str, str] | None = None,
+    flags: Mapping[str, str] = MappingProxyType({}),
 ) -> Parser:
-    """Make a parser for a function's parameters.
+    """Make a parser for a function's parameters: required ones are positional, the others flags.
 
     Args:
         function: with type hints and a docstring in Google style.
@@ -84,7 +79,7 @@ def build_parser(
         fixed: parameters that the command sets itself: they get no flag.
         flags: required parameters that are to be flags, such as ``{"archives": "--from"}``.
     """
-    hints, texts, flags = _type_hints(function), help_texts(function), flags or {}
+    hints, texts = _type_hints(function), help_texts(function)
     # Else jsonargparse imports all that the function's module imports for type checking alone, PyTorch included.
     function.__annotations__.update(hints)
     parser = Parser(prog=prog, description=_description(function), epilog="examples:\n" + examples)

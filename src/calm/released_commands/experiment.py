@@ -24,6 +24,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,24 +75,22 @@ class Performance:
 
     def save(self, folder: Path) -> None:
         """Write performance_log and reports/, where N is of the training epoch, N_ and N__ of val and test after it."""
-        meters = {
-            split: {
-                metric: {"current_value": values[-1] if values else None, "value_per_epoch": values}
-                for metric, values in metrics.items()
-            }
-            for split, metrics in self.values.items()
-        }
+        meters: dict[str, Any] = {split: {} for split in self.values}
+        for split, metrics in self.values.items():
+            for metric, values in metrics.items():
+                current = values[-1] if values else None
+                meters[split][metric] = {"current_value": current, "value_per_epoch": values}
         save_measures(folder / "performance_log", meters)
-        epochs = len(self.values["train"]["loss"])
-        reports = [
-            (epoch, epoch, suffix, split, metrics)
-            for epoch in range(1, epochs + 1)
-            for suffix, split, metrics in (("", "train", ("cls", "loss")), ("_", "val", METRICS))
-        ]
-        for step, epoch, suffix, split, metrics in [*reports, (epochs, 1, "__", "test", METRICS)]:
+
+        def report(name: str, step: int, split: str, epoch: int, metrics: Iterable[str] = METRICS) -> None:
             values = {f"{split}/{metric}": self._at(split, metric, epoch) for metric in metrics}
-            content = json.dumps({"summary": True, "step": step, **values})
-            write_text(folder / "reports" / f"{step}{suffix}", content)
+            write_text(folder / "reports" / name, json.dumps({"summary": True, "step": step, **values}))
+
+        epochs = len(self.values["train"]["loss"])
+        for epoch in range(1, epochs + 1):
+            report(f"{epoch}", epoch, "train", epoch, ("cls", "loss"))
+            report(f"{epoch}_", epoch, "val", epoch)
+        report(f"{epochs}__", epochs, "test", 1)
 
     def _at(self, split: str, metric: str, epoch: int) -> float | None:
         values = self.values[split][metric]
@@ -115,11 +114,9 @@ class Performance:
 
 def check_place(flags: Flags) -> None:
     """Check that the experiment's folder is below ``--save_root``, and no file in its place."""
-    if Path(flags.save_root).resolve() not in flags.folder.resolve().parents:
-        raise CalmError(
-            f"--experiment_name={flags.experiment_name!r} is no folder below --save_root={flags.save_root!r}: "
-            "give a plain name"
-        )
+    name, root = flags.experiment_name, flags.save_root
+    if Path(root).resolve() not in flags.folder.resolve().parents:
+        raise CalmError(f"--experiment_name={name!r} is no folder below --save_root={root!r}: give a plain name")
     if flags.folder.exists() and not flags.folder.is_dir():
         raise CalmError(f"{flags.folder} is a file: choose another --experiment_name")
 

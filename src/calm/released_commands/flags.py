@@ -15,23 +15,12 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from calm.config import Method
 from calm.errors import CalmError, unknown
+from calm.output import ALIASES
 from calm.released import ARCHITECTURES
 
 RULE = "=" * 59  # the line that the released code prints before the evaluation on the test images
 
 METHODS: dict[str, Method] = {"CAM": "cam", "CALM-EM": "calm-em", "CALM-ML": "calm-ml"}
-MAP_PROCESSES = (
-    "vanilla",
-    "vanilla-saliency",
-    "vanilla-superclass",
-    "jointll",
-    "jointll-superclass",
-    "jointll-superclass-mean",
-    "gtcond",
-    "gtcond-superclass",
-    "gtcond-superclass-mean",
-    "saliency",
-)
 GRADIENT_PROCESSES = ("input_grad", "integrated_grad", "smooth_grad", "var_grad")
 _BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(("no", "false", "f", "n", "0"), False)
 
@@ -50,9 +39,7 @@ class Flags:
     override_cache: bool = _flag(False, "train anew: delete the experiment's folder first, if that is safe")
     workers: int = _flag(4, "processes that read images")
     use_load_checkpoint: bool = _flag(False, "read weights from --load_checkpoint")
-    load_checkpoint: str | None = _flag(
-        None, "folder with last_checkpoint.pth.tar, or a saved model or run of this package"
-    )
+    load_checkpoint: str | None = _flag(None, "folder with last_checkpoint.pth.tar, or a model or run of this package")
     is_different_checkpoint: bool = _flag(False, "the checkpoint is of other classes: its classifier is left out")
     save_root: str = _flag("save", "folder of the experiments")
     logger_type: Literal["PythonLogger"] = _flag("PythonLogger", "there is one")
@@ -76,7 +63,7 @@ class Flags:
     lr_classifier_ratio: float = _flag(10, "rate of the new layers over that of the others")
     momentum: float = _flag(0.9, "of SGD, Nesterov's")
     weight_decay: float = _flag(1e-4, "L2 penalty")
-    score_map_process: str = _flag("vanilla", "the map", choices=(*MAP_PROCESSES, *GRADIENT_PROCESSES))
+    score_map_process: str = _flag("vanilla", "the map", choices=(*ALIASES, *GRADIENT_PROCESSES))
     score_map_method: Literal["activation_map", "backprop"] = _flag(
         "activation_map", "backprop: the gradient in place of an activation map"
     )
@@ -156,10 +143,9 @@ def parse(prog: str, arguments: Sequence[str] | None = None) -> Flags:
     flags = Flags(**vars(build_parser(prog).parse_args(arguments)))
     if flags.architecture not in ARCHITECTURES:  # the released default is none of the choices
         raise unknown("architecture", flags.architecture, ARCHITECTURES, where="--architecture (its default)")
-    if flags.resize_size < flags.crop_size:
-        raise CalmError(
-            f"--resize_size={flags.resize_size} is below --crop_size={flags.crop_size}: the crop is cut from it"
-        )
+    size, crop = flags.resize_size, flags.crop_size
+    if size < crop:
+        raise CalmError(f"--resize_size={size} is below --crop_size={crop}: the crop is cut from it")
     for name in ("seed", "workers", "crop_size", "batch_size", "smooth_grad_nr_iter", "integrated_grad_nr_iter"):
         value, lowest = getattr(flags, name), 0 if name in ("seed", "workers") else 1
         if value is not None and value < lowest:

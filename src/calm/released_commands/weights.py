@@ -96,10 +96,10 @@ def transplant(model: CalmModel, num_classes: int, *, seed: int) -> CalmModel:
     """Return ``model`` for other classes, as the released ``--is_different_checkpoint``: all its weights but the
     classifier's, which are initialised from ``seed``."""
     config = model.config
+    names = ("backbone", "method", "large_feature_map", "use_bn", "prior_activation", "prior_denominator")
+    options = {name: getattr(config, name) for name in names}
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        names = ("backbone", "method", "large_feature_map", "use_bn", "prior_activation", "prior_denominator")
-        options = {name: getattr(config, name) for name in names}
         other = create_model(num_classes=num_classes, preprocessing=model.preprocessing, **options)
     kept = {name: value for name, value in model.state_dict().items() if "conv_last" not in name}
     other.load_state_dict(kept, strict=False)

@@ -34,33 +34,19 @@ CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 @dataclass
 class TrainingState:
-    """Everything that a training run changes.
+    """Everything that a training run changes."""
 
-    Attributes:
-        model: the model that is trained.
-        averages: its moving averages by name: ``teacher`` of the E-step, ``ema`` to be evaluated and saved.
-        optimizer: of the model's parameters.
-        scheduler: of the optimiser's learning rates.
-        precision: Fabric's plugin, for the scale of float16 gradients.
-        epoch: whole epochs done.
-        step: optimiser steps done.
-        rates: learning rate of each parameter group at the latest step.
-        history: a row of metrics.csv per epoch.
-        last: epoch (from 1) and validation measures of the last epoch; empty before the first.
-        best: the same of the best epoch.
-    """
-
-    model: CalmModel
-    averages: dict[str, Average]
+    model: CalmModel  # the model that is trained
+    averages: dict[str, Average]  # its moving averages: "teacher" of the E-step, "ema" to be evaluated and saved
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
-    precision: Precision
-    epoch: int = 0
-    step: int = 0
-    rates: dict[str, float] = field(default_factory=dict)
-    history: list[Row] = field(default_factory=list)
-    last: Row = field(default_factory=dict)
-    best: Row = field(default_factory=dict)
+    precision: Precision  # Fabric's plugin, for the scale of float16 gradients
+    epoch: int = 0  # whole epochs done
+    step: int = 0  # optimiser steps done
+    rates: dict[str, float] = field(default_factory=dict)  # of each parameter group at the latest step
+    history: list[Row] = field(default_factory=list)  # a row of metrics.csv per epoch
+    last: Row = field(default_factory=dict)  # epoch (from 1) and validation measures of the last epoch
+    best: Row = field(default_factory=dict)  # the same of the best epoch
 
     @classmethod
     def start(cls, model: CalmModel, config: TrainConfig, run: RunLength, precision: Precision) -> TrainingState:

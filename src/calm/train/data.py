@@ -10,9 +10,8 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
-from calm.data.records import Report, Split
+from calm.data.records import Split
 from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
@@ -37,13 +36,7 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
         CalmError: the batch size does not divide into the processes and ``optim.accumulate`` parts.
     """
     sampler = EpochSampler(
-        dataset,
-        config.batch_size,
-        seed=config.seed,
-        shuffle=shuffle,
-        remainder="drop" if shuffle else "keep",
-        rank=fabric.global_rank,
-        world_size=fabric.world_size,
+        dataset, config.batch_size, seed=config.seed, shuffle=shuffle, remainder="drop" if shuffle else "keep"
     )
     size, rest = divmod(sampler.local_batch_size, config.optim.accumulate)
     if rest:
@@ -63,28 +56,9 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
     )
 
 
-def read_splits(config: TrainConfig, *, progress: bool) -> tuple[dict[str, Split], Report]:
-    """Read and check the splits. What is carved into val and test does not depend on the run's seed."""
-    reading = config.reading
-    return load_checked(
-        config.data,
-        layout=reading.layout,
-        metadata_root=reading.metadata_root,
-        val_fraction=reading.val_fraction,
-        present_classes_only=reading.present_classes_only,
-        skip_bad=reading.skip_bad,
-        progress=progress,
-    )
-
-
 def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -> CalmModel:
-    """Build the model at its start, with the configured input size and weights, in training mode.
-
-    Args:
-        config: the run.
-        split: its classes are the model's.
-        backbone: a module to use in place of the named backbone.
-    """
+    """Build the model of a run at its start, in training mode: for the classes of ``split``, with configured weights
+    and input size; ``backbone`` takes the place of the named one."""
     options = config.model
     size = config.reading.image_size
     model = create_model(
@@ -127,13 +101,8 @@ def build_datasets(
     test = eval_transform(preprocessing)
     transforms = {"train": train_transform(config.augment, preprocessing), "val": test, "test": test}
     sizes = {"train": fixed_size(config.augment, preprocessing.size)}
+    cache, size = config.reading.cache, preprocessing.size
     return {
-        name: ImageDataset(
-            split,
-            transforms[name],
-            seed=config.seed,
-            cache=config.reading.cache,
-            cache_size=sizes.get(name, preprocessing.size),
-        )
+        name: ImageDataset(split, transforms[name], seed=config.seed, cache=cache, cache_size=sizes.get(name, size))
         for name, split in splits.items()
     }

@@ -40,8 +40,8 @@ def default_run_dir(config: TrainConfig) -> Path:
 
 def is_first_process() -> bool:
     """Return whether this process writes files, from the launcher's environment: nothing needs to be set up yet."""
-    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
-    return next((rank for rank in ranks if rank is not None), "0") == "0"
+    ranks = [os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ]
+    return ranks[:1] in ([], ["0"])
 
 
 def check_folder(run_dir: Path, config: TrainConfig) -> None:

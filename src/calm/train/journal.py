@@ -10,11 +10,9 @@ A row of metrics.csv, with the columns of a CALM-EM run::
 
 from __future__ import annotations
 
-import csv
 import datetime
 import hashlib
 import inspect
-import io
 import os
 import platform
 import time
@@ -27,7 +25,10 @@ from typing import Any
 import torch
 from lightning.fabric.loggers.logger import Logger
 from rich.console import Console
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
+from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
 from torch import Tensor
+from torch.utils.tensorboard import summary
 
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
@@ -42,12 +43,7 @@ from calm.train.checkpoints import Row
 
 
 class RunLog:
-    """Print lines, and append them with the time to a file.
-
-    Args:
-        path: the file; None only prints.
-        quiet: do not print.
-    """
+    """Print lines unless ``quiet``, and append them with the time to the file ``path`` if there is one."""
 
     def __init__(self, path: Path | None = None, *, quiet: bool = False) -> None:
         self.path = path
@@ -68,11 +64,8 @@ class RunLog:
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:
     """Write metrics.csv anew, so that a resumed run has one table without gaps."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
+    lines = [rows[0], *(row.values() for row in rows)]
+    write_text(path, "".join(f"{','.join(map(str, line))}\n" for line in lines))
 
 
 def epoch_line(row: Row, epochs: int) -> str:
@@ -93,26 +86,20 @@ def epoch_line(row: Row, epochs: int) -> str:
 
 
 class TensorBoardLogger(Logger):
-    """Curves and pictures for TensorBoard, in a new event file of the folder ``tensorboard``.
+    """Curves and pictures for TensorBoard, in a new event file of the folder ``tensorboard`` in ``save_dir``.
 
     Lightning's own logger writes in a thread, which ends with a traceback, and a message without a file name, when the
-    disk is full. This one writes when it is called.
+    disk is full. This one writes when it is called, and raises an OSError about the event file.
 
     Args:
         save_dir: the run folder.
         purge_step: points of earlier event files from this step on are hidden, as a killed run may have written them
-            after its last checkpoint. None hides none.
-
-    Raises:
-        OSError: from every method, the disk is full: the event file is its file name.
+            after its last checkpoint.
     """
 
     name, version = "tensorboard", None
 
     def __init__(self, save_dir: Path, purge_step: int | None = None) -> None:
-        from tensorboard.compat.proto.event_pb2 import SessionLog  # type: ignore[import-untyped]
-        from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignore[import-untyped]
-
         folder = Path(save_dir) / self.name
         self.path = folder / f"events.out.tfevents.{time.time_ns()}.{platform.node()}.{os.getpid()}"
         with disk_errors_about(self.path):
@@ -127,18 +114,14 @@ class TensorBoardLogger(Logger):
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Write a point of each curve."""
-        from torch.utils.tensorboard.summary import scalar
-
         for name, value in metrics.items():
-            self._write(step=step, summary=scalar(name, value))  # type: ignore[no-untyped-call]
+            self._write(step=step, summary=summary.scalar(name, value))  # type: ignore[no-untyped-call]
 
     def log_image(self, key: str, images: Sequence[Picture], step: int | None = None) -> None:
         """Write pictures, uint8 RGB (H, W, 3)."""
-        from torch.utils.tensorboard.summary import image
-
         for pixels in images:
-            summary = image(key, torch.from_numpy(pixels), dataformats="HWC")  # type: ignore[no-untyped-call]
-            self._write(step=step, summary=summary)
+            picture = summary.image(key, torch.from_numpy(pixels), dataformats="HWC")  # type: ignore[no-untyped-call]
+            self._write(step=step, summary=picture)
 
     def save(self) -> None:
         """Make what was written visible to readers."""
@@ -151,23 +134,17 @@ class TensorBoardLogger(Logger):
             self._records.close()
 
     def _write(self, **fields: Any) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-
         with disk_errors_about(self.path):
             self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
 def logger_class(name: str) -> type[Logger]:
-    """Return the class of a logger.
-
-    Args:
-        name: ``tensorboard``; the short name (``wandb``) or the class name of one of ``lightning.pytorch.loggers``; or
-            the import path of another subclass of ``lightning.fabric.loggers.Logger``.
+    """Return the class of a logger by its name; `calm.train.config.LogOptions` says which there are.
 
     Raises:
         CalmError: there is no such class, or it is no logger.
     """
-    from lightning.pytorch import loggers
+    from lightning.pytorch import loggers  # slow
 
     classes = {known.removesuffix("Logger").lower(): getattr(loggers, known) for known in loggers.__all__}
     classes = {short: known for short, known in classes.items() if short} | {"tensorboard": TensorBoardLogger}
@@ -249,17 +226,8 @@ def choose_images(split: Split, count: int) -> list[int]:
 
 
 def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *, title: str = "") -> Picture:
-    """Draw a column per image, with the true class's maps below it; the frame is green where the prediction is right.
-
-    Args:
-        model: on any device and in any mode, in which it is left.
-        dataset: with the model's preprocessing.
-        indices: of the images in it.
-        title: a line above.
-
-    Returns:
-        The picture, uint8 RGB (H, W, 3).
-    """
+    """Draw a column for each of the images ``indices`` of ``dataset``, with the true class's maps below it, under a
+    title; the frame is green where the prediction is right. The model is left in its mode."""
     items = [dataset[index] for index in indices]
     images = torch.stack([image for image, _, _ in items]).to(model.device)
     labels = torch.tensor([label for _, label, _ in items], device=model.device)

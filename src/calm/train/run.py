@@ -29,6 +29,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from calm.checkpoint import WEIGHTS
+from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.seeds import mix_seed
 from calm.errors import CalmError
@@ -39,7 +40,7 @@ from calm.model import CalmModel
 from calm.train import checkpoints, folder, journal
 from calm.train.checkpoints import CHECKPOINT, Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
-from calm.train.data import build_datasets, build_loader, build_model, read_splits
+from calm.train.data import build_datasets, build_loader, build_model
 from calm.train.step import TrainingStep, check_weights, diagnose
 
 
@@ -78,7 +79,10 @@ def train(
         return run_dir
     for name in config.log.loggers:
         journal.logger_class(name)
-    splits, report = read_splits(config, progress=log.interactive)
+    # What is carved into val and test does not depend on the run's seed.
+    names = ("layout", "metadata_root", "val_fraction", "present_classes_only", "skip_bad")
+    reading = {name: getattr(config.reading, name) for name in names}
+    splits, report = load_checked(config.data, progress=log.interactive, **reading)
     images = len(splits["train"].records)
     if images < config.batch_size:
         raise CalmError(f"batch_size is {config.batch_size}, but there are only {images} training images: lower it")
@@ -199,9 +203,8 @@ class Trainer:
             if whole:
                 self.take_step()
             speed = (index + 1) * len(images) * fabric.world_size / max(1e-9, time.monotonic() - start)
-            loss_shown, accuracy = self.step.shown["loss"], 100 * self.step.shown["accuracy"]
-            values = f"loss {loss_shown:.3f}  accuracy {accuracy:.1f} %  {speed:.0f} images/s"
-            self.bar.update(self.task, advance=1, values=values)
+            values = f"loss {self.step.shown['loss']:.3f}  accuracy {100 * self.step.shown['accuracy']:.1f} %"
+            self.bar.update(self.task, advance=1, values=f"{values}  {speed:.0f} images/s")
         if fabric.device.type == "cuda":
             torch.cuda.synchronize(fabric.device)
         self.bar.update(self.task, values="validation")
@@ -281,12 +284,12 @@ class Trainer:
         state = self.state
         result: dict[str, Any] = {}
         for name, measures in {"last": state.last, "best": state.best}.items():
-            validation = {key: value for key, value in measures.items() if key != "epoch"}
             if name == "best" and measures["epoch"] == state.last["epoch"]:
-                test = result["last"]["test"]
-            else:
-                state.evaluated.load_state_dict(safetensors.torch.load_file(self.run_dir / name / WEIGHTS))
-                test = evaluate(self.fabric, state.evaluated, self.loaders["test"])
+                result["best"] = result["last"]
+                continue
+            state.evaluated.load_state_dict(safetensors.torch.load_file(self.run_dir / name / WEIGHTS))
+            test = evaluate(self.fabric, state.evaluated, self.loaders["test"])
+            validation = {key: value for key, value in measures.items() if key != "epoch"}
             result[name] = {"epoch": int(measures["epoch"]), "val": validation, "test": test}
         final = state.history[-1]
         result["train"] = {"loss": final["train_loss"], "accuracy": final["train_accuracy"]}
@@ -296,12 +299,7 @@ class Trainer:
 
 
 def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
-    """Measure the classification of a split, over all processes.
-
-    Args:
-        fabric: launched.
-        model: in any mode; it is left in the mode it was in.
-        loader: this process's share of the images.
+    """Measure the classification of a split, over all processes; ``loader`` has this process's share of the images.
 
     Returns:
         ``accuracy`` and, with more than five classes, ``top5`` (both 0 to 1), ``nll`` (nats) and ``ece``.
@@ -320,25 +318,20 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
 
 
 def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
-    lines = []
+    lines = ""
     for name in ("best", "last"):
         val, test = result[name]["val"], result[name]["test"]
-        lines.append(
+        lines += (
             f"{name} (epoch {result[name]['epoch']}): validation accuracy {100 * val['accuracy']:.1f} %, test accuracy"
-            f" {100 * test['accuracy']:.1f} %, nll {test['nll']:.3f}, calibration error {test['ece']:.3f}"
         )
-    return "\n".join([*lines, f"done in {result['seconds']:.0f} s of training: {run_dir}"])
+        lines += f" {100 * test['accuracy']:.1f} %, nll {test['nll']:.3f}, calibration error {test['ece']:.3f}\n"
+    return f"{lines}done in {result['seconds']:.0f} s of training: {run_dir}"
 
 
 def _fabric(hardware: Hardware) -> Fabric:
+    options = {name: getattr(hardware, name) for name in ("accelerator", "devices", "strategy", "precision")}
     try:
-        return Fabric(
-            accelerator=hardware.accelerator,
-            devices=hardware.devices,
-            num_nodes=hardware.nodes,
-            strategy=hardware.strategy,
-            precision=hardware.precision,
-        )
+        return Fabric(num_nodes=hardware.nodes, **options)
     except (ValueError, RuntimeError, TypeError) as error:
         raise CalmError(f"these hardware settings do not work here: {hardware}\n{error}") from error
 

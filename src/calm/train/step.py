@@ -98,12 +98,7 @@ class TrainingMeasures(Metric):
 class TrainingStep(nn.Module):
     """Forward pass and loss of a batch: the module that Fabric wraps, so that processes share its gradients.
 
-    Args:
-        model: the model that is trained.
-        averages: moving averages of it by name; ``teacher``, if there is one, gives the E-step's posterior. They are
-            not part of this module.
-        config: the run.
-        run: its length.
+    Of ``averages``, the model's moving averages, ``teacher`` gives the E-step's posterior. They are not part of it.
 
     Attributes:
         measures: what was measured since the epoch began.
