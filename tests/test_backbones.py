@@ -9,11 +9,15 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from calm.backbones import BACKBONES, build_backbone
-from calm.backbones.timm_models import output_shape
+from calm.backbones.timm_models import run_on_meta
 from calm.errors import CalmError
 from calm.model import create_model
 
 LAYOUTS = [*oracle.VARIANTS, ("vgg16", True, False), ("vgg16", False, True), ("inception_v3", True, False)]
+
+
+def output_shape(backbone, height, width):
+    return tuple(run_on_meta(backbone, height, width)[0].shape)
 
 
 def meta_backbone(architecture, large, use_bn=True):

@@ -7,7 +7,7 @@ import timm
 import torch
 from torch.testing import assert_close
 
-from calm.backbones import build_backbone
+from calm.backbones import build_backbone, check_size
 from calm.backbones.timm_models import TimmBackbone
 from calm.errors import CalmError
 from calm.model import create_model
@@ -52,10 +52,9 @@ def test_timm_backbone_lays_tokens_out_row_by_row():
             assert_close(features[0, :, row, column], tokens[0, 2 + 3 * row + column])
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mambaout_femto"])
-def test_timm_backbone_keeps_the_place_of_a_change(name):
+@pytest.mark.parametrize(("name", "cell"), [("vit_tiny_patch16_224", 16), ("mambaout_femto", 32)])
+def test_timm_backbone_keeps_the_place_of_a_change(name, cell):
     backbone = build_backbone(name).eval()
-    cell = backbone.stride
     images = torch.randn(1, 3, 4 * cell, 6 * cell)
     changed = images.clone()
     changed[..., 2 * cell : 3 * cell, cell : 2 * cell] += 3 * torch.randn(3, cell, cell)
@@ -95,23 +94,64 @@ def test_timm_backbone_has_the_weights_of_timm():
     assert_close(ours.model.state_dict(), theirs.state_dict())
 
 
-def test_timm_backbone_of_one_image_size_says_so():
-    backbone = build_backbone("gmixer_12_224")
-    assert backbone.fixed_size == (224, 224)
-    with pytest.raises(CalmError, match="'gmixer_12_224' takes images of 224 x 224 pixels only, not 64 x 96"):
-        backbone(torch.zeros(1, 3, 64, 96))
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("gmixer_12_224", (64, 96), "timm model 'gmixer_12_224' takes no images of 64 x 96 pixels: take 224 x 224, or"),
+        ("test_vit", (250, 230), "no images of 250 x 230 pixels: take 240 x 224 or 256 x 240, or choose"),
+        ("dla34", (250, 224), "take 224 x 224 or 256 x 224"),
+        ("inception_v3", (3, 3), "InceptionV3 takes no images of 3 x 3 pixels: take 14 x 14"),
+    ],
+)
+def test_check_size_names_the_nearest_sizes_that_fit(name, size, message):
+    with torch.device("meta"):
+        backbone = build_backbone(name)
+    with pytest.raises(CalmError, match=message):
+        check_size(backbone, size)
 
 
-@pytest.mark.parametrize(("name", "found"), [("pit_ti_224", r"\(1, 1, 256\)"), ("crossvit_9_240", "several")])
-def test_timm_backbone_refuses_a_model_without_a_grid(name, found):
-    with pytest.raises(CalmError, match=f"{name!r} gives no grid of locations.*{found}"):
-        build_backbone(name)
+def test_check_size_returns_the_grid_or_none_for_a_module_that_never_runs():
+    assert check_size(build_backbone("test_vit"), (64, 96)) == (4, 6)
+    assert check_size(torch.nn.Linear(2, 3), (64, 96)) is None
+
+
+@pytest.mark.parametrize(("name", "side", "channels"), [("pit_ti_224", 7, 256), ("coat_lite_tiny", 7, 320)])
+def test_timm_backbone_takes_intermediate_features_where_the_last_are_no_grid(name, side, channels):
+    backbone = build_backbone(name).eval()
+    assert backbone.out_channels == channels
+    with torch.no_grad():
+        assert backbone(torch.zeros(1, 3, 224, 224)).shape == (1, channels, side, side)
+
+
+def test_timm_backbone_runs_with_modules_that_are_shared():
+    backbone = build_backbone("coat_mini").eval()  # its blocks share the convolutions of the position encoding
+    assert not any(tensor.is_meta for tensor in backbone.state_dict().values())
+
+
+@pytest.mark.parametrize(("size", "grid"), [((250, 230), (8, 8)), ((256, 224), (8, 7))])
+def test_timm_backbone_lays_out_tokens_of_padded_images(size, grid):
+    with torch.device("meta"):
+        assert check_size(build_backbone("mvitv2_tiny"), size) == grid
+
+
+def test_timm_backbone_refuses_a_model_without_a_grid(monkeypatch):
+    class Pooled(torch.nn.Conv2d):
+        num_features, pretrained_cfg = 5, {"mean": (0,), "std": (1,), "input_size": (3, 8, 8)}
+
+        def forward_features(self, images):
+            return self(images).mean(dim=(2, 3))
+
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: Pooled(3, 5, 1))
+    with pytest.raises(CalmError, match=r"'resnet18' gives no grid of locations.*8 x 8 pixels are of shape \(1, 5\)"):
+        build_backbone("resnet18")
 
 
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
         ("vit_tiny_patch16_224", {"output_stride": 8}, "does not take output_stride=8"),
+        ("dla34", {"output_stride": 8}, "'dla34' does not take output_stride=8: leave it out"),
+        ("vgg11", {"output_stride": 16}, "'vgg11' does not take output_stride=16: leave it out"),
         ("resnet18", {"output_stride": 7}, "output_stride=7 is not possible: allowed are 8, 16, 32"),
         ("resnet18.a9_in1k", {}, "unknown pretrained tag.*'a9_in1k'.*a1_in1k"),
         ("gmixer_12_224", {"pretrained": True}, "no weights for 'gmixer_12_224'"),
@@ -120,6 +160,11 @@ def test_timm_backbone_refuses_a_model_without_a_grid(name, found):
 def test_timm_backbone_refuses_impossible_options(name, options, message):
     with pytest.raises(CalmError, match=message):
         build_backbone(name, **options)
+
+
+def test_timm_backbone_takes_its_own_output_stride():
+    with torch.device("meta"):  # its grid for its own 299 pixels is 10 x 10: not 299 / 32, but that rounded up
+        assert check_size(build_backbone("xception41", output_stride=32), (320, 320)) == (10, 10)
 
 
 def test_timm_backbone_pretrained_without_a_network_names_the_remedy(monkeypatch):

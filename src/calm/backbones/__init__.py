@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from calm.backbones.released import VGG16, InceptionV3, ResNet50
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
-from calm.backbones.timm_models import TimmBackbone, is_timm_name
+from calm.backbones.timm_models import TimmBackbone, is_timm_name, run_on_meta
 from calm.errors import CalmError
 from calm.inference import evaluation_mode
 
@@ -28,6 +28,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
     "tiny_resnet": tiny_resnet,
 }
 """This package's own backbones; every other name is a timm model's. The options are those of the constructors."""
+
+STEPS = (2, 4, 8, 14, 16, 28, 32, 64)
+"""Sides of patches and windows, in pixels, of whose multiples `check_size` tries the nearest."""
 
 
 def build_backbone(
@@ -128,3 +131,37 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
 def _int_attribute(module: nn.Module, name: str) -> int | None:
     value = getattr(module, name, None)
     return value if isinstance(value, int) and value > 0 else None
+
+
+def check_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+    """Return (rows, columns) of the grid that ``backbone`` gives for images of ``size`` (height, width) in pixels.
+
+    The backbone is tried on such an image without computing anything. None says that this is not possible with it, as
+    for modules that run on no size.
+
+    Raises:
+        CalmError: If it does not take such images; the nearest sizes below and above that it takes are named.
+    """
+
+    def fits(height: int, width: int) -> tuple[int, int] | None:
+        try:
+            rows, columns = run_on_meta(backbone, height, width)[0].shape[-2:]
+        except Exception:  # AssertionError, IndexError, RuntimeError, ...: timm's families refuse a size by any
+            return None
+        return rows, columns
+
+    if (grid := fits(*size)) is not None:
+        return grid
+    own: tuple[int, int] = getattr(backbone, "size", (224, 224))
+    height, width = size
+    steps = sorted({*STEPS, own[0]})
+    below = {(height // step * step, width // step * step) for step in steps if step <= min(size)}
+    above = {(-(-height // step) * step, -(-width // step) * step) for step in steps}
+    tried = sorted(below, key=sum, reverse=True), sorted(above, key=sum)
+    found = [next((other for other in others if fits(*other)), None) for others in tried]
+    sizes = dict.fromkeys(other for other in found if other) or ([own] if fits(*own) else [])
+    if not sizes:
+        return None
+    taken = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
+    name = f"timm model {backbone.name!r}" if isinstance(backbone, TimmBackbone) else type(backbone).__name__
+    raise CalmError(f"{name} takes no images of {height} x {width} pixels: take {taken}, or choose another model")

@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from copy import deepcopy
+from itertools import product
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from calm.errors import CalmError, unknown
-from calm.inference import evaluation_mode
-
-STRIDES = (8, 16, 32)
 
 # Keywords with which a model accepts other image sizes than its own; they differ between timm's families.
 # `strict_img_size` comes first: in older timm Swin takes the other one too, and ignores it.
-_ANY_SIZE: tuple[dict[str, bool], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
+_ANY_SIZE: tuple[dict[str, Any], ...] = ({"strict_img_size": False}, {"dynamic_img_size": True}, {})
 
 
 class TimmBackbone(nn.Module):
     """A timm model without classifier, whose last features are a grid (B, D, h, w).
 
     The features are those of timm's ``forward_features``: NHWC ones are permuted, tokens are laid out row by row
-    after the prefix tokens (class, distillation, register) are dropped. Position embeddings are interpolated
+    after the prefix tokens (class, distillation, register) are dropped. Where they are no grid (coat, crossvit,
+    efficientvim, pit, volo), the last of ``forward_intermediates`` are taken. Position embeddings are interpolated
     to the size of the images where the model allows it. Parameters that the features do not depend on are
     frozen: they get no gradient, so distributed training does not wait for one.
 
@@ -38,7 +36,7 @@ class TimmBackbone(nn.Module):
 
     Attributes:
         out_channels: D.
-        fixed_size: (height, width) in pixels if the model takes images of one size only, else None.
+        size: (height, width) in pixels of the images that the model is made for.
         normalization: mean and std per channel that its pretrained weights expect, of RGB in [0, 1].
 
     Raises:
@@ -48,76 +46,64 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, *, pretrained: bool = False, output_stride: int | None = None) -> None:
         super().__init__()
-        if output_stride is not None and output_stride not in STRIDES:
+        if output_stride not in (None, 8, 16, 32):
             raise CalmError(f"output_stride={output_stride} is not possible: allowed are 8, 16, 32 and None")
         self.name = name.removeprefix("timm/")
         _check_tag(self.name, pretrained)
         self.model = _create(self.name, pretrained, output_stride)
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
-        self.prefix_tokens = int(getattr(self.model, "num_prefix_tokens", 0))
-        features = _Features(self.model)
-        card: Mapping[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
+        card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
-        height, width = (int(side) for side in card["input_size"][1:])
-        shape = output_shape(features, height, width)
-        self.layout, self.stride = self._layout(shape, height, width)
-        if output_stride is not None and self.stride != output_stride:
-            raise CalmError(
-                f"timm model {self.name!r} does not take output_stride={output_stride}: its grid keeps one "
-                f"cell per {self.stride} pixels. Leave output_stride out, or choose another model"
-            )
-        self.fixed_size = None if _runs(features, 2 * height, 2 * width) else (height, width)
-        for name in unused_parameters(features, height, width):
-            features.get_parameter(name).requires_grad_(False)
+        self.size: tuple[int, int] = tuple(card["input_size"][1:])
+        self.intermediates = False
+        try:
+            features, parameters = run_on_meta(self, *self.size)
+        except CalmError:
+            if not hasattr(self.model, "forward_intermediates"):
+                raise
+            self.intermediates = True
+            features, parameters = run_on_meta(self, *self.size)
+            self.out_channels = features.shape[1]
+        (height, width), (rows, columns) = self.size, features.shape[-2:]
+        if output_stride is not None and rows not in (height // output_stride, -(-height // output_stride)):
+            kept = f"its grid keeps {rows} x {columns} cells for {height} x {width} pixels"
+            fix = "Leave output_stride out, or choose another model"
+            raise CalmError(f"timm model {self.name!r} does not take output_stride={output_stride}: {kept}. {fix}")
+        gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
+        for parameter, gradient in zip(self.parameters(), gradients, strict=True):
+            parameter.requires_grad_(gradient is not None)
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
-        """Return the features of normalised images.
-
-        Raises:
-            CalmError: If the model takes images of another size only.
-        """
-        height, width = images.shape[-2:]
-        if self.fixed_size is not None and (height, width) != self.fixed_size:
-            raise CalmError(
-                f"timm model {self.name!r} takes images of {self.fixed_size[0]} x {self.fixed_size[1]} "
-                f"pixels only, not {height} x {width}: resize to that, or choose another model"
-            )
+        """Return the features of normalised images; for sizes that the model does not take, see `check_size`."""
+        if self.intermediates:
+            options = {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
+            last: Tensor = self.model.forward_intermediates(images, **options)[-1]  # type: ignore[operator]
+            return last
         features: Tensor = self.model.forward_features(images)  # type: ignore[operator]
-        if self.layout == "NCHW":
-            return features
-        if self.layout == "NHWC":
-            return features.permute(0, 3, 1, 2)
-        grid = (height // self.stride, width // self.stride)
-        tokens = features[:, self.prefix_tokens :].transpose(1, 2)
-        return tokens.reshape(len(tokens), self.out_channels, *grid)
-
-    def _layout(self, shape: tuple[int, ...] | None, height: int, width: int) -> tuple[str, int]:
-        """Return the layout of features of ``shape`` for an image of height x width pixels, and the pixels per cell."""
+        prefix = int(getattr(self.model, "num_prefix_tokens", 0))
+        height, width = images.shape[-2:]
+        shape = tuple(getattr(features, "shape", ()))
         match shape:
-            case (_, self.out_channels, rows, _):
-                return "NCHW", round(height / rows)
-            case (_, rows, _, self.out_channels):
-                return "NHWC", round(height / rows)
-            case (_, tokens, self.out_channels) if (cells := tokens - self.prefix_tokens) > 1:
-                stride = math.isqrt(height * width // cells)
-                if (height // stride) * (width // stride) == cells:
-                    return "tokens", stride
+            case (_, self.out_channels, _, _):
+                return features
+            case (_, _, _, self.out_channels):
+                return features.permute(0, 3, 1, 2)
+            case (batch, tokens, self.out_channels) if grid := _grid(height, width, tokens - prefix):
+                return features[:, prefix:].transpose(1, 2).reshape(batch, self.out_channels, *grid)
         raise CalmError(
-            f"timm model {self.name!r} gives no grid of locations: its features for an image of {height} x "
-            f"{width} pixels are {f'of shape {shape}' if shape else 'several tensors'}. Choose a model with "
-            "one, such as resnet50, convnext_tiny or vit_small_patch16_224"
+            f"timm model {self.name!r} gives no grid of locations: its features for an image of {height} x {width} "
+            f"pixels are {f'of shape {shape}' if shape else 'several tensors'}. Choose a model with one, such as "
+            "resnet50, convnext_tiny or vit_small_patch16_224"
         )
 
 
-class _Features(nn.Module):
-    """timm's ``forward_features`` as the forward pass of a module."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Any:
-        return self.model.forward_features(images)  # type: ignore[operator]
+def _grid(height: int, width: int, cells: int) -> tuple[int, int] | None:
+    """Return (rows, columns) of the square patches of an image; those at the border are cut off or padded."""
+    if cells < 2:
+        return None
+    patch = math.isqrt(height * width // cells)
+    rows, columns = ((side // patch, -(-side // patch)) for side in (height, width))
+    return next((grid for grid in product(rows, columns) if grid[0] * grid[1] == cells), None)
 
 
 def is_timm_name(name: str) -> bool:
@@ -141,19 +127,21 @@ def _check_tag(name: str, pretrained: bool) -> None:
 def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module:
     import timm
 
-    stride = {} if output_stride is None else {"output_stride": output_stride}
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    if output_stride is not None:
+        options["output_stride"] = output_stride
     for extra in _ANY_SIZE:
-        arguments: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, **stride, **extra}
         try:
-            model: nn.Module = timm.create_model(name, **arguments)
-        except TypeError as error:  # no such keyword: timm has no way to ask beforehand
-            if "output_stride" in str(error):
-                raise CalmError(
-                    f"timm model {name!r} does not take output_stride={output_stride}: leave it out, or "
-                    "choose a family that timm can dilate, such as resnet, convnext or efficientnet"
-                ) from error
-            if not any(keyword in str(error) for keyword in extra):
+            model: nn.Module = timm.create_model(name, **options, **extra)
+        except (TypeError, AssertionError) as error:
+            if any(keyword in str(error) for keyword in extra):
+                continue  # no such keyword: timm has no way to ask beforehand
+            if output_stride is None:
                 raise
+            raise CalmError(
+                f"timm model {name!r} does not take output_stride={output_stride}: leave it out, or "
+                "choose a family that timm can dilate, such as resnet, convnext or efficientnet"
+            ) from error
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
@@ -161,44 +149,23 @@ def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module
                 f"cannot get the pretrained weights of timm model {name!r}: {error} Connect to the network, "
                 "or start from random weights with pretrained=False (calm train: --model.pretrained false)"
             ) from error
-        else:
-            return model
+        return model
     raise AssertionError("the last attempt has no extra keyword that could be refused")
 
 
-def _runs(features: nn.Module, height: int, width: int) -> bool:
-    try:
-        output_shape(features, height, width)
-    except (AssertionError, RuntimeError, ValueError):  # how timm's families refuse an image size
-        return False
-    return True
+def run_on_meta(module: nn.Module, height: int, width: int) -> tuple[Any, list[nn.Parameter]]:
+    """Return the output of a copy of ``module`` in eval mode for one image, and the parameters of the copy, in order.
 
-
-def output_shape(module: nn.Module, height: int, width: int) -> tuple[int, ...] | None:
-    """Return the shape of ``module``'s output for one image of height x width pixels; None if it is not one tensor.
-
-    Nothing is computed: the module runs on the meta device. Whatever it raises for such an image is raised.
+    Nothing is computed: the copy is on the meta device. Whatever the module raises for an image of that size is raised.
     """
-    with torch.no_grad():
-        output = _run(module, height, width, _on_meta(module))
-    return tuple(output.shape) if isinstance(output, Tensor) else None
-
-
-def unused_parameters(module: nn.Module, height: int, width: int) -> list[str]:
-    """Return the names of the parameters that the output for an image of height x width pixels does not depend on."""
-    state = _on_meta(module)
-    trainable = {name: state[name].requires_grad_() for name, _ in module.named_parameters()}
-    output = _run(module, height, width, state)
-    assert isinstance(output, Tensor)
-    gradients = torch.autograd.grad(output.sum(), list(trainable.values()), allow_unused=True)
-    return [name for name, gradient in zip(trainable, gradients, strict=True) if gradient is None]
-
-
-def _on_meta(module: nn.Module) -> dict[str, Tensor]:
-    named = (*module.named_parameters(), *module.named_buffers())
-    return {name: tensor.detach().to("meta") for name, tensor in named}
-
-
-def _run(module: nn.Module, height: int, width: int, state: dict[str, Tensor]) -> object:
-    with evaluation_mode(module):
-        return functional_call(module, state, (torch.empty(1, 3, height, width, device="meta"),))
+    # Recurrent layers are an exception: on the meta device PyTorch unrolls them in Python, which takes longer.
+    recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
+    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
+    device = like.device if recurrent else torch.device("meta")
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng(devices=[]):
+        moved: dict[int, Any] = {id(tensor): tensor.detach().to(device) for tensor in module.buffers()}
+        for tensor in module.parameters():
+            moved[id(tensor)] = nn.Parameter(tensor.detach().to(device), tensor.is_floating_point())
+        copy = deepcopy(module, moved).eval()  # it shares what the module shares, but no tensor with the module
+        output = copy(torch.zeros(1, 3, height, width, dtype=like.dtype, device=device))
+    return output, list(copy.parameters())
