@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from io import BufferedReader
+from hashlib import sha256
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar, Unpack
+from typing import TypeVar, Unpack
 
 from PIL import Image
 
@@ -32,6 +31,9 @@ from calm.files import open_regular
 from calm.images import Probe, probe
 
 T = TypeVar("T")
+
+MAX_BYTES = 2**32
+"""Most bytes at the end of a file that are compared with those of others."""
 
 
 def check(
@@ -198,9 +200,9 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
     images: list[tuple[tuple[object, ...], str, Record]]
     images = [((), split.name, record) for split in splits for record in split.records]
     groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
-    for look in (_length, _end, _digest):  # whole files are read only where two have the same length and end
+    for most in (0, 4096, MAX_BYTES):  # whole files are read only where two have the same length and end
         groups = defaultdict(list)
-        contents = in_threads(partial(_content, look=look), [record.path for *_, record in images], workers)
+        contents = in_threads(partial(_content, most=most), [record.path for *_, record in images], workers)
         for (key, name, record), content in zip(images, contents, strict=True):
             groups[*key, content].append((name, record))
         groups = {key: members for key, members in groups.items() if len({name for name, _ in members}) > 1}
@@ -219,29 +221,18 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
             elif name != kept:
                 message = f"is in {name}, and the same content in {kept} as {copy.path}"
                 problems.append(Problem("copy", name, record.path, message, record=record.id))
-    return problems
+    return sorted(problems, key=lambda problem: (problem.split, problem.record))
 
 
-def _content(path: Path, look: Callable[[Any], object]) -> object:
-    """Return what ``look`` finds in a file; the path if it finds nothing or the file cannot be read."""
+def _content(path: Path, most: int) -> object:
+    """Return the length and a digest of the last bytes of a file; its path if it is empty or cannot be read."""
     try:
         with open_regular(path) as file:
-            return look(file) or path
+            length = file.seek(0, os.SEEK_END)
+            file.seek(max(0, length - most))
+            return (length, sha256(file.read()).digest()) if length else path
     except (CalmError, OSError):
         return path
-
-
-def _length(file: BinaryIO) -> int:
-    return file.seek(0, os.SEEK_END)
-
-
-def _end(file: BinaryIO) -> bytes:
-    file.seek(max(0, _length(file) - 4096))
-    return file.read()
-
-
-def _digest(file: BufferedReader) -> bytes:
-    return hashlib.file_digest(file, "sha256").digest()
 
 
 def check_cue_files(root: Path, splits: Mapping[str, Split]) -> tuple[list[Problem], str]:

@@ -110,16 +110,13 @@ class CubSource:
 
     root: Path
     layout: ClassVar[Layout] = "cub"
+    listing: ClassVar[str] = "images.txt and train_test_split.txt"
     splits: ClassVar[tuple[str, ...]] = ("train", "test")
 
     @cached_property
     def class_names(self) -> tuple[str, ...]:
         """The official names with their numbers, such as "001.Black_footed_Albatross"."""
         return read_names(self.root / "classes.txt")
-
-    def listing(self, split: str) -> str:
-        """Return the files that say which images a split has, for messages."""
-        return "images.txt and train_test_split.txt"
 
     def read(self, split: str) -> Split:
         """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,11 +28,7 @@ LAYOUTS: dict[str, str] = {
 }
 """Every layout, and what is looked for; detection tries them in this order."""
 
-SPLIT_FOLDERS = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation", "dev"),
-    "test": ("test", "testing"),
-}
+SPLIT_FOLDERS = {"train": "train training", "val": "val valid validation dev", "test": "test testing"}
 """The names, in lower case, of folders that are taken for a split."""
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
@@ -123,7 +120,7 @@ def read_splits(
         if name not in splits or not splits[name].records:
             Report.of(splits.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
-            where = f" (listed by {source.listing(name)})" if name in source.splits else ""
+            where = f" (listed by {source.listing.format(split=name)})" if name in source.splits else ""
             message = f"{source.root} has no image for split {name!r}{where}; splits with files of their own: {own}"
             raise CalmError(message)
     return {name: splits[name] for name in wanted}
@@ -150,12 +147,7 @@ def carve(
     Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but at least
     one where the class has two images or more, and never the last. The result is the same on every machine, in
     whatever order the records come: (the rest, the carved part), each in the order of ``records``.
-
-    Raises:
-        CalmError: ``fraction`` is not in (0, 1).
     """
-    if not 0 < fraction < 1:
-        raise CalmError(f"val_fraction is {fraction}: a share to carve lies between 0 and 1")
     by_class: dict[int, list[tuple[bytes, str]]] = defaultdict(list)
     for record in records:
         by_class[record.label].append((sha256(f"{seed}:{salt}:{record.id}".encode()).digest(), record.id))
@@ -196,7 +188,7 @@ def fingerprint(split: Split, *, file_sizes: bool = False) -> str:
     """
     digest = sha256(json.dumps([split.name, split.class_names]).encode())
     for record in sorted(split.records, key=lambda record: record.id):
-        masks = [_relative(mask, split.root) for mask in record.all_masks]
+        masks = [Path(os.path.relpath(mask, split.root)).as_posix() for mask in record.all_masks]
         line: list[Any] = [record.id, record.label, record.boxes, masks]
         if file_sizes:
             try:
@@ -241,25 +233,13 @@ def match_classes(model_names: Sequence[str], data_names: Sequence[str], *, mode
     raise CalmError(
         f"{model} knows {len(model_names):,} classes, {data} has {len(data_names):,}, and their names differ{hint}\n"
         f"  only in {data}: {first_of(wrong)}\n  only in {model}: {first_of(spare)}\n"
-        "give the classes the same names: in classes.txt or the names of the data's folders, or in the model's"
-        " calm.json"
+        "give the classes the same names: in classes.txt, the names of class folders, or the model's calm.json"
     )
 
 
-def _relative(path: Path, root: Path) -> str:
-    """Return ``path`` relative to the data folder, wherever that is."""
-    for base in (root, root.parent):
-        if path.is_relative_to(base):
-            return path.relative_to(base).as_posix()
-    return path.name
-
-
 def summary(split: Split, *, file_sizes: bool = False) -> dict[str, Any]:
-    """Return facts about a split, ready for JSON.
-
-    They are ``split``, ``images``, ``classes``, ``class_counts`` (by name; only classes with images), ``with_boxes``
-    and ``with_masks`` (numbers of images), ``origin`` (own files, or carved), and ``fingerprint``.
-    """
+    """Return facts about a split, ready for JSON: its name, numbers of images (``class_counts``: of each class that has
+    any), ``origin`` (own files, or carved) and `fingerprint`."""
     counts = dict(zip(split.class_names, split.class_counts(), strict=True))
     return {
         "split": split.name,
@@ -279,6 +259,7 @@ class FolderSource:
 
     root: Path
     layout: ClassVar[Layout] = "folder"
+    listing: ClassVar[str] = "its folder"
 
     @cached_property
     def folders(self) -> dict[str, Path]:
@@ -290,7 +271,7 @@ class FolderSource:
         found: dict[str, Path] = {}
         for folder in _folders(self.root):
             for split, names in SPLIT_FOLDERS.items():
-                if folder.name.lower() in names and found.setdefault(split, folder) != folder:
+                if folder.name.lower() in names.split() and found.setdefault(split, folder) != folder:
                     raise CalmError(f"{found[split]} and {folder} are both the split {split!r}: rename or remove one")
         # A folder called train may also be a class: then it has images, and no folders of classes.
         divided = any(map(_class_folders, found.values()))
@@ -310,10 +291,6 @@ class FolderSource:
         if len(names) < 2 and "train" in self.splits:
             raise CalmError(f"{base}: a classifier needs two class folders or more, found {first_of(names)}")
         return tuple(sorted(names, key=int) if are_numbers(names) else names)
-
-    def listing(self, split: str) -> str:
-        """Return the folder that holds the images of a split, for messages."""
-        return f"the folder {self.folders.get(split, self.root)}"
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; it must have no class that train lacks, and all names must be UTF-8 text."""

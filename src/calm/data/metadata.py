@@ -118,15 +118,8 @@ looks, then where its own download scripts put the files."""
 def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
     """Return the folder that the ids of one split are relative to.
 
-    Args:
-        root: the folder that holds ``CUB/``, ``ILSVRC/`` or ``OpenImages/``; or that folder itself; or the folder that
-            the ids are relative to.
-        name: key of `IMAGE_ROOTS`; empty: ``root`` is the answer.
-        split: its name.
-        ids: its ids; the folder that has most of 20 of them is the answer.
-
-    Raises:
-        CalmError: none of the folders has any of those images.
+    Of released data (``name`` is a key of `IMAGE_ROOTS`) it is the folder that has most of 20 of them, where ``root``
+    is the folder that holds ``CUB/``, ``ILSVRC/`` or ``OpenImages/``, that folder itself, or the answer.
     """
     if not name:
         return root
@@ -147,19 +140,13 @@ MAX_CLASSES = 1_000_000
 
 @dataclass(frozen=True)
 class MetadataSource:
-    """A data set in the metadata format.
-
-    Attributes:
-        root: the data root.
-        lists: the folder with ``train/``, ``val/`` and ``test/``.
-        name: the released data set (a key of `IMAGE_ROOTS`) whose image folders differ by split; empty for a data set
-            whose ids are relative to ``root``.
-    """
+    """A data set in the metadata format."""
 
     root: Path
-    lists: Path
-    name: str = ""
+    lists: Path  # the folder with train/, val/ and test/
+    name: str = ""  # of the released data set (see `images_root`), if it is one
     layout: ClassVar[Layout] = "metadata"
+    listing: ClassVar[str] = f"{{split}}/{IDS}"
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -180,17 +167,12 @@ class MetadataSource:
             path = self.lists / split / LABELS
             for name, line in read_labels(path, ProblemLog(split)).items():
                 if line.value >= MAX_CLASSES:
-                    raise CalmError(
-                        f"{path}:{line.number}: label {line.value} of {name}: without classes.txt the classes are"
-                        f" 0 .. the largest label, and more than {MAX_CLASSES:,} are not read"
-                    )
+                    rule = f"are 0 .. the largest label, and more than {MAX_CLASSES:,} are not read"
+                    label = f"{path}:{line.number}: label {line.value} of {name}"
+                    raise CalmError(f"{label}: without classes.txt the classes {rule}")
                 if line.value >= 0:
                     labels[name] = line.value
         return names_from_folders(labels)
-
-    def listing(self, split: str) -> str:
-        """Return the file that says which images a split has, for messages."""
-        return str(self.lists / split / IDS)
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; what is wrong with single lines is in the result's ``problems``."""
