@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_files import write_pack
 from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 
@@ -241,3 +242,10 @@ def test_readers_of_cues_read_the_example_of_the_documentation(tmp_path):
     assert class_pairs(present, group_votes(names, (wheels, roof))) == [CuePair(0, 1, (0,))]
     seen = read_part_points(tmp_path)
     assert seen.visible_groups((wheels, roof)).tolist() == [[True, False]]
+
+
+def test_read_cues_of_other_data_names_the_page_about_them(tmp_path):
+    write_pack(tmp_path)
+    for read in (read_class_attributes, read_pairs, read_part_points):
+        with pytest.raises(CalmError, match=r"there is no .*: cue localization needs .*docs/cue-data\.md"):
+            read(tmp_path)

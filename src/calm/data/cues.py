@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,29 +24,19 @@ from calm.errors import CalmError, shown
 from calm.files import read_yaml
 from calm.images import read_pixels, resize_image
 
-PROTOCOL_SIZE = (224, 224)
-"""(height, width) of the protocol's pixels."""
-
-PRESENT_PERCENT = 50.0
-"""A class has an attribute if at least this percentage of its annotations say so."""
+PROTOCOL_SIZE, PRESENT_PERCENT = (224, 224), 50.0
+"""(height, width) of the protocol's pixels; a class has an attribute if this percentage of annotations say so."""
 
 MAX_GROUPS, MAX_PARTS, MAX_COORDINATE = 31, 1000, 1e6
 """Most part groups and parts of a data set; largest coordinate of a part point, in pixels."""
 
 
-@dataclass(frozen=True)
-class PartGroup:
-    """Parts that are compared as one.
+class PartGroup(NamedTuple):
+    """Parts that are compared as one."""
 
-    Attributes:
-        name: unique name.
-        words: an attribute whose name contains one of them belongs to the group.
-        points: the group's points; each is the mean of the visible ones of these part numbers (from 1).
-    """
-
-    name: str
-    words: tuple[str, ...]
-    points: tuple[tuple[int, ...], ...]
+    name: str  # unique
+    words: tuple[str, ...]  # an attribute whose name contains one of them belongs to the group
+    points: tuple[tuple[int, ...], ...]  # each is the mean of the visible ones of these part numbers (from 1)
 
 
 CUB_GROUPS = (
@@ -61,8 +51,7 @@ CUB_GROUPS = (
 """The seven part groups of the paper's protocol, in its order."""
 
 
-@dataclass(frozen=True)
-class CuePair:
+class CuePair(NamedTuple):
     """Two classes, ``first < second``, and the part groups (indices, ascending) in which they differ."""
 
     first: int
@@ -72,17 +61,11 @@ class CuePair:
 
 @dataclass(frozen=True)
 class PartPoints:
-    """Part points of images.
+    """Part points of images."""
 
-    Attributes:
-        ids: the images, as in ``Record.id``.
-        xy: (n, parts, 2) float64: x to the right, y down, in pixels of the stored image.
-        visible: (n, parts) bool; the xy of the others mean nothing.
-    """
-
-    ids: tuple[str, ...]
-    xy: Float[Tensor, "n p 2"]
-    visible: Bool[Tensor, "n p"]
+    ids: tuple[str, ...]  # the images, as in ``Record.id``
+    xy: Float[Tensor, "n p 2"]  # float64: x to the right, y down, in pixels of the stored image
+    visible: Bool[Tensor, "n p"]  # the xy of the others mean nothing
 
     def select(self, ids: Iterable[str]) -> PartPoints:
         """Return the points of the images ``ids``, in their order; each must have points."""
@@ -121,8 +104,7 @@ class PartPoints:
 def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) -> Bool[Tensor, "a g"]:
     """Return which part groups each attribute belongs to: by substring of its whole name, as in the protocol.
 
-    So ``has_shape::long-legged-like`` votes for the legs, though it is about the whole bird. On CUB that changes no
-    pair and none of its groups (tests/test_data_cues.py).
+    So ``has_shape::long-legged-like`` votes for the legs, which changes no pair of CUB and none of its groups.
 
     >>> group_votes(["has_eye_color::black", "has_size::small", "has_under_tail_color::buff"]).int().argmax(1)
     tensor([0, 0, 4])
@@ -196,7 +178,7 @@ def part_regions(
 
 
 def read_part_groups(root: Path) -> tuple[PartGroup, ...]:
-    """Return the part groups of ``parts/groups.yaml`` (docs/cue-data.md), or CUB's without such a file."""
+    """Return the part groups of ``parts/groups.yaml``, or CUB's without such a file."""
     path = root / "parts" / "groups.yaml"
     if not path.is_file():
         return CUB_GROUPS
@@ -218,8 +200,8 @@ def _part_group(where: str, group: str, entry: Any) -> PartGroup:
     if not _is_list(words, lambda word: isinstance(word, str) and word != ""):
         raise CalmError(f"{where}words of {group} must be a list of texts, got {shown(words)}")
     if not _is_list(points, lambda point: _is_list(point, lambda n: type(n) is int and 0 < n <= MAX_PARTS)):
-        allowed = f"1 to {MAX_PARTS:,}"
-        raise CalmError(f"{where}points of {group} must be lists of part numbers, {allowed}, got {shown(points)}")
+        form = f"lists of part numbers, 1 to {MAX_PARTS:,}"
+        raise CalmError(f"{where}points of {group} must be {form}, got {shown(points)}")
     return PartGroup(name, tuple(words), tuple(map(tuple, points)))
 
 
@@ -228,13 +210,20 @@ def _is_list(value: Any, is_member: Callable[[Any], bool]) -> bool:
     return isinstance(value, list) and bool(value) and all(map(is_member, value))
 
 
+def _needed(*places: Path) -> Path:
+    """Return the first of the places that there is."""
+    if path := next(filter(Path.exists, places), None):
+        return path
+    needs = "cue localization needs class attributes and part points as CUB_200_2011 has them (docs/cue-data.md)"
+    raise CalmError(f"there is no {places[0]}: {needs}")
+
+
 def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c a"]]:
     """Return the names of the attributes, and which class has which (at least 50 percent).
 
     ``attributes.txt`` is also found in ``root`` and beside it, where CUB's archive leaves it.
     """
-    places = [folder / "attributes.txt" for folder in (root / "attributes", root, root.parent)]
-    path = next(filter(Path.is_file, places), places[0])
+    path = _needed(*(folder / "attributes.txt" for folder in (root / "attributes", root, root.parent)))
     names: list[str] = []
     for line, text in numbered_lines(path):
         number, _, name = text.partition(" ")
@@ -252,7 +241,7 @@ def read_class_attributes(root: Path) -> tuple[tuple[str, ...], Bool[Tensor, "c 
             raise CalmError(f"found {wrong[0]:g}")
         return values
 
-    table = root / "attributes" / "class_attribute_labels_continuous.txt"
+    table = _needed(root / "attributes" / "class_attribute_labels_continuous.txt")
     form = f"{len(names)} percentages from 0 to 100, one per attribute"
     rows = [values for _, values in parsed_lines(table, percentages, form)]
     return tuple(names), torch.tensor(rows, dtype=torch.float64).reshape(-1, len(names)) >= PRESENT_PERCENT
@@ -275,7 +264,7 @@ def read_part_points(root: Path) -> PartPoints:
     """
     rows: dict[str, int] = {}
     ids: dict[str, None] = {}
-    images, names = root / "images.txt", root / "parts" / "parts.txt"
+    images, names, path = (_needed(root / file) for file in ("images.txt", "parts/parts.txt", "parts/part_locs.txt"))
     for line, text in numbered_lines(images):
         number, _, name = (part.strip() for part in text.partition(" "))
         if number in rows or name in ids or not name:
@@ -294,7 +283,6 @@ def read_part_points(root: Path) -> PartPoints:
             raise ValueError
         return number, int(part), x, y, bool(seen)
 
-    path = root / "parts" / "part_locs.txt"
     form = f"'image-number part-number x y visible(0|1)', x and y at most {MAX_COORDINATE:,.0f}"
     for line, (number, part, x, y, seen) in parsed_lines(path, point, form):
         if number not in rows or not 1 <= part <= parts:
