@@ -11,17 +11,18 @@ from pathlib import Path
 import numpy as np
 
 import calm
-from calm.data import load_split
+from calm.data import load_split, match_classes
 
 
 def write_maps(run: str, data: str, out: Path, method: str, batch_size: int = 32) -> None:
     """Write one file for each test image; the model's own maps need one forward pass."""
     model = calm.load(run).eval()
-    records = load_split(data, "test").records
+    split = load_split(data, "test")
+    records, classes = split.records, match_classes(model.class_names, split.class_names, model=run, data=data)
     for start in range(0, len(records), batch_size):
         batch = records[start : start + batch_size]
         images = model.preprocess([record.path for record in batch])
-        maps = calm.attribute(model, images, [record.label for record in batch], method, size=(224, 224))
+        maps = calm.attribute(model, images, [classes[record.label] for record in batch], method, size=(224, 224))
         for record, values in zip(batch, calm.normalize(maps, "minmax"), strict=True):
             file = out / f"{record.id}.npy"
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -35,10 +35,15 @@ def place(tmp_path_factory):
     root = tmp_path_factory.mktemp("evaluate")
     write_birds(root / "birds", species=4, images_per_species=6, size=40, seed=2, workers=1)
     torch.manual_seed(0)
-    size = calm.Preprocessing(size=(48, 48))
     for method in ("calm-em", "cam"):
-        calm.create_model("small_resnet", 4, method, preprocessing=size).save_pretrained(root / method)
+        new_model(root, method).save_pretrained(root / method)
     return root
+
+
+def new_model(root, method, *, names=None):
+    size = calm.Preprocessing(size=(48, 48))
+    names = names or load_split(root / "birds", "test").class_names
+    return calm.create_model("small_resnet", len(names), method, class_names=names, preprocessing=size)
 
 
 def words(place, *more, models=("calm-em", "cam")):
@@ -180,9 +185,7 @@ def test_result_path_does_not_depend_on_the_label(place, tmp_path):
 
     shutil.copytree(place / "cam", tmp_path / "cam")
     torch.manual_seed(1)
-    calm.create_model("small_resnet", 4, "cam", preprocessing=calm.Preprocessing(size=(48, 48))).save_pretrained(
-        tmp_path / "other"
-    )
+    new_model(place, "cam").save_pretrained(tmp_path / "other")
     alone = ["classification", *words(tmp_path, "--out", str(tmp_path / "out"), models=("cam",))]
     alone[alone.index(str(tmp_path / "birds"))] = str(place / "birds")
     (first,) = evaluate(alone)
@@ -305,9 +308,34 @@ def test_evaluate_refuses_a_map_kind_that_no_model_has(place):
 
 
 def test_evaluate_refuses_a_model_of_other_classes(place, tmp_path):
-    calm.create_model("small_resnet", 3, "cam").save_pretrained(tmp_path / "three")
-    with pytest.raises(CalmError, match="knows 3 classes"):
-        evaluate(["classification", "--model", str(tmp_path / "three"), "--data", str(place / "birds")])
+    for names in (["x", "y", "z"], ["v", "x", "y", "z"]):
+        new_model(place, "cam", names=names).save_pretrained(tmp_path / "other")
+        with pytest.raises(CalmError, match=rf"(?s)/other knows {len(names)} classes, .*only in .*birds.*Finch.*x, y, z"):
+            evaluate(["classification", "--model", str(tmp_path / "other"), "--data", str(place / "birds")])
+    assert not (tmp_path / "other/evaluation").exists()
+
+
+def test_evaluate_matches_classes_by_name(place, tmp_path):
+    """A model that numbers the classes of the data otherwise, and knows more, gives the same figures."""
+    model = calm.load(place / "calm-em")
+    order = [2, 0, 3, 1]
+    other = new_model(place, "calm-em", names=["none", *(model.class_names[number] for number in order)])
+    other.backbone.load_state_dict(model.backbone.state_dict())
+    with torch.no_grad():
+        for own, given in zip(other.head.parameters(), model.head.parameters(), strict=True):
+            own.copy_(torch.cat([given[:1] - 50, given[order]]) if len(own) == 5 else given)
+    other.save_pretrained(tmp_path / "other")
+    shutil.copytree(place / "calm-em", tmp_path / "calm-em")
+    flags = words(place, "--out", str(tmp_path / "out"), "--replicates", "0", models=())
+    for name in ("all", "insertion-deletion"):
+        results = evaluate([name, *flags, "--model", str(tmp_path / "calm-em"), str(tmp_path / "other")])
+        for one, two in zip(results[::2], results[1::2], strict=True):
+            assert one.figures.keys() == two.figures.keys()
+            assert one.scores == pytest.approx(two.scores, abs=1e-4)
+            for figure, estimate in one.figures.items():
+                assert two.figures[figure].value == pytest.approx(estimate.value, abs=1e-4, nan_ok=True), figure
+            assert two.provenance["subject"]["classes"] == [2, 4, 1, 3]
+            assert "classes" not in one.provenance["subject"]
 
 
 def test_format_estimate_writes_figures_in_their_unit():

@@ -33,10 +33,11 @@ def birds(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def models():
+def models(birds):
     torch.manual_seed(0)
     size = calm.Preprocessing(size=(48, 48))
-    return {m: calm.create_model("small_resnet", 5, m, preprocessing=size).eval() for m in ("calm-em", "cam")}
+    known = {"class_names": birds[1].class_names, "preprocessing": size}
+    return {m: calm.create_model("small_resnet", 5, m, **known).eval() for m in ("calm-em", "cam")}
 
 
 def slow_pairs(root):

@@ -94,7 +94,9 @@ def place(tmp_path_factory):
     write_birds(root / "birds", species=3, images_per_species=10, size=40, seed=2, workers=1)
     torch.manual_seed(0)
     size = calm.Preprocessing(size=(48, 48))
-    calm.create_model("small_resnet", 3, "calm-em", preprocessing=size).save_pretrained(root / "model")
+    names = load_split(root / "birds", "test").class_names
+    model = calm.create_model("small_resnet", 3, "calm-em", class_names=names, preprocessing=size)
+    model.save_pretrained(root / "model")
     return root
 
 

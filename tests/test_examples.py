@@ -62,7 +62,8 @@ def test_it_learns_and_localises(minimal, capsys):
 def test_written_maps_give_the_figures_of_their_model(tmp_path):
     write_birds(tmp_path / "birds", species=3, images_per_species=4, test_fraction=0.5, size=64)
     torch.manual_seed(0)
-    model = calm.create_model("tiny_resnet", 3, preprocessing=calm.Preprocessing(size=(32, 32)))
+    names = calm.data.load_split(tmp_path / "birds", "test").class_names[::-1]
+    model = calm.create_model("tiny_resnet", 3, class_names=names, preprocessing=calm.Preprocessing(size=(32, 32)))
     model.save_pretrained(tmp_path / "model")
     load_example("write_maps").write_maps(
         str(tmp_path / "model"), str(tmp_path / "birds"), tmp_path / "maps", "joint", batch_size=4

@@ -149,7 +149,7 @@ def cue_localization(
     """Compare difference maps of class pairs with the parts in which the classes differ.
 
     Args:
-        subject: its class indices are those of the split.
+        subject: its classes are matched with those of the split by name.
         split: the images.
         root: of the data set, or what `read_cue_data` read there.
         counts: numbers of differing part groups that make a pair; not used if ``root`` is data already.
@@ -174,10 +174,10 @@ def cue_localization(
     measured: list[_Samples] = []
     at_once = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
     reading["progress"] = scaled_progress(reading.get("progress"), len(data.samples), len(split.records))
-    used = list(data.samples)
+    used, model_class = list(data.samples), subject.classes(split)
     for images, _, positions in batches(split, subject.preprocessing, subject.device, used, **reading):
         plan = _Plan.of(data, positions)
-        grid = subject.predict(images).maps(plan.classes.to(subject.device))
+        grid = subject.predict(images).maps(model_class[plan.classes].to(subject.device))
         bits = data.bits(data.regions(split.records, positions)).to(subject.device)
         object_pixels = count_pixels(bits.to(torch.bool))
         parts: list[_Samples] = []

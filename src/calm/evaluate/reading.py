@@ -101,7 +101,7 @@ class Batch(NamedTuple):
 
     Attributes:
         images: normalised, the model's input.
-        labels: the right classes.
+        labels: the right classes, by the model's numbers.
         keys: positions in the split.
         prediction: of the images.
     """
@@ -120,9 +120,9 @@ def predictions(
     Raises:
         CalmError: a label that the subject has no class for; see `batches`.
     """
-    indices = range(len(split.records)) if indices is None else indices
+    indices, model_class = range(len(split.records)) if indices is None else indices, subject.classes(split)
     for images, labels, positions in batches(split, subject.preprocessing, subject.device, indices, **reading):
-        prediction = subject.predict(images)
+        labels, prediction = model_class[labels], subject.predict(images)
         classes = prediction.probs.shape[1]
         if int(labels.max()) >= classes:
             raise CalmError(

@@ -123,24 +123,24 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
     unused = set(methods)
     for source in dict.fromkeys(config.model):
         model = load(source, map_location="cpu").to(device).eval()
-        if model.config.num_classes != split.num_classes:
-            raise CalmError(f"{source} knows {model.config.num_classes} classes, {config.data} has {split.num_classes}")
         family = "cam" if model.config.method == "cam" else "calm"
         for method in methods or [model.map_kind()]:
             if method not in BASELINES and MAP_KINDS[method].family != family:
                 continue
             unused.discard(method)
             options = {name: getattr(config, name) for name in ("steps", "samples") if _reads(method, name)}
-            subjects.append(
-                model_subject(
-                    model,
-                    method=method,
-                    about={"model": str(Path(source).resolve()) if Path(source).is_dir() else source},
-                    normalization=config.norm,
-                    thresholds=config.thresholds,
-                    **{name: value for name, value in options.items() if value is not None},
-                )
+            subject = model_subject(
+                model,
+                method=method,
+                about={"model": str(Path(source).resolve()) if Path(source).is_dir() else source},
+                normalization=config.norm,
+                thresholds=config.thresholds,
+                **{name: value for name, value in options.items() if value is not None},
             )
+            numbers = subject.classes(split).tolist()
+            if numbers != list(range(split.num_classes)):  # results of a matching by number are others
+                subject = replace(subject, about={**subject.about, "classes": numbers})
+            subjects.append(subject)
     for method in methods:
         if method in unused and config.model:
             needed = MAP_KINDS[method].family.upper()

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from calm import baselines
 from calm.data.cues import PROTOCOL_SIZE
+from calm.data.loading import match_classes
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
 from calm.files import open_regular
@@ -73,6 +74,17 @@ class Subject:
     about: Mapping[str, Any] = field(default_factory=dict)
     model: CalmModel | None = None
     predict_with: Callable[[CalmModel, Tensor], Prediction] | None = None
+
+    def classes(self, split: Split) -> Int[Tensor, " c"]:
+        """Return the class of the prediction that is each class of the data: by name if there is a model, or by number.
+
+        Raises:
+            CalmError: see `calm.data.match_classes`.
+        """
+        if self.model is None:
+            return torch.arange(split.num_classes)
+        name = str(self.about.get("model", self.label))
+        return torch.tensor(match_classes(self.model.class_names, split.class_names, model=name, data=str(split.root)))
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,8 @@ def test_split(flags: Flags, model: CalmModel) -> Split:
     split, classes = splits["test"], model.config.num_classes
     if split.num_classes != classes:
         raise CalmError(f"the checkpoint has {classes} classes, but {flags.lists} has {split.num_classes}")
+    if model.class_names == tuple(map(str, range(classes))):  # released checkpoints number classes as the lists do
+        model.class_names = split.class_names
     return split
 
 
