@@ -310,7 +310,9 @@ def test_evaluate_refuses_a_map_kind_that_no_model_has(place):
 def test_evaluate_refuses_a_model_of_other_classes(place, tmp_path):
     for names in (["x", "y", "z"], ["v", "x", "y", "z"]):
         new_model(place, "cam", names=names).save_pretrained(tmp_path / "other")
-        with pytest.raises(CalmError, match=rf"(?s)/other knows {len(names)} classes, .*only in .*birds.*Finch.*x, y, z"):
+        with pytest.raises(
+            CalmError, match=rf"(?s)/other knows {len(names)} classes, .*only in .*birds.*Finch.*x, y, z"
+        ):
             evaluate(["classification", "--model", str(tmp_path / "other"), "--data", str(place / "birds")])
     assert not (tmp_path / "other/evaluation").exists()
 
@@ -325,10 +327,9 @@ def test_evaluate_matches_classes_by_name(place, tmp_path):
         for own, given in zip(other.head.parameters(), model.head.parameters(), strict=True):
             own.copy_(torch.cat([given[:1] - 50, given[order]]) if len(own) == 5 else given)
     other.save_pretrained(tmp_path / "other")
-    shutil.copytree(place / "calm-em", tmp_path / "calm-em")
-    flags = words(place, "--out", str(tmp_path / "out"), "--replicates", "0", models=())
+    flags = words(place, "--out", str(tmp_path / "out"), "--replicates", "0", models=("calm-em", tmp_path / "other"))
     for name in ("all", "insertion-deletion"):
-        results = evaluate([name, *flags, "--model", str(tmp_path / "calm-em"), str(tmp_path / "other")])
+        results = evaluate([name, *flags])
         for one, two in zip(results[::2], results[1::2], strict=True):
             assert one.figures.keys() == two.figures.keys()
             assert one.scores == pytest.approx(two.scores, abs=1e-4)

@@ -45,8 +45,11 @@ def split(tmp_path):
     return load_split(write_pack(tmp_path, dict.fromkeys(("train", "val", "test"), labels)), "test")
 
 
+NAMES = ("cat", "dog")
+
+
 def model_of(method: str = "calm-em"):
-    model = create_model(Net(), 2, method, preprocessing=Preprocessing(size=(16, 20)))
+    model = create_model(Net(), 2, method, class_names=NAMES, preprocessing=Preprocessing(size=(16, 20)))
     with torch.no_grad():
         for weight in model.parameters():
             weight.mul_(4)  # predictions that erasing can change
@@ -210,8 +213,10 @@ def test_predictions_refuse_more_classes_than_the_model_has(tmp_path):
     classes = [f"{i} n{i} class{i}" for i in range(3)]
     split = load_split(write_pack(tmp_path, labels, classes=classes), "test")
     for benchmark in (remove_and_classify, classification):
-        with pytest.raises(CalmError, match="classes 0 to 1"):
+        with pytest.raises(CalmError, match="knows 2 classes"):
             benchmark(model_subject(model_of()), split)
+        with pytest.raises(CalmError, match="classes 0 to 1"):
+            benchmark(replace(model_subject(model_of()), model=None), split)
 
 
 def test_classification_agrees_with_the_joint(split):

@@ -152,7 +152,9 @@ def tiny(method: str = "calm-em", classes: int = 3) -> CalmModel:
 def test_measure_adds_up_to_the_benchmark(tmp_path: Path) -> None:
     project = write_released_cub(tmp_path, images=8)
     split = load_split(project / "dataset" / "CUB", "test")
-    subject = model_subject(tiny())
+    model = tiny()
+    model.class_names = split.class_names
+    subject = model_subject(model)
     measures = measure(subject, split, batch_size=5, workers=0, seed=2)
     figures = remove_and_classify(subject, split, batch_size=4, draws=1, seed=2, replicates=2).figures
     topk, random = measures["preds-topk"], measures["preds-random"]

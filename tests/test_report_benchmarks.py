@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from PIL import Image
 from test_report import Texts, drawn_paths
 
+import calm
 from calm.cli import main
 from calm.data.loading import load_split
 from calm.errors import CalmError
@@ -26,6 +28,7 @@ from calm.report.found import PUBLISHED, Group, find_groups, styles
 from calm.report.gallery import choose, gallery, maps_of, scenes
 from calm.report.overview import report_page
 from calm.report.page import Section, render
+from calm.report.story import Classifier
 from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
@@ -315,6 +318,19 @@ def test_scenes_of_cues_ask_about_a_pair_and_outline_what_differs(birds):
     torch.testing.assert_close(values, (one - other).abs(), atol=1e-6, rtol=1e-4)
 
 
+def test_gallery_of_a_model_with_another_order_of_classes(birds):
+    _, split, model, provenance, scores = birds
+    other = {**provenance, "subject": {**provenance["subject"], "classes": [2, 0, 3, 1]}}
+    result = made(provenance=other, scores=scores)
+    (values,) = maps_of(result, scenes(group(result), [split.records[0].id]))
+    output = model(model.preprocess(split.records[0].path))
+    expected = output.joint[0, [2, 0, 3, 1][split.records[0].label]].detach()
+    torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-4)
+    other_names = replace(split, class_names=split.class_names[::-1])
+    with pytest.raises(CalmError, match="the CALM model has the data's classes in another order"):
+        Classifier.predicting("CALM", model, other_names)
+
+
 def test_gallery_says_what_it_cannot_show(birds, tmp_path):
     _, _, _, provenance, scores = birds
     lost = {**provenance, "subject": {**provenance["subject"], "model": str(tmp_path / "gone")}}
@@ -390,7 +406,11 @@ def test_report_shows_classes_of_any_data_set_and_two_of_them_apart(birds, tmp_p
             place = tmp_path / "photos" / part / names[record.label]
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{number}.jpg").write_bytes(record.path.read_bytes())
-    for root in (folder / "birds", tmp_path / "photos"):
+    model = calm.load(folder / "model")
+    model.class_names = load_split(tmp_path / "photos", "test").class_names
+    model.save_pretrained(tmp_path / "model")
+    for root, saved in ((folder / "birds", folder / "model"), (tmp_path / "photos", tmp_path / "model")):
+        provenance = {**provenance, "subject": {**provenance["subject"], "model": str(saved)}}
         said = of_calm(provenance, root=str(root), fingerprint=root.name)
         figures = {"top1": Estimate(0.25, 0.2, 0.3)}
         made("classification", figures=figures, provenance=said).save(tmp_path / "e" / f"{root.name}.json")

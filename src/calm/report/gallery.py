@@ -134,7 +134,10 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
     model = load_model(result)
     asked = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
     images = model.preprocess([scene.picture for scene in scenes])
-    maps = asked.predict(images).maps(torch.tensor([scene.classes for scene in scenes])).detach()
+    classes = torch.tensor([scene.classes for scene in scenes])
+    if "classes" in known:  # the model numbers them in another order
+        classes = torch.tensor(known["classes"])[classes]
+    maps = asked.predict(images).maps(classes).detach()
     return list(maps[:, 0] if maps.shape[1] == 1 else (maps[:, 0] - maps[:, 1]).abs())
 
 

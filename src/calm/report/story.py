@@ -52,7 +52,10 @@ class Classifier:
     @classmethod
     def predicting(cls, name: str, model: CalmModel, split: Split) -> Classifier:
         """The model with its predictions for the images of a split."""
-        batches = predictions(model_subject(model), split, batch_size=BATCH)
+        asked = model_subject(model)
+        if asked.classes(split).tolist() != list(range(model.config.num_classes)):
+            raise CalmError(f"the {name} model has the data's classes in another order, or more classes")
+        batches = predictions(asked, split, batch_size=BATCH)
         return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches]))
 
     def says(self, image: int) -> int:
