@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import released_layouts as oracle
 import torch
+import torchvision
 from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from calm.backbones import BACKBONES, build_backbone
+from calm.backbones import BACKBONES, build_backbone, grid_size
 from calm.backbones.timm_models import run_on_meta
 from calm.errors import CalmError
 from calm.model import create_model
@@ -17,7 +18,7 @@ LAYOUTS = [*oracle.VARIANTS, ("vgg16", True, False), ("vgg16", False, True), ("i
 
 
 def output_shape(backbone, height, width):
-    return tuple(run_on_meta(backbone, height, width)[0].shape)
+    return tuple(run_on_meta(backbone, (3, height, width))[0].shape)
 
 
 def meta_backbone(architecture, large, use_bn=True):
@@ -118,3 +119,21 @@ def test_build_backbone_suggests_names_close_to_an_unknown_one(name, close):
 def test_build_backbone_refuses_an_option_that_the_backbone_lacks(name, option, instead):
     with pytest.raises(CalmError, match=f"{name!r} has no option {next(iter(option))}.*among {instead}"):
         build_backbone(name, **option)
+
+
+@pytest.mark.parametrize("name", [*BACKBONES, "timm/resnet18"])
+@pytest.mark.parametrize("channels", [1, 13])
+def test_build_backbone_takes_images_of_other_channels(name, channels):
+    with torch.device("meta"):
+        backbone = build_backbone(name, in_channels=channels)
+    assert run_on_meta(backbone, (channels, 64, 64))[0].shape[1] == backbone.out_channels
+    assert grid_size(backbone, (64, 64), 3) is None
+
+
+def test_build_backbone_spreads_pretrained_weights_over_the_channels(monkeypatch):
+    state = {key: torch.rand(tensor.shape) for key, tensor in meta_backbone("resnet50", True).state_dict().items()}
+    monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self, **_: state)
+    grey = build_backbone("resnet50", pretrained=True, in_channels=1).conv1.weight
+    assert_close(grey, state["conv1.weight"].sum(dim=1, keepdim=True))
+    many = build_backbone("resnet50", pretrained=True, in_channels=6).conv1.weight
+    assert_close(many, state["conv1.weight"].repeat(1, 2, 1, 1) / 2)

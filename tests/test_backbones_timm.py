@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from calm.backbones import build_backbone, check_size
 from calm.backbones.timm_models import TimmBackbone
 from calm.errors import CalmError
+from calm.images import Preprocessing
 from calm.model import create_model
 
 MODELS = {  # name: stride
@@ -108,6 +109,49 @@ def test_check_size_names_the_nearest_sizes_that_fit(name, size, message):
         backbone = build_backbone(name)
     with pytest.raises(CalmError, match=message):
         check_size(backbone, size)
+
+
+def test_create_model_takes_the_size_that_a_timm_model_needs():
+    with torch.device("meta"):
+        model = create_model("botnet26t_256", 3)
+        assert model.preprocessing.size == (256, 256)
+        with pytest.raises(CalmError, match="'botnet26t_256' takes no images of 224 x 224 pixels: take 256 x 256"):
+            create_model("botnet26t_256", 3, preprocessing=Preprocessing((224, 224)))
+        assert create_model("convnext_atto", 3).preprocessing.size == (224, 224)
+
+
+def test_model_given_a_size_that_it_does_not_take_names_those_that_it_takes():
+    with torch.device("meta"):
+        model = create_model("test_vit", 3)
+    with pytest.raises(CalmError, match="takes no images of 250 x 230 pixels: take 240 x 224 or 256 x 240"):
+        model(torch.zeros(1, 3, 250, 230, device="meta"))
+
+
+def test_model_of_one_cell_and_one_image_says_that_batchnorm_needs_more():
+    model = create_model("resnet18", 3).train()
+    with pytest.raises(CalmError, match=r"BatchNorm cannot normalise a batch of one image of 32 x 32 .* one cell"):
+        model(torch.zeros(1, 3, 32, 32))
+
+
+def test_model_passes_other_errors_of_its_backbone_on():
+    class Broken(torch.nn.Conv2d):
+        def forward(self, images):
+            if len(images) == 3:
+                raise RuntimeError("out of memory")
+            return super().forward(images)
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        create_model(Broken(3, 4, 3), 2)(torch.zeros(3, 3, 8, 8))
+
+
+def test_create_model_warns_of_a_coarse_grid():
+    with (
+        torch.device("meta"),
+        pytest.warns(
+            UserWarning, match="'levit_128s' gives a grid of 4 x 4 cells for images of 224 x 224 .* larger images"
+        ),
+    ):
+        create_model("levit_128s", 3)
 
 
 def test_check_size_returns_the_grid_or_none_for_a_module_that_never_runs():

@@ -92,6 +92,17 @@ def test_load_builds_a_backbone_with_its_options(tmp_path, backbone, options):
     assert_close(probabilities(again), probabilities(model), rtol=0, atol=0)
 
 
+def test_load_builds_a_backbone_of_other_channels(tmp_path):
+    model = create_model("small_resnet", 3, in_channels=5).eval()
+    assert model.preprocessing.mean == pytest.approx([0.449] * 5, abs=1e-3)
+    again = load(model.save_pretrained(tmp_path / "model"))
+    assert (again.config.in_channels, again.preprocessing) == (5, model.preprocessing)
+    images = torch.randn(1, 5, 32, 32)
+    assert_close(again(images).probs, model(images).probs, rtol=0, atol=0)
+    with pytest.raises(CalmError, match=r"images must be floats of shape \(B, 5, H, W\)"):
+        again(torch.zeros(1, 3, 32, 32))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_load_keeps_the_dtype(tmp_path, dtype):
     model = trained().to(dtype)
@@ -374,9 +385,9 @@ def test_card_read_accepts_the_sample_of_the_documentation(tmp_path):
 
 def test_card_read_accepts_old_files_without_newer_fields(card_path):
     content = json.loads(card_path.read_text())
-    del content["model"]["use_bn"]
+    del content["model"]["use_bn"], content["model"]["in_channels"]
     card_path.write_text(json.dumps(content))
-    assert Card.read(card_path).model.use_bn is True
+    assert (Card.read(card_path).model.use_bn, Card.read(card_path).model.in_channels) == (True, 3)
 
 
 @pytest.mark.parametrize(

@@ -233,5 +233,5 @@ def test_preprocessing_names_a_page_called_jpg(tmp_path):
 def test_preprocessing_refuses_wrong_settings():
     with pytest.raises(CalmError, match="size"):
         Preprocessing(size=(0, 5))
-    with pytest.raises(CalmError, match="stds"):
+    with pytest.raises(CalmError, match="positive std"):
         Preprocessing(std=(1.0, 0.0, 1.0))

@@ -7,7 +7,7 @@ reads and writes the two files and knows no model; `calm.model` builds one from 
       "format": 1,
       "model": {"backbone": "resnet50", "num_classes": 2, "method": "calm-em", "large_feature_map": true,
                 "use_bn": true, "output_stride": null, "prior_activation": "softplus",
-                "prior_denominator": "differentiated"},
+                "prior_denominator": "differentiated", "in_channels": 3},
       "class_names": ["crow", "raven"],
       "preprocessing": {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
       "training": {"epochs": 40, "test_accuracy": 0.71},

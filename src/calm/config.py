@@ -42,6 +42,7 @@ class ModelConfig:
         large_feature_map: For released architectures: a 28x28 grid for 224x224 input instead of 14x14.
         use_bn: For vgg16 and inception_v3: BatchNorm where the released code makes it optional.
         output_stride: For timm models that support it: image size over grid size.
+        in_channels: The channels of the images: 3 for RGB.
         prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
         prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
     """
@@ -54,11 +55,13 @@ class ModelConfig:
     output_stride: int | None = None
     prior_activation: PriorActivation = "softplus"
     prior_denominator: PriorDenominator = "differentiated"
+    in_channels: int = 3
 
     def __post_init__(self) -> None:
         allowed = {"method": Method, "prior_activation": PriorActivation, "prior_denominator": PriorDenominator}
         for name, kind in allowed.items():
             if getattr(self, name) not in get_args(kind):
                 raise unknown(name, getattr(self, name), get_args(kind))
-        if self.num_classes < 1:
-            raise CalmError(f"num_classes is {self.num_classes}: a classifier needs at least 1")
+        if min(self.num_classes, self.in_channels) < 1:
+            given = f"num_classes is {self.num_classes}, in_channels {self.in_channels}"
+            raise CalmError(f"{given}: a classifier needs at least 1 of each")

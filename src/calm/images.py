@@ -208,8 +208,8 @@ class Preprocessing:
     """
 
     size: tuple[int, int] = (224, 224)
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
         for name in ("size", "mean", "std"):
@@ -217,8 +217,8 @@ class Preprocessing:
         if len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= MAX_INPUT_SIDE:
             form = f"(height, width) in pixels, each 1 to {MAX_INPUT_SIDE}"
             raise CalmError(f"preprocessing size is {shown(self.size)}: give {form}")
-        if len(self.mean) != 3 or len(self.std) != 3 or not min(self.std) > 0:
-            raise CalmError("preprocessing needs three means and three positive stds")
+        if not 1 <= len(self.mean) == len(self.std) or not min(self.std) > 0:
+            raise CalmError("preprocessing needs a mean and a positive std for each channel")
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
         """Return a float32 batch of one or several images, resized by Pillow's antialiased bilinear filter.
@@ -251,12 +251,12 @@ class Preprocessing:
 
     def normalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
         """Return (images - mean) / std, for RGB in [0, 1]."""
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
     def denormalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
         """Return RGB in [0, 1], clipped."""
-        mean, std = (images.new_tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
 
 
@@ -275,11 +275,12 @@ def _open(image: ImageLike) -> Image.Image:
     return Image.fromarray(array)
 
 
-def check_images(images: Tensor) -> None:
-    """Raise a CalmError unless ``images`` is a floating-point tensor of shape (B, 3, H, W)."""
+def check_images(images: Tensor, channels: int = 3) -> None:
+    """Raise a CalmError unless ``images`` is a floating-point tensor of shape (B, channels, H, W)."""
     from torch import Tensor
 
     if not isinstance(images, Tensor):
         raise CalmError(f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files")
-    if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
-        raise CalmError(f"images must be floats of shape (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+    if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+        given = f"{images.dtype} {tuple(images.shape)}"
+        raise CalmError(f"images must be floats of shape (B, {channels}, H, W), got {given}")

@@ -142,9 +142,23 @@ class CalmModel(nn.Module):
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """Return the backbone's features of images, as for `forward`."""
-        check_images(images)
-        features: Tensor = self.backbone(images)
+        check_images(images, self.config.in_channels)
+        try:
+            features: Tensor = self.backbone(images)
+        except Exception as error:
+            self._explain(error, images)
+            raise
         return features
+
+    def _explain(self, error: Exception, images: Tensor) -> None:
+        """Raise a CalmError in place of an error of the backbone, if it is for the size or the number of the images."""
+        from calm.backbones import check_size
+
+        check_size(self.backbone, (images.shape[-2], images.shape[-1]), self.config.in_channels)
+        if "more than 1 value per channel" in str(error):
+            size = f"one image of {images.shape[-2]} x {images.shape[-1]} pixels"
+            fix = "train on larger images or batches, or take a smaller output_stride"
+            raise CalmError(f"BatchNorm cannot normalise a batch of {size}, whose grid is one cell: {fix}") from error
 
     def forward(self, images: Float[Tensor, "b 3 H W"]) -> CalmOutput | CamOutput:
         """Classify images and localise the evidence.
@@ -288,6 +302,7 @@ def create_model(
     output_stride: int | None = None,
     prior_activation: PriorActivation = "softplus",
     prior_denominator: PriorDenominator = "differentiated",
+    in_channels: int = 3,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> CalmModel:
@@ -297,21 +312,24 @@ def create_model(
         backbone: A name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
         pretrained: Whether the backbone starts from ImageNet weights (needs a network the first time).
         class_names: The names of the classes, in the order of their indices.
-        preprocessing: Input size and normalisation; the default is 224x224 and ImageNet's mean and std. Where these are
+        preprocessing: Input size and normalisation; the default is 224x224, or the size of a timm model that needs
+            another, and ImageNet's mean and std (for other channels than 3 the averages of these). Where these are
             ImageNet's and the pretrained weights of a timm model expect others, theirs are taken.
 
     The other arguments are those of `ModelConfig`.
 
     Raises:
-        CalmError: If a name is unknown, a value is impossible, or the backbone returns no feature map.
+        CalmError: If a name is unknown, a value is impossible, the backbone returns no feature map, or does not take
+            images of the preprocessing's size.
 
     >>> model = create_model("small_resnet", num_classes=3)
     >>> model(torch.zeros(2, 3, 64, 64)).probs.shape
     torch.Size([2, 3])
     """
-    from calm.backbones import adapt_backbone, build_backbone
+    from calm.backbones import adapt_backbone, build_backbone, image_size
 
     default = Preprocessing()
+    size = None if preprocessing is None else preprocessing.size
     preprocessing = preprocessing or default
     config = ModelConfig(
         backbone=backbone if isinstance(backbone, str) else "custom",
@@ -322,6 +340,7 @@ def create_model(
         output_stride=output_stride,
         prior_activation=prior_activation,
         prior_denominator=prior_denominator,
+        in_channels=in_channels,
     )
     if isinstance(backbone, str):
         body = build_backbone(
@@ -330,14 +349,22 @@ def create_model(
             large_feature_map=large_feature_map,
             use_bn=use_bn,
             output_stride=output_stride,
+            in_channels=in_channels,
         )
     elif pretrained or output_stride is not None:
         raise CalmError("pretrained and output_stride choose among named backbones: your own module comes as it is")
     else:
-        body = adapt_backbone(backbone, preprocessing.size)
-    expected = getattr(body, "normalization", None)
-    if pretrained and expected and (preprocessing.mean, preprocessing.std) == (default.mean, default.std):
-        preprocessing = replace(preprocessing, mean=expected[0], std=expected[1])
+        body = adapt_backbone(backbone, preprocessing.size, in_channels)
+    preprocessing = replace(preprocessing, size=image_size(body, size, in_channels))
+    if (preprocessing.mean, preprocessing.std) == (default.mean, default.std):
+        published = getattr(body, "normalization", None) if pretrained else None
+        mean, std = published or (default.mean, default.std)
+        if in_channels != 3:
+            mean, std = ((sum(values) / 3,) * in_channels for values in (mean, std))
+        preprocessing = replace(preprocessing, mean=mean, std=std)
+    if len(preprocessing.mean) != in_channels:
+        given = f"in_channels={in_channels}, but preprocessing has {len(preprocessing.mean)} means"
+        raise CalmError(f"{given}: give a mean and a std for each channel")
     channels = int(body.out_channels)  # type: ignore[arg-type]
     head: CalmHead | CamHead
     if method == "cam":

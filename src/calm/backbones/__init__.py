@@ -1,4 +1,4 @@
-"""Backbones: networks that map images (B, 3, H, W) to features (B, D, h, w), with D in the attribute ``out_channels``.
+"""Backbones: networks that map images (B, K, H, W) to features (B, D, h, w), with D in the attribute ``out_channels``.
 
 They are built by name (`build_backbone`), or are the user's own module (`adapt_backbone`).
 """
@@ -6,6 +6,7 @@ They are built by name (`build_backbone`), or are the user's own module (`adapt_
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
 from functools import partial
@@ -13,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from calm.backbones.released import VGG16, InceptionV3, ResNet50
+from calm.backbones.released import VGG16, InceptionV3, ResNet50, initialise
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name, run_on_meta
 from calm.errors import CalmError
@@ -32,6 +33,9 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 STEPS = (2, 4, 8, 14, 16, 28, 32, 64)
 """Sides of patches and windows, in pixels, of whose multiples `check_size` tries the nearest."""
 
+FEW_CELLS = 5
+"""A grid with fewer rows or columns shows little: `image_size` warns."""
+
 
 def build_backbone(
     name: str,
@@ -40,6 +44,7 @@ def build_backbone(
     large_feature_map: bool = True,
     use_bn: bool = True,
     output_stride: int | None = None,
+    in_channels: int = 3,
 ) -> nn.Module:
     """Build a backbone by name; ``timm/NAME`` is timm's model even where `BACKBONES` has one of that name.
 
@@ -49,6 +54,7 @@ def build_backbone(
         large_feature_map: Whether the stride is 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
         use_bn: Whether there is BatchNorm where it is optional (``vgg16``, ``inception_v3``).
         output_stride: Pixels per grid cell; None keeps the model's own (timm models).
+        in_channels: The channels of the images. The pretrained weights of three are spread over any other number.
 
     Raises:
         CalmError: If the name is unknown, the backbone does not have an option, or the weights cannot be obtained.
@@ -56,9 +62,10 @@ def build_backbone(
     >>> build_backbone("small_resnet").out_channels
     256
     """
-    build = BACKBONES.get(name) or (partial(TimmBackbone, name) if is_timm_name(name) else None)
-    if build is None:
+    is_timm = name not in BACKBONES and is_timm_name(name)
+    if not is_timm and name not in BACKBONES:
         raise _unknown(name)
+    build = partial(TimmBackbone, name, in_channels=in_channels) if is_timm else BACKBONES[name]
     options = {
         "pretrained": pretrained,
         "large_feature_map": large_feature_map,
@@ -72,7 +79,10 @@ def build_backbone(
         having = ", ".join(known for known in builders if option in inspect.signature(builders[known]).parameters)
         given = f"given {option}={chosen[option]}: leave it out, or choose among {having}"
         raise CalmError(f"backbone {name!r} has no option {option}, {given}")
-    return build(**chosen)
+    backbone = build(**chosen)
+    if not is_timm and in_channels != 3:
+        _set_channels(backbone, in_channels, pretrained=pretrained)
+    return backbone
 
 
 def _unknown(name: str) -> CalmError:
@@ -87,14 +97,14 @@ def _unknown(name: str) -> CalmError:
     )
 
 
-def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.Module:
+def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_channels: int = 3) -> nn.Module:
     """Check that ``module`` returns a feature map, and set its attribute ``out_channels`` if it has none.
 
     The module is run once, in eval mode and without gradient, on an image of zeros; its modes and the random state stay
     as they were. If it does not run on an image of that size, its own ``out_channels`` or ``num_features`` is used.
 
     Args:
-        module: Maps float images (B, 3, H, W) to features (B, D, h, w); it is also the result.
+        module: Maps float images (B, in_channels, H, W) to features (B, D, h, w); it is also the result.
         size: (height, width) in pixels of the image.
 
     Raises:
@@ -109,7 +119,7 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224)) -> nn.
     like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     try:
         with evaluation_mode(module), torch.no_grad():
-            output = module(torch.zeros(1, 3, *size, dtype=like.dtype, device=like.device))
+            output = module(torch.zeros(1, in_channels, *size, dtype=like.dtype, device=like.device))
     except Exception as error:  # a user's module may raise anything
         channels = stated or _int_attribute(module, "num_features")
         if channels is None:
@@ -133,35 +143,73 @@ def _int_attribute(module: nn.Module, name: str) -> int | None:
     return value if isinstance(value, int) and value > 0 else None
 
 
-def check_size(backbone: nn.Module, size: tuple[int, int]) -> tuple[int, int] | None:
+def grid_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> tuple[int, int] | None:
     """Return (rows, columns) of the grid that ``backbone`` gives for images of ``size`` (height, width) in pixels.
 
-    The backbone is tried on such an image without computing anything. None says that this is not possible with it, as
-    for modules that run on no size.
+    It is tried on such an image, without computing anything. None says that it does not take images of that size.
+    """
+    if size == getattr(backbone, "size", None):
+        grid: tuple[int, int] = backbone.grid  # type: ignore[assignment]
+        return grid
+    try:
+        rows, columns = run_on_meta(backbone, (channels, *size))[0].shape[-2:]
+    except Exception:  # timm's families refuse a size by AssertionError, IndexError, RuntimeError, ...
+        return None
+    return rows, columns
+
+
+def check_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> tuple[int, int] | None:
+    """Return `grid_size`, or None for a module that cannot be tried: it runs on no image, whatever its size.
 
     Raises:
-        CalmError: If it does not take such images; the nearest sizes below and above that it takes are named.
+        CalmError: If the backbone does not take images of ``size``; the nearest sizes below and above are named, tried.
     """
-
-    def fits(height: int, width: int) -> tuple[int, int] | None:
-        try:
-            rows, columns = run_on_meta(backbone, height, width)[0].shape[-2:]
-        except Exception:  # AssertionError, IndexError, RuntimeError, ...: timm's families refuse a size by any
-            return None
-        return rows, columns
-
-    if (grid := fits(*size)) is not None:
+    if (grid := grid_size(backbone, size, channels)) is not None:
         return grid
-    own: tuple[int, int] = getattr(backbone, "size", (224, 224))
     height, width = size
+    own: tuple[int, int] = getattr(backbone, "size", (224, 224))
     steps = sorted({*STEPS, own[0]})
     below = {(height // step * step, width // step * step) for step in steps if step <= min(size)}
     above = {(-(-height // step) * step, -(-width // step) * step) for step in steps}
     tried = sorted(below, key=sum, reverse=True), sorted(above, key=sum)
-    found = [next((other for other in others if fits(*other)), None) for others in tried]
-    sizes = dict.fromkeys(other for other in found if other) or ([own] if fits(*own) else [])
+    found = [next((other for other in others if grid_size(backbone, other, channels)), None) for others in tried]
+    sizes = dict.fromkeys(other for other in found if other) or ([own] if grid_size(backbone, own, channels) else [])
     if not sizes:
         return None
     taken = " or ".join(f"{rows} x {columns}" for rows, columns in sizes)
     name = f"timm model {backbone.name!r}" if isinstance(backbone, TimmBackbone) else type(backbone).__name__
     raise CalmError(f"{name} takes no images of {height} x {width} pixels: take {taken}, or choose another model")
+
+
+def image_size(backbone: nn.Module, wanted: tuple[int, int] | None, channels: int = 3) -> tuple[int, int]:
+    """Return the size that images should have: ``wanted``; if None 224 x 224, or a timm model's own where it must.
+
+    A timm model whose grid has few cells for such images is warned of.
+
+    Raises:
+        CalmError: If a timm model does not take images of the wanted size: see `check_size`.
+    """
+    size = wanted or (224, 224)
+    if not isinstance(backbone, TimmBackbone):
+        return size
+    if wanted is None and grid_size(backbone, size, channels) is None:
+        size = backbone.size
+    grid = check_size(backbone, size, channels)
+    if grid is not None and min(grid) < FEW_CELLS:
+        warnings.warn(
+            f"timm model {backbone.name!r} gives a grid of {grid[0]} x {grid[1]} cells for images of {size[0]} x "
+            f"{size[1]} pixels, so its maps are coarse: take larger images, or output_stride=16 or 8 if it has that",
+            stacklevel=3,
+        )
+    return size
+
+
+def _set_channels(backbone: nn.Module, channels: int, *, pretrained: bool) -> None:
+    """Let the first convolution take images of ``channels``; pretrained weights of three are spread over them."""
+    from timm.models import adapt_input_conv
+
+    first = next(layer for layer in backbone.modules() if isinstance(layer, nn.Conv2d))
+    first.weight = nn.Parameter(adapt_input_conv(channels, first.weight.detach()))
+    first.in_channels = channels
+    if not pretrained:
+        initialise(first)

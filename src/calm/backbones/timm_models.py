@@ -33,10 +33,12 @@ class TimmBackbone(nn.Module):
         pretrained: Whether to start from timm's weights of that name, cached or downloaded.
         output_stride: Pixels per grid cell, 8, 16 or 32, for families that timm can dilate; None keeps the
             model's own.
+        in_channels: The channels of the images; timm spreads the pretrained weights of three over any number.
 
     Attributes:
         out_channels: D.
         size: (height, width) in pixels of the images that the model is made for.
+        grid: (rows, columns) of its features for an image of that size.
         normalization: mean and std per channel that its pretrained weights expect, of RGB in [0, 1].
 
     Raises:
@@ -44,27 +46,30 @@ class TimmBackbone(nn.Module):
             cannot be obtained.
     """
 
-    def __init__(self, name: str, *, pretrained: bool = False, output_stride: int | None = None) -> None:
+    def __init__(
+        self, name: str, *, pretrained: bool = False, output_stride: int | None = None, in_channels: int = 3
+    ) -> None:
         super().__init__()
         if output_stride not in (None, 8, 16, 32):
             raise CalmError(f"output_stride={output_stride} is not possible: allowed are 8, 16, 32 and None")
         self.name = name.removeprefix("timm/")
         _check_tag(self.name, pretrained)
-        self.model = _create(self.name, pretrained, output_stride)
+        self.model = _create(self.name, pretrained, output_stride, in_channels)
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
         self.size: tuple[int, int] = tuple(card["input_size"][1:])
         self.intermediates = False
         try:
-            features, parameters = run_on_meta(self, *self.size)
+            features, parameters = run_on_meta(self, (in_channels, *self.size))
         except CalmError:
             if not hasattr(self.model, "forward_intermediates"):
                 raise
             self.intermediates = True
-            features, parameters = run_on_meta(self, *self.size)
+            features, parameters = run_on_meta(self, (in_channels, *self.size))
             self.out_channels = features.shape[1]
-        (height, width), (rows, columns) = self.size, features.shape[-2:]
+        self.grid = rows, columns = tuple(features.shape[-2:])
+        height, width = self.size
         if output_stride is not None and rows not in (height // output_stride, -(-height // output_stride)):
             kept = f"its grid keeps {rows} x {columns} cells for {height} x {width} pixels"
             fix = "Leave output_stride out, or choose another model"
@@ -73,7 +78,7 @@ class TimmBackbone(nn.Module):
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
             parameter.requires_grad_(gradient is not None)
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
+    def forward(self, images: Float[Tensor, "b k H W"]) -> Float[Tensor, "b d h w"]:
         """Return the features of normalised images; for sizes that the model does not take, see `check_size`."""
         if self.intermediates:
             options = {"indices": 1, "norm": True, "output_fmt": "NCHW", "intermediates_only": True}
@@ -124,10 +129,10 @@ def _check_tag(name: str, pretrained: bool) -> None:
         raise CalmError(f"timm has no weights for {model!r}: choose another model, or pretrained=False")
 
 
-def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module:
+def _create(name: str, pretrained: bool, output_stride: int | None, in_channels: int) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, "in_chans": in_channels}
     if output_stride is not None:
         options["output_stride"] = output_stride
     for extra in _ANY_SIZE:
@@ -153,10 +158,10 @@ def _create(name: str, pretrained: bool, output_stride: int | None) -> nn.Module
     raise AssertionError("the last attempt has no extra keyword that could be refused")
 
 
-def run_on_meta(module: nn.Module, height: int, width: int) -> tuple[Any, list[nn.Parameter]]:
-    """Return the output of a copy of ``module`` in eval mode for one image, and the parameters of the copy, in order.
+def run_on_meta(module: nn.Module, shape: tuple[int, ...]) -> tuple[Any, list[nn.Parameter]]:
+    """Return the output of a copy of ``module`` in eval mode for one image of ``shape``, and the copy's parameters.
 
-    Nothing is computed: the copy is on the meta device. Whatever the module raises for an image of that size is raised.
+    Nothing is computed: the copy is on the meta device. Whatever the module raises for such an image is raised.
     """
     # Recurrent layers are an exception: on the meta device PyTorch unrolls them in Python, which takes longer.
     recurrent = any(isinstance(part, nn.RNNBase) for part in module.modules())
@@ -167,5 +172,5 @@ def run_on_meta(module: nn.Module, height: int, width: int) -> tuple[Any, list[n
         for tensor in module.parameters():
             moved[id(tensor)] = nn.Parameter(tensor.detach().to(device), tensor.is_floating_point())
         copy = deepcopy(module, moved).eval()  # it shares what the module shares, but no tensor with the module
-        output = copy(torch.zeros(1, 3, height, width, dtype=like.dtype, device=device))
+        output = copy(torch.zeros(1, *shape, dtype=like.dtype, device=device))
     return output, list(copy.parameters())
