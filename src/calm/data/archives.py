@@ -113,9 +113,8 @@ def list_archives(sources: Sequence[Path]) -> list[Path]:
 def find(key: str, archives: Sequence[Path], prepared: Prepared) -> list[Path]:
     """Return the archives that are ``PUBLISHED[key]`` by their names; `Prepared.complain` gets wrong checksums."""
     published = PUBLISHED[key]
-    matching = [
-        path for path in archives if any(fnmatch(path.name.lower(), name) for name in published.patterns.split())
-    ]
+    names = published.patterns.split()
+    matching = [path for path in archives if any(fnmatch(path.name.lower(), name) for name in names)]
     if key == "openimages":
         matching = [path for path in matching if "metadata" not in path.name.lower()]
     for path in matching:
@@ -129,9 +128,6 @@ def check_digest(path: Path, algorithm: str, expected: str) -> str:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, algorithm).hexdigest()
     return "" if digest == expected.lower() else f"{path}: {algorithm} is {digest}, the published one {expected}"
-
-
-_ARCHIVE_ERRORS = (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
 def unpack(
@@ -173,7 +169,7 @@ def unpack(
             if wanted(name):
                 extract(folder)
                 written += 1
-    except (*_ARCHIVE_ERRORS, OSError) as error:
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # a full disk, not a damaged archive
             raise
         raise CalmError(f"{path} is damaged, truncated or no archive ({error}): download it again") from error
@@ -223,6 +219,13 @@ def staged(final: Path) -> Iterator[tuple[Path, Path]]:
         result.replace(final)
 
 
+def folder_of(file: str, work: Path, archive: Path, what: str) -> Path:
+    """Return the first folder in which an archive that was unpacked in ``work`` has a file, if it is ``what``."""
+    if path := min(work.rglob(file), default=None):
+        return path.parent
+    raise CalmError(f"{archive} has no {file}: it is not {what}")
+
+
 def merge(source: Path, target: Path) -> None:
     """Move all files below ``source`` to the same places below ``target``, where none of them may be."""
     for path in sorted(path for path in source.rglob("*") if path.is_file()):
@@ -253,10 +256,8 @@ def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Pre
             if not matching:
                 download(PUBLISHED["metadata"].url if url == "published" else url, archive, sha256)
             unpack(archive, work / "all", max_bytes=MAX_METADATA_BYTES, wanted=lambda file: name in file.split("/"))
-            lists = next((path.parent.parent for path in sorted(work.rglob("image_ids.txt"))), None)
-            if lists is None or lists.name != name:
-                raise CalmError(f"{archive} has no {name}/train/image_ids.txt: it is not the released metadata")
-            lists.replace(result)
+            lists = f"{name}/train/image_ids.txt"
+            folder_of(lists, work / "all", archive, "the released metadata").parent.replace(result)
     prepared.metadata_root = final
 
 

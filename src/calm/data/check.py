@@ -14,17 +14,8 @@ from typing import TypeVar, Unpack
 
 from PIL import Image
 
-from calm.data.loading import (
-    LAYOUTS,
-    FolderSource,
-    ReadingOptions,
-    Source,
-    are_numbers,
-    load_splits,
-    open_source,
-    read_splits,
-)
-from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of
+from calm.data.loading import LAYOUTS, FolderSource, ReadingOptions, Source, load_splits, open_source, read_splits
+from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of, whole_number
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.files import open_regular
@@ -75,13 +66,12 @@ def check(
 def _described(source: Source, splits: Mapping[str, Split]) -> tuple[str, ...]:
     """Return lines about what a data set was taken for."""
     names = next(iter(splits.values())).class_names
-    lines = [f"layout {source.layout}: {LAYOUTS[source.layout]}"]
-    order = ""
+    lines, classes = [f"layout {source.layout}: {LAYOUTS[source.layout]}"], f"classes: {first_of(names, 3)}"
     if isinstance(source, FolderSource):
         folders = ", ".join(f"{folder.name}/ is {split}" for split, folder in source.folders.items())
         lines.append(f"splits: {folders or 'no folders of splits, so all images are train'}")
-        order = ", in the order of their numbers" if are_numbers(names) else ""
-    return (*lines, f"classes: {first_of(names, 3)}{order}")
+        classes += ", in the order of their numbers" if None not in map(whole_number, names) else ""
+    return (*lines, classes)
 
 
 def load_checked(

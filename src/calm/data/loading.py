@@ -290,7 +290,7 @@ class FolderSource:
         names = sorted({folder.name for base in bases for folder in _folders(base)})
         if len(names) < 2 and "train" in self.splits:
             raise CalmError(f"{base}: a classifier needs two class folders or more, found {first_of(names)}")
-        return tuple(sorted(names, key=int) if are_numbers(names) else names)
+        return tuple(sorted(names, key=int) if None not in map(whole_number, names) else names)
 
     def read(self, split: str) -> Split:
         """Read one of :attr:`splits`; it must have no class that train lacks, and all names must be UTF-8 text."""
@@ -318,11 +318,6 @@ Source: TypeAlias = CubSource | MetadataSource | FolderSource
 
 _IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}
 """What file managers leave in folders, which nobody misses."""
-
-
-def are_numbers(names: Iterable[str]) -> bool:
-    """Whether all names are whole numbers."""
-    return all(whole_number(name) is not None for name in names)
 
 
 def _folders(base: Path) -> list[Path]:
@@ -418,7 +413,7 @@ def detect_layout(root: Path) -> Layout:
 
 def _lists_below(metadata: Path) -> list[Path]:
     """Return the folders with lists by split: ``metadata`` itself, or the released ones below it."""
-    folders = (metadata, *(metadata / name for name in IMAGE_ROOTS))
+    folders = (metadata / name for name in ("", *IMAGE_ROOTS))
     return [folder for folder in folders if MetadataSource(folder, folder).splits]
 
 

@@ -13,11 +13,21 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from PIL import Image
 
-from calm.data.archives import PUBLISHED, Prepared, find, list_archives, merge, place_metadata, staged, unpack
+from calm.data.archives import (
+    PUBLISHED,
+    Prepared,
+    find,
+    folder_of,
+    list_archives,
+    merge,
+    place_metadata,
+    staged,
+    unpack,
+)
 from calm.data.records import numbered_lines
 from calm.errors import CalmError, unknown
 from calm.files import remove_abandoned
@@ -28,15 +38,10 @@ DATA_SETS: dict[DataSet, str] = {"cub": "CUB", "ilsvrc": "ILSVRC", "openimages30
 """Names of the data sets for the command, and of their folders in the released layout."""
 
 CUB_IMAGES, CUB_CLASSES, CUB_ATTRIBUTES = 11_788, 200, 312
-CUB_PAIRS = {1: 31, 2: 64, 3: 96}
-"""Number of class pairs by number of differing part groups."""
-
+CUB_PAIRS = {1: 31, 2: 64, 3: 96}  # class pairs by number of differing part groups
 ILSVRC = {"train": 1_281_167, "val": 50_000, "val2": 10_000}
 OPENIMAGES = {"train": 29_819, "val": 2_500, "test": 5_000}
-
-TINY_CLASSES = 200
-TINY_TRAIN, TINY_VAL, TINY_TEST = 450, 50, 50
-"""Images a class."""
+TINY_CLASSES, TINY_TRAIN, TINY_VAL, TINY_TEST = 200, 450, 50, 50  # images are those of a class
 
 
 def prepare(
@@ -104,9 +109,7 @@ def prepare_cub(archives: Sequence[Path], out: Path, prepared: Prepared) -> None
         archive = _required("cub", "CUB_200_2011.tgz", archives, prepared)[0]
         with staged(final) as (work, result):
             unpack(archive, work / "archive")
-            base = next((path.parent for path in sorted((work / "archive").rglob("images.txt"))), None)
-            if base is None:
-                raise CalmError(f"{archive} has no images.txt: it is not CUB_200_2011")
+            base = folder_of("images.txt", work, archive, "CUB_200_2011")
             # The archive has attributes.txt beside the folder; it belongs to the table whose columns it names.
             names = base / "attributes" / "attributes.txt"
             for place in (work / "archive" / names.name, base.parent / names.name, base / names.name):
@@ -131,8 +134,7 @@ def _unpack_extra(key: str, folder: str, final: Path, archives: Sequence[Path], 
         return
     with staged(final) as (work, result):
         unpack(matching[0], work / "archive")
-        inner = work / "archive" / folder
-        (inner if inner.is_dir() else work / "archive").replace(result)
+        _unwrapped(work / "archive", folder).replace(result)
 
 
 def _verify_cub(base: Path, prepared: Prepared) -> None:
@@ -163,12 +165,9 @@ def _verify_cub(base: Path, prepared: Prepared) -> None:
 
 def prepare_ilsvrc(archives: Sequence[Path], out: Path, prepared: Prepared) -> None:
     """Make ``dataset/ILSVRC/{train,val}`` and ``dataset/ImageNetV2/val2``; each appears whole, and stays."""
-    places = {
-        "train": ("ilsvrc-train", out / "dataset" / "ILSVRC" / "train"),
-        "val": ("ilsvrc-val", out / "dataset" / "ILSVRC" / "val"),
-        "val2": ("imagenetv2", out / "dataset" / "ImageNetV2" / "val2"),
-    }
-    for part, (key, final) in places.items():
+    keys = {"train": "ilsvrc-train", "val": "ilsvrc-val", "val2": "imagenetv2"}
+    for part, key in keys.items():
+        final = out / "dataset" / ("ImageNetV2" if part == "val2" else "ILSVRC") / part
         if final.exists():
             prepared.expect(f"{part} images", _count_images(final), ILSVRC[part])
             continue
@@ -209,10 +208,8 @@ def name_as_listed(out: Path, prepared: Prepared) -> None:
     if not any(images.glob(hashed)):
         return
     if not mapping.is_file():
-        tells = (
-            f"{mapping.name} of {PUBLISHED['metadata'].where} tells which is which, --metadata_url published fetches it"
-        )
-        prepared.notes.append(f"images of {images} are named by hashes, lists have 0/0.jpeg: {tells}")
+        fix = f"{mapping.name} of {PUBLISHED['metadata'].where} tells which is which, or --metadata_url published"
+        prepared.notes.append(f"images of {images} are named by hashes, lists have 0/0.jpeg: {fix}")
         return
     for line, text in numbered_lines(mapping):
         names = _LISTED_AND_HASHED.fullmatch(text)
@@ -301,9 +298,7 @@ def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepare
 
     with staged(out) as (work, result):
         unpack(archive, work / "archive", wanted=wanted)
-        base = next((path.parent for path in sorted((work / "archive").rglob("wnids.txt"))), None)
-        if base is None:
-            raise CalmError(f"{archive} has no wnids.txt: it is not Tiny ImageNet")
+        base = folder_of("wnids.txt", work, archive, "Tiny ImageNet")
         known = [text.strip() for _, text in numbered_lines(base / "wnids.txt")]
         for wnid in chosen:
             if wnid not in known:
@@ -312,23 +307,17 @@ def prepare_tiny_imagenet(archives: Sequence[Path], out: Path, prepared: Prepare
 
 
 def _write_tiny_imagenet(base: Path, result: Path, classes: Sequence[str], prepared: Prepared) -> None:
-    def table(path: Path) -> list[list[str]]:
-        return [text.split("\t") for _, text in numbered_lines(path)]
-
-    words = {row[0]: row[1] for row in table(base / "words.txt") if len(row) > 1}
-    held_out = table(base / "val" / "val_annotations.txt")
+    words = {row[0]: row[1] for row in _rows(base / "words.txt") if len(row) > 1}
+    held_out = _rows(base / "val" / "val_annotations.txt")
     test_boxes = {row[0]: row[2:6] for row in held_out}
     rows: dict[str, list[tuple[str, int, tuple[int, int], list[str]]]] = {"train": [], "val": [], "test": []}
     for label, wnid in enumerate(classes):
         folder = base / "train" / wnid
-        boxes = {row[0]: row[1:5] for row in table(folder / f"{wnid}_boxes.txt")}
+        boxes = {row[0]: row[1:5] for row in _rows(folder / f"{wnid}_boxes.txt")}
         train = sorted((folder / "images").glob("*.JPEG"), key=_number)
         test = sorted((base / "val" / "images" / row[0] for row in held_out if row[1] == wnid), key=_number)
-        for split, paths, boxes_of in (
-            ("train", train[:TINY_TRAIN], {}),
-            ("val", train[TINY_TRAIN:], boxes),
-            ("test", test, test_boxes),
-        ):
+        parts: Any = ("train", train[:TINY_TRAIN], {}), ("val", train[TINY_TRAIN:], boxes), ("test", test, test_boxes)
+        for split, paths, boxes_of in parts:
             for path in paths:
                 name = f"images/{split}/{wnid}/{path.name}"
                 with Image.open(path) as image:
@@ -350,6 +339,10 @@ def _write_tiny_imagenet(base: Path, result: Path, classes: Sequence[str], prepa
             (result / "metadata" / split / file).write_text("".join(f"{line}\n" for line in lines))
     names = (f"{label} {wnid} {words.get(wnid, wnid).strip()}\n" for label, wnid in enumerate(classes))
     (result / "classes.txt").write_text("".join(names))
+
+
+def _rows(path: Path) -> list[list[str]]:
+    return [text.split("\t") for _, text in numbered_lines(path)]
 
 
 def _number(path: Path) -> int:

@@ -143,23 +143,14 @@ KINDS: dict[str, Kind] = {
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One problem of a data set.
+    """One problem of a data set."""
 
-    Attributes:
-        kind: key of `KINDS`.
-        split: the split it was found in.
-        file: the file that is wrong, or that says something wrong.
-        message: the value found, and what is wrong with it.
-        line: line number in ``file``, from 1; None if the file has no lines or the whole of it is meant.
-        record: id of the image it concerns; empty if it cannot be told.
-    """
-
-    kind: str
-    split: str
-    file: Path
-    message: str
-    line: int | None = None
-    record: str = ""
+    kind: str  # key of `KINDS`
+    split: str  # that it was found in
+    file: Path  # that is wrong, or says something wrong
+    message: str  # the value found, and what is wrong with it
+    line: int | None = None  # in ``file``, from 1; None if it has no lines or the whole of it is meant
+    record: str = ""  # id of the image it concerns, if it can be told
 
     @property
     def is_error(self) -> bool:
@@ -317,10 +308,7 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
         CalmError: the file is missing, no regular file, unreadable, or not UTF-8, or a line is longer than `MAX_LINE`.
     """
     try:
-        with (
-            open_regular(path, "the data set's") as binary,
-            io.TextIOWrapper(binary, encoding="utf-8-sig", newline=None) as file,
-        ):
+        with io.TextIOWrapper(open_regular(path, "the data set's"), encoding="utf-8-sig", newline=None) as file:
             for number in count(1):
                 line = file.readline(MAX_LINE + 1)
                 if len(line) > MAX_LINE:
