@@ -37,9 +37,9 @@ class PointwiseConv2d(nn.Conv2d):
         """Score each location."""
         if not features.is_contiguous():
             return super().forward(features)
-        weight, columns = self.weight.flatten(1).expand(len(features), -1, -1), features.flatten(2)
+        weight, columns = self.weight.flatten(1).expand(features.shape[0], -1, -1), features.flatten(2)
         bias = features.new_zeros(1) if self.bias is None else self.bias[:, None]
-        return torch.baddbmm(bias, weight, columns).view(len(features), self.out_channels, *features.shape[2:])
+        return torch.baddbmm(bias, weight, columns).view(features.shape[0], self.out_channels, *features.shape[2:])
 
 
 class CalmHead(nn.Module):
