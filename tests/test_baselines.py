@@ -318,6 +318,19 @@ def test_attribute_works_in_float32_and_inference_mode(name: str) -> None:
     assert torch.equal(inside, outside)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", BASELINES)
+def test_attribute_of_a_model_in_half_precision_sums_in_float32(name: str, dtype: torch.dtype, images: Tensor) -> None:
+    noisy = "seed" in BASELINES[name].options
+    options = {"samples": 20} if noisy else {}
+    want = attribute(make("calm-em", torch.float32), images.float(), TARGETS, name, **options)
+    maps = attribute(make("calm-em", dtype), images.to(dtype), TARGETS, name, **options)
+    assert maps.dtype == torch.float32
+    assert not noisy or maps.unique().numel() > 0.9 * maps.numel()
+    if name != "xgradcam":  # it divides by a sum of activations that is close to 0
+        assert (maps - want).abs().mean() < 0.2 * want.mean()
+
+
 class Breaks(nn.Module):
     """Passes values on, until told to fail."""
 

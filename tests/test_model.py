@@ -193,6 +193,8 @@ def test_model_in_low_precision_gives_float32_probabilities(method, dtype):
     loss.backward()
     assert loss.dtype == torch.float32
     assert all(p.grad.isfinite().all() for p in model.parameters())
+    picture = np.full((9, 9, 3), 200, np.uint8)  # as `preprocess` returns it, in float32
+    assert model.attribute(model.preprocess(picture), 0).dtype == torch.float32
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -235,6 +237,57 @@ print("equal")
 def test_compiled_model_is_the_same_without_a_graph_break():
     # In a process of its own: the shape checks of this suite cannot be traced.
     run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
+    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+
+
+EXPORTED = """
+import io
+import sys
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing import assert_close
+import calm
+
+class Plain(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, images):
+        output = self.model(images)
+        return output.probs, output.attribute(output.probs.argmax(1)), self.model.attribute(images, 1)
+
+torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
+images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
+batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
+for method in ("calm-em", "cam"):
+    backbone = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.ReLU())
+    backbone.out_channels = 6
+    model = calm.create_model(backbone, 5, method, prior_activation="exp")
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), file)
+    file.seek(0)
+    output = torch.export.load(file).module()(images[:1])
+    assert_close(output.probs, model(images[:1]).probs)
+    assert_close(output.attribute(3), model(images[:1]).attribute(3))
+    plain = Plain(model)
+    assert_close(torch.export.export(plain, (images,), dynamic_shapes=batch).module()(images[:1]), plain(images[:1]))
+    want = torch.autograd.grad(model.loss(images, targets), tuple(model.parameters()))
+    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
+    for _ in range(2):
+        model.zero_grad()
+        model.output_loss(wrapped(images), targets).backward()
+    assert_close(tuple(parameter.grad for parameter in model.parameters()), want)
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_model_can_be_exported_with_a_dynamic_batch_and_distributed_with_unused_parameters(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-c", EXPORTED, str(tmp_path / "store")], capture_output=True, text=True, check=False
+    )
     assert run.stdout.strip() == "equal", run.stderr[-2000:]
 
 

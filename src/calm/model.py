@@ -144,7 +144,7 @@ class CalmModel(nn.Module):
         """Return the backbone's features of images, as for `forward`."""
         check_images(images, self.config.in_channels)
         try:
-            features: Tensor = self.backbone(images)
+            features: Tensor = self.backbone(images.to(self.head.conv_last.weight.dtype))
         except Exception as error:
             self._explain(error, images)
             raise
@@ -164,7 +164,8 @@ class CalmModel(nn.Module):
         """Classify images and localise the evidence.
 
         Args:
-            images: RGB, normalised as `preprocess` does: (value in [0, 1] - mean) / std.
+            images: RGB, normalised as `preprocess` does: (value in [0, 1] - mean) / std. They are cast to the dtype of
+                the weights, so that a model in half precision takes what `preprocess` returns.
 
         Returns:
             An output with ``log_probs`` and ``probs`` (B, C), losses and maps.

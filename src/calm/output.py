@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.utils import _pytree
 
 from calm import latent
 from calm.config import PriorActivation, PriorDenominator
@@ -369,3 +370,14 @@ def _members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) 
             raise CalmError(f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {classes - 1}")
         row[members] = True
     return table
+
+
+# Trees of tensors, so that torch.export and DistributedDataParallel see into them. The public registration of data
+# classes makes leaves of strings, too, which an exported program can be saved with but not loaded.
+_pytree.register_pytree_node(
+    CalmOutput,
+    lambda output: ([output.logits, output.scores], [output.activation, output.denominator]),
+    lambda tensors, names: CalmOutput(*tensors, *names),
+    serialized_type_name="calm.output.CalmOutput",
+)
+torch.export.register_dataclass(CamOutput, serialized_type_name="calm.output.CamOutput")

@@ -22,7 +22,7 @@ from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.inference import evaluation_mode
-from calm.latent import Targets, check_classes
+from calm.latent import Targets, check_classes, widen
 from calm.model import CalmModel
 from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass
 
@@ -124,8 +124,9 @@ def attribute(
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
     with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
-        # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph.
-        images, classes = images.detach().clone(), classes.clone().to(images.device)
+        # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph. It is wide, so
+        # that noise, gradients and their sums are, too, where the model computes in half precision.
+        images, classes = widen(images.detach().clone()), classes.clone().to(images.device)
         for start in range(0, len(images), batch_size):
             part, part_classes = images[start : start + batch_size], classes[start : start + batch_size]
             if baseline is not None:
