@@ -23,9 +23,6 @@ from calm.images import Probe, probe
 
 T = TypeVar("T")
 
-MAX_BYTES = 2**32
-"""Most bytes at the end of a file that are compared with those of others."""
-
 
 def check(
     root: str | Path,
@@ -190,7 +187,7 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
     images: list[tuple[tuple[object, ...], str, Record]]
     images = [((), split.name, record) for split in splits for record in split.records]
     groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
-    for most in (0, 4096, MAX_BYTES):  # whole files are read only where two have the same length and end
+    for most in (0, 4096, 2**40):  # whole files are read only where two have the same length and end
         groups = defaultdict(list)
         contents = in_threads(partial(_content, most=most), [record.path for *_, record in images], workers)
         for (key, name, record), content in zip(images, contents, strict=True):
@@ -215,7 +212,7 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
 
 
 def _content(path: Path, most: int) -> object:
-    """Return the length and a digest of the last bytes of a file; its path if it is empty or cannot be read."""
+    """Return the length of a file and a digest of its last bytes; its path if it is empty or cannot be read."""
     try:
         with open_regular(path) as file:
             length = file.seek(0, os.SEEK_END)

@@ -141,8 +141,7 @@ def part_regions(
 ) -> Int[Tensor, "n h w"]:
     """Return the part group of each pixel: that of the nearest visible point.
 
-    Points are scaled to ``size``, merged, and only then truncated to whole pixels. Of points at the same
-    distance the first in the order of ``groups`` wins.
+    Points are scaled to ``size``, merged, and only then truncated; of equally near ones the first of ``groups`` wins.
 
     Args:
         points: of n images.

@@ -27,9 +27,7 @@ from calm.errors import CalmError
 
 IDS, LABELS, SIZES, LOCALIZATION = "image_ids.txt", "class_labels.txt", "image_sizes.txt", "localization.txt"
 
-Masks: TypeAlias = tuple[str, str]
-"""The mask of an object instance, and the mask of the pixels to ignore, or ""."""
-
+Masks: TypeAlias = tuple[str, str]  # the mask of an object instance, and that of the pixels to ignore, or ""
 T = TypeVar("T")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -87,10 +87,8 @@ class Split:
 
     def class_counts(self) -> tuple[int, ...]:
         """Return the number of images of each class, (C,)."""
-        counts = [0] * self.num_classes
-        for record in self.records:
-            counts[record.label] += 1
-        return tuple(counts)
+        counts = Counter(record.label for record in self.records)
+        return tuple(counts[label] for label in range(self.num_classes))
 
 
 class Kind(NamedTuple):
@@ -105,7 +103,6 @@ class Kind(NamedTuple):
 
 
 _TAKE_OUT = "take its id out of the list"
-
 KINDS: dict[str, Kind] = {
     "malformed-line": Kind("line of another form", "write the line as shown in the message"),
     "label-not-integer": Kind("label that is no integer", "give the class index, a whole number from 0"),
@@ -243,10 +240,9 @@ class Report:
             raise CalmError(str(self))
 
     def _by_kind(self) -> dict[str, list[Problem]]:
-        groups: dict[str, list[Problem]] = defaultdict(list)
-        for problem in self.problems:
-            groups[problem.kind].append(problem)
-        return {kind: groups[kind] for kind in KINDS if kind in groups}
+        return {
+            kind: found for kind in KINDS if (found := [problem for problem in self.problems if problem.kind == kind])
+        }
 
     def __str__(self) -> str:
         return self.text()
@@ -295,9 +291,7 @@ class Line(NamedTuple, Generic[T]):
     value: T
 
 
-MAX_LINE = 1_000_000
-"""Most characters of a line."""
-
+MAX_LINE = 1_000_000  # most characters of a line
 _WHOLE = re.compile(r"\s*([+-]?[0-9]{1,18})\s*")
 
 

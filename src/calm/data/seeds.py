@@ -37,8 +37,7 @@ def seeded(*parts: int) -> Iterator[None]:
 S = TypeVar("S")
 T = TypeVar("T")
 
-BLOCK = 1024
-"""Items submitted to the threads at a time, which bounds the memory of results that wait."""
+BLOCK = 1024  # items submitted to the threads at a time, which bounds the memory of results that wait
 
 
 def in_threads(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
