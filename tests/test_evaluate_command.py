@@ -19,7 +19,7 @@ from rich.console import Console
 import calm
 from calm.cli import main
 from calm.cli.evaluate import main as evaluate
-from calm.data.loading import load_split
+from calm.data.loading import fingerprint, load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
 from calm.evaluate.result import FIGURES, FigureSpec
@@ -234,7 +234,8 @@ def test_run_split_carves_as_the_run_did(place, tmp_path, capsys):
         shutil.copytree(folder, tmp_path / "data" / folder.name)  # CLASS/*.jpg: no split at all
     for name, fraction in (("one", 0.34), ("two", 0.17), ("three", 0.34)):
         shutil.copytree(place / "cam", tmp_path / name / "best")
-        (tmp_path / name / "config.yaml").write_text(f"reading:\n  val_fraction: {fraction}\n")
+        text = f"data: {tmp_path / 'data'}\nreading:\n  val_fraction: {fraction}\n"
+        (tmp_path / name / "config.yaml").write_text(text)
     flags = ["--data", str(tmp_path / "data"), "--replicates", "20", "--out", str(tmp_path / "out")]
     (found,) = evaluate(["classification", "--model", str(tmp_path / "one"), *flags])
     split = calm.data.load_split(tmp_path / "data", "test", val_fraction=0.34)
@@ -256,6 +257,30 @@ def test_run_split_carves_as_the_run_did(place, tmp_path, capsys):
     (tmp_path / "two/config.yaml").write_text("reading: {val_fraction: 0.17}")
     train = ["--data", str(place / "birds"), *flags[2:]]  # has a test split of its own
     assert len(evaluate(["classification", "--model", str(tmp_path / "one"), str(tmp_path / "two"), *train])) == 2
+
+
+def test_evaluate_takes_all_of_a_folder_without_splits(place, tmp_path, capsys):
+    """But for what a model was trained on: there, the part that its training left out."""
+    folders = sorted((place / "birds/images").iterdir())
+    for folder in folders:
+        shutil.copytree(folder, tmp_path / "photos" / folder.name)
+    images = sum(1 for _ in (tmp_path / "photos").glob("*/*.jpg"))
+    flags = ["--data", str(tmp_path / "photos"), "--replicates", "0", "--out", str(tmp_path / "out"), "--model"]
+
+    def counted(*more):
+        found = evaluate(["classification", *flags, *more])[0].provenance["data"]
+        return found["split"], found["images"]
+
+    assert counted(str(place / "cam")) == ("all", images)
+    assert "classification on photos, all (24 images)" in capsys.readouterr().out
+    assert counted(str(place / "cam"), "--split", "test") == ("test", 4)
+    train = load_split(tmp_path / "photos", "train")
+    trained = calm.load(place / "cam")
+    trained.training_summary = {"fingerprint": fingerprint(train)}
+    trained.save_pretrained(tmp_path / "trained")
+    assert counted(str(tmp_path / "trained")) == counted(str(place / "cam"), str(tmp_path / "trained")) == ("test", 4)
+    assert counted(str(tmp_path / "trained"), "--split", "all") == ("all", images)
+    assert counted(str(place / "cam"), "--data", str(place / "birds")) == ("test", 8)
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ class EvaluateConfig:
         method: map kinds of the models and other attribution methods; by default each model's main maps. A map kind
             is computed for those models that have it
         maps: folders of .npy maps of any method, 224x224, in [0, 1], named by image id
-        split: train, val or test
+        split: train, val, test, or all; by default test, or all of a folder without splits that no model was trained on
         layout: cub, metadata, folder, or auto to look
         metadata_root: folder of the metadata lists, where they are not with the images
         norm: normalisation of the maps; by default clipping for CALM's own, minmax for others
@@ -52,7 +52,7 @@ class EvaluateConfig:
     model: tuple[str, ...] = ()
     method: tuple[str, ...] = ()
     maps: tuple[Path, ...] = ()
-    split: SplitName = "test"
+    split: SplitName | None = None
     layout: Layout = "auto"
     metadata_root: Path | None = None
     norm: Literal["max", "minmax", "clipping"] | None = None

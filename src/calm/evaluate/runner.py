@@ -24,7 +24,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress as ProgressBars, TextColumn, TimeRemainingColumn
 
 from calm.baselines import BASELINES, canonical_method
-from calm.data.loading import Layout, SplitName, fingerprint, load_split, summary
+from calm.checkpoint import CARD, Card
+from calm.data.loading import FolderSource, Layout, SplitName, fingerprint, load_split, open_source, summary
 from calm.data.records import Split
 from calm.errors import CalmError, shown
 from calm.evaluate.cue_localization import read_cue_data
@@ -177,11 +178,17 @@ def _progress_bars() -> ProgressBars:
 
 
 def run_split(
-    root: Path, name: SplitName, models: Sequence[str], *, layout: Layout = "auto", metadata_root: Path | None = None
+    root: Path,
+    name: SplitName | None,
+    models: Sequence[str],
+    *,
+    layout: Layout = "auto",
+    metadata_root: Path | None = None,
 ) -> tuple[Split, dict[str, Any]]:
     """Read a split as ``load_split`` does; where the data set lacks it, carve it as the models' runs did.
 
-    Models that are in no run folder have no configuration of a split.
+    Models that are in no run folder have no configuration of a split. ``None`` is all of a folder without splits that
+    no model was trained on, and else test.
 
     Returns:
         The split, and the settings of `READING` that it was read with.
@@ -191,6 +198,10 @@ def run_split(
     """
     readings = {model: reading for model in models if (reading := _reading(Path(model)))}
     distinct = {str(reading): (model, reading) for model, reading in readings.items()} or {"": ("", {})}
+    if name is None:
+        source = open_source(root, layout, metadata_root)
+        undivided = isinstance(source, FolderSource) and not source.folders
+        name = "all" if undivided and not any(_trained_on(Path(model), root) for model in models) else "test"
     splits = [
         (model, load_split(root, name, layout=layout, metadata_root=metadata_root, **reading), reading)
         for model, reading in distinct.values()
@@ -205,11 +216,25 @@ def run_split(
     return split, reading
 
 
+def _trained_on(model: Path, root: Path) -> bool:
+    """Whether a model's run, or its card, names the data, by the path or by the fingerprint of its training images."""
+    run = _run_folder(model)
+    if run and Path(str(read_yaml(run / "config.yaml").get("data"))).resolve() == root.resolve():
+        return True
+    cards = [path for path in (model / CARD, model / "best" / CARD, model / "last" / CARD) if path.is_file()]
+    marks = {Card.read(path).training.get("fingerprint") for path in cards} - {None}
+    return bool(marks) and fingerprint(load_split(root, "train", **_reading(model))) in marks
+
+
+def _run_folder(model: Path) -> Path | None:
+    return next((path for path in (model, model.parent) if (path / "config.yaml").is_file()), None)
+
+
 def _reading(model: Path) -> dict[str, Any]:
     """Return the settings of `READING` in the config.yaml of a model's run; none for a model that is in no run."""
-    path = next((path / "config.yaml" for path in (model, model.parent) if (path / "config.yaml").is_file()), None)
-    if path is None:
+    if not (run := _run_folder(model)):
         return {}
+    path = run / "config.yaml"
     config = read_yaml(path, "configuration")
     reading = config.get("reading", {}) if isinstance(config, dict) else None
     if not isinstance(reading, dict):
