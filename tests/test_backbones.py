@@ -132,6 +132,7 @@ def test_build_backbone_takes_images_of_other_channels(name, channels):
 
 def test_build_backbone_spreads_pretrained_weights_over_the_channels(monkeypatch):
     state = {key: torch.rand(tensor.shape) for key, tensor in meta_backbone("resnet50", True).state_dict().items()}
+    monkeypatch.setattr("calm.backbones.released.no_answer", lambda url: "")
     monkeypatch.setattr(torchvision.models.WeightsEnum, "get_state_dict", lambda self, **_: state)
     grey = build_backbone("resnet50", pretrained=True, in_channels=1).conv1.weight
     assert_close(grey, state["conv1.weight"].sum(dim=1, keepdim=True))

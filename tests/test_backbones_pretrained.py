@@ -23,6 +23,12 @@ URLS = {
 }
 
 
+@pytest.fixture(autouse=True)
+def network(monkeypatch):
+    """Servers that answer whether they are there."""
+    monkeypatch.setattr("calm.backbones.released.no_answer", lambda url: "")
+
+
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     """An empty cache of torch, and no network."""
@@ -97,6 +103,13 @@ def test_load_pretrained_accepts_files_without_batch_counters(monkeypatch):
 
 def test_imagenet_weights_without_a_network_names_the_remedy(cache):
     with pytest.raises(CalmError, match=r"resnet50-.*\.pth.*no network.*checkpoints.*pretrained=False"):
+        build_backbone("resnet50", pretrained=True)
+
+
+def test_imagenet_weights_does_not_wait_for_a_silent_server(cache, monkeypatch):
+    monkeypatch.setattr("calm.backbones.released.no_answer", lambda url: "the server does not answer")
+    monkeypatch.setattr(WeightsEnum, "get_state_dict", None)  # calling it would be a TypeError
+    with pytest.raises(CalmError, match=r"resnet50-.*\.pth: the server does not answer\. .*put the file into"):
         build_backbone("resnet50", pretrained=True)
 
 

@@ -215,11 +215,20 @@ def test_timm_backbone_pretrained_without_a_network_names_the_remedy(monkeypatch
     def no_network(*_, **__):
         raise OSError("no network")
 
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda url: "")
     monkeypatch.setattr("timm.models._builder.load_pretrained", no_network)
     with pytest.raises(
         CalmError, match=r"pretrained weights of timm model 'resnet18\.a1_in1k': no network.*pretrained=False"
     ):
         build_backbone("timm/resnet18.a1_in1k", pretrained=True)
+
+
+def test_timm_backbone_pretrained_does_not_wait_for_a_silent_hub(monkeypatch, tmp_path):
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda url: "the hub does not answer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(CalmError, match=r"'resnet18': the hub does not answer\. .*hub's cache.*pretrained=False"):
+        build_backbone("resnet18", pretrained=True)
 
 
 def test_timm_backbone_vision_transformer_learns():

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import socket
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from threading import Thread
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -14,7 +19,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
-from calm.checkpoint import CARD, FORMAT, WEIGHTS, Card
+from calm.checkpoint import CARD, FORMAT, WEIGHTS, Card, no_answer
 from calm.config import ModelConfig
 from calm.errors import CalmError
 from calm.images import Preprocessing
@@ -269,6 +274,15 @@ def test_save_pretrained_again_replaces_the_model_and_keeps_other_files(folder):
     assert sorted(file.name for file in folder.iterdir()) == ["README.md", CARD, WEIGHTS]
 
 
+def test_save_pretrained_gives_the_permissions_of_the_umask(tmp_path):
+    before = os.umask(0o027)
+    try:
+        folder = trained().save_pretrained(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {file.name: file.stat().st_mode & 0o777 for file in folder.iterdir()} == {CARD: 0o640, WEIGHTS: 0o640}
+
+
 def test_save_pretrained_names_a_file_in_the_way(tmp_path):
     (tmp_path / "model").write_text("mine")
     with pytest.raises(CalmError, match="a file of that name exists"):
@@ -292,6 +306,38 @@ def test_load_reads_a_hub_id_from_the_cache(hub, saved):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0" * 40)
     assert_close(load("owner/birds").state_dict(), load(saved).state_dict())
+
+
+def test_load_takes_the_cache_where_the_hub_does_not_answer(hub, saved, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda url: "the hub does not answer")
+    monkeypatch.setattr("socket.getaddrinfo", None)  # asking the network would be a TypeError
+    shutil.copytree(saved, hub / "models--owner--birds" / "snapshots" / "1")
+    (hub / "models--owner--birds" / "refs").mkdir()
+    (hub / "models--owner--birds" / "refs" / "main").write_text("1")
+    assert load("owner/birds").class_names == ("a", "b", "c")
+    with pytest.raises(CalmError, match=r"no saved model at owner/none: .*the hub does not answer\. Without a network"):
+        load("owner/none")
+    assert huggingface_hub.constants.HF_HUB_OFFLINE is False
+
+
+def test_no_answer_waits_a_moment_only():
+    with socket.create_server(("127.0.0.1", 0)) as server:  # it takes connections, and says nothing
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/file"
+        start = time.monotonic()
+        assert no_answer(url, seconds=0.2) == f"{url[7:-5]} does not answer"
+        assert time.monotonic() - start < 3
+    assert no_answer(url, seconds=5) == f"{url[7:-5]} does not answer"  # nobody takes connections any longer
+
+
+def test_no_answer_takes_a_refusal_for_an_answer():
+    class Refusing(BaseHTTPRequestHandler):
+        def log_message(self, *_):
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Refusing) as server:  # it knows no method: 501
+        Thread(target=server.handle_request, daemon=True).start()
+        assert no_answer(f"http://127.0.0.1:{server.server_port}/file") == ""
 
 
 def test_load_says_that_the_hub_cannot_be_reached(hub):

@@ -20,20 +20,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
+from ssl import SSLError
+from threading import Thread
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
+from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import torch
 from torch import Tensor, nn
 
 from calm.config import ModelConfig
 from calm.errors import CalmError, shown, unknown
-from calm.files import open_regular, read_json, working_folder, write_json
+from calm.files import atomic_path, open_regular, read_json, working_folder, write_json
 from calm.images import Preprocessing
 
 CARD = "calm.json"
@@ -164,7 +170,10 @@ def write(
     with working_folder(folder) as temporary:
         staging = temporary / folder.name
         staging.mkdir()
-        save_file(_unshared(state), staging / WEIGHTS, metadata={"format": "pt"})
+        with atomic_path(
+            staging / WEIGHTS
+        ) as file:  # with the permissions that the umask gives: safetensors gives 0600
+            save_file(_unshared(state), file, metadata={"format": "pt"})
         packages = {package: version(package) for package in ("calm", "torch", "torchvision", "timm")}
         sha256 = _sha256(staging / WEIGHTS)
         Card(config, class_names, preprocessing, training, packages, sha256).write(staging / CARD)
@@ -315,10 +324,47 @@ def _model_folder(path: Path) -> Path:
 def _download(repo_id: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    try:
-        files = [Path(hf_hub_download(repo_id, name)) for name in (WEIGHTS, CARD)]
-    except (OSError, ValueError) as error:  # every error class of the hub's client is one of these
-        raise CalmError(
-            f"no saved model at {repo_id}: there is no such folder, and the Hugging Face Hub gave none: {error}"
-        ) from error
+    with hub_or_cache() as silent:
+        try:
+            files = [Path(hf_hub_download(repo_id, name)) for name in (WEIGHTS, CARD)]
+        except (OSError, ValueError) as error:  # every error class of the hub's client is one of these
+            reason = f"{silent}. Without a network, copy the model's folder here" if silent else error
+            tried = "there is no such folder, and the Hugging Face Hub gave none"
+            raise CalmError(f"no saved model at {repo_id}: {tried}: {reason}") from error
     return files[-1].parent
+
+
+@contextmanager
+def hub_or_cache() -> Iterator[str]:
+    """Run the block with the Hugging Face Hub's cache alone if the hub does not answer: its client would wait a minute.
+
+    It yields the reason why the hub is not asked, for a message about what the cache lacks; empty if it is.
+    """
+    from huggingface_hub import constants
+
+    silent = "" if constants.HF_HUB_OFFLINE else no_answer(constants.ENDPOINT)
+    offline, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE or bool(silent)
+    try:
+        yield silent
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def no_answer(url: str, seconds: float = 4) -> str:
+    """Return a sentence about the server of ``url`` if it does not answer in time, through a proxy if one is set."""
+    answers: list[str] = []
+
+    def ask() -> None:
+        try:
+            urlopen(Request(url, method="HEAD"), timeout=seconds).close()
+            answers.append("content")
+        except HTTPError:
+            answers.append("a refusal")
+        except OSError as error:
+            if isinstance(getattr(error, "reason", error), SSLError):  # other clients may know its certificate
+                answers.append("a certificate")
+
+    thread = Thread(target=ask, daemon=True)  # since looking up the host's name has no time limit
+    thread.start()
+    thread.join(seconds)
+    return "" if answers else f"{urlsplit(url).netloc} does not answer"

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import inception, resnet, vgg
 
+from calm.checkpoint import no_answer
 from calm.errors import CalmError
 
 
@@ -154,13 +155,16 @@ def imagenet_weights(weights: models.WeightsEnum) -> dict[str, Tensor]:
 
     The file is read without executing anything in it, and a download must match its published hash.
     """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
+        if not file.exists() and (silent := no_answer(weights.url)):
+            raise OSError(silent)
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise CalmError(
             f"cannot get the pretrained weights {weights.url}: {error}. Connect to the network, or put the "
-            f"file into {Path(torch.hub.get_dir()) / 'checkpoints'}, or start from random weights with "
-            "pretrained=False (calm train: --model.pretrained false)"
+            f"file into {file.parent}, or start from random weights with pretrained=False "
+            "(calm train: --model.pretrained false)"
         ) from error
     return state
 

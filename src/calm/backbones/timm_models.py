@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from calm.checkpoint import hub_or_cache
 from calm.errors import CalmError, unknown
 
 # Keywords with which a model accepts other image sizes than its own; they differ between timm's families.
@@ -54,7 +56,9 @@ class TimmBackbone(nn.Module):
             raise CalmError(f"output_stride={output_stride} is not possible: allowed are 8, 16, 32 and None")
         self.name = name.removeprefix("timm/")
         _check_tag(self.name, pretrained)
-        self.model = _create(self.name, pretrained, output_stride, in_channels)
+        options = {"in_chans": in_channels} | ({} if output_stride is None else {"output_stride": output_stride})
+        with hub_or_cache() if pretrained else nullcontext("") as silent:
+            self.model = _create(self.name, pretrained, silent, **options)
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
@@ -129,30 +133,28 @@ def _check_tag(name: str, pretrained: bool) -> None:
         raise CalmError(f"timm has no weights for {model!r}: choose another model, or pretrained=False")
 
 
-def _create(name: str, pretrained: bool, output_stride: int | None, in_channels: int) -> nn.Module:
+def _create(name: str, pretrained: bool, silent: str, **options: Any) -> nn.Module:
     import timm
 
-    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0, "in_chans": in_channels}
-    if output_stride is not None:
-        options["output_stride"] = output_stride
     for extra in _ANY_SIZE:
         try:
-            model: nn.Module = timm.create_model(name, **options, **extra)
+            model: nn.Module = timm.create_model(name, pretrained, num_classes=0, **options, **extra)
         except (TypeError, AssertionError) as error:
             if any(keyword in str(error) for keyword in extra):
                 continue  # no such keyword: timm has no way to ask beforehand
-            if output_stride is None:
+            if "output_stride" not in options:
                 raise
             raise CalmError(
-                f"timm model {name!r} does not take output_stride={output_stride}: leave it out, or "
+                f"timm model {name!r} does not take output_stride={options['output_stride']}: leave it out, or "
                 "choose a family that timm can dilate, such as resnet, convnext or efficientnet"
             ) from error
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
+            fix = "copy the hub's cache (HF_HOME) from a machine that has them, or start from random weights"
             raise CalmError(
-                f"cannot get the pretrained weights of timm model {name!r}: {error} Connect to the network, "
-                "or start from random weights with pretrained=False (calm train: --model.pretrained false)"
+                f"cannot get the pretrained weights of timm model {name!r}: {silent or str(error).rstrip('.')}. "
+                f"Connect to the network, {fix} with pretrained=False (calm train: --model.pretrained false)"
             ) from error
         return model
     raise AssertionError("the last attempt has no extra keyword that could be refused")
