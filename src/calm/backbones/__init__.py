@@ -49,11 +49,12 @@ def build_backbone(
     """Build a backbone by name; ``timm/NAME`` is timm's model even where `BACKBONES` has one of that name.
 
     Args:
-        name: A key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it.
+        name: A key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it, such as
+            ``"vit_tiny_patch16_224"``; a dot and the tag of pretrained weights may follow.
         pretrained: Whether to start from ImageNet weights, cached or downloaded (not for the small networks).
         large_feature_map: Whether the stride is 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
         use_bn: Whether there is BatchNorm where it is optional (``vgg16``, ``inception_v3``).
-        output_stride: Pixels per grid cell; None keeps the model's own (timm models).
+        output_stride: Pixels per grid cell, 8, 16 or 32, for timm models that can be dilated; None keeps their own.
         in_channels: The channels of the images. The pretrained weights of three are spread over any other number.
 
     Raises:

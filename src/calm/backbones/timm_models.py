@@ -29,13 +29,7 @@ class TimmBackbone(nn.Module):
     to the size of the images where the model allows it. Parameters that the features do not depend on are
     frozen: they get no gradient, so distributed training does not wait for one.
 
-    Args:
-        name: A timm model's name, with or without ``timm/`` before it, such as ``"convnext_atto"`` or
-            ``"vit_tiny_patch16_224"``; a dot and the tag of pretrained weights may follow.
-        pretrained: Whether to start from timm's weights of that name, cached or downloaded.
-        output_stride: Pixels per grid cell, 8, 16 or 32, for families that timm can dilate; None keeps the
-            model's own.
-        in_channels: The channels of the images; timm spreads the pretrained weights of three over any number.
+    The arguments are those of `calm.backbones.build_backbone`.
 
     Attributes:
         out_channels: D.
