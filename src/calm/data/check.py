@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -189,7 +188,8 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
     groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
     for most in (0, 4096, 2**40):  # whole files are read only where two have the same length and end
         groups = defaultdict(list)
-        contents = in_threads(partial(_content, most=most), [record.path for *_, record in images], workers)
+        look, paths = partial(_content, most=most), [record.path for *_, record in images]
+        contents = in_threads(look, paths, workers) if most else map(look, paths)
         for (key, name, record), content in zip(images, contents, strict=True):
             groups[*key, content].append((name, record))
         groups = {key: members for key, members in groups.items() if len({name for name, _ in members}) > 1}
@@ -212,12 +212,14 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
 
 
 def _content(path: Path, most: int) -> object:
-    """Return the length of a file and a digest of its last bytes; its path if it is empty or cannot be read."""
+    """Return a file's length, or a digest of at most its last bytes; its path if it is empty or cannot be read."""
     try:
+        length = path.stat().st_size
+        if not (length and most):
+            return length or path
         with open_regular(path) as file:
-            length = file.seek(0, os.SEEK_END)
             file.seek(max(0, length - most))
-            return (length, sha256(file.read()).digest()) if length else path
+            return sha256(file.read()).digest()
     except (CalmError, OSError):
         return path
 

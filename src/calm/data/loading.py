@@ -274,7 +274,7 @@ class FolderSource:
                 if folder.name.lower() in names.split() and found.setdefault(split, folder) != folder:
                     raise CalmError(f"{found[split]} and {folder} are both the split {split!r}: rename or remove one")
         # A folder called train may also be a class: then it has images, and no folders of classes.
-        divided = any(map(_class_folders, found.values()))
+        divided = any(any(_with_images(folder)) for folder in found.values())
         return {split: found[split] for split in SPLITS if split in found} if divided else {}
 
     @property
@@ -342,11 +342,10 @@ def files_below(folder: Path) -> Iterator[Path]:
         if (real := place.resolve()) in seen:
             continue
         seen.add(real)
-        for path in sorted(place.iterdir()):
-            if path.is_dir():
-                waiting.append(path)
-            else:
-                yield path
+        with os.scandir(place) as entries:
+            listed = sorted(entries, key=lambda entry: entry.name)
+        waiting += [Path(entry.path) for entry in listed if entry.is_dir()]
+        yield from (Path(entry.path) for entry in listed if not entry.is_dir())
 
 
 def _is_hidden(folder: str) -> bool:
@@ -361,9 +360,9 @@ def _is_image(path: Path, folder: Path) -> bool:
     return named and (path.is_file() or not path.exists())
 
 
-def _class_folders(base: Path) -> int:
-    """Return how many folders directly below ``base`` have an image in them or below."""
-    return sum(any(_is_image(path, folder) for path in files_below(folder)) for folder in _folders(base))
+def _with_images(base: Path) -> Iterator[bool]:
+    """Yield True for each folder directly below ``base`` that has an image in it or below."""
+    return (True for folder in _folders(base) if any(_is_image(path, folder) for path in files_below(folder)))
 
 
 def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> Source:
@@ -400,7 +399,7 @@ def detect_layout(root: Path) -> Layout:
         return "metadata"
     entries = sorted(root.iterdir())
     inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
-    if not inner and (FolderSource(root).folders or _class_folders(root) > 1):
+    if not inner and (FolderSource(root).folders or len(list(islice(_with_images(root), 2))) > 1):
         return "folder"
     looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
