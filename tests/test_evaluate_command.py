@@ -22,8 +22,8 @@ from calm.cli.evaluate import main as evaluate
 from calm.data.loading import fingerprint, load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
-from calm.evaluate.result import FIGURES, FigureSpec
-from calm.evaluate.tables import format_estimate, markdown, print_tables
+from calm.evaluate.result import FIGURES, Curve, FigureSpec
+from calm.evaluate.tables import format_estimate, markdown, print_tables, write_tables
 from calm.metrics.bootstrap import Estimate
 from calm.report.found import Group
 from calm.report.gallery import scenes
@@ -362,6 +362,21 @@ def test_evaluate_matches_classes_by_name(place, tmp_path):
                 assert two.figures[figure].value == pytest.approx(estimate.value, abs=1e-4, nan_ok=True), figure
             assert two.provenance["subject"]["classes"] == [2, 4, 1, 3]
             assert "classes" not in one.provenance["subject"]
+
+
+def test_results_and_tables_hold_no_nan(tmp_path):
+    undefined, curve = Estimate(math.nan, math.nan, math.nan), Curve([0.0, 0.1], [1.0, math.nan])
+    given = {"curves": {"ratio": curve}, "scores": {"a": math.nan}, "details": {"pairs": [{"pxap": math.inf}]}}
+    result = Result("remove-and-classify", "CAM", {"r10": undefined}, **given)
+    result.save(tmp_path / "result.json")
+    write_tables([result], tmp_path)
+    for name in ("result.json", "table.json"):
+        json.loads((tmp_path / name).read_text(), parse_constant=pytest.fail)
+    loaded = Result.load(tmp_path / "result.json")
+    assert math.isnan(loaded.figures["r10"].value)
+    assert math.isnan(loaded.curves["ratio"].y[1])
+    assert "| CAM | - |" in (tmp_path / "table.md").read_text()
+    assert "CAM,r10,,,,ratio" in (tmp_path / "table.csv").read_text()
 
 
 def test_format_estimate_writes_figures_in_their_unit():

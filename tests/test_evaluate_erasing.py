@@ -16,6 +16,7 @@ from calm.data import load_split
 from calm.errors import CalmError
 from calm.evaluate.classification import classification
 from calm.evaluate.erasing import draw_seed, insertion_deletion, remove_and_classify
+from calm.evaluate.localization import localization
 from calm.evaluate.randomisation import randomisation, reinitialise, stages
 from calm.evaluate.result import Result, figure_spec
 from calm.evaluate.subject import Subject, model_subject
@@ -206,6 +207,22 @@ def test_erasing_benchmarks_refuse_impossible_options_first(split):
         with pytest.raises(CalmError, match=message):
             benchmark(with_predict(subject, counting), split, **options)
     assert not counting.passes
+
+
+def test_benchmarks_refuse_a_prediction_that_is_not_finite(split):
+    """Such as of a half-precision model whose numbers overflow: every figure would look like one."""
+    subject = model_subject(model_of())
+
+    class Overflowing:
+        def __init__(self, images):
+            self.probs = subject.predict(images).probs.clone()
+            self.probs[-1] = math.nan
+            self.maps = subject.predict(images).maps
+
+    broken = with_predict(subject, Overflowing)
+    for benchmark in (remove_and_classify, classification, insertion_deletion, localization):
+        with pytest.raises(CalmError, match=f"CALM-EM joint predicts NaN for {split.records[2].path}"):
+            benchmark(broken, split, batch_size=3)
 
 
 def test_predictions_refuse_more_classes_than_the_model_has(tmp_path):

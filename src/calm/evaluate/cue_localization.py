@@ -35,7 +35,7 @@ from calm.data.records import Record, Split
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.evaluate.distributed import all_gather
-from calm.evaluate.reading import Reading, batches, scaled_progress
+from calm.evaluate.reading import Reading, predictions, scaled_progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 from calm.heatmaps import resize_and_normalize
@@ -174,10 +174,11 @@ def cue_localization(
     measured: list[_Samples] = []
     at_once = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
     reading["progress"] = scaled_progress(reading.get("progress"), len(data.samples), len(split.records))
-    used, model_class = list(data.samples), subject.classes(split)
-    for images, _, positions in batches(split, subject.preprocessing, subject.device, used, **reading):
+    model_class = subject.classes(split)
+    for _, _, keys, prediction in predictions(subject, split, list(data.samples), **reading):
+        positions = keys.cpu()
         plan = _Plan.of(data, positions)
-        grid = subject.predict(images).maps(model_class[plan.classes].to(subject.device))
+        grid = prediction.maps(model_class[plan.classes].to(subject.device))
         bits = data.bits(data.regions(split.records, positions)).to(subject.device)
         object_pixels = count_pixels(bits.to(torch.bool))
         parts: list[_Samples] = []

@@ -118,7 +118,7 @@ def predictions(
     """Yield the batches of this process with their predictions; ``indices``: of these images only.
 
     Raises:
-        CalmError: a label that the subject has no class for; see `batches`.
+        CalmError: a label that the subject has no class for; probabilities that are not finite; see `batches`.
     """
     indices, model_class = range(len(split.records)) if indices is None else indices, subject.classes(split)
     for images, labels, positions in batches(split, subject.preprocessing, subject.device, indices, **reading):
@@ -129,6 +129,9 @@ def predictions(
                 f"a label is {int(labels.max())}, {subject.label} has classes 0 to {classes - 1}: the data set"
                 " is not the one it was trained for"
             )
+        if not bool((finite := prediction.probs.isfinite().all(dim=1).cpu()).all()):
+            image = split.records[int(positions[~finite][0])].path
+            raise CalmError(f"{subject.label} predicts NaN for {image}: numbers overflow in it; try it in float32")
         yield Batch(images, labels.to(subject.device), positions.to(subject.device), prediction)
 
 
