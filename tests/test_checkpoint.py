@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -19,9 +20,11 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 
+import calm
 from calm.checkpoint import CARD, FORMAT, WEIGHTS, Card, no_answer
 from calm.config import ModelConfig
 from calm.errors import CalmError
+from calm.evaluate import model_subject
 from calm.images import Preprocessing
 from calm.model import create_model, load
 
@@ -114,6 +117,28 @@ def test_load_keeps_the_dtype(tmp_path, dtype):
     again = load(model.save_pretrained(tmp_path / "model"))
     assert {tensor.dtype for tensor in again.state_dict().values()} == {dtype, torch.int64}
     assert_close(again.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["head.attention.bias", "backbone.stem.1.running_var"])
+def test_a_model_whose_weights_are_not_finite_is_refused(tmp_path, name, value):
+    model = trained()
+    model.save_pretrained(tmp_path / "model")
+    assert name in model.state_dict()
+    model.state_dict()[name][0] = value
+    with pytest.raises(CalmError, match=f"the model: {name} holds NaN or infinity"):
+        model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+    with pytest.raises(CalmError, match=f"the model: {name} holds NaN"):
+        calm.attribute(model, IMAGES, 0, "gradient")
+    with pytest.raises(CalmError, match=f"a row: {name} holds NaN"):
+        model_subject(model, label="a row")
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "model" / WEIGHTS)
+    card = json.loads((tmp_path / "model" / CARD).read_text())
+    card["weights_sha256"] = hashlib.sha256((tmp_path / "model" / WEIGHTS).read_bytes()).hexdigest()
+    (tmp_path / "model" / CARD).write_text(json.dumps(card))
+    with pytest.raises(CalmError, match=f"{WEIGHTS}: {name} holds NaN or infinity"):
+        load(tmp_path / "model")
 
 
 def test_load_needs_the_users_own_backbone_and_keeps_it_tied(tmp_path):

@@ -1,4 +1,4 @@
-"""Run models for prediction and explanation: the device by its name, and evaluation mode for a while."""
+"""Run models for prediction and explanation: the device by its name, evaluation mode for a while, finite weights."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch
 from torch import nn
 
 from calm.errors import CalmError
-
-__all__ = ["evaluation_mode", "resolve_device"]
 
 
 def resolve_device(name: str = "auto") -> torch.device:
@@ -26,6 +24,13 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise CalmError(f"device {name!r} cannot be used: {error}") from error
+
+
+def first_nonfinite_weight(module: nn.Module) -> str | None:
+    """Return the name of the first parameter or saved buffer with a NaN or infinity, if any; wait for a GPU once."""
+    floats = {name: value for name, value in module.state_dict().items() if value.is_floating_point()}
+    finite = torch.stack([value.isfinite().all() for value in floats.values()])
+    return None if finite.all() else list(floats)[int(finite.int().argmin())]
 
 
 @contextmanager

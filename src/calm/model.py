@@ -19,6 +19,7 @@ from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
+from calm.inference import first_nonfinite_weight
 from calm.latent import Targets, check_classes
 from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
 
@@ -258,8 +259,19 @@ class CalmModel(nn.Module):
         output = CamOutput if self.config.method == "cam" else CalmOutput
         return canonical_kind(output.default_kind if kind is None else kind, output.family)
 
+    def check_finite(self, where: str = "the model") -> None:
+        """Raise a CalmError if a weight or saved buffer is NaN or infinite; ``where`` they are is for the message."""
+        if name := first_nonfinite_weight(self):
+            fix = "no result would mean anything; take an earlier checkpoint, or train again with a lower learning rate"
+            raise CalmError(f"{where}: {name} holds NaN or infinity, so {fix}")
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`."""
+        """Write the weights (safetensors) and everything else (JSON) to ``folder``: see `calm.checkpoint.write`.
+
+        Raises:
+            CalmError: If a weight is not finite, or the folder cannot be written.
+        """
+        self.check_finite()
         return checkpoint.write(
             folder, self.state_dict(), self.config, self.class_names, self.preprocessing, self.training_summary
         )
@@ -387,7 +399,8 @@ def load(
         map_location: The device.
 
     Raises:
-        CalmError: See `calm.checkpoint.read`; or the weights do not fit, or a backbone is missing or superfluous.
+        CalmError: See `calm.checkpoint.read`; or the weights do not fit or are not finite, or a backbone is missing or
+            superfluous.
     """
     folder, card, state = checkpoint.read(source)
     config = card.model
@@ -415,4 +428,5 @@ def load(
         raise CalmError(
             f"{folder / checkpoint.WEIGHTS} does not fit the model in {checkpoint.CARD}: {error}{hint}"
         ) from error
+    model.check_finite(str(folder / checkpoint.WEIGHTS))
     return model.to(map_location).eval()

@@ -113,6 +113,7 @@ def attribute(
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
         raise CalmError(f"method {method!r} does not read the option {min(unread)}: {reads}")
     options = Options(batch_size=batch_size, **given)
+    model.check_finite()
     check_images(images, model.config.in_channels)
     if images.device != model.device:
         raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")

@@ -144,7 +144,8 @@ def model_subject(
         options: of the baseline: steps, samples, noise, seed, target_layer, batch_size.
 
     Raises:
-        CalmError: an unknown method, one that the model does not have, or an option that it does not read.
+        CalmError: an unknown method, one that the model does not have, an option that it does not read, or weights
+            that are not finite.
     """
     name = model.map_kind() if method is None else baselines.canonical_method(method)
     own = name in MAP_KINDS
@@ -157,6 +158,7 @@ def model_subject(
         if option not in allowed:
             raise unknown(f"option of {name!r}", option, sorted(allowed))
     model.eval()
+    model.check_finite(label or "the model")
 
     def predict_with(model: CalmModel, images: Tensor) -> Prediction:
         with torch.no_grad():

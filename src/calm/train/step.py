@@ -12,6 +12,7 @@ from torchmetrics import Metric
 
 from calm.data.transforms import BatchMix
 from calm.errors import CalmError
+from calm.inference import first_nonfinite_weight
 from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 from calm.train.config import RunLength, TrainConfig, temperature_schedule
@@ -167,16 +168,6 @@ def check_weights(model: nn.Module, step: int, where: str) -> None:
     """
     if name := first_nonfinite_weight(model):
         raise _stopped(step, where, f"after this step the weights of {name} are not finite", DIVERGED)
-
-
-def first_nonfinite_weight(model: nn.Module) -> str | None:
-    """Return the name of the first parameter or buffer with a NaN or infinity; synchronises once if there is none."""
-    tensors = [*model.named_parameters(), *model.named_buffers()]
-    floats = {name: value for name, value in tensors if value.is_floating_point()}
-    finite = torch.stack([torch.isfinite(value).all() for value in floats.values()])
-    if bool(finite.all()):
-        return None
-    return list(floats)[int(finite.int().argmin())]
 
 
 def diagnose(model: nn.Module, images: Tensor, step: int, where: str) -> CalmError:
