@@ -9,6 +9,8 @@ import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
+from PIL import Image
+
 from calm_birds import write_birds
 
 ROOT = Path(__file__).parent.parent
@@ -16,7 +18,7 @@ SMALL = ("--crop_size=32", "--resize_size=40", "--batch_size=4", "--workers=0", 
 
 
 def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> Path:
-    """A project folder with ``dataset/CUB`` and ``metadata/CUB``; half of the images are test images, val is train."""
+    """A project folder with ``dataset/CUB`` and ``metadata/CUB``; half of the images are test images, val is train mirrored."""
     cub = project / "dataset" / "CUB"
     write_birds(cub, species=species, images_per_species=images, size=48, test_fraction=0.5, workers=1)
 
@@ -26,8 +28,9 @@ def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> P
 
     paths, labels, sides = map(column, ("images.txt", "image_class_labels.txt", "train_test_split.txt"))
     boxes = column("bounding_boxes.txt")
-    for split, side in (("train", "1"), ("val", "1"), ("test", "0")):
-        numbers = [number for number in paths if sides[number] == side]
+    side_of = {"train": "1", "val": "1", "test": "0"}
+    numbers_of = {split: [number for number in paths if sides[number] == side] for split, side in side_of.items()}
+    for split, numbers in numbers_of.items():
         rows: dict[str, list[str]] = {name: [] for name in ("image_ids", "class_labels", "image_sizes", "localization")}
         for number in numbers:
             x, y, w, h = (int(float(value)) for value in boxes[number].split())
@@ -40,7 +43,11 @@ def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> P
         for name, lines in rows.items():
             (folder / f"{name}.txt").write_text("".join(f"{line}\n" for line in lines))
     # The validation images of the released layout are another data set, CUBV2, with the same folders.
-    (project / "dataset" / "CUBV2").symlink_to(cub / "images", target_is_directory=True)
+    for number in numbers_of["val"]:
+        place = project / "dataset" / "CUBV2" / paths[number]
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with Image.open(cub / "images" / paths[number]) as image:
+            image.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(place)
     return project
 
 

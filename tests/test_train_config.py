@@ -81,9 +81,22 @@ def test_load_config_reads_what_write_config_writes(tmp_path: Path) -> None:
     config = preset("small", f"--data={tmp_path}", "--loss.temperature=0.5:1.0", "--hardware.devices=2")
     write_config(config, tmp_path)
     assert load_config(tmp_path / "config.yaml") == config
-    assert parse(["--resume", str(tmp_path)]) == config
-    with pytest.raises(CalmError, match="all settings from the run"):
-        parse(["--resume", str(tmp_path), "--epochs=3"])
+    run = replace(config, run_dir=tmp_path)
+    assert parse(["--resume", str(tmp_path)]) == run
+    assert parse(["--resume", str(tmp_path), "--epochs", "77"]) == replace(run, epochs=77)
+    with pytest.raises(CalmError, match="leave out --preset"):
+        parse(["--resume", str(tmp_path), "--preset=small"])
+
+
+def test_parse_resumes_a_run_where_it_lies_now(tmp_path: Path) -> None:
+    config = preset("small", f"--data={tmp_path}", f"--run_dir={tmp_path / 'before'}")
+    write_config(config, tmp_path / "before")
+    (tmp_path / "before").rename(tmp_path / "now")
+    assert parse(["--resume", str(tmp_path / "now")]) == replace(config, run_dir=tmp_path / "now")
+    write_config(replace(config, data=tmp_path / "gone"), tmp_path / "now")
+    with pytest.raises(CalmError, match=r"no longer in .*gone: say with --data"):
+        parse(["--resume", str(tmp_path / "now")])
+    assert parse(["--resume", str(tmp_path / "now"), "--data", str(tmp_path)]).data == tmp_path
 
 
 @pytest.mark.parametrize(

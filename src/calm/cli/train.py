@@ -18,6 +18,7 @@ examples:
   calm train --preset small --data DIR --loss.temperature 0.5:1.0   soft E-step, annealed
   calm train --preset small --data DIR --print_config               show every setting; a file for --config
   calm train --resume runs/birds-tiny_resnet-calm-em                continue a run; so does the same command again
+  calm train --resume RUN --epochs 60 --data DIR                    more epochs, for data that have moved
 """
 
 
@@ -33,10 +34,10 @@ def build_parser() -> parsing.Parser:
         epilog=EXAMPLES,
     )
     hidden = argparse.SUPPRESS  # not in the configuration
-    parser.add_argument(
-        "--preset", metavar="NAME", help=f"settings to start from: {', '.join(PRESETS)}", default=hidden
-    )
-    parser.add_argument("--resume", metavar="RUN", help="continue the run in this folder", default=hidden)
+    settings = f"settings to start from: {', '.join(PRESETS)}"
+    parser.add_argument("--preset", metavar="NAME", help=settings, default=hidden)
+    run = "continue the run in this folder, with its settings"
+    parser.add_argument("--resume", metavar="RUN", help=run, default=hidden)
     skip_bad = "go on without images that the check complains about"
     parser.add_argument("--skip-bad", action="store_true", help=skip_bad, default=hidden)
     add_arguments(parser)
@@ -63,20 +64,23 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     if chosen.skip_bad:
         rest.append("--reading.skip_bad=true")
     if chosen.resume is not None:
-        if chosen.preset is not None or rest:
-            given = " ".join(rest or ["--preset"])
-            raise CalmError(f"--resume takes all settings from the run; it was given with {given}")
-        return _configuration_of_run(Path(chosen.resume))
+        if chosen.preset is not None:
+            raise CalmError("--resume takes the settings from the run: leave out --preset")
+        return _configuration_of_run(Path(chosen.resume), rest)
     if chosen.preset is not None:
         return preset(chosen.preset, *rest, parser=build_parser())
     return parse_config(rest, build_parser())
 
 
-def _configuration_of_run(run_dir: Path) -> TrainConfig:
-    """Read the configuration of a run; an error names the settings that another version of calm wrote into it."""
+def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
+    """Return the configuration of the run in a folder, which may have moved, changed by flags.
+
+    Raises:
+        CalmError: a setting that another version of calm wrote, or data that are no longer where they were.
+    """
     path = run_dir / "config.yaml"
     try:
-        return load_config(path, parser=build_parser())
+        config = load_config(path, *flags, f"--run_dir={run_dir}", parser=build_parser())
     except CalmError as error:
         from calm.train.folder import unknown_settings  # imports PyTorch
 
@@ -86,6 +90,10 @@ def _configuration_of_run(run_dir: Path) -> TrainConfig:
                 " it cannot be continued: train anew in another folder"
             ) from error
         raise
+    for flag, place in (("--data", config.data), ("--reading.metadata_root", config.reading.metadata_root)):
+        if place is not None and not place.exists():
+            raise CalmError(f"the data of {run_dir} are no longer in {place}: say with {flag} where they are")
+    return config
 
 
 def main(arguments: Sequence[str]) -> Path:

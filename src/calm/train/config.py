@@ -87,8 +87,8 @@ class ModelOptions:
         output_stride: image pixels per grid cell, for timm backbones that support it.
         prior_activation: the activation a of the prior.
         prior_denominator: ``constant`` trains the prior as the released code does.
-        init_from: a run folder, a saved model or a hub id whose weights training starts from. The head comes along
-            if it has the same shape; otherwise it starts anew.
+        init_from: a run folder, a saved model or a hub id whose weights training starts from. Of the head, the classes
+            of the same name come along; the others start anew.
     """
 
     pretrained: bool = True
@@ -269,6 +269,13 @@ class TrainConfig:
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
+
+    def whole_run(self) -> str:
+        """Return which setting has a course over the whole run, so that a run cannot be given more epochs; or ""."""
+        if self.optim.schedule in ("cosine", "one-cycle"):
+            return f"its schedule {self.optim.schedule}"
+        temperature = str(self.loss.temperature)
+        return f"its temperature {temperature}" if ":" in temperature else ""
 
 
 # Substrings of the parameter names that the released code trains at the low rate (main.py of the released code).

@@ -10,8 +10,10 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from calm.backbones import check_size
 from calm.data.dataset import EpochSampler, ImageDataset
-from calm.data.records import Split
+from calm.data.loading import match_classes
+from calm.data.records import Split, first_of
 from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
@@ -56,7 +58,7 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
     )
 
 
-def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -> CalmModel:
+def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -> tuple[CalmModel, str]:
     """Build the model of a run at its start, in training mode: for the classes of ``split``, with configured weights
     and input size; ``backbone`` takes the place of the named one."""
     options = config.model
@@ -74,24 +76,35 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         class_names=split.class_names,
         preprocessing=Preprocessing(size=(size, size)),
     )
-    if options.init_from is not None:
-        _initialise(model, options.init_from, backbone)
+    check_size(model.backbone, (size, size))
+    origin = "" if options.init_from is None else _initialise(model, options.init_from, config.data.name, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
-    return model.train()  # a backbone that was loaded comes in evaluation mode
+    return model.train(), origin  # a backbone that was loaded comes in evaluation mode
 
 
-def _initialise(model: CalmModel, source: str, backbone: nn.Module | None) -> None:
-    """Start from the weights of a saved model: its backbone, and its head where the shapes are the same."""
+def _initialise(model: CalmModel, source: str, data: str, backbone: nn.Module | None) -> str:
+    """Start from a saved model's backbone and, class by class, from its head; return a line about what was kept."""
     start = load(source, backbone=backbone)
     try:
         model.backbone.load_state_dict(start.backbone.state_dict())
     except RuntimeError as error:
         raise CalmError(f"model.init_from {source!r}: its backbone {start.config.backbone!r} is another one") from error
-    head = start.head.state_dict()
-    shapes = {name: value.shape for name, value in head.items()}
-    if shapes == {name: value.shape for name, value in model.head.state_dict().items()}:
-        model.head.load_state_dict(head)
+    head, theirs, names = model.head.state_dict(), start.head.state_dict(), model.class_names
+    try:
+        rows = dict(enumerate(match_classes(start.class_names, names, model=source, data=data)))
+    except CalmError:  # other classes, of which some may be the same
+        rows = {i: start.class_names.index(name) for i, name in enumerate(names) if name in start.class_names}
+    if not rows or head.keys() != theirs.keys():
+        return f"started from the backbone of {source}: its head, of other classes or another method, is left out"
+    for name, value in theirs.items():
+        if name.startswith("conv_last."):
+            head[name][list(rows)] = value[list(rows.values())]
+        else:
+            head[name].copy_(value)
+    new = [name for i, name in enumerate(names) if i not in rows]
+    rest = f"; new are {first_of(new)}" if new else ""
+    return f"started from {source}: {len(rows)} of {len(names)} classes have the weights of its head{rest}"
 
 
 def build_datasets(

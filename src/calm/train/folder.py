@@ -29,6 +29,7 @@ from calm.model import CalmModel
 from calm.train.config import TrainConfig, read_settings
 
 FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
+FREE_FIELDS |= {"data", "reading.metadata_root"}  # the data may have moved: `open_folder` compares their fingerprint
 """Fields that change nothing about the result: a run may be continued with other values."""
 
 
@@ -44,8 +45,8 @@ def is_first_process() -> bool:
     return ranks[:1] in ([], ["0"])
 
 
-def check_folder(run_dir: Path, config: TrainConfig) -> None:
-    """Check that a run may be written to a folder: it is new, or holds this run.
+def check_folder(run_dir: Path, config: TrainConfig) -> bool:
+    """Return whether a folder is new; else it holds this run, perhaps with fewer epochs.
 
     Raises:
         CalmError: the folder holds something else, or a run with another configuration: the message names the fields.
@@ -57,7 +58,17 @@ def check_folder(run_dir: Path, config: TrainConfig) -> None:
             raise CalmError(f"run_dir {run_dir} is a file")
         if run_dir.exists() and any(run_dir.iterdir()):
             raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with --run_dir")
-    elif changed := differences(read_settings(path), config_dict(config)):
+        return True
+    changed = differences(read_settings(path), config_dict(config))
+    if list(changed) == ["epochs"] and isinstance(former := changed["epochs"][0], int) and former < config.epochs:
+        if whole := config.whole_run():
+            raise CalmError(
+                f"{run_dir} was trained for {former} epochs, and {whole} goes over the whole run: with {config.epochs}"
+                " epochs it would have been another from the first step on. Train anew in another --run_dir, or go on"
+                f" from its weights: --model.init_from {run_dir} --run_dir NEW --epochs {config.epochs - former}"
+            )
+        changed = {}
+    if changed:
         known = flattened(config_dict(config))
         listed = "\n".join(
             f"  {name}: {old!r:.200} there, " + (f"{new!r} now" if name in known else "no setting of this version")
@@ -67,6 +78,15 @@ def check_folder(run_dir: Path, config: TrainConfig) -> None:
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
             "choose another folder with --run_dir, or delete that one"
         )
+    return False
+
+
+def is_finished(run_dir: Path, config: TrainConfig) -> bool:
+    """Return whether a folder, which `check_folder` passes, holds this whole run, on data that have not moved."""
+    if not (run_dir / "result.json").exists():
+        return False
+    former, now = read_settings(run_dir / "config.yaml"), config_dict(config)
+    return all(former.get(name) == now[name] for name in ("epochs", "data"))
 
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -112,6 +132,7 @@ def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> Non
         former = read_json(path)
         if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
             raise CalmError(f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir")
+    (run_dir / "result.json").unlink(missing_ok=True)  # more epochs follow, or the data have moved
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import statistics
 import threading
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader
 
+from calm.backbones import check_size
 from calm.checkpoint import WEIGHTS
 from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
@@ -72,9 +74,8 @@ def train(
     run_dir = config.run_dir or folder.default_run_dir(config)
     first = folder.is_first_process()
     log = journal.RunLog(quiet=quiet or not first)
-    if first:
-        folder.check_folder(run_dir, config)
-    if (run_dir / "result.json").exists():
+    new = first and folder.check_folder(run_dir, config)
+    if folder.is_finished(run_dir, config):
         log(f"{run_dir} is finished; delete it or choose another --run_dir to train again")
         return run_dir
     for name in config.log.loggers:
@@ -90,7 +91,7 @@ def train(
     run = RunLength(config.epochs, images // config.batch_size)
     with torch.random.fork_rng(), _process_settings(config.hardware):
         torch.manual_seed(mix_seed(config.seed) >> 1)
-        model = build_model(config, splits["train"], backbone)
+        model, origin = build_model(config, splits["train"], backbone)
         data = folder.data_summary(splits, report)
         model.training_summary = {"data": config.data.name, "fingerprint": data["fingerprint"], "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
@@ -99,8 +100,18 @@ def train(
             folder.open_folder(run_dir, config, data)
             log.path = run_dir / "log.txt"
             log(folder.opening_line(run_dir, config, splits, report, model))
-        with _launched(fabric):
-            Trainer(fabric, model, config, run, datasets, run_dir, log).fit(loggers)
+            for text in (origin, report.text(most=3) if report.problems else ""):
+                if text:
+                    log(text)
+        trainer = None
+        try:
+            with _launched(fabric):
+                trainer = Trainer(fabric, model, config, run, datasets, run_dir, log)
+                trainer.fit(loggers)
+        except Exception:
+            if new and (trainer is None or trainer.state.step == 0):  # the corrected command finds no other run there
+                shutil.rmtree(run_dir, ignore_errors=True)
+            raise
     return run_dir
 
 
@@ -137,6 +148,10 @@ class Trainer:
         self.loaders = {
             name: build_loader(dataset, config, fabric, shuffle=name == "train") for name, dataset in datasets.items()
         }
+        one_cell = check_size(model.backbone, model.preprocessing.size) == (1, 1)
+        normed = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        if one_cell and normed and self.loaders["train"].batch_size == 1:
+            raise CalmError("BatchNorm cannot learn from one grid cell: raise batch_size or reading.image_size")
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         values = TextColumn("{task.fields[values]}")
         self.bar = Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)
@@ -147,8 +162,8 @@ class Trainer:
         state, first = self.state, self.fabric.is_global_zero
         path = self.run_dir / CHECKPOINT
         if path.exists():
-            self.log("continuing after the last whole epoch")
             checkpoints.restore(state, path)
+            self.log(f"continuing after epoch {state.epoch} of {self.config.epochs}")
             if first:  # a kill may have come between the checkpoint and the saved models
                 checkpoints.export(state, self.run_dir)
         saved = state.epoch
