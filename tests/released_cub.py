@@ -18,7 +18,7 @@ SMALL = ("--crop_size=32", "--resize_size=40", "--batch_size=4", "--workers=0", 
 
 
 def write_released_cub(project: Path, *, species: int = 3, images: int = 4) -> Path:
-    """A project folder with ``dataset/CUB`` and ``metadata/CUB``; half of the images are test images, val is train mirrored."""
+    """A project folder with ``dataset/CUB`` and ``metadata/CUB``; half of the images are test images."""
     cub = project / "dataset" / "CUB"
     write_birds(cub, species=species, images_per_species=images, size=48, test_fraction=0.5, workers=1)
 

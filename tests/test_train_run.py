@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from torch import nn
 from train_cases import SIZE, checkpoint_of, rich_config, start, tiny_config, tiny_net, weights_of, write_squares
 
 from calm.data.dataset import EpochSampler, ImageDataset
@@ -28,6 +29,7 @@ from calm.images import Preprocessing
 from calm.model import CalmModel, create_model, load
 from calm.train import train
 from calm.train.config import Hardware, LogOptions, LossOptions, OptimOptions, RunLength, TrainConfig
+from calm.train.folder import check_folder, write_config
 from calm.train.optim import build_scheduler
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
@@ -192,6 +194,117 @@ def test_train_starts_from_given_weights(rich: Path, data: Path, tmp_path: Path)
     start = load(rich, backbone=tiny_net())
     trained = weights_of(run)
     assert_close(dict(start.named_parameters()), {name: trained[name] for name, _ in start.named_parameters()})
+
+
+def test_train_starts_from_the_head_of_classes_of_the_same_name(
+    rich: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    squares = write_squares(tmp_path / "squares")
+    for folder in squares.glob("*/colour0"):
+        folder.rename(folder.with_name("zebra"))  # which comes last, so that the others have other numbers
+    config = tiny_config(squares, tmp_path / "run", epochs=1, lr=0.0)
+    config = replace(config, model=replace(config.model, init_from=str(rich)))
+    run = train(config, backbone=tiny_net())
+    assert "2 of 3 classes have the weights of its head; new are zebra" in capsys.readouterr().out
+    head, start = weights_of(run), load(rich, backbone=tiny_net()).state_dict()
+    assert load(run, backbone=tiny_net()).class_names == ("colour1", "colour2", "zebra")
+    for name in ("head.conv_last.weight", "head.conv_last.bias"):
+        assert torch.equal(head[name][:2], start[name][1:])
+        assert not torch.equal(head[name][2], start[name][0])
+    assert torch.equal(head["head.attention.weight"], start["head.attention.weight"])
+
+
+def test_train_starts_without_the_head_of_other_classes(
+    rich: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    squares = write_squares(tmp_path / "squares")
+    for folder in squares.glob("*/*"):
+        folder.rename(folder.with_name(f"my {folder.name}"))
+    config = tiny_config(squares, tmp_path / "run", epochs=1, lr=0.0)
+    run = train(replace(config, model=replace(config.model, init_from=str(rich))), backbone=tiny_net())
+    assert "its head, of other classes or another method, is left out" in capsys.readouterr().out
+    name = "head.conv_last.weight"
+    assert not torch.equal(weights_of(run)[name], load(rich, backbone=tiny_net()).state_dict()[name])
+
+
+def test_train_more_epochs_end_as_if_asked_for_at_first(data: Path, tmp_path: Path) -> None:
+    optim = OptimOptions(schedule="step", step_epochs=2, warmup_epochs=0.5, ema_decay=0.9)
+    config = tiny_config(data, tmp_path / "long", optim=optim)
+    train(config, backbone=tiny_net(), quiet=True)
+    longer = replace(config, run_dir=tmp_path / "longer")
+    for epochs in (1, 3):
+        run = train(replace(longer, epochs=epochs), backbone=tiny_net(), quiet=True)
+        assert json.loads((run / "result.json").read_text())["last"]["epoch"] == epochs
+    assert_same(checkpoint_of(run), checkpoint_of(tmp_path / "long"))
+    assert yaml.safe_load((run / "config.yaml").read_text())["epochs"] == 3
+    with pytest.raises(CalmError, match="epochs: 3 there, 2 now"):
+        train(replace(longer, epochs=2), backbone=tiny_net(), quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "whole"),
+    [
+        ({}, "schedule cosine"),
+        ({"optim": OptimOptions(schedule="one-cycle")}, "schedule one-cycle"),
+        ({"optim": OptimOptions(), "loss": LossOptions(temperature="0.5:1")}, "temperature 0.5:1"),
+    ],
+)
+def test_check_folder_refuses_more_epochs_of_a_course_over_the_whole_run(
+    changes: dict[str, Any], whole: str, data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(data, tmp_path / "run", **changes)
+    write_config(config, tmp_path / "run")
+    with pytest.raises(CalmError, match=f"its {whole} goes over the whole run.*--model.init_from .*--epochs 2"):
+        check_folder(tmp_path / "run", replace(config, epochs=5))
+
+
+def test_train_goes_on_with_data_and_run_that_have_moved(data: Path, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(data, tmp_path / "data"))
+    run = train(tiny_config(mine, tmp_path / "run"), backbone=tiny_net(), quiet=True)
+    config, weights = tiny_config(tmp_path / "elsewhere", tmp_path / "moved"), weights_of(run)
+    mine.rename(config.data)
+    run.rename(tmp_path / "moved")
+    moved = train(config, backbone=tiny_net(), quiet=True)
+    assert moved == tmp_path / "moved"
+    assert not run.exists()
+    assert yaml.safe_load((moved / "config.yaml").read_text())["data"] == str(config.data)
+    assert_close(weights_of(moved), weights)
+    assert len((moved / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_train_that_fails_before_its_first_step_leaves_no_folder(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", epochs=1)
+    for wrong, message in (
+        ({"optim": replace(config.optim, accumulate=3)}, "equal parts"),
+        ({"batch_size": 1, "reading": replace(config.reading, image_size=8)}, "BatchNorm cannot learn"),
+    ):
+        backbone = nn.Sequential(tiny_net(), nn.AdaptiveAvgPool2d(1))
+        with pytest.raises(CalmError, match=message):
+            train(replace(config, **wrong), backbone=backbone, quiet=True)
+        assert not (tmp_path / "run").exists()
+    train(config, backbone=tiny_net(), quiet=True)
+    with pytest.raises(CalmError, match=r"lr: 0\.02 there, 0\.5 now"):
+        train(replace(config, lr=0.5), backbone=tiny_net(), quiet=True)
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_train_names_the_sizes_that_a_model_takes_before_it_starts(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", backbone="vit_tiny_patch16_224")
+    config = replace(config, model=replace(config.model, pretrained=False))
+    with pytest.raises(CalmError, match="takes no images of 250 x 250 pixels: take 240 x 240 or 256 x 256"):
+        train(replace(config, reading=replace(config.reading, image_size=250)), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_train_prints_what_the_check_found(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    mine = Path(shutil.copytree(data, tmp_path / "data"))
+    for picture in (mine / "train" / "colour1").iterdir():
+        picture.rename(picture.with_suffix(".heic"))
+    train(tiny_config(mine, tmp_path / "run", epochs=1), backbone=tiny_net())
+    said = capsys.readouterr().out
+    for text in (said, (tmp_path / "run" / "log.txt").read_text()):
+        assert "colour1" in text
+        assert "warning" in text
 
 
 @pytest.mark.parametrize(
