@@ -276,7 +276,7 @@ def test_train_that_fails_before_its_first_step_leaves_no_folder(data: Path, tmp
     config = tiny_config(data, tmp_path / "run", epochs=1)
     for wrong, message in (
         ({"optim": replace(config.optim, accumulate=3)}, "equal parts"),
-        ({"batch_size": 1, "reading": replace(config.reading, image_size=8)}, "BatchNorm cannot learn"),
+        ({"batch_size": 1, "reading": replace(config.reading, image_size=8)}, "BatchNorm cannot normalise"),
     ):
         backbone = nn.Sequential(tiny_net(), nn.AdaptiveAvgPool2d(1))
         with pytest.raises(CalmError, match=message):

@@ -404,15 +404,10 @@ def add_arguments(parser: ArgumentParser) -> None:
 def parse_config(
     arguments: Sequence[str], parser: ArgumentParser | None = None, e_step: LossOptions | None = None
 ) -> TrainConfig:
-    """Return the configuration that flags and the files after ``--config`` describe; see `load_config`.
+    """Return the configuration that flags and the files after ``--config`` describe, of which later ones win; see
+    `load_config`. A SystemExit comes after ``--help`` or ``--print_config``.
 
-    Args:
-        arguments: flags; later ones win.
-        parser: has the flags of `add_arguments`; None makes one.
-        e_step: options that are dropped, instead of refused, for a method without an E-step.
-
-    Raises:
-        SystemExit: after ``--help`` or ``--print_config``.
+    Options ``e_step`` are dropped, instead of refused, for a method without an E-step.
     """
     if parser is None:
         from jsonargparse import ArgumentParser

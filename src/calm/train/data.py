@@ -27,12 +27,8 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
     ``batch_size`` images make one optimiser step, over all processes and accumulated parts together: however they are
     divided, each step sees the same images, in an order that depends on seed and epoch alone.
 
-    Args:
-        dataset: the images.
-        config: the run.
-        fabric: knows rank, number of processes and device.
-        shuffle: for training: the order is random, and images that fill no batch are left out. Otherwise each image is
-            in exactly one process.
+    With ``shuffle``, for training, the order is random and images that fill no batch are left out. Otherwise each image
+    is in exactly one process.
 
     Raises:
         CalmError: the batch size does not divide into the processes and ``optim.accumulate`` parts.

@@ -16,17 +16,10 @@ ONE_CYCLE_RISE = 0.3
 
 
 def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> list[dict[str, Any]]:
-    """Group the parameters by learning rate and weight decay, as ``torch.optim`` takes them.
+    """Group the parameters that need a gradient by learning rate and weight decay, as ``torch.optim`` takes them.
 
-    Args:
-        model: a `CalmModel`; parameters that need no gradient are left out.
-        backbone: its backbone's name, for the ``released`` grouping.
-        lr: rate of the backbone; the new layers get ``lr * optim.head_ratio``.
-        optim: grouping, ratio and decay.
-
-    Returns:
-        At most four groups with ``params``, ``lr``, ``weight_decay`` and ``name``. Parameters shared by two modules
-        appear once.
+    The backbone gets the rate ``lr``, the new layers, which `is_new` tells by the name of the backbone, that times
+    ``optim.head_ratio``. The groups also have a ``name``; parameters shared by two modules appear once.
     """
     groups: dict[tuple[bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
@@ -55,10 +48,7 @@ def build_optimizer(model: nn.Module, backbone: str, lr: float, optim: OptimOpti
 def build_scheduler(optimizer: torch.optim.Optimizer, optim: OptimOptions, run: RunLength) -> lr_scheduler.LRScheduler:
     """Build the learning-rate scheduler of a run, which is to be stepped after every optimiser step.
 
-    Args:
-        optimizer: its groups' rates are the peak rates.
-        optim: schedule, warm-up and their settings. The warm-up rises linearly, and its last step has the full rate.
-        run: the length of the run.
+    The groups' rates are the peak rates. The warm-up rises linearly, and its last step has the full rate.
     """
     warmup = round(optim.warmup_epochs * run.steps_per_epoch)
     if optim.schedule == "one-cycle":
@@ -88,11 +78,7 @@ class Average(AveragedModel):
 
     Its decay d at the t-th update (from 0) is min(``decay``, (1 + t) / (10 + t)), so that the random start is forgotten
     early on. Integer buffers (BatchNorm's counters) are copied. The averaged model is ``module``: in evaluation mode,
-    without gradients.
-
-    Args:
-        model: the model that is averaged; it is copied.
-        decay: in [0, 1).
+    without gradients; ``model`` is copied, and ``decay`` in [0, 1).
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

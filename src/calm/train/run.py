@@ -29,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 from torch.utils.data import DataLoader
 
-from calm.backbones import check_size
 from calm.checkpoint import WEIGHTS
 from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
@@ -116,17 +115,8 @@ def train(
 
 
 class Trainer:
-    """The part of a training run that each of its processes does, on its device.
-
-    Args:
-        fabric: launched; it knows devices, processes and precision.
-        model: at its start.
-        config: of the run.
-        run: its length.
-        datasets: the images of train, val and test.
-        run_dir: folder that the first process writes to.
-        log: gets a line per epoch.
-    """
+    """The part of a training run that each of its processes does, on its device; ``fabric`` is launched, ``model`` at
+    its start, and the first process writes to ``run_dir``."""
 
     def __init__(
         self,
@@ -148,10 +138,6 @@ class Trainer:
         self.loaders = {
             name: build_loader(dataset, config, fabric, shuffle=name == "train") for name, dataset in datasets.items()
         }
-        one_cell = check_size(model.backbone, model.preprocessing.size) == (1, 1)
-        normed = any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        if one_cell and normed and self.loaders["train"].batch_size == 1:
-            raise CalmError("BatchNorm cannot learn from one grid cell: raise batch_size or reading.image_size")
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         values = TextColumn("{task.fields[values]}")
         self.bar = Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)

@@ -121,12 +121,9 @@ class TrainingStep(nn.Module):
         """Return the loss of a batch, mean over its images, in nats.
 
         Args:
-            images: normalised (B, 3, H, W).
+            images: normalised (B, C, H, W).
             targets: class indices (B,).
-            epoch: from 0.
-            step: optimiser steps before this one.
-            index: of the batch in the epoch, from 0.
-            rank: of the process.
+            epoch, step, index, rank: of the epoch, the optimiser step, the batch in the epoch and the process, from 0.
         """
         if self.mix is not None:
             images, targets = self.mix(images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank)
