@@ -278,7 +278,7 @@ def test_train_that_fails_before_its_first_step_leaves_no_folder(data: Path, tmp
         ({"optim": replace(config.optim, accumulate=3)}, "equal parts"),
         ({"batch_size": 1, "reading": replace(config.reading, image_size=8)}, "BatchNorm cannot normalise"),
     ):
-        backbone = nn.Sequential(tiny_net(), nn.AdaptiveAvgPool2d(1))
+        backbone = nn.Sequential(tiny_net(), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(6))
         with pytest.raises(CalmError, match=message):
             train(replace(config, **wrong), backbone=backbone, quiet=True)
         assert not (tmp_path / "run").exists()
