@@ -209,7 +209,7 @@ def test_load_checked_reports_a_class_that_lost_its_images(tmp_path: Path) -> No
         "splits: train/ is train, val/ is val, test/ is test",
         "2 train, 3 val, 3 test images: no errors, 2 warnings",
         "1 of 3 classes have no image in train: b",
-        "1 files: 1 .heic",
+        f"[train] {tmp_path / 'train'}: 1 .heic",
     ):
         assert line in text
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -198,9 +199,9 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
     for members in groups.values():
         members.sort(key=lambda member: SPLITS.index(member[0]), reverse=True)
         kept, copy = members[0]
-        first: dict[Path, tuple[str, Record]] = {}
+        first: dict[str, tuple[str, Record]] = {}
         for name, record in members:
-            other, same = first.setdefault(record.path.resolve(), (name, record))
+            other, same = first.setdefault(os.path.realpath(record.path), (name, record))
             if other != name:
                 alias = "" if same.path == record.path else f" as {same.path}"
                 message = f"is in {name} and in {other}{alias}"

@@ -308,8 +308,8 @@ class FolderSource:
                 elif path.name not in _IGNORED:
                     ending = path.suffix.lower()
                     others[f"hidden {ending}" if ending in SUFFIXES else ending or "without an ending"] += 1
-        listed = ", ".join(f"{count:,} {ending:.30}" for ending, count in others.most_common(8))
-        problems = (Problem("not-read", split, base, f"{others.total():,} files: {listed}"),) if others else ()
+        listed = first_of([f"{count:,} {ending}" for ending, count in others.most_common()], 8)
+        problems = (Problem("not-read", split, base, listed),) if others else ()
         return Split(split, tuple(records), self.class_names, base, exif=True, problems=problems)
 
 
@@ -344,8 +344,12 @@ def files_below(folder: Path) -> Iterator[Path]:
         seen.add(real)
         with os.scandir(place) as entries:
             listed = sorted(entries, key=lambda entry: entry.name)
-        waiting += [Path(entry.path) for entry in listed if entry.is_dir()]
-        yield from (Path(entry.path) for entry in listed if not entry.is_dir())
+        for entry in listed:
+            path = Path(entry.path)
+            if path.is_dir() if entry.is_symlink() else entry.is_dir():
+                waiting.append(path)
+            else:
+                yield path
 
 
 def _is_hidden(folder: str) -> bool:
