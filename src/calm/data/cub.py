@@ -32,9 +32,7 @@ from calm.images import image_size
 CUB_FILES = ("images.txt", "classes.txt", "image_class_labels.txt", "train_test_split.txt")
 """The files without which a folder is not read as CUB_200_2011."""
 
-OVERHANG = 2
-"""Pixels by which official boxes reach over the right and lower edge, and are clipped without a warning."""
-
+OVERHANG = 2  # pixels by which official boxes reach over the right and lower edge, and are clipped without a warning
 _WORDNET_ID = re.compile(r"n\d{8}\s+(?=\S)")
 
 
@@ -82,12 +80,10 @@ def names_from_folders(labels: Mapping[str, int]) -> tuple[str, ...]:
     ('0', '1')
     """
     size = max(labels.values(), default=-1) + 1
-    pairs = {(label, PurePosixPath(name).parent.name) for name, label in labels.items()}
-    folders = dict(pairs)
-    names = {folder for _, folder in pairs}
-    if len(pairs) == size == len(folders) == len(names) and "" not in names:
-        return tuple(folders[index] for index in range(size))
-    return tuple(map(str, range(size)))
+    pairs = sorted({(label, PurePosixPath(name).parent.name) for name, label in labels.items()})
+    names = tuple(folder for _, folder in pairs)
+    one_to_one = [label for label, _ in pairs] == list(range(size)) and len(set(names)) == size and "" not in names
+    return names if one_to_one else tuple(map(str, range(size)))
 
 
 def corners(box: tuple[float, float, float, float], size: tuple[int, int] | None) -> Box:
@@ -119,10 +115,9 @@ class CubSource:
         return read_names(self.root / "classes.txt")
 
     def read(self, split: str) -> Split:
-        """Read "train" or "test"; what is wrong with single lines is in the result's ``problems``.
+        """Read "train" or "test", and the sizes of its images; what is wrong with single lines is in ``problems``.
 
-        Lines that belong to no image, and images of no split, are problems of train. The header of each image of the
-        split is read for its size.
+        Lines that belong to no image, and images of no split, are problems of train.
         """
         log = ProblemLog(split)
         images, _, labels, sides = (self.root / name for name in CUB_FILES)

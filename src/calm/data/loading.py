@@ -316,8 +316,7 @@ class FolderSource:
 Source: TypeAlias = CubSource | MetadataSource | FolderSource
 """A data set on disk whose layout is known."""
 
-_IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}
-"""What file managers leave in folders, which nobody misses."""
+_IGNORED = {".DS_Store", "Thumbs.db", "desktop.ini"}  # what file managers leave in folders
 
 
 def _folders(base: Path) -> list[Path]:

@@ -132,8 +132,7 @@ def images_root(root: Path, name: str, split: str, ids: Sequence[str]) -> Path:
     return candidates[counts.index(max(counts))]
 
 
-MAX_CLASSES = 1_000_000
-"""Most classes without ``classes.txt``: one wrong digit in a label is not to fill the memory with names."""
+MAX_CLASSES = 1_000_000  # without ``classes.txt``: one wrong digit in a label is not to fill the memory with names
 
 
 @dataclass(frozen=True)
