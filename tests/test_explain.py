@@ -12,6 +12,7 @@ from explain_cases import make_model
 from calm.errors import CalmError
 from calm.explain import Query, class_index, draw, explain, resolve_query
 from calm.heatmaps import locate, resize_maps
+from calm.model import create_model
 from calm.render import overlay
 
 
@@ -26,6 +27,14 @@ def test_explain_versus_without_target_takes_the_best_other_class() -> None:
         assert [answer.target for answer in answers] == expected
         assert second in expected
         assert all(float(answer.grid.sum()) > 0 for answer in answers)
+
+
+def test_class_index_takes_numbers_for_names_where_all_names_are_numbers() -> None:
+    names = ["0", "1", "10", "11", "7"]
+    model = create_model("tiny_resnet", len(names), class_names=names)
+    assert [class_index(model, text) for text in ("10", "7", "1")] == [2, 4, 1]
+    with pytest.raises(CalmError, match="no class '3': give one of the model's 5 names$"):
+        class_index(model, "3")
 
 
 def test_class_index_takes_names_and_indices() -> None:

@@ -97,11 +97,12 @@ def class_index(model: CalmModel, text: str) -> int:
     for spelling in (names, short):
         if spelling.count(wanted) == 1:
             return spelling.index(wanted)
-    if wanted.isdecimal() and int(wanted) < len(names):
+    numbers = "" if all(map(str.isdecimal, names)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
+    if wanted.isdecimal() and int(wanted) < len(names) and numbers:
         return int(wanted)
     close = [model.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
     hint = f"; close are {', '.join(map(repr, close))}" if close else ""
-    raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names or 0 to {len(names) - 1}{hint}")
+    raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names{numbers}{hint}")
 
 
 @dataclass(frozen=True)

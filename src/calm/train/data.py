@@ -10,7 +10,6 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
-from calm.backbones import check_size
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import match_classes
 from calm.data.records import Split, first_of
@@ -72,7 +71,6 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         class_names=split.class_names,
         preprocessing=Preprocessing(size=(size, size)),
     )
-    check_size(model.backbone, (size, size))
     origin = "" if options.init_from is None else _initialise(model, options.init_from, config.data.name, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
