@@ -33,7 +33,7 @@ def test_class_index_takes_numbers_for_names_where_all_names_are_numbers() -> No
     names = ["0", "1", "10", "11", "7"]
     model = create_model("tiny_resnet", len(names), class_names=names)
     assert [class_index(model, text) for text in ("10", "7", "1")] == [2, 4, 1]
-    with pytest.raises(CalmError, match="no class '3': give one of the model's 5 names$"):
+    with pytest.raises(CalmError, match=r"no class '3': give one of the model's 5 names$"):
         class_index(model, "3")
 
 
