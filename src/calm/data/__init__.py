@@ -1,7 +1,4 @@
-"""Data sets: readers of several layouts, checks, augmentation, and the torch data set.
-
-Names are loaded when first used; importing this package costs nothing.
-"""
+"""Data sets: readers of several layouts, checks, augmentation, the torch data set. Names are loaded when first used."""
 
 from typing import TYPE_CHECKING
 

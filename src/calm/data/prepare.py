@@ -1,16 +1,15 @@
 """Unpack the archives that data sets are published as, and arrange them so that every command reads them.
 
-- CUB-200-2011: ``dataset/CUB``, the official folder with its attribute names and segmentations inside.
-- ILSVRC with ImageNetV2, and OpenImages30k: below ``dataset/``, where the released configuration looks for them.
-- Tiny ImageNet: the metadata format. Of each class, the first 450 training images are train, the other 50 val; the
-  official validation images, 50 a class, are test. Boxes of val and test are the archive's own: inclusive corners from
-  0 in 64 x 64 images.
+CUB-200-2011, ILSVRC with ImageNetV2 and OpenImages30k go below ``dataset/``, where the released configuration looks for
+them. Tiny ImageNet gets the metadata format: of each class, the first 450 training images are train, the other 50 val;
+the official validation images, 50 a class, are test. Boxes of val and test are the archive's own.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -154,7 +153,7 @@ def _verify_cub(base: Path, prepared: Prepared) -> None:
     prepared.expect("classes", sum(1 for _ in numbered_lines(base / "classes.txt")), CUB_CLASSES, where)
     try:
         names, _ = read_class_attributes(base)
-        counts = {count: len(read_pairs(base, (count,))) for count in CUB_PAIRS}
+        counts = Counter(len(pair.groups) for pair in read_pairs(base, CUB_PAIRS))
     except CalmError as error:
         prepared.complain(f"no cue localization: {error}")
         return
