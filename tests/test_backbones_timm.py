@@ -80,6 +80,14 @@ def test_timm_backbone_freezes_unused_parameters_only(name):
     assert any(not parameter.requires_grad for parameter in backbone.parameters())
 
 
+def test_timm_backbone_keeps_frozen_what_timm_froze(monkeypatch):
+    whole = timm.create_model("test_vit", num_classes=0)
+    whole.pos_embed.requires_grad_(False)
+    monkeypatch.setattr(timm, "create_model", lambda *_, **__: whole)
+    assert not build_backbone("test_vit").model.pos_embed.requires_grad
+    assert whole.patch_embed.proj.weight.requires_grad
+
+
 def test_timm_backbone_starts_in_training_mode_with_fresh_statistics():
     backbone = build_backbone("resnet18")
     assert all(part.training for part in backbone.modules())

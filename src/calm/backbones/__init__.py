@@ -33,9 +33,6 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 STEPS = (2, 4, 8, 14, 16, 28, 32, 64)
 """Sides of patches and windows, in pixels, of whose multiples `check_size` tries the nearest."""
 
-FEW_CELLS = 5
-"""A grid with fewer rows or columns shows little: `image_size` warns."""
-
 
 def build_backbone(
     name: str,
@@ -128,7 +125,7 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
             raise CalmError(f"the backbone {name} does not run on an {where}: {error}. {fix}") from error
         module.out_channels = channels  # type: ignore[assignment]
         return module
-    if not isinstance(output, Tensor) or output.ndim != 4 or not output.is_floating_point():
+    if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
         found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         got = f"for one {where} it returned {found}: take its pooling and classifier out"
         raise CalmError(f"the backbone {name} must return one float tensor of features (B, D, h, w), but {got}")
@@ -185,7 +182,7 @@ def check_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) ->
 def image_size(backbone: nn.Module, wanted: tuple[int, int] | None, channels: int = 3) -> tuple[int, int]:
     """Return the size that images should have: ``wanted``; if None 224 x 224, or a timm model's own where it must.
 
-    A timm model whose grid has few cells for such images is warned of.
+    A warning says if a timm model's grid has fewer than 5 rows or columns for such images.
 
     Raises:
         CalmError: If a timm model does not take images of the wanted size: see `check_size`.
@@ -196,7 +193,7 @@ def image_size(backbone: nn.Module, wanted: tuple[int, int] | None, channels: in
     if wanted is None and grid_size(backbone, size, channels) is None:
         size = backbone.size
     grid = check_size(backbone, size, channels)
-    if grid is not None and min(grid) < FEW_CELLS:
+    if grid is not None and min(grid) < 5:
         warnings.warn(
             f"timm model {backbone.name!r} gives a grid of {grid[0]} x {grid[1]} cells for images of {size[0]} x "
             f"{size[1]} pixels, so its maps are coarse: take larger images, or output_stride=16 or 8 if it has that",

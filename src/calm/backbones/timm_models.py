@@ -74,7 +74,7 @@ class TimmBackbone(nn.Module):
             raise CalmError(f"timm model {self.name!r} does not take output_stride={output_stride}: {kept}. {fix}")
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
-            parameter.requires_grad_(gradient is not None)
+            parameter.requires_grad_(parameter.requires_grad and gradient is not None)
 
     def forward(self, images: Float[Tensor, "b k H W"]) -> Float[Tensor, "b d h w"]:
         """Return the features of normalised images; for sizes that the model does not take, see `check_size`."""
