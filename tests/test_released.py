@@ -161,7 +161,7 @@ def test_load_released_names_the_options_that_fit_the_weights(tmp_path, layout, 
 def test_load_released_refuses_class_names_of_another_number(resnet, tmp_path):
     with pytest.raises(CalmError, match="2 class names for 3 classes"):
         load_released(resnet[0], method="cam", large_feature_map=True, class_names=["a", "b"])
-    with pytest.raises(CalmError, match=r"cannot read the class names .*none\.txt"):
+    with pytest.raises(CalmError, match=r"cannot read class names .*none\.txt"):
         convert(resnet[0], method="cam", large_feature_map=True, out=tmp_path / "o", class_names=tmp_path / "none.txt")
 
 
