@@ -41,6 +41,7 @@ EXTRAS = {
     "train": {"lightning", "tensorboard", "torchmetrics"},
     "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "torchmetrics"},
     "baselines": {"captum", "pytorch_grad_cam"},
+    "bands": {"tifffile"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""
 

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from calm.errors import CalmError, shown
+from calm.errors import CalmError, needs_extra, shown
 from calm.files import open_regular
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MAX_PIXELS = 89_478_485  # most pixels of an image: Pillow's own limit, from which on it warns (256 MiB of RGB)
 MAX_SCANS = 100  # most scans of a progressive JPEG, each a pass over all pixels; encoders write about ten
 LONG_SIDE = 2**16  # longest side, in pixels, of a picture that is resized in one step
+MAX_SEGMENT = 2**22  # most compressed bytes of a strip or tile of a TIFF of several bands; they become 1,000 times more
 MAX_INPUT_SIDE = 8192  # most pixels of a side of the model's input
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
@@ -47,18 +48,23 @@ class Probe(NamedTuple):
     size: tuple[int, int] | None  # (width, height) of the stored pixels; None if the header cannot be read
     kind: str = ""  # key of ``calm.data.records.KINDS``; empty if nothing is wrong
     message: str = ""  # what is wrong
+    bits: int = 8  # of a value, as the file says
 
 
 class _TooLargeError(Exception):
     """The image has more pixels or scans than are read."""
 
 
+class _OtherBandsError(CalmError):
+    """The image has another number of bands than are read."""
+
+
 # Our error and those of Pillow, which has the same limit, warns above it, and raises above twice it.
 _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def probe(path: Path, *, decode: bool = False) -> Probe:
-    """Look at an image file; errors are in the result.
+def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
+    """Look at an image file that is to be read with so many ``channels``; errors are in the result.
 
     Without ``decode`` only the header is read, and the pixels of JPEG and PNG files without an end marker, which finds
     truncated files at the cost of a header.
@@ -67,13 +73,14 @@ def probe(path: Path, *, decode: bool = False) -> Probe:
     try:
         with open_regular(path, "image") as file:
             start = file.read(512)
-            file.seek(0)
-            with Image.open(file, formats=FORMATS) as image:
-                size = image.size
-                _check_cost(image, file)
-                if decode or not _has_end_marker(image, file):
-                    image.load()
-                return Probe(size)
+            image = _opened(file, channels)
+            size, bits = image.size, _depth(image)
+            _check_cost(image, file)
+            if decode or not _has_end_marker(image, file):
+                image.load()
+            return Probe(size, bits=bits)
+    except _OtherBandsError as error:
+        return Probe(size, "other-bands", str(error))
     except CalmError as error:
         return Probe(None, "missing-file", str(error) if os.path.lexists(path) else "no such file")
     except _TOO_LARGE as error:
@@ -84,8 +91,72 @@ def probe(path: Path, *, decode: bool = False) -> Probe:
         kinds = [kind for magic, kind in _OTHER_KINDS.items() if start.lstrip().lower().startswith(magic)]
         unknown = f"none of the formats {', '.join(FORMATS)}; it begins with {start[:12]!r}"
         return Probe(None, "not-an-image", f"{kinds[0]}, by its first bytes" if kinds else unknown)
-    except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
+    except Exception as error:  # a damaged file can make the decoders fail in any way
         return Probe(None, "truncated", str(error)[:200] or type(error).__name__)
+
+
+class _Bands:
+    """A TIFF with any number of bands, with those attributes of Pillow's images that are used of every file."""
+
+    format = "TIFF"
+
+    def __init__(self, file: BinaryIO) -> None:
+        with needs_extra("reading a TIFF of several bands", "bands"):
+            import tifffile
+        file.seek(0)
+        self.series = tifffile.TiffFile(file).series[0]
+        sides, page = dict(zip(self.series.axes, self.series.shape, strict=True)), self.series.keyframe
+        self.size = self.width, self.height = sides["X"], sides["Y"]
+        self.bands, self.bits = self.series.size // (self.width * self.height), page.bitspersample
+        if self.series.size > 3 * MAX_PIXELS:
+            raise _TooLargeError(f"{self.series.shape} values, allowed are {3 * MAX_PIXELS:,}")
+        if page.compression != 1 and max(page.databytecounts) > MAX_SEGMENT:
+            raise _TooLargeError(f"a compressed strip or tile of more than {MAX_SEGMENT:,} bytes")
+
+    def load(self) -> NDArray[Any]:
+        """The values, (H, W, bands)."""
+        places = [self.series.axes.index(axis) for axis in "YX"]
+        return np.moveaxis(self.series.asarray(), places, (0, 1)).reshape(self.height, self.width, -1)
+
+
+def _opened(file: BinaryIO, channels: int | None) -> Any:
+    """Open an image without reading its pixels: by Pillow, or as `_Bands` where Pillow would not read all bands."""
+    file.seek(0)
+    is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+    file.seek(0)
+    image: Any = None
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if channels is None or not is_tiff:
+            raise
+    if channels is None or (image is not None and channels in (1, 3) and _band_count(image) <= 4):
+        return image
+    if image is None or (is_tiff and (_depth(image) > 8 or _band_count(image) != len(image.getbands()))):
+        image = _Bands(file)
+    if (count := _band_count(image)) != channels:
+        fix = f"read them by --reading.channels {count}, or take other images"
+        raise _OtherBandsError(f"it has {count} bands, and {channels} are read: {fix}")
+    return image
+
+
+def _band_count(image: Any) -> int:
+    return image.bands if isinstance(image, _Bands) else getattr(image, "tag_v2", {}).get(277, len(image.getbands()))
+
+
+def _depth(image: Any) -> int:
+    """Bits of a value, at most 16: as a TIFF says; Pillow stretches those of PPM to 16."""
+    if isinstance(image, _Bands):
+        return min(16, image.bits)
+    deep = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
+    return min(16, *getattr(image, "tag_v2", {}).get(258, (16,))) if deep else 8
+
+
+def _upper_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """The upper 8 of ``bits`` bits of integers; values beyond are black or white."""
+    if values.dtype.kind not in "iu":
+        raise CalmError("floating-point image: convert it to 8 bits a channel first")
+    return values if values.dtype == np.uint8 else np.clip(values >> max(0, bits - 8), 0, 255).astype(np.uint8)
 
 
 def _check_cost(image: Image.Image, file: BinaryIO) -> None:
@@ -119,34 +190,73 @@ def image_size(path: Path) -> tuple[int, int] | None:
 
 
 def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
-    """Return the pixels of an image file, (H, W, 3) uint8 RGB.
+    """Return the pixels of an image file, (H, W, 3) uint8 RGB; see `read_image`."""
+    return read_image(path, exif=exif)
+
+
+def read_image(path: Path, *, channels: int = 3, bits: int | None = None, exif: bool = False) -> NDArray[np.uint8]:
+    """Return the pixels of an image file, (H, W, channels) uint8.
 
     Args:
         path: an image of one of `FORMATS`, of any mode; of an animation, the first frame is read.
+        channels: 3 for RGB, 1 for grey; any other number must be that of the file's bands, which are read as they are.
+        bits: how many bits the values of files with more than 8 bits really use: 2**bits - 1 is white. None: as many as
+            the file says, at most 16.
         exif: whether to rotate the picture as its EXIF orientation says. (Pillow itself rotates TIFF files, always.)
 
     Raises:
-        CalmError: naming the file: it is missing, not an image, broken, of floating-point pixels, or of more than
-            `MAX_PIXELS` pixels. No other exception, whatever is in the file.
+        CalmError: naming the file: it is missing, not an image, broken, of floating-point pixels, of another number of
+            bands, or of more than `MAX_PIXELS` pixels. No other exception, whatever is in the file.
     """
-    return read_pixels(path, lambda image: to_rgb(_upright(image) if exif else image))
+
+    def convert(image: Any) -> Any:
+        depth = bits or _depth(image)
+        if isinstance(image, _Bands):
+            return _upper_bits(image.load(), depth)
+        if bits is not None and _depth(image) > 8 and len(image.getbands()) > 1:  # Pillow keeps the upper 8 bits of 16
+            with needs_extra("reading colours of more than 8 bits", "evaluate"):
+                import cv2
+            colours: Any = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)  # blue, green, red, perhaps alpha
+            image = Image.fromarray(_upper_bits(colours[..., 2::-1], bits))
+        image = _upright(image) if exif else image
+        return to_rgb(image, depth).convert("L" if channels == 1 else "RGB") if channels in (1, 3) else image
+
+    return np.atleast_3d(_read(path, convert, "image", channels))
 
 
-def read_pixels(path: Path, convert: Callable[[Image.Image], Image.Image], what: str = "image") -> NDArray[np.uint8]:
-    """Return an image file's pixels as uint8, after ``convert`` has made them 8 bits a channel.
+def read_mask(path: Path, image_size: tuple[int, int] | None = None, what: str = "mask") -> NDArray[np.uint8]:
+    """Return a mask as 8-bit grey (H, W): above 0 where a channel, or the index of a palette, is not 0.
 
-    ``what`` describes the image in messages; the errors are those of `read_rgb`.
+    Raises:
+        CalmError: see `read_image`; or the mask has not, at any scale, the shape of its image, whose (width, height) as
+            stored is ``image_size``. None compares nothing.
     """
+
+    def convert(image: Image.Image) -> NDArray[Any]:
+        width, height = image_size or image.size
+        if abs(image.width / width - image.height / height) > 1 / width + 1 / height:
+            sizes = f"it is {image.width} x {image.height} pixels, its image as stored {width} x {height}"
+            raise CalmError(f"{sizes}: give it the image's shape, for a mask is not stretched")
+        values, alpha = np.atleast_3d(np.asarray(image)), image.mode in ("LA", "PA", "RGBA")
+        inside = (values[..., : values.shape[2] - alpha] != 0).any(axis=2)
+        levels = np.asarray(image.convert("L")) if image.mode != "P" else np.uint8(255)
+        return np.where(inside & (values[..., -1] != 0) if alpha else inside, np.maximum(levels, 1), 0)
+
+    return _read(path, convert, what, None)
+
+
+def _read(path: Path, convert: Callable[[Any], Any], what: str, channels: int | None) -> NDArray[np.uint8]:
+    """Return what ``convert`` makes of an image file as uint8; ``what`` describes the image in messages."""
     with open_regular(path, what) as file:
         try:
-            with Image.open(file, formats=FORMATS) as image:
-                _check_cost(image, file)
-                return np.array(convert(image), dtype=np.uint8)
+            image = _opened(file, channels)
+            _check_cost(image, file)
+            return np.array(convert(image), dtype=np.uint8)
         except _TOO_LARGE as error:
             raise CalmError(f"{what} {path} is too large: {error}") from error
         except CalmError as error:
             raise CalmError(f"{what} {path}: {error}") from error
-        except Exception as error:  # a damaged file can make Pillow's decoders fail in any way
+        except Exception as error:  # a damaged file can make the decoders fail in any way
             reason = probe(path, decode=True).message or str(error)[:200] or type(error).__name__
             raise CalmError(f"cannot read {what} {path}: {reason}; `calm data check` lists all such files") from error
 
@@ -160,11 +270,11 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image, bits: int = 16) -> Image.Image:
     """Return ``image`` in mode RGB, 8 bits a channel; floating-point pixels, of unknown range, are refused.
 
-    Transparent pixels are laid over white, those of a PNG's transparent colour too. 16-bit grey keeps its upper 8
-    bits. Grey, palette and CMYK images convert as Pillow does.
+    Transparent pixels are laid over white, those of a PNG's transparent colour too. Integers keep the upper 8 of
+    ``bits`` bits. Grey, palette and CMYK images convert as Pillow does.
     """
     if image.mode == "RGB":
         colour = image.info.get("transparency")  # the colour that a PNG declares to be transparent
@@ -173,11 +283,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         if max(colour) > 255:  # of a file with 16 bits a channel; Pillow has made the pixels 8 bits
             image = image.copy()
             image.info["transparency"] = tuple(value >> 8 for value in colour)
-    if image.mode.startswith("I"):
-        pixels: NDArray[Any] = np.asarray(image)
-        return Image.fromarray(np.clip(pixels >> 8, 0, 255).astype(np.uint8)).convert("RGB")
-    if image.mode == "F":
-        raise CalmError("floating-point image: convert it to 8 bits a channel first")
+    if image.mode.startswith(("I", "F")):
+        return Image.fromarray(_upper_bits(np.asarray(image), bits)).convert("RGB")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
@@ -194,7 +301,23 @@ def resize_image(
 
 
 ImageLike: TypeAlias = Union[str, Path, "Image.Image", "np.ndarray", "Tensor"]
-"""A file, a PIL image, or uint8 RGB of shape (H, W, 3)."""
+"""A file, a PIL image, or uint8 of shape (H, W, channels)."""
+
+Pixels: TypeAlias = Union["Image.Image", NDArray[np.uint8]]
+"""A PIL image of mode RGB or L, or (H, W, channels) of any other number of channels."""
+
+
+def as_pixels(array: NDArray[np.uint8]) -> Pixels:
+    """Return (H, W, channels) as a PIL image if it has 1 or 3 channels."""
+    channels = array.shape[2]
+    return array if channels not in (1, 3) else Image.fromarray(array if channels == 3 else array[..., 0])
+
+
+def resize_pixels(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+    """Resize by `resize_image`, band by band if it is no PIL image."""
+    if isinstance(pixels, Image.Image):
+        return resize_image(pixels, size)
+    return np.stack([np.asarray(resize_image(Image.fromarray(band), size)) for band in np.moveaxis(pixels, 2, 0)], 2)
 
 
 @dataclass(frozen=True)
@@ -203,30 +326,58 @@ class Preprocessing:
 
     Attributes:
         size: (height, width) in pixels, each from 1 to `MAX_INPUT_SIDE`.
-        mean: per channel, of RGB in [0, 1]; the default is ImageNet's.
-        std: per channel, of RGB in [0, 1]; the default is ImageNet's.
+        mean: per channel, of values in [0, 1]; the default is ImageNet's. There are as many channels as means.
+        std: per channel, of values in [0, 1]; the default is ImageNet's.
+        bits: see `read_image`: the bits that files of more than 8 bits use, 8 to 32; None: as many as the file says.
+        view: the channels that people see as red, green and blue, from 0; None: the first three, or the only one.
     """
 
     size: tuple[int, int] = (224, 224)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    bits: int | None = None
+    view: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("size", "mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("size", "mean", "std", "view"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         if len(self.size) != 2 or not 1 <= min(self.size) <= max(self.size) <= MAX_INPUT_SIDE:
             form = f"(height, width) in pixels, each 1 to {MAX_INPUT_SIDE}"
             raise CalmError(f"preprocessing size is {shown(self.size)}: give {form}")
         if not 1 <= len(self.mean) == len(self.std) or not min(self.std) > 0:
             raise CalmError("preprocessing needs a mean and a positive std for each channel")
+        if self.bits is not None and not 8 <= self.bits <= 32:
+            raise CalmError(f"preprocessing bits is {self.bits}: allowed are 8 to 32")
+        if self.view is not None and (len(self.view) != 3 or not 0 <= min(self.view) <= max(self.view) < self.channels):
+            raise CalmError(f"preprocessing view is {shown(self.view)}: give three channels, 0 to {self.channels - 1}")
 
-    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
+    @property
+    def channels(self) -> int:
+        """How many channels an image has."""
+        return len(self.mean)
+
+    def read(self, path: Path, *, exif: bool = True) -> NDArray[np.uint8]:
+        """Return the pixels of a file, (H, W, channels), by `read_image`."""
+        return read_image(path, channels=self.channels, bits=self.bits, exif=exif)
+
+    def picture(self, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return what people see of an image (H, W, channels): RGB, stretched where it is neither grey nor RGB."""
+        if self.channels == 3 and self.view is None:
+            return array
+        bands = np.take(array, self.view or [channel % self.channels for channel in range(3)], axis=2)
+        if self.channels in (1, 3):
+            return bands
+        low, high = np.percentile(bands, (2, 98), axis=(0, 1))
+        return np.asarray(255 * ((bands - low) / np.maximum(high - low, 1)).clip(0, 1), dtype=np.uint8)
+
+    def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b c H W"]:
         """Return a float32 batch of one or several images, resized by Pillow's antialiased bilinear filter.
 
-        Files are read by `read_rgb`: grey, CMYK and palette images become RGB, transparent pixels are laid over white,
-        and the picture is turned upright as its EXIF orientation says, as `calm attribute` does. A PIL image or an
-        array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which boxes and masks of CUB and
-        of the metadata format refer to (`calm.data.records.Split.exif`).
+        Files are read by `read_image`: grey, CMYK and palette images become RGB, transparent pixels are laid over
+        white, and the picture is turned upright as its EXIF orientation says, as `calm attribute` does. A PIL image or
+        an array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which boxes and masks of CUB
+        and of the metadata format refer to (`calm.data.records.Split.exif`).
 
         Raises:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
@@ -238,41 +389,36 @@ class Preprocessing:
 
         return torch.stack([self.one(image) for image in several])
 
-    def one(self, image: ImageLike) -> Float[Tensor, "3 H W"]:
+    def one(self, image: ImageLike) -> Float[Tensor, "c H W"]:
         """Return the input of one image, as a call does."""
-        return self.to_tensor(resize_image(_open(image), self.size))
+        return self.to_tensor(resize_pixels(self._pixels(image), self.size))
 
-    def to_tensor(self, picture: Image.Image) -> Float[Tensor, "3 H W"]:
-        """Return an RGB picture, scaled and normalised but not resized, as float32."""
+    def _pixels(self, image: ImageLike) -> Pixels:
+        if isinstance(image, Image.Image) and self.channels in (1, 3):
+            return to_rgb(image, self.bits or 16).convert("RGB" if self.channels == 3 else "L")
+        array = self.read(Path(image)) if isinstance(image, (str, Path)) else np.asarray(image)
+        if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels:
+            form = f"uint8 of shape (H, W, {self.channels}), got {array.dtype} of shape {array.shape}"
+            raise CalmError(f"an image array must be {form}; give a normalised batch to the model itself")
+        return as_pixels(array)
+
+    def to_tensor(self, pixels: Pixels | Tensor) -> Float[Tensor, "c H W"]:
+        """Return pixels, or a uint8 tensor (channels, H, W), scaled and normalised but not resized, as float32."""
         import torch
 
-        pixels = torch.from_numpy(np.array(picture, dtype=np.uint8)).permute(2, 0, 1)
+        if not isinstance(pixels, torch.Tensor):
+            pixels = torch.from_numpy(np.atleast_3d(np.array(pixels, dtype=np.uint8))).permute(2, 0, 1)
         return self.normalize(pixels.float() / 255).contiguous()
 
-    def normalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
-        """Return (images - mean) / std, for RGB in [0, 1]."""
+    def normalize(self, images: Float[Tensor, "*b c H W"]) -> Float[Tensor, "*b c H W"]:
+        """Return (images - mean) / std, for values in [0, 1]."""
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images - mean) / std
 
-    def denormalize(self, images: Float[Tensor, "*b 3 H W"]) -> Float[Tensor, "*b 3 H W"]:
-        """Return RGB in [0, 1], clipped."""
+    def denormalize(self, images: Float[Tensor, "*b c H W"]) -> Float[Tensor, "*b c H W"]:
+        """Return values in [0, 1], clipped."""
         mean, std = (images.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (images * std + mean).clamp(0, 1)
-
-
-def _open(image: ImageLike) -> Image.Image:
-    """Return ``image`` as an RGB PIL image."""
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
-    if isinstance(image, (str, Path)):
-        return Image.fromarray(read_rgb(Path(image), exif=True))
-    array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3:
-        given = f"got {array.dtype} of shape {array.shape}"
-        raise CalmError(
-            f"an image array must be uint8 of shape (H, W, 3), {given}; give a normalised batch to the model itself"
-        )
-    return Image.fromarray(array)
 
 
 def check_images(images: Tensor, channels: int = 3) -> None:

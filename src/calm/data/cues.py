@@ -22,7 +22,7 @@ from torch import Tensor
 from calm.data.records import numbered_lines, parsed_lines
 from calm.errors import CalmError, shown
 from calm.files import read_yaml
-from calm.images import read_pixels, resize_image
+from calm.images import read_mask, resize_image
 
 PROTOCOL_SIZE, PRESENT_PERCENT = (224, 224), 50.0
 """(height, width) of the protocol's pixels; a class has an attribute if this percentage of annotations say so."""
@@ -290,10 +290,9 @@ def read_part_points(root: Path) -> PartPoints:
     return PartPoints(tuple(ids), torch.from_numpy(xy), torch.from_numpy(visible))
 
 
-def read_segmentation(path: Path, size: tuple[int, int] = PROTOCOL_SIZE) -> Bool[Tensor, "h w"]:
-    """Return a segmentation as the protocol reads it: 8-bit grey, resized by Pillow (bicubic); object above 0."""
-
-    def grey(image: Image.Image) -> Image.Image:
-        return resize_image(image.convert("L"), size, Image.Resampling.BICUBIC)
-
-    return torch.from_numpy(read_pixels(path, grey, "segmentation") > 0)
+def read_segmentation(
+    path: Path, size: tuple[int, int] = PROTOCOL_SIZE, image_size: tuple[int, int] | None = None
+) -> Bool[Tensor, "h w"]:
+    """Return a segmentation (`read_mask`) as the protocol has it: grey, resized by Pillow (bicubic); object above 0."""
+    grey = Image.fromarray(read_mask(path, image_size, "segmentation"))
+    return torch.from_numpy(np.asarray(resize_image(grey, size, Image.Resampling.BICUBIC)) > 0)

@@ -116,6 +116,9 @@ KINDS: dict[str, Kind] = {
     "missing-file": Kind("missing image", f"put the file there, or {_TAKE_OUT}"),
     "empty-file": Kind("empty file (0 bytes)", "fetch the file again"),
     "not-an-image": Kind("file that is not an image", f"fetch the file again, or {_TAKE_OUT}"),
+    "other-bands": Kind(
+        "image of other bands than are read", f"give their number by --reading.channels, or {_TAKE_OUT}"
+    ),
     "truncated": Kind("broken or truncated image", "fetch the file again"),
     "too-large": Kind("image of too many pixels", f"scale it down, or {_TAKE_OUT}"),
     "box-inverted": Kind("box with its corners exchanged", "write x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"),

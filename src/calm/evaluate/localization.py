@@ -24,7 +24,7 @@ from calm.evaluate.reading import Reading, own_batches, predictions, scores_by_i
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import MapFolder, Subject
 from calm.heatmaps import resize_and_normalize
-from calm.images import image_size, probe, read_pixels
+from calm.images import image_size, probe, read_mask
 from calm.metrics.bootstrap import REPLICATES, Bootstrap, Estimate
 from calm.metrics.boxes import MaxBoxAcc
 from calm.metrics.pixels import PixelAP, Thresholds, histograms, precision_recall
@@ -93,17 +93,17 @@ def masks(record: Record, size: tuple[int, int]) -> tuple[Bool[Tensor, "h w"], B
     Masks are resized by nearest neighbour.
 
     Raises:
-        CalmError: a mask that is missing or no picture.
+        CalmError: a mask that is missing, no picture, or of another shape than its image.
     """
-    positive = _union(record.masks, size)
-    ignore = _union([record.ignore] if record.ignore else [], size) & ~positive
+    positive = _union(record.masks, record, size)
+    ignore = _union([record.ignore] if record.ignore else [], record, size) & ~positive
     return torch.from_numpy(positive), torch.from_numpy(ignore)
 
 
-def _union(paths: Sequence[Path], size: tuple[int, int]) -> NDArray[np.bool_]:
+def _union(paths: Sequence[Path], record: Record, size: tuple[int, int]) -> NDArray[np.bool_]:
     union = np.zeros(size, dtype=np.bool_)
     for path in paths:
-        grey = read_pixels(path, lambda image: image.convert("L"), "mask")
+        grey = read_mask(path, record.size or image_size(record.path))
         union |= cv2.resize(grey, (size[1], size[0]), interpolation=cv2.INTER_NEAREST) > 0
     return union
 
