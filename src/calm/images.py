@@ -224,6 +224,27 @@ def read_image(path: Path, *, channels: int = 3, bits: int | None = None, exif: 
     return np.atleast_3d(_read(path, convert, "image", channels))
 
 
+def highest_value(path: Path, channels: int = 3) -> int:
+    """Return the highest value in an image file of more than 8 bits (of 16-bit colours, to the upper 8 bits)."""
+
+    def convert(image: Any) -> int:
+        values = image.load() if isinstance(image, _Bands) else np.asarray(image)
+        return int(values.max()) << 8 * (values.dtype == np.uint8)
+
+    return int(_read(path, convert, "image", channels))
+
+
+def mask_problem(size: tuple[int, int], image_size: tuple[int, int] | None) -> str:
+    """Say what is wrong with a mask of ``size`` (width, height): it has, to a pixel, the shape of its image, scaled."""
+    if (
+        not image_size
+        or abs(size[0] / image_size[0] - size[1] / image_size[1]) <= 1 / image_size[0] + 1 / image_size[1]
+    ):
+        return ""
+    mask, image = (f"{width} x {height}" for width, height in (size, image_size))
+    return f"it is {mask} pixels, its image as stored {image}: give it that shape, for no mask is stretched"
+
+
 def read_mask(path: Path, image_size: tuple[int, int] | None = None, what: str = "mask") -> NDArray[np.uint8]:
     """Return a mask as 8-bit grey (H, W): above 0 where a channel, or the index of a palette, is not 0.
 
@@ -233,25 +254,24 @@ def read_mask(path: Path, image_size: tuple[int, int] | None = None, what: str =
     """
 
     def convert(image: Image.Image) -> NDArray[Any]:
-        width, height = image_size or image.size
-        if abs(image.width / width - image.height / height) > 1 / width + 1 / height:
-            sizes = f"it is {image.width} x {image.height} pixels, its image as stored {width} x {height}"
-            raise CalmError(f"{sizes}: give it the image's shape, for a mask is not stretched")
+        if problem := mask_problem(image.size, image_size):
+            raise CalmError(problem)
         values, alpha = np.atleast_3d(np.asarray(image)), image.mode in ("LA", "PA", "RGBA")
         inside = (values[..., : values.shape[2] - alpha] != 0).any(axis=2)
-        levels = np.asarray(image.convert("L")) if image.mode != "P" else np.uint8(255)
-        return np.where(inside & (values[..., -1] != 0) if alpha else inside, np.maximum(levels, 1), 0)
+        inside = inside & (values[..., -1] != 0) if alpha else inside
+        levels = np.asarray(image.convert("L")) if image.mode != "P" else np.full(inside.shape, 255, np.uint8)
+        return np.maximum(levels, 1) * inside
 
     return _read(path, convert, what, None)
 
 
-def _read(path: Path, convert: Callable[[Any], Any], what: str, channels: int | None) -> NDArray[np.uint8]:
-    """Return what ``convert`` makes of an image file as uint8; ``what`` describes the image in messages."""
+def _read(path: Path, convert: Callable[[Any], Any], what: str, channels: int | None) -> NDArray[Any]:
+    """Return what ``convert`` makes of an image file, as an array; ``what`` describes the image in messages."""
     with open_regular(path, what) as file:
         try:
             image = _opened(file, channels)
             _check_cost(image, file)
-            return np.array(convert(image), dtype=np.uint8)
+            return np.asarray(convert(image)).copy()
         except _TOO_LARGE as error:
             raise CalmError(f"{what} {path} is too large: {error}") from error
         except CalmError as error:

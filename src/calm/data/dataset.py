@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -22,7 +21,7 @@ from calm.data.records import Split
 from calm.data.seeds import in_threads, mix_seed, seeded
 from calm.data.transforms import ImageTransform
 from calm.errors import CalmError, unknown
-from calm.images import read_rgb, resize_image
+from calm.images import Preprocessing, as_pixels, resize_pixels
 
 Remainder = Literal["drop", "keep"]
 
@@ -117,7 +116,7 @@ class EpochSampler(Sampler[int]):
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):
-    """The images of a split as (image, label, index): normalised float32 (3, H, W), class index, position in the split.
+    """The images of a split as (image, label, index): normalised float32 (C, H, W), class index, position in the split.
 
     Random choices of the transform depend only on (seed, epoch, index), and leave torch's generators as they were. The
     epoch is in shared memory, so that :meth:`set_epoch` reaches workers that live across epochs.
@@ -126,7 +125,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         split: the images.
         transform: a picture to a tensor, drawing random numbers from torch's CPU generator only.
         seed: of the random choices.
-        cache: decode all images now and keep them (3 bytes a pixel), shared by forked worker processes (Linux).
+        preprocessing: how files are read (channels, bits), and which channels :meth:`picture` shows.
+        cache: decode all images now and keep them (a byte for each value), shared by forked worker processes (Linux).
         cache_size: (height, width) that cached images are resized to, as the transform would do first: see
             `calm.data.transforms.fixed_size`. None keeps their own sizes.
 
@@ -140,15 +140,18 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
         transform: ImageTransform,
         *,
         seed: int = 0,
+        preprocessing: Preprocessing | None = None,
         cache: bool = False,
         cache_size: tuple[int, int] | None = None,
     ) -> None:
         if not split.records:
             raise CalmError(f"split {split.name!r} of {split.root} has no images")
         self.split, self.transform, self.seed = split, transform, seed
+        self.preprocessing = preprocessing or Preprocessing()
         self._epoch = torch.zeros((), dtype=torch.int64)
         self._epoch.share_memory_()  # type: ignore[no-untyped-call]
-        self._cache, self._cache_size = _decode_all(split, cache_size) if cache else None, cache_size
+        self._cache_size = cache_size
+        self._cache = self._decode_all() if cache else None
 
     def __len__(self) -> int:
         return len(self.split.records)
@@ -164,36 +167,32 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
     def picture(self, index: int) -> Image.Image:
         """Return the image as people see it, RGB of its own size; a `CalmError` if the file cannot be read."""
-        if self._cache is not None and self._cache_size is None:
-            return Image.fromarray(self._cache[index])
-        return Image.fromarray(read_rgb(self.split.records[index].path, exif=self.split.exif))
+        kept = self._cache[index] if self._cache is not None and self._cache_size is None else None
+        return Image.fromarray(self.preprocessing.picture(self._read(index) if kept is None else kept))
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
         if not 0 <= index < len(self):
             raise IndexError(f"index {index} of {len(self)} images")
-        picture = self.picture(index) if self._cache is None else Image.fromarray(self._cache[index])
+        pixels = as_pixels(self._read(index) if self._cache is None else self._cache[index])
         with seeded(self.seed, self.epoch, index):
-            return self.transform(picture), self.split.records[index].label, index
+            return self.transform(pixels), self.split.records[index].label, index
 
+    def _read(self, index: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
+        array = self.preprocessing.read(self.split.records[index].path, exif=self.split.exif)
+        return array if size is None else np.atleast_3d(np.asarray(resize_pixels(as_pixels(array), size)))
 
-def _decode_all(split: Split, size: tuple[int, int] | None) -> list[NDArray[np.uint8]]:
-    """Decode all images, resized to ``size`` unless that is None, if they take at most half of the machine's memory."""
-    images: list[NDArray[np.uint8]] = []
-    total, limit = 0, _memory() // 2
-    paths = [record.path for record in split.records]
-    for image in in_threads(partial(_decoded, exif=split.exif, size=size), paths):
-        total += image.size
-        if total > limit:
-            needed = f"more than {limit / 2**30:.1f} GiB, half of this machine's memory"
-            fit = f"{len(images):,} of {len(paths):,} images fit"
-            raise CalmError(f"a cache of split {split.name!r} needs {needed} ({fit}): go without it")
-        images.append(image)
-    return images
-
-
-def _decoded(path: Path, exif: bool, size: tuple[int, int] | None) -> NDArray[np.uint8]:
-    pixels = read_rgb(path, exif=exif)
-    return pixels if size is None else np.array(resize_image(Image.fromarray(pixels), size))
+    def _decode_all(self) -> list[NDArray[np.uint8]]:
+        """Decode all images, if they take at most half of the machine's memory."""
+        images: list[NDArray[np.uint8]] = []
+        total, limit = 0, _memory() // 2
+        for image in in_threads(partial(self._read, size=self._cache_size), range(len(self))):
+            total += image.size
+            if total > limit:
+                needed = f"more than {limit / 2**30:.1f} GiB, half of this machine's memory"
+                fit = f"{len(images):,} of {len(self):,} images fit"
+                raise CalmError(f"a cache of split {self.split.name!r} needs {needed} ({fit}): go without it")
+            images.append(image)
+        return images
 
 
 def _memory() -> int:

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from calm.data.augmentation import Augmentation
 from calm.data.seeds import seeded
 from calm.errors import CalmError
-from calm.images import Preprocessing, resize_image
+from calm.images import Pixels, Preprocessing, resize_pixels
 
-ImageTransform = Callable[[Image.Image], Tensor]
-"""An RGB picture to a normalised float32 image (3, H, W); random numbers come from torch's CPU generator only."""
+ImageTransform = Callable[[Pixels], Tensor]
+"""Pixels to a normalised float32 image (C, H, W); random numbers come from torch's CPU generator only."""
 
 
 def eval_transform(preprocessing: Preprocessing) -> ImageTransform:
-    """Return the test protocol: exactly ``preprocessing``, for one RGB picture of any size."""
+    """Return the test protocol: exactly ``preprocessing``, for one image of any size."""
     return partial(Preprocessing.one, preprocessing)
 
 
 def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) -> ImageTransform:
-    """Return a picklable transform of RGB pictures of any size to (3, height, width).
+    """Return a picklable transform of images of any size to (C, height, width).
 
     It augments one picture (`BatchMix` mixes whole batches), resizing by the filter of ``preprocessing``, which also
     gives the size and the normalisation that follows.
     """
     from torchvision.transforms import v2
 
+    channels = preprocessing.channels
     # What a rotation or shear uncovers becomes a mid grey.
-    automatic = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [124, 116, 104]}
-    steps = _crop(augmentation, preprocessing.size)
+    automatic: Any = {"interpolation": v2.InterpolationMode.BILINEAR, "fill": [124, 116, 104] if channels == 3 else 116}
+    steps = _crop(augmentation, preprocessing)
     if augmentation.flip:
         steps.append(v2.RandomHorizontalFlip(augmentation.flip))
     if augmentation.automatic == "trivial":
@@ -44,6 +47,9 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
     jitter = (augmentation.brightness, augmentation.contrast, augmentation.saturation, augmentation.hue)
     if any(jitter):
         steps.append(v2.ColorJitter(*jitter))
+    if channels not in (1, 3) and (any(jitter) or augmentation.automatic != "none"):
+        fix = "set automatic to none, and brightness, contrast, saturation and hue to 0"
+        raise CalmError(f"augmentation of colours is for images of 1 or 3 channels, and these have {channels}: {fix}")
     steps.append(v2.Lambda(preprocessing.to_tensor))
     if augmentation.erase:
         steps.append(v2.RandomErasing(augmentation.erase))
@@ -51,19 +57,26 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
     return transform
 
 
-def _crop(augmentation: Augmentation, size: tuple[int, int]) -> list[nn.Module]:
+def _crop(augmentation: Augmentation, preprocessing: Preprocessing) -> list[nn.Module]:
     from torchvision.transforms import v2
 
+    size = preprocessing.size
     resized = fixed_size(augmentation, size)
-    if resized is None:
-        return [v2.RandomResizedCrop(size, scale=augmentation.area, ratio=augmentation.aspect)]
-    steps: list[nn.Module] = [v2.Lambda(partial(resize_image, size=resized))]
-    if augmentation.crop == "resize-crop":
+    steps: list[nn.Module] = [] if resized is None else [v2.Lambda(partial(resize_pixels, size=resized))]
+    if preprocessing.channels not in (1, 3):
+        steps.append(v2.Lambda(_as_tensor))
+    if augmentation.crop == "random-resized-crop":
+        steps.append(v2.RandomResizedCrop(size, scale=augmentation.area, ratio=augmentation.aspect))
+    elif augmentation.crop == "resize-crop":
         steps.append(v2.RandomCrop(size))
     elif augmentation.crop == "pad-shift":
         y, x = (min(round(side * augmentation.shift), side - 1) for side in size)
         steps.append(v2.RandomCrop(size, padding=[x, y, x, y], padding_mode="reflect"))
     return steps
+
+
+def _as_tensor(array: NDArray[np.uint8]) -> Tensor:
+    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, int] | None:

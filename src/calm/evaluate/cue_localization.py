@@ -69,8 +69,7 @@ class CueData:
         """Return the part group of each pixel of images, -1 outside the object's segmentation (if there is one)."""
         ids = tuple(self.points.ids[image] for image in images.tolist())
         points = PartPoints(ids, self.points.xy[images], self.points.visible[images])
-        sizes = [(width, height) for width, height in self.sizes.tolist()]
-        masks = list(in_threads(lambda image: _object_mask(records[image], sizes[image]), images.tolist()))
+        masks = list(in_threads(lambda image: _object_mask(records[image], self.sizes[image]), images.tolist()))
         return part_regions(points, self.sizes[images], inside=torch.stack(masks), groups=self.groups)
 
     def bits(self, regions: Int[Tensor, "b H W"]) -> Int[Tensor, "b H W"]:
@@ -116,11 +115,11 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
     return CueData(pairs, groups, points, torch.tensor(sizes), samples)
 
 
-def _object_mask(record: Record, size: tuple[int, int]) -> Bool[Tensor, "H W"]:
+def _object_mask(record: Record, size: Int[Tensor, " 2"]) -> Bool[Tensor, "H W"]:
     """Return the segmentation of the object in an image of ``size`` (width, height); without one, everything."""
     if not record.masks:
         return torch.ones(PROTOCOL_SIZE, dtype=torch.bool)
-    return read_segmentation(record.masks[0], image_size=size)
+    return read_segmentation(record.masks[0], image_size=(int(size[0]), int(size[1])) if size.all() else None)
 
 
 SAMPLES = 64

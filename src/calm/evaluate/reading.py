@@ -88,7 +88,9 @@ def batches(
     """
     if workers < 0:
         raise CalmError(f"workers must be at least 0, got {workers}")
-    data: Dataset[tuple[Tensor, int, int]] = ImageDataset(split, eval_transform(preprocessing))
+    data: Dataset[tuple[Tensor, int, int]] = ImageDataset(
+        split, eval_transform(preprocessing), preprocessing=preprocessing
+    )
     own = [list(batch) for batch in share(_split_batches(indices, batch_size))]
     pinned = device.type == "cuda"
     loader = DataLoader(data, batch_sampler=own, num_workers=workers, pin_memory=pinned)

@@ -110,6 +110,13 @@ def build_datasets(
     sizes = {"train": fixed_size(config.augment, preprocessing.size)}
     cache, size = config.reading.cache, preprocessing.size
     return {
-        name: ImageDataset(split, transforms[name], seed=config.seed, cache=cache, cache_size=sizes.get(name, size))
+        name: ImageDataset(
+            split,
+            transforms[name],
+            seed=config.seed,
+            preprocessing=preprocessing,
+            cache=cache,
+            cache_size=sizes.get(name, size),
+        )
         for name, split in splits.items()
     }
