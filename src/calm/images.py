@@ -271,7 +271,8 @@ def _read(path: Path, convert: Callable[[Any], Any], what: str, channels: int | 
         try:
             image = _opened(file, channels)
             _check_cost(image, file)
-            return np.asarray(convert(image)).copy()
+            array: NDArray[Any] = np.array(convert(image))
+            return array
         except _TOO_LARGE as error:
             raise CalmError(f"{what} {path} is too large: {error}") from error
         except CalmError as error:
