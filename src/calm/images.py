@@ -260,7 +260,7 @@ def read_mask(path: Path, image_size: tuple[int, int] | None = None, what: str =
         inside = (values[..., : values.shape[2] - alpha] != 0).any(axis=2)
         inside = inside & (values[..., -1] != 0) if alpha else inside
         levels = np.asarray(image.convert("L")) if image.mode != "P" else np.full(inside.shape, 255, np.uint8)
-        return np.maximum(levels, 1) * inside
+        return np.where(inside, np.maximum(levels, 1), 0)
 
     return _read(path, convert, what, None)
 

@@ -237,7 +237,7 @@ def draw_maps(model: CalmModel, dataset: ImageDataset, indices: Sequence[int], *
         maps = {kind: output.attribute(labels, kind).float().cpu() for kind in kinds}
         probs = output.probs.cpu()
     levels = model.preprocessing.denormalize(images.float()).mul(255).round().byte()
-    pixels = levels.permute(0, 2, 3, 1).cpu().numpy()
+    pixels = [model.preprocessing.picture(image) for image in levels.permute(0, 2, 3, 1).cpu().numpy()]
     how: Normalization = "minmax" if kinds == ("cam",) else "max"
     rows: list[Sequence[Tile]] = [
         [
