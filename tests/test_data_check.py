@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 import shutil
 import warnings
+from itertools import product
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tifffile
 from data_files import edit, write_broken, write_cub, write_image, write_lines, write_pack
 from PIL import Image
 
@@ -293,6 +296,40 @@ def test_check_changes_nothing(tmp_path: Path) -> None:
     check(tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert list(warnings.filters) == filters
+
+
+def test_check_names_the_flag_of_other_bands_and_bits(tmp_path: Path) -> None:
+    for number, (split, name) in enumerate(product(("train", "test"), "ab")):
+        (tmp_path / split / name).mkdir(parents=True)
+        values = np.full((6, 7, 13), 290 + number, np.uint16)
+        tifffile.imwrite(tmp_path / split / name / "0.tif", values, photometric="minisblack", planarconfig="contig")
+    report = check(tmp_path)
+    assert _kinds(report) == ["other-bands"] * 4
+    assert "read them by --reading.channels 13" in str(report)
+    report = check(tmp_path, channels=13)
+    assert report.ok
+    assert _kinds(report) == ["other-depth"] * 2
+    assert "the highest value of 2 is 293: read them by --reading.bits 9" in str(report)
+    assert not check(tmp_path, channels=13, bits=9).problems
+
+
+def test_check_warns_of_no_depth_that_is_used(tmp_path: Path) -> None:
+    for name in "ab":
+        write_image(tmp_path / "train" / name / "8 bits.png", seed=ord(name))
+    Image.fromarray(np.full((4, 4), 40_000, np.uint16)).save(tmp_path / "train" / "a" / "0.png")
+    assert not check(tmp_path).problems
+    Image.fromarray(np.full((4, 4), 70_000, np.int32)).save(tmp_path / "train" / "a" / "0.tif")
+    (problem,) = check(tmp_path).problems
+    assert "the highest value of 2 is 70,000: read them by --reading.bits 17" in problem.message
+
+
+def test_check_reports_a_mask_of_another_shape_than_its_image(tmp_path: Path) -> None:
+    write_cub(tmp_path, masks=True)
+    mask = sorted((tmp_path / "segmentations").rglob("*.png"))[0]
+    Image.open(mask).transpose(Image.Transpose.ROTATE_90).save(mask)
+    (problem,) = check(tmp_path).errors
+    assert (problem.kind, problem.file) == ("missing-mask", mask)
+    assert "its image as stored" in problem.message
 
 
 def test_kinds_are_all_produced_by_these_tests() -> None:

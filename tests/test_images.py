@@ -6,8 +6,10 @@ import struct
 import zlib
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
+import tifffile
 import torch
 from data_files import write_broken, write_image
 from PIL import Image
@@ -15,7 +17,7 @@ from torch.testing import assert_close
 
 from calm import images
 from calm.errors import CalmError
-from calm.images import Preprocessing, image_size, probe, read_rgb, to_rgb
+from calm.images import Preprocessing, image_size, probe, read_image, read_mask, read_rgb, to_rgb
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
@@ -184,6 +186,110 @@ def test_read_rgb_follows_the_exif_orientation_only_if_told_to(tmp_path: Path) -
     assert image_size(tmp_path / "a.png") == (4, 2)
 
 
+def tiff12(values: np.ndarray) -> bytes:
+    """A grey TIFF of 12 bits a value, (H, an even W), which neither Pillow nor tifffile writes."""
+    pairs = values.reshape(-1, 2).astype(int)
+    data = b"".join(bytes((a >> 4, (a & 15) << 4 | b >> 8, b & 255)) for a, b in pairs)
+    height, width = values.shape
+    tags = {256: width, 257: height, 258: 12, 259: 1, 262: 1, 273: 8, 277: 1, 278: height, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    return struct.pack("<2sHI", b"II", 42, 8 + len(data)) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+
+
+def test_read_image_scales_integers_by_the_bits_of_the_file_or_those_given(tmp_path: Path) -> None:
+    values = np.array([[0, 17, 204, 255], [256, 4095, 4096, 65535]])
+    Image.fromarray(values.astype(np.uint16)).save(tmp_path / "a.png")
+    Image.fromarray(values.astype(np.int32)).save(tmp_path / "a.tif")
+    (tmp_path / "12.tif").write_bytes(tiff12(values.clip(max=4095)))
+    for name in ("a.png", "a.tif"):
+        assert (read_image(tmp_path / name)[..., 0] == values >> 8).all()
+        assert (read_image(tmp_path / name, bits=12)[..., 1] == (values >> 4).clip(max=255)).all()
+        assert (read_image(tmp_path / name, bits=8, channels=1)[..., 0] == values.clip(max=255)).all()
+    assert (read_image(tmp_path / "12.tif")[..., 2] == values.clip(max=4095) >> 4).all()
+    prepare = Preprocessing(size=(2, 4), bits=12)
+    assert_close(
+        prepare.denormalize(prepare(tmp_path / "a.png"))[0, 0], torch.tensor((values >> 4).clip(max=255)) / 255
+    )
+    assert_close(prepare(Image.open(tmp_path / "a.png")), prepare(tmp_path / "a.png"))
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.tif"])
+def test_read_image_keeps_the_low_bits_of_colours_that_are_asked_for(tmp_path: Path, name: str) -> None:
+    colours = np.random.default_rng(0).integers(0, 4096, (6, 5, 3), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / name), colours[..., ::-1])
+    assert (read_image(tmp_path / name) == colours >> 8).all()
+    assert (read_image(tmp_path / name, bits=12) == colours >> 4).all()
+
+
+BANDS = np.random.default_rng(0).integers(0, 4096, (6, 7, 13), dtype=np.uint16)
+
+
+@pytest.mark.parametrize(
+    ("array", "options"),
+    [
+        (BANDS, {"planarconfig": "contig"}),
+        (BANDS, {"planarconfig": "contig", "compression": "zlib", "predictor": True, "tile": (16, 16)}),
+        (BANDS.transpose(2, 0, 1), {"planarconfig": "separate"}),
+        (BANDS.transpose(2, 0, 1), {}),  # a page for each band
+    ],
+)
+def test_read_image_reads_all_bands_of_a_tiff(tmp_path: Path, array: np.ndarray, options: dict[str, object]) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, array, photometric="minisblack", **options)
+    assert (read_image(path, channels=13) == BANDS >> 8).all()
+    assert (read_image(path, channels=13, bits=12) == BANDS >> 4).all()
+    assert probe(path, channels=13, decode=True) == ((7, 6), "", "", 16)
+
+
+def test_read_image_names_the_bands_that_a_file_has(tmp_path: Path) -> None:
+    tifffile.imwrite(tmp_path / "13.tif", BANDS, photometric="minisblack", planarconfig="contig")
+    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
+    for name, channels, count in (("13.tif", 3, 13), ("13.tif", 12, 13), ("rgb.png", 13, 3)):
+        message = f"it has {count} bands, and {channels} are read: read them by --reading.channels {count}"
+        with pytest.raises(CalmError, match=rf"{name}.*{message}"):
+            read_image(tmp_path / name, channels=channels)
+        assert message in probe(tmp_path / name, channels=channels).message
+    Image.new("RGBA", (4, 4), (1, 2, 3, 4)).save(tmp_path / "rgba.png")
+    assert read_image(tmp_path / "rgba.png", channels=4)[0, 0].tolist() == [1, 2, 3, 4]
+    assert read_image(tmp_path / "rgb.png", channels=1).shape == (4, 4, 1)
+
+
+@pytest.mark.parametrize(("limit", "value"), [("MAX_PIXELS", 100), ("MAX_SEGMENT", 100)])
+def test_read_image_refuses_bands_beyond_the_limits(tmp_path, monkeypatch, limit: str, value: int) -> None:
+    """Bands may take more memory than pixels, and what a compressed strip unpacks to is not known before."""
+    tifffile.imwrite(tmp_path / "a.tif", BANDS, photometric="minisblack", planarconfig="contig", compression="zlib")
+    monkeypatch.setattr(images, limit, value)
+    with pytest.raises(CalmError, match=r"a\.tif is too large"):
+        read_image(tmp_path / "a.tif", channels=13)
+    assert probe(tmp_path / "a.tif", channels=13).kind == "too-large"
+
+
+def test_read_mask_is_what_is_not_zero_in_any_channel(tmp_path: Path) -> None:
+    object_at = np.zeros((4, 6), dtype=bool)
+    object_at[1:3, 2:5] = True
+    palette = Image.fromarray(object_at.astype(np.uint8), mode="P")
+    palette.putpalette([255, 255, 255, 0, 0, 0])  # index 0 white, the object black
+    colours = np.zeros((4, 6, 3), np.uint8)
+    colours[object_at] = (0, 0, 1)
+    alpha = np.dstack([colours, np.full((4, 6), 255, np.uint8)])
+    clear = np.dstack([np.full((4, 6, 3), 9, np.uint8), object_at * np.uint8(255)])
+    deep = Image.fromarray((object_at * 256).astype(np.uint16))
+    for image in (palette, *map(Image.fromarray, (colours, alpha, clear, object_at)), deep):
+        image.save(tmp_path / "mask.png")
+        assert ((read_mask(tmp_path / "mask.png") > 0) == object_at).all(), image.mode
+    grey = Image.fromarray(np.array([[0, 1, 200]], dtype=np.uint8))
+    grey.save(tmp_path / "grey.png")
+    assert read_mask(tmp_path / "grey.png").tolist() == [[0, 1, 200]]
+
+
+def test_read_mask_has_the_shape_of_its_image_at_any_scale(tmp_path: Path) -> None:
+    Image.new("L", (40, 80)).save(tmp_path / "mask.png")
+    for size in ((40, 80), (400, 800), (399, 801), (13, 27)):
+        read_mask(tmp_path / "mask.png", size)
+    with pytest.raises(CalmError, match=r"mask\.png: it is 40 x 80 pixels, its image as stored 80 x 40: give it that"):
+        read_mask(tmp_path / "mask.png", (80, 40))
+
+
 # Preprocessing
 
 
@@ -228,6 +334,25 @@ def test_preprocessing_names_a_page_called_jpg(tmp_path):
     (tmp_path / "x.jpg").write_text("<html>not found</html>")
     with pytest.raises(CalmError, match=r"x\.jpg: an HTML page"):
         Preprocessing()(tmp_path / "x.jpg")
+
+
+def test_preprocessing_of_other_channels_reads_and_shows_them(tmp_path):
+    tifffile.imwrite(tmp_path / "a.tif", BANDS, photometric="minisblack", planarconfig="contig")
+    prepare = Preprocessing(size=(6, 7), mean=(0.5,) * 13, std=(0.25,) * 13, bits=12, view=(3, 2, 1))
+    want = (torch.from_numpy((BANDS >> 4).astype(np.float32)).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    assert_close(prepare(tmp_path / "a.tif")[0], want)
+    assert_close(prepare((BANDS >> 4).astype(np.uint8))[0], want)
+    assert prepare(tmp_path / "a.tif").shape == (1, 13, 6, 7)
+    shown = prepare.picture(prepare.read(tmp_path / "a.tif"))
+    assert shown.shape == (6, 7, 3)
+    assert np.corrcoef(shown[..., 0].ravel(), BANDS[..., 3].ravel())[0, 1] > 0.99
+    grey = Preprocessing(mean=(0.5,), std=(0.5,))
+    assert grey(PIXELS.mean(axis=2, keepdims=True).astype(np.uint8)).shape == (1, 1, 224, 224)
+    assert grey(Image.fromarray(PIXELS)).shape == (1, 1, 224, 224)
+    assert grey.picture(np.full((2, 2, 1), 7, np.uint8)).tolist() == [[[7] * 3] * 2] * 2
+    for options in ({"bits": 7}, {"view": (0, 1)}, {"view": (0, 1, 3)}):
+        with pytest.raises(CalmError, match=f"preprocessing {next(iter(options))}"):
+            Preprocessing(**options)
 
 
 def test_preprocessing_refuses_wrong_settings():

@@ -135,7 +135,7 @@ class Explanation:
 
 
 def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top: int = 5) -> list[Explanation]:
-    """Explain pictures, (H, W, 3) uint8 RGB of any sizes, in one batch. The model's state is restored afterwards.
+    """Explain pictures, (H, W, channels) uint8 of any sizes, in one batch. The model's state is restored afterwards.
 
     Raises:
         CalmError: If the method does not fit the model.

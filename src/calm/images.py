@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, TypeAlias, Union, c
 import numpy as np
 from jaxtyping import Float
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from calm.errors import CalmError, needs_extra, shown
 from calm.files import open_regular
@@ -93,6 +94,10 @@ def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
         return Probe(None, "not-an-image", f"{kinds[0]}, by its first bytes" if kinds else unknown)
     except Exception as error:  # a damaged file can make the decoders fail in any way
         return Probe(None, "truncated", str(error)[:200] or type(error).__name__)
+
+
+# A TIFF of more bands than Pillow reads is no error here, and should not be logged as one.
+logging.getLogger(TiffImagePlugin.__name__).addFilter(lambda record: "More samples per pixel" not in str(record.msg))
 
 
 class _Bands:
@@ -234,15 +239,13 @@ def highest_value(path: Path, channels: int = 3) -> int:
     return int(_read(path, convert, "image", channels))
 
 
-def mask_problem(size: tuple[int, int], image_size: tuple[int, int] | None) -> str:
+def mask_problem(size: tuple[int, int] | None, image_size: tuple[int, int] | None) -> str:
     """Say what is wrong with a mask of ``size`` (width, height): it has, to a pixel, the shape of its image, scaled."""
-    if (
-        not image_size
-        or abs(size[0] / image_size[0] - size[1] / image_size[1]) <= 1 / image_size[0] + 1 / image_size[1]
-    ):
+    (width, height), (across, down) = size or (0, 0), image_size or (0, 0)
+    if abs(width * down - height * across) <= max(width + height, across + down):
         return ""
-    mask, image = (f"{width} x {height}" for width, height in (size, image_size))
-    return f"it is {mask} pixels, its image as stored {image}: give it that shape, for no mask is stretched"
+    stored = f"its image as stored {across} x {down}"
+    return f"it is {width} x {height} pixels, {stored}: give it that shape, for no mask is stretched"
 
 
 def read_mask(path: Path, image_size: tuple[int, int] | None = None, what: str = "mask") -> NDArray[np.uint8]:

@@ -96,10 +96,11 @@ def attribute_files(
     console = Console(soft_wrap=True)
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     done: list[dict[str, Any]] = []
-    for batch in _batches(inputs, batch_size, failed):
+    for batch in _batches(inputs, loaded.preprocessing.read, batch_size, failed):
         explanations = explain(loaded, [picture for _, picture in batch], query)
         for (path, picture), explanation in zip(batch, explanations, strict=True):
-            files = _write(out, names[path], picture, explanation, query, suffixes)
+            shown = loaded.preprocessing.picture(picture)
+            files = _write(out, names[path], shown, explanation, query, suffixes)
             done.append(_record(path, explanation, query, loaded.class_names) | {"files": files})
             _print_explanation(console, path, explanation, query, loaded.class_names)
     results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
@@ -208,15 +209,13 @@ def _result_names(
 
 
 def _batches(
-    inputs: Iterable[Path], batch_size: int, failed: list[dict[str, str]]
+    inputs: Iterable[Path], read: Callable[[Path], Picture], batch_size: int, failed: list[dict[str, str]]
 ) -> Iterator[list[tuple[Path, Picture]]]:
     """Read the pictures in batches, smaller ones if the pictures are large; append unreadable ones to ``failed``."""
-    from calm.images import read_rgb
-
     batch: list[tuple[Path, Picture]] = []
     for path in inputs:
         try:
-            batch.append((path, read_rgb(path, exif=True)))
+            batch.append((path, read(path)))
         except CalmError as error:
             failed.append({"file": str(path), "error": str(error)})
         if len(batch) == batch_size or sum(picture.size for _, picture in batch) > BATCH_BYTES:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from hashlib import sha256
@@ -19,7 +20,7 @@ from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Repor
 from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.files import open_regular
-from calm.images import Probe, probe
+from calm.images import Probe, highest_value, mask_problem, probe
 
 T = TypeVar("T")
 
@@ -31,6 +32,8 @@ def check(
     metadata_root: str | Path | None = None,
     present_classes_only: bool = False,
     decode: bool = True,
+    channels: int = 3,
+    bits: int | None = None,
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -43,6 +46,8 @@ def check(
         metadata_root: folder of the metadata lists, where they are not beside the images.
         present_classes_only: number only the classes that have images.
         decode: decode every image; false reads headers only, and is faster.
+        channels: channels of the images that a model is to see; other numbers than 1 and 3 are bands of TIFF files.
+        bits: bits that the values of files of more than 8 bits use, where that is less than the files say.
         workers: number of threads; by default two per processor.
         progress: as for `check_splits`.
 
@@ -54,7 +59,7 @@ def check(
     """
     source = open_source(root, layout, metadata_root)
     splits = read_splits(source, source.splits, 0.0, 0, present_classes_only, strict=False)
-    report = check_splits(splits, decode=decode, workers=workers, progress=progress)
+    report = check_splits(splits, decode=decode, channels=channels, bits=bits, workers=workers, progress=progress)
     problems, cues = check_cue_files(Path(root), splits)
     description = (*_described(source, splits), *filter(None, [cues]))
     return replace(report, problems=(*report.problems, *problems), description=description)
@@ -77,6 +82,8 @@ def load_checked(
     *,
     skip_bad: bool = False,
     decode: bool = False,
+    channels: int = 3,
+    bits: int | None = None,
     progress: bool = False,
     **options: Unpack[ReadingOptions],
 ) -> tuple[dict[str, Split], Report]:
@@ -85,8 +92,7 @@ def load_checked(
     Args:
         root: as for `load_splits`; so are ``names`` and ``options``.
         skip_bad: leave out images that have an error. ``Report.left_out`` counts them.
-        decode: as for `check_splits`.
-        progress: as for `check_splits`.
+        decode: as for `check_splits`; so are ``channels``, ``bits`` and ``progress``.
 
     Returns:
         The splits without problems, and the report.
@@ -95,7 +101,7 @@ def load_checked(
         CalmError: without ``skip_bad``, any error, all in one report; or no image is left.
     """
     splits = load_splits(root, names, strict=False, **options)
-    report = check_splits(splits, decode=decode, progress=progress)
+    report = check_splits(splits, decode=decode, channels=channels, bits=bits, progress=progress)
     source = open_source(root, options.get("layout", "auto"), options.get("metadata_root"))
     report = replace(report, description=_described(source, splits))
     if not skip_bad and not report.ok:
@@ -107,6 +113,8 @@ def check_splits(
     splits: Mapping[str, Split] | Iterable[Split],
     *,
     decode: bool = False,
+    channels: int = 3,
+    bits: int | None = None,
     workers: int | None = None,
     progress: bool = False,
 ) -> Report:
@@ -115,6 +123,7 @@ def check_splits(
     Args:
         splits: of one data set.
         decode: decode every image. Otherwise only headers are read, and the pixels of files that look truncated.
+        channels: as for `calm.images.read_image`; so is ``bits``.
         workers: number of threads; None is twice the number of processors.
         progress: show a progress bar on standard error, if that is a terminal.
 
@@ -126,7 +135,7 @@ def check_splits(
 
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
     problems = _shared_files(listed, workers) if len(listed) > 1 else []
-    look = partial(probe, decode=decode)
+    look = partial(probe, decode=decode, channels=channels)
     total = sum(len(split.records) for split in listed)
     # Pillow's warning about large images is ignored: they are reported as problems.
     quiet = warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
@@ -137,14 +146,20 @@ def check_splits(
             log = ProblemLog(split.name)
             _check_classes(split, log)
             probes = in_threads(look, [record.path for record in split.records], workers)
+            found = dict[str, Probe]()
             for record, result in zip(split.records, probes, strict=True):
                 _check_image(record, result, log)
+                found[record.id] = result
                 bar.advance(task)
+            if bits is None:
+                deep = {record.path: found[record.id].bits for record in split.records if found[record.id].bits > 8}
+                _check_depth(deep, channels, log)
             masks = [(record.id, mask) for record in split.records for mask in record.all_masks]
-            probes = in_threads(look, [mask for _, mask in masks], workers)
+            probes = in_threads(partial(probe, decode=decode), [mask for _, mask in masks], workers)
             for (name, mask), result in zip(masks, probes, strict=True):
-                if result.kind:
-                    log.add("missing-mask", mask, f"{result.message}; mask of {name}", record=name)
+                wrong = result.message or mask_problem(result.size, found[name].size)
+                if wrong:
+                    log.add("missing-mask", mask, f"{wrong}; mask of {name}", record=name)
             problems += log.problems
     return Report.of(listed, problems)
 
@@ -173,6 +188,22 @@ def _check_image(record: Record, result: Probe, log: ProblemLog) -> None:
     elif record.size != result.size:
         stated, actual = ("{} x {}".format(*size) for size in (record.size, result.size))
         log.add("size-mismatch", record.path, f"is {actual} pixels, stated is {stated}", record=record.id)
+
+
+DEEP_SAMPLES = 16
+"""Images of more than 8 bits, of a split, in which the highest value is looked for."""
+
+
+def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> None:
+    """Add the problem of images, by path, whose values use far fewer bits than their files have, or more."""
+    sample, highest = list(depths)[:: len(depths) // DEEP_SAMPLES + 1], 0
+    for path in sample:
+        with suppress(CalmError):  # reported already
+            highest = max(highest, highest_value(path, channels))
+    needed = max(8, highest.bit_length())
+    if sample and not depths[sample[0]] - 2 < needed <= depths[sample[0]]:
+        seen = f"{len(depths)} images of more than 8 bits; the highest value of {len(sample)} is {highest:,}"
+        log.add("other-depth", sample[0], f"{seen}: read them by --reading.bits {needed}")
 
 
 def _check_classes(split: Split, log: ProblemLog) -> None:

@@ -124,13 +124,14 @@ KINDS: dict[str, Kind] = {
     "box-inverted": Kind("box with its corners exchanged", "write x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"),
     "box-outside": Kind("box outside its image", "corners are inclusive: 0 <= x0 <= x1 < width, the same for y"),
     "size-mismatch": Kind("image of another size than stated", "correct image_sizes.txt, and the boxes with it"),
-    "missing-mask": Kind("missing or unreadable mask", "put the file there, or take its line out"),
+    "missing-mask": Kind("missing, unreadable or misshapen mask", "put the right file there, or take its line out"),
     "cue-file": Kind("attributes or parts that cannot be read", "correct the file; only cue localization needs it"),
     "box-thin": Kind("box of zero width or height", "nothing, if one pixel is meant", "warning"),
     "no-box": Kind("image without a box", "add its line, if boxes are to be evaluated", "warning"),
     "unlisted-id": Kind("annotation of an image not listed", "add its id, or remove the line", "warning"),
     "repeated-line": Kind("line given twice", "remove one of them", "warning"),
     "not-read": Kind("files that are not read", "turn images among them into JPEG or PNG", "warning"),
+    "other-depth": Kind("images with other bits than they use", "give --reading.bits, or --bits here", "warning"),
     "copy": Kind(
         "image whose copy is in another split", "keep one: a test image seen in training is a leak", "warning"
     ),

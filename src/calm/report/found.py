@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard
@@ -18,6 +19,7 @@ from calm.errors import CalmError, shown
 from calm.evaluate.result import Result
 from calm.evaluate.runner import READING
 from calm.files import read_columns, read_json, read_yaml
+from calm.images import Preprocessing
 from calm.output import MAP_KINDS
 from calm.report.charts import PALETTE
 
@@ -180,6 +182,14 @@ class Group:
         models = [Path(str(about(result).get("model", ""))) for result in self.results]
         folders = [folder for model in models if model.is_absolute() for folder in (model, model.parent)]
         return [folder for folder in folders if (folder / "result.json").is_file()]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How the first model that says so read the images."""
+        for config in (about(result).get("model_config") for result in self.results):
+            with suppress(CalmError, KeyError, TypeError):
+                return Preprocessing(**config["preprocessing"])  # type: ignore[index]
+        return Preprocessing()
 
     def read_split(self) -> Split:
         """The images of the data set, read as they were for the results; a `CalmError` if it is gone or damaged."""

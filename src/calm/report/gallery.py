@@ -20,7 +20,6 @@ from calm.evaluate.cue_localization import read_cue_data
 from calm.evaluate.localization import masks
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject, read_map, weights_digest
-from calm.images import read_rgb
 from calm.model import CalmModel, load
 from calm.render import Picture, draw_boxes, draw_contour, draw_peak, overlay, resize_picture
 from calm.report.found import Group, about
@@ -41,6 +40,7 @@ class Scene:
     classes: tuple[int, ...]  # what the maps are about: the class, or two for a difference map
     label: str  # the name of the image's class
     question: str = ""  # what is asked, if not the class
+    exif: bool = False  # whether the picture is rotated as its EXIF orientation says
 
 
 def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
@@ -98,17 +98,19 @@ def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
     if missing:
         raise CalmError(f"split {split.name!r} of {split.root} has no image {missing[0]!r} now")
     records = [places[name] for name in ids]
+    reading = group.preprocessing
+    pictures = [reading.picture(reading.read(record.path, exif=split.exif)) for record in records]
     if group.benchmark == "cue-localization":
-        return _cue_scenes(split, records, Path(group.data["root"]))
+        return _cue_scenes(split, records, pictures, Path(group.data["root"]))
     views = []
-    for record in records:
-        picture, label = read_rgb(record.path, exif=split.exif), species_name(split.class_names[record.label])
+    for record, picture in zip(records, pictures, strict=True):
         region = masks(record, PROTOCOL_SIZE)[0].float() if record.masks else None
-        views.append(Scene(record, picture, record.boxes, region, (record.label,), label))
+        label = species_name(split.class_names[record.label])
+        views.append(Scene(record, picture, record.boxes, region, (record.label,), label, exif=split.exif))
     return views
 
 
-def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Scene]:
+def _cue_scenes(split: Split, records: Sequence[Record], pictures: Sequence[Picture], root: Path) -> list[Scene]:
     """Each image with a pair of its class that differs in as few part groups as possible, one of them visible."""
     data = read_cue_data(replace(split, records=tuple(records)), root)
     regions = data.regions(tuple(records), torch.arange(len(records)))
@@ -119,10 +121,10 @@ def _cue_scenes(split: Split, records: Sequence[Record], root: Path) -> list[Sce
         pair = min((data.pairs[number] for number in data.samples[place]), key=lambda pair: len(pair.groups))
         other = pair.second if record.label == pair.first else pair.first
         parts = listed([data.groups[number].name for number in pair.groups])
-        picture, label = read_rgb(record.path, exif=split.exif), species_name(split.class_names[record.label])
+        picture, label = pictures[place], species_name(split.class_names[record.label])
         question = f"versus {species_name(split.class_names[other])}: {parts}"
         region = group_mask(regions[place], pair.groups).float()
-        views.append(Scene(record, picture, (), region, (pair.first, pair.second), label, question))
+        views.append(Scene(record, picture, (), region, (pair.first, pair.second), label, question, split.exif))
     return views
 
 
@@ -133,7 +135,7 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
         return [_stored(Path(known["maps"]), scene.record.id) for scene in scenes]
     model = load_model(result)
     asked = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
-    images = model.preprocess([scene.picture for scene in scenes])
+    images = model.preprocess([model.preprocessing.read(s.record.path, exif=s.exif) for s in scenes])
     classes = torch.tensor([scene.classes for scene in scenes])
     if "classes" in known:  # the model numbers them in another order
         classes = torch.tensor(known["classes"])[classes]

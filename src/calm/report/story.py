@@ -24,7 +24,6 @@ from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject
 from calm.files import read_json
 from calm.heatmaps import Normalization, resize_maps
-from calm.images import read_rgb
 from calm.model import CalmModel
 from calm.render import Picture, draw_contour, draw_peak, draw_point, overlay, resize_picture
 from calm.report.found import CALM, Group, own_maps
@@ -115,7 +114,8 @@ class Study:
 
     def picture(self, image: int) -> Picture:
         """A test image, of its own size."""
-        return read_rgb(self.split.records[image].path, exif=self.split.exif)
+        reading = self.calm.model.preprocessing
+        return reading.picture(reading.read(self.split.records[image].path, exif=self.split.exif))
 
     def differing(self, one: int, other: int) -> list[str]:
         """Names of the part groups in which two classes differ; empty if nothing says so."""

@@ -57,6 +57,11 @@ class DataOptions:
             where the data has none; a test split of the same size is taken too, where there is none.
         present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
         image_size: height and width in pixels that the model sees.
+        channels: channels of the images that the model sees: 3 for RGB, 1 for grey, else the bands of TIFF files.
+        bits: bits that the values of files of more than 8 bits use; by default as many as the files say.
+        mean: mean of each channel in [0, 1], as [0.1,0.2]; by default ImageNet's.
+        std: standard deviation of each channel; by default ImageNet's.
+        view: the channels, from 0, that overlays show as red, green and blue, as [3,2,1]; by default the first three.
         workers: processes that read images; 0 reads in the training process. The result does not depend on it.
         cache: decode all images once, before training, and keep them in memory, resized already where the
             augmentation begins with the same resize every time. The result does not depend on it.
@@ -68,12 +73,17 @@ class DataOptions:
     val_fraction: float = 0.1
     present_classes_only: bool = False
     image_size: int = 224
+    channels: int = 3
+    bits: int | None = None
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    view: tuple[int, ...] | None = None
     workers: int = 4
     cache: bool = False
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024))
+        _check(self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024), channels=(1, 1000))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -56,8 +57,8 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
 def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -> tuple[CalmModel, str]:
     """Build the model of a run at its start, in training mode: for the classes of ``split``, with configured weights
     and input size; ``backbone`` takes the place of the named one."""
-    options = config.model
-    size = config.reading.image_size
+    options, reading = config.model, config.reading
+    size = reading.image_size
     model = create_model(
         config.backbone if backbone is None else backbone,
         split.num_classes,
@@ -68,9 +69,15 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         output_stride=options.output_stride,
         prior_activation=options.prior_activation,
         prior_denominator=options.prior_denominator,
+        in_channels=reading.channels,
         class_names=split.class_names,
         preprocessing=Preprocessing(size=(size, size)),
     )
+    given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view")}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    model.preprocessing = replace(model.preprocessing, **chosen)
+    if model.preprocessing.channels != reading.channels:
+        raise CalmError(f"reading.mean and reading.std need {reading.channels} values, one for each channel")
     origin = "" if options.init_from is None else _initialise(model, options.init_from, config.data.name, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)

@@ -80,7 +80,7 @@ def train(
     for name in config.log.loggers:
         journal.logger_class(name)
     # What is carved into val and test does not depend on the run's seed.
-    names = ("layout", "metadata_root", "val_fraction", "present_classes_only", "skip_bad")
+    names = ("layout", "metadata_root", "val_fraction", "present_classes_only", "skip_bad", "channels", "bits")
     reading = {name: getattr(config.reading, name) for name in names}
     splits, report = load_checked(config.data, progress=log.interactive, **reading)
     images = len(splits["train"].records)
