@@ -99,9 +99,8 @@ def train(
             folder.open_folder(run_dir, config, data)
             log.path = run_dir / "log.txt"
             log(folder.opening_line(run_dir, config, splits, report, model))
-            for text in (origin, report.text(most=3) if report.problems else ""):
-                if text:
-                    log(text)
+            for text in filter(None, (report.text(most=3), origin)):
+                log(text)
         trainer = None
         try:
             with _launched(fabric):
