@@ -113,26 +113,22 @@ def test_timm_backbone_has_the_weights_of_timm():
     ],
 )
 def test_check_size_names_the_nearest_sizes_that_fit(name, size, message):
-    with torch.device("meta"):
-        backbone = build_backbone(name)
+    backbone = build_backbone(name)
     with pytest.raises(CalmError, match=message):
         check_size(backbone, size)
 
 
 def test_create_model_takes_the_size_that_a_timm_model_needs():
-    with torch.device("meta"):
-        model = create_model("botnet26t_256", 3)
-        assert model.preprocessing.size == (256, 256)
-        with pytest.raises(CalmError, match="'botnet26t_256' takes no images of 224 x 224 pixels: take 256 x 256"):
-            create_model("botnet26t_256", 3, preprocessing=Preprocessing((224, 224)))
-        assert create_model("convnext_atto", 3).preprocessing.size == (224, 224)
+    assert create_model("botnet26t_256", 3).preprocessing.size == (256, 256)
+    with pytest.raises(CalmError, match="'botnet26t_256' takes no images of 224 x 224 pixels: take 256 x 256"):
+        create_model("botnet26t_256", 3, preprocessing=Preprocessing((224, 224)))
+    assert create_model("convnext_atto", 3).preprocessing.size == (224, 224)
 
 
 def test_model_given_a_size_that_it_does_not_take_names_those_that_it_takes():
-    with torch.device("meta"):
-        model = create_model("test_vit", 3)
+    model = create_model("test_vit", 3)
     with pytest.raises(CalmError, match="takes no images of 250 x 230 pixels: take 240 x 224 or 256 x 240"):
-        model(torch.zeros(1, 3, 250, 230, device="meta"))
+        model(torch.zeros(1, 3, 250, 230))
 
 
 def test_model_of_one_cell_and_one_image_says_that_batchnorm_needs_more():
@@ -153,12 +149,7 @@ def test_model_passes_other_errors_of_its_backbone_on():
 
 
 def test_create_model_warns_of_a_coarse_grid():
-    with (
-        torch.device("meta"),
-        pytest.warns(
-            UserWarning, match="'levit_128s' gives a grid of 4 x 4 cells for images of 224 x 224 .* larger images"
-        ),
-    ):
+    with pytest.warns(UserWarning, match="'levit_128s' gives a grid of 4 x 4 cells for images of 224 x 224 .* larger"):
         create_model("levit_128s", 3)
 
 
@@ -167,23 +158,23 @@ def test_check_size_returns_the_grid_or_none_for_a_module_that_never_runs():
     assert check_size(torch.nn.Linear(2, 3), (64, 96)) is None
 
 
-@pytest.mark.parametrize(("name", "side", "channels"), [("pit_ti_224", 7, 256), ("coat_lite_tiny", 7, 320)])
+@pytest.mark.parametrize(
+    ("name", "side", "channels"), [("volo_d1_224", 14, 384), ("pit_ti_224", 7, 256), ("coat_mini", 7, 216)]
+)
 def test_timm_backbone_takes_intermediate_features_where_the_last_are_no_grid(name, side, channels):
-    backbone = build_backbone(name).eval()
+    if not hasattr(timm.create_model(name), "forward_intermediates"):
+        pytest.skip(f"timm {timm.__version__} gives no intermediate features of this family")
+    backbone = build_backbone(
+        name
+    ).eval()  # coat's blocks share modules: their weights must not stay on the meta device
     assert backbone.out_channels == channels
     with torch.no_grad():
         assert backbone(torch.zeros(1, 3, 224, 224)).shape == (1, channels, side, side)
 
 
-def test_timm_backbone_runs_with_modules_that_are_shared():
-    backbone = build_backbone("coat_mini").eval()  # its blocks share the convolutions of the position encoding
-    assert not any(tensor.is_meta for tensor in backbone.state_dict().values())
-
-
 @pytest.mark.parametrize(("size", "grid"), [((250, 230), (8, 8)), ((256, 224), (8, 7))])
 def test_timm_backbone_lays_out_tokens_of_padded_images(size, grid):
-    with torch.device("meta"):
-        assert check_size(build_backbone("mvitv2_tiny"), size) == grid
+    assert check_size(build_backbone("mvitv2_tiny"), size) == grid
 
 
 def test_timm_backbone_refuses_a_model_without_a_grid(monkeypatch):
@@ -215,8 +206,8 @@ def test_timm_backbone_refuses_impossible_options(name, options, message):
 
 
 def test_timm_backbone_takes_its_own_output_stride():
-    with torch.device("meta"):  # its grid for its own 299 pixels is 10 x 10: not 299 / 32, but that rounded up
-        assert check_size(build_backbone("xception41", output_stride=32), (320, 320)) == (10, 10)
+    # Its grid for its own 299 pixels is 10 x 10: not 299 / 32, but that rounded up.
+    assert check_size(build_backbone("xception41", output_stride=32), (320, 320)) == (10, 10)
 
 
 def test_timm_backbone_pretrained_without_a_network_names_the_remedy(monkeypatch):
