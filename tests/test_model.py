@@ -118,6 +118,20 @@ def test_loss_takes_smoothed_rows_rounded_to_half_precision(method, dtype):
     assert_close(model.loss(IMAGES, rows.to(dtype)), model.loss(IMAGES, rows), rtol=0.01, atol=0)
 
 
+def test_loss_gives_gradients_per_image_by_vmap():
+    for method in METHODS:
+        model = tiny(method)
+        parameters = {name: value.detach() for name, value in model.named_parameters()}
+
+        def loss(parameters, image, target, model=model):
+            output = torch.func.functional_call(model, parameters, (image[None],))
+            return model.output_loss(output, target[None])
+
+        got = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(parameters, IMAGES, TARGETS)
+        want = torch.autograd.grad(model.loss(IMAGES[1:2], TARGETS[1:2]), tuple(model.parameters()))
+        assert_close(tuple(value[1] for value in got.values()), want)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_loss_takes_indices_of_any_integer_type(method):
     model = tiny(method)

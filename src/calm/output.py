@@ -192,7 +192,8 @@ class CalmOutput(_Output):
             teacher: EM only: the output, for the same images, that the posterior is taken from; None is this one.
 
         Raises:
-            CalmError: If the targets do not fit the output, or the method does not have an option.
+            CalmError: If the targets do not fit the output (on a GPU their values are asserted by the device, see
+                `calm.latent.check_targets`), or the method does not have an option.
         """
         targets = latent.check_targets(targets, self.batch_size, self.num_classes)
         soft = targets.ndim == 2
