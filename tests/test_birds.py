@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from calm.errors import CalmError
 from calm_birds import Drawing, choose_species, draw_bird
 from calm_birds.attributes import ATTRIBUTES, PARTS, species_attributes
+from calm_birds.draw import _noise, enlarge
 from calm_birds.species import MAX_SPECIES
 
 SUBSTRINGS = {
@@ -97,6 +98,45 @@ def test_the_same_seed_draws_the_same_bytes_and_another_seed_another_picture() -
     assert first.points == again.points
     other = draw_bird(species, seed(4))
     assert np.abs(first.image.astype(int) - other.image).mean() > 10
+
+
+def test_draw_bird_uses_of_opencv_what_all_its_versions_draw_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4.11 to 5.0 differ in lines of one pixel between pixels, and in the last bit of enlarged arrays."""
+    line, polylines, resize = cv2.line, cv2.polylines, cv2.resize
+    thin = 0
+
+    def checked_line(image, start, end, color, thickness, kind, shift):
+        nonlocal thin
+        thin += thickness == 1
+        assert thickness > 1 or shift == 0
+        return line(image, start, end, color, thickness, kind, shift)
+
+    def checked_polylines(image, points, closed, color, thickness, kind, shift):
+        nonlocal thin
+        thin += thickness == 1
+        assert thickness > 1 or shift == 0
+        return polylines(image, points, closed, color, thickness, kind, shift)
+
+    def checked_resize(image, size, interpolation):
+        assert size[0] <= len(image) or interpolation == cv2.INTER_NEAREST
+        return resize(image, size, interpolation=interpolation)
+
+    monkeypatch.setattr(cv2, "line", checked_line)
+    monkeypatch.setattr(cv2, "polylines", checked_polylines)
+    monkeypatch.setattr(cv2, "resize", checked_resize)
+    _noise.cache_clear()
+    for number, kind in enumerate(choose_species(4)):
+        draw_bird(kind, seed(number), 48)
+    assert thin
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+def test_enlarge_interpolates_as_opencv_does(cubic: bool) -> None:
+    values = np.random.default_rng(0).random((5, 5, 3), dtype=np.float32)
+    kind = cv2.INTER_CUBIC if cubic else cv2.INTER_LINEAR
+    np.testing.assert_allclose(
+        enlarge(values, 17, cubic=cubic), cv2.resize(values, (17, 17), interpolation=kind), atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("size", [32, 64, 97, 150])

@@ -153,6 +153,22 @@ def test_a_complete_folder_is_left_alone(birds: BirdsSummary) -> None:
     assert {path: path.stat().st_mtime_ns for path in birds.root.rglob("*")} == before
 
 
+def test_a_folder_that_another_opencv_drew_is_not_complete_without_a_word(birds: BirdsSummary) -> None:
+    path = birds.root / "birds.json"
+    before = path.read_text()
+    record = json.loads(before)
+    assert record["versions"]["opencv"] == birds.opencv == cv2.__version__
+    assert "OpenCV" not in str(birds)
+    record["versions"]["opencv"] = "4.11.0"
+    path.write_text(json.dumps(record))
+    try:
+        again = write_birds(birds.root, **SMALL)
+    finally:
+        path.write_text(before)
+    assert again.reused
+    assert f"nothing drawn; drawn with OpenCV 4.11.0, this is {cv2.__version__}" in str(again)
+
+
 def test_another_configuration_is_never_mixed_in(birds: BirdsSummary) -> None:
     before = digest(birds.root)
     with pytest.raises(CalmError, match=r"'seed': 3.*'seed': 9.*choose another folder"):

@@ -37,12 +37,33 @@ def rgb(color: str) -> Array:
     return np.array(COLORS[color], np.float32) / 255
 
 
+def enlarge(values: Array, side: int, *, cubic: bool = False) -> Array:
+    """Interpolate a square array (n, n, ...) at side x side points, linearly or by Keys' cubic (a = -0.75).
+
+    Versions of OpenCV differ in the last bit of an enlarged array, and that bit may decide a pixel. NumPy's sums and
+    products of single values do not.
+    """
+    place = (np.arange(side) + 0.5) * len(values) / side - 0.5
+    first, t = np.floor(place).astype(int), (place % 1).astype(np.float32)
+    weights = [1 - t, t]
+    if cubic:
+        u, a = 1 - t, np.float32(-0.75)
+        inner = [((a + 2) * x - (a + 3)) * x * x + 1 for x in (t, u)]
+        first, weights = first - 1, [a * t * u * u, *inner, a * u * t * t]
+    for _ in range(2):  # down the rows, then across
+        rows = [values[np.clip(first + tap, 0, len(values) - 1)] for tap in range(len(weights))]
+        shape = (-1,) + (1,) * (values.ndim - 1)
+        parts = [weight.reshape(shape) * row for weight, row in zip(weights, rows, strict=True)]
+        values = sum(parts[1:], parts[0]).swapaxes(0, 1)
+    return values
+
+
 @lru_cache(maxsize=4)
 def _noise(size: int) -> Array:
     """A fixed tile of smooth noise (size, size), mean 0, standard deviation 1."""
     rng = np.random.default_rng(7)
     coarse = rng.standard_normal((size // 4, size // 4)).astype(np.float32)
-    tile = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    tile = enlarge(coarse, size, cubic=True)
     return np.asarray((tile - tile.mean()) / tile.std(), np.float32)
 
 
@@ -270,11 +291,12 @@ def _paint_leg(painting: Painting, leg: Leg, label: int, color: Array, pose: Pos
     tone = color * (0.5 * (light.sky + light.ground) + 0.55 * light.strength)
 
     def stroke(a: Array, b: Array, width: float, gain: float = 1.0, mark: bool = True) -> None:
-        start, end = ((round(float(x) * 16), round(float(y) * 16)) for x, y in (a, b))
         thick = max(1, round(width * unit))
-        cv2.line(painting.color, start, end, tuple(float(c) * gain for c in tone), thick, cv2.LINE_8, 4)
+        shift = 4 if thick > 1 else 0
+        start, end = ((round(float(x) * 2**shift), round(float(y) * 2**shift)) for x, y in (a, b))
+        cv2.line(painting.color, start, end, tuple(float(c) * gain for c in tone), thick, cv2.LINE_8, shift)
         if mark:
-            cv2.line(painting.part, start, end, label, thick, cv2.LINE_8, 4)
+            cv2.line(painting.part, start, end, label, thick, cv2.LINE_8, shift)
 
     foot = leg.foot
     stroke(leg.hip, leg.ankle, 0.085, 0.95)

@@ -34,7 +34,7 @@ from calm_birds.species import GROUPS, MAX_SPECIES, Species, choose_species
 
 __all__ = ["BirdsConfig", "BirdsSummary", "Item", "Truth", "draw_items", "plan_items", "write_birds"]
 
-GENERATOR_VERSION = 2
+GENERATOR_VERSION = 3
 """Must be raised whenever the same configuration gives other files."""
 MANIFEST, PARTIAL = "birds.json", "birds.partial.json"
 
@@ -69,6 +69,7 @@ class BirdsSummary:
         test_images: number of test images.
         pairs: number of species pairs that differ in exactly 1, 2 and 3 part groups.
         reused: whether the folder was complete already and nothing was drawn.
+        opencv: version of OpenCV that drew it.
     """
 
     root: Path
@@ -78,10 +79,13 @@ class BirdsSummary:
     test_images: int
     pairs: tuple[int, int, int]
     reused: bool
+    opencv: str
 
     def __str__(self) -> str:
         one, two, three = self.pairs
         state = "already complete, nothing drawn" if self.reused else "written"
+        if self.opencv != cv2.__version__:
+            state += f"; drawn with OpenCV {self.opencv}, this is {cv2.__version__}"
         return (
             f"{self.root}: {len(self.class_names)} species, {self.train_images} training and "
             f"{self.test_images} test images of {self.config.size}x{self.config.size} pixels; species pairs "
@@ -270,8 +274,8 @@ def _validate(config: BirdsConfig, workers: int | None) -> None:
         )
 
 
-def _claim(root: Path, record: dict[str, Any]) -> bool:
-    """Return whether ``root`` already holds exactly this data set; otherwise mark it as partial.
+def _claim(root: Path, record: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the record of ``root`` if it already holds exactly this data set; otherwise mark it as partial.
 
     Raises:
         CalmError: the folder holds something else.
@@ -295,12 +299,13 @@ def _claim(root: Path, record: dict[str, Any]) -> bool:
                 f"not from {record['config']} (generator {record['generator']}); choose another folder, or delete "
                 "this one"
             )
-        return path.name == MANIFEST
-    if root.exists() and any(root.iterdir()):
+        if path.name == MANIFEST:
+            return found
+    if path is None and root.exists() and any(root.iterdir()):
         raise CalmError(f"{where}: the folder is not empty and not a set of birds; choose an empty or new folder")
     root.mkdir(parents=True, exist_ok=True)
     write_json(root / PARTIAL, record)
-    return False
+    return None
 
 
 def write_birds(
@@ -315,7 +320,8 @@ def write_birds(
 ) -> BirdsSummary:
     """Draw a data set of birds in the layout of CUB_200_2011, with segmentations.
 
-    The same arguments give the same bytes for any number of workers and the same version of OpenCV.
+    The same arguments give the same pixels for any number of workers and, as far as known (4.11 to 5.0), any version
+    of OpenCV; the same bytes for one version, which ``birds.json`` names.
     Boxes and segmentations are those of the *visible* bird, without what a leaf hides or the border cuts, exact to the
     pixel.
 
@@ -344,16 +350,17 @@ def write_birds(
     items = plan_items(config, kinds)
     differing = [len(first.differing_groups(second)) for first, second in combinations(kinds, 2)]
     pairs = (differing.count(1), differing.count(2), differing.count(3))
-    record = {
+    record: dict[str, Any] = {
         "format": "CUB_200_2011",
         "generator": GENERATOR_VERSION,
+        "versions": {"opencv": cv2.__version__, "numpy": np.__version__},
         "config": asdict(config),
         "class_names": names,
         "part_groups": GROUPS,
         "pairs": dict(zip("123", pairs, strict=True)),
     }
-    reused = _claim(root, record)
-    if not reused:
+    found = _claim(root, record)
+    if found is None:
         class_names = [f"{number:03d}.{name}" for number, name in enumerate(names, 1)]
         for kind, name in product(("images", "segmentations"), class_names):
             (root / kind / name).mkdir(parents=True, exist_ok=True)
@@ -364,7 +371,9 @@ def write_birds(
         write_json(root / MANIFEST, record)
     (root / PARTIAL).unlink(missing_ok=True)
     train = sum(item.train for item in items)
-    return BirdsSummary(root, config, names, train, len(items) - train, pairs, reused)
+    versions = record["versions"] if found is None else found.get("versions")
+    opencv = str(versions.get("opencv") if isinstance(versions, dict) else None)
+    return BirdsSummary(root, config, names, train, len(items) - train, pairs, found is not None, opencv)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from calm_birds.anatomy import PART_ID, Array, Pose, sample_pose
 from calm_birds.attributes import PART_GROUP, PARTS
-from calm_birds.draw import COLORS, Light, Painting, finish, paint_bird, sample_light
+from calm_birds.draw import COLORS, Light, Painting, enlarge, finish, paint_bird, sample_light
 from calm_birds.species import GROUPS, Species, choose_species
 
 __all__ = ["Drawing", "draw_bird", "paint_background", "paint_foreground", "paint_perch"]
@@ -70,7 +70,11 @@ def _polygon(canvas: _Canvas, points: Array, color: tuple[float, ...] | int) -> 
 
 
 def _line(canvas: _Canvas, points: Array, color: tuple[float, ...] | int, width: float) -> None:
-    cv2.polylines(canvas, [_fixed(points)], False, color, max(1, round(width)), cv2.LINE_8, _SHIFT)
+    thick = round(width)
+    # Versions of OpenCV differ in lines of one pixel whose ends lie between pixels.
+    whole = np.asarray(np.round(points), np.int32)
+    fixed, shift = (_fixed(points), _SHIFT) if thick > 1 else (whole, 0)
+    cv2.polylines(canvas, [fixed], False, color, max(1, thick), cv2.LINE_8, shift)
 
 
 def _ellipse(canvas: Array, at: Array, axes: tuple[float, float], color: tuple[float, ...], angle: float = 0.0) -> None:
@@ -117,7 +121,7 @@ def _soft_layer(canvas: Array, rng: Generator, colors: tuple[_Color, ...], count
         _ellipse(canvas, at, (wide, high), _tone(rng, _pick(rng, colors)), angle)
     small = cv2.resize(canvas, (side // 2, side // 2), interpolation=cv2.INTER_AREA)
     small = cv2.GaussianBlur(small, (0, 0), max(0.3, 0.035 * side / 2))
-    canvas[:] = cv2.resize(small, (side, side), interpolation=cv2.INTER_LINEAR)
+    canvas[:] = enlarge(np.asarray(small, np.float32), side)
 
 
 def _distractors(canvas: Array, rng: Generator, count: int) -> None:
@@ -199,7 +203,7 @@ def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
     rows, columns = np.nonzero(cover)
     depth = np.clip((rows - top[1]) / (2 * height), 0, 1)
     coarse = rng.normal(0, 1, (40, 40)).astype(np.float32)
-    rough = cv2.resize(coarse, (side, side), interpolation=cv2.INTER_CUBIC)
+    rough = enlarge(coarse, side, cubic=True)
     slant = (columns - top[0]) / width * rng.uniform(-0.18, 0.18)
     stone = np.array(_tone(rng, _pick(rng, ((136, 130, 122), (156, 144, 126), (110, 112, 116)))), np.float32)
     moss = np.array(_tone(rng, (104, 132, 66)), np.float32)
