@@ -202,20 +202,12 @@ def cue_localization(
 
 
 class _Plan(NamedTuple):
-    """The classes whose maps a batch needs, and its samples (an image with one of its pairs).
+    """The classes whose maps a batch needs, and its samples (an image with one of its pairs)."""
 
-    Attributes:
-        classes: of each image, padded by repetition.
-        row: of each sample's image in the batch.
-        first: place of the map of the pair's first class among the image's classes.
-        second: of its second class.
-        pair: the sample's pair.
-    """
-
-    classes: Int[Tensor, "b k"]
-    row: Int[Tensor, " s"]
-    first: Int[Tensor, " s"]
-    second: Int[Tensor, " s"]
+    classes: Int[Tensor, "b k"]  # of each image, padded by repetition
+    row: Int[Tensor, " s"]  # of each sample's image in the batch
+    first: Int[Tensor, " s"]  # place of the map of the pair's first class among the image's classes
+    second: Int[Tensor, " s"]  # of its second class
     pair: Int[Tensor, " s"]
 
     @classmethod
@@ -238,19 +230,12 @@ figures of a random pixel) and the object's pixels that belong to these parts.""
 
 
 class _Samples(NamedTuple):
-    """Peak and mass of samples, by their image and pair.
+    """Peak and mass of samples, by their image and pair."""
 
-    Attributes:
-        image: position in the split.
-        pair: number of the pair.
-        visible: whether any pixel belongs to a differing part; if not, the sample has no peak or mass.
-        shares: see ``SHARES``.
-    """
-
-    image: Int[Tensor, " s"]
+    image: Int[Tensor, " s"]  # position in the split
     pair: Int[Tensor, " s"]
-    visible: Bool[Tensor, " s"]
-    shares: Float[Tensor, "s 4"]
+    visible: Bool[Tensor, " s"]  # whether any pixel belongs to a differing part; if not, there is no peak or mass
+    shares: Float[Tensor, "s 4"]  # see ``SHARES``
 
     @classmethod
     def of(cls, maps: Tensor, truth: Tensor, object_pixels: Tensor, image: Tensor, pair: Tensor) -> _Samples:

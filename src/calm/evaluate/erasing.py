@@ -33,23 +33,14 @@ from calm.metrics.erasing import (
 
 
 class RankedBatch(NamedTuple):
-    """A batch with the order in which its pixels are erased.
-
-    Attributes:
-        batch: images, labels, keys and prediction.
-        explained: the classes whose maps rank the pixels.
-        order: of the pixels by the map; those with larger numbers are erased first.
-        random: the same at random.
-        filler: what erased pixels become.
-        constant: whether each map is constant, so that its order is the random one.
-    """
+    """A batch with the order in which its pixels are erased."""
 
     batch: Batch
-    explained: Int[Tensor, " b"]
-    order: Int[Tensor, "b n"]
-    random: Int[Tensor, "b n"]
-    filler: Float[Tensor, "b 3 H W"]
-    constant: Bool[Tensor, " b"]
+    explained: Int[Tensor, " b"]  # the classes whose maps rank the pixels
+    order: Int[Tensor, "b n"]  # of the pixels by the map; those with larger numbers are erased first
+    random: Int[Tensor, "b n"]  # the same at random
+    filler: Float[Tensor, "b 3 H W"]  # what erased pixels become
+    constant: Bool[Tensor, " b"]  # whether each map is constant, so that its order is the random one
 
 
 def ranked_batches(

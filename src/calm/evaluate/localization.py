@@ -170,21 +170,13 @@ def localization(
 
 
 class _Maps(NamedTuple):
-    """Maps of a batch at the protocol's size, in [0, 1].
+    """Maps of a batch at the protocol's size, in [0, 1]."""
 
-    Attributes:
-        maps: as pixels are compared.
-        box_maps: as boxes are fitted.
-        positions: of the images in the split.
-        labels: the true classes.
-        predictions: classes by falling probability; None without a model.
-    """
-
-    maps: Float[Tensor, "b h w"]
-    box_maps: Float[Tensor, "b h w"]
-    positions: Int[Tensor, " b"]
+    maps: Float[Tensor, "b h w"]  # as pixels are compared
+    box_maps: Float[Tensor, "b h w"]  # as boxes are fitted
+    positions: Int[Tensor, " b"]  # of the images in the split
     labels: Int[Tensor, " b"]
-    predictions: Int[Tensor, "b k"] | None
+    predictions: Int[Tensor, "b k"] | None  # classes by falling probability; None without a model
 
 
 def _maps(

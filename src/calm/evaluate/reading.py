@@ -99,18 +99,11 @@ def batches(
 
 
 class Batch(NamedTuple):
-    """A batch with its prediction, all on the subject's device.
+    """A batch with its prediction, all on the subject's device."""
 
-    Attributes:
-        images: normalised, the model's input.
-        labels: the right classes, by the model's numbers.
-        keys: positions in the split.
-        prediction: of the images.
-    """
-
-    images: Float[Tensor, "b 3 H W"]
-    labels: Int[Tensor, " b"]
-    keys: Int[Tensor, " b"]
+    images: Float[Tensor, "b 3 H W"]  # normalised, the model's input
+    labels: Int[Tensor, " b"]  # the right classes, by the model's numbers
+    keys: Int[Tensor, " b"]  # positions in the split
     prediction: Prediction
 
 

@@ -197,7 +197,8 @@ def run_split(
         CalmError: as ``load_split``; a run's configuration is damaged; two runs read the split differently.
     """
     readings = {model: reading for model in models if (reading := _reading(Path(model)))}
-    distinct = {str(reading): (model, reading) for model, reading in readings.items()} or {"": ("", {})}
+    settings = {model: ", ".join(f"{k} {v}" for k, v in reading.items()) for model, reading in readings.items()}
+    distinct = {settings[model]: (model, reading) for model, reading in readings.items()} or {"": ("", {})}
     if name is None:
         source = open_source(root, layout, metadata_root)
         undivided = isinstance(source, FolderSource) and not source.folders
@@ -207,11 +208,11 @@ def run_split(
         for model, reading in distinct.values()
     ]
     first, split, reading = splits[0]
-    for model, other, other_reading in splits[1:]:
+    for model, other, _ in splits[1:]:
         if fingerprint(other) != fingerprint(split):
             raise CalmError(
-                f"{name} of {root} has other images or classes for {first} ({_settings(reading)}) than for {model}"
-                f" ({_settings(other_reading)}): evaluate them apart"
+                f"{name} of {root} has other images or classes for {first} ({settings[first]}) than for {model}"
+                f" ({settings[model]}): evaluate them apart"
             )
     return split, reading
 
@@ -244,10 +245,6 @@ def _reading(model: Path) -> dict[str, Any]:
         if type(value) not in READING[name]:
             raise CalmError(f"configuration {path}: reading.{name} is {shown(value)}")
     return found
-
-
-def _settings(reading: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in reading.items())
 
 
 @dataclass(frozen=True)
@@ -347,8 +344,8 @@ def run(
         data: on what.
         out: results are stored in ``out/NAME/LABEL-DIGEST.json``.
         batch_size: see `calm.evaluate.reading.Reading`, as for workers and progress.
-        workers: of the same.
-        progress: of the same.
+        workers: see there.
+        progress: see there.
         options: of the benchmark, such as ``replicates`` and ``seed``.
 
     Returns:
