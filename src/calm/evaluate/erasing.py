@@ -39,7 +39,7 @@ class RankedBatch(NamedTuple):
     explained: Int[Tensor, " b"]  # the classes whose maps rank the pixels
     order: Int[Tensor, "b n"]  # of the pixels by the map; those with larger numbers are erased first
     random: Int[Tensor, "b n"]  # the same at random
-    filler: Float[Tensor, "b 3 H W"]  # what erased pixels become
+    filler: Float[Tensor, "b channels H W"]  # what erased pixels become
     constant: Bool[Tensor, " b"]  # whether each map is constant, so that its order is the random one
 
 
@@ -164,9 +164,9 @@ def draw_seed(seed: int, draw: int) -> int:
 
 def after_erasing(
     classify: Callable[[Tensor], Tensor],
-    images: Float[Tensor, "b 3 H W"],
+    images: Float[Tensor, "b channels H W"],
     order: Int[Tensor, "b n"],
-    filler: Float[Tensor, "b 3 H W"],
+    filler: Float[Tensor, "b channels H W"],
     labels: Int[Tensor, " b"],
     fractions: Sequence[float],
 ) -> tuple[Bool[Tensor, "b k"], Float[Tensor, "b k"]]:

@@ -79,7 +79,7 @@ def batches(
     batch_size: int = 32,
     workers: int = 0,
     progress: Progress | None = None,
-) -> Iterator[tuple[Float[Tensor, "b 3 H W"], Int[Tensor, " b"], Int[Tensor, " b"]]]:
+) -> Iterator[tuple[Float[Tensor, "b channels H W"], Int[Tensor, " b"], Int[Tensor, " b"]]]:
     """Yield normalised images on ``device``, class indices and positions: this process's batches of ``indices``.
 
     Raises:
@@ -101,7 +101,7 @@ def batches(
 class Batch(NamedTuple):
     """A batch with its prediction, all on the subject's device."""
 
-    images: Float[Tensor, "b 3 H W"]  # normalised, the model's input
+    images: Float[Tensor, "b channels H W"]  # normalised, the model's input
     labels: Int[Tensor, " b"]  # the right classes, by the model's numbers
     keys: Int[Tensor, " b"]  # positions in the split
     prediction: Prediction

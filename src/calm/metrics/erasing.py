@@ -100,8 +100,8 @@ def first_pixels(order: Int[Tensor, "b n"], counts: Sequence[int]) -> Bool[Tenso
 
 
 def filling(
-    images: Float[Tensor, "b c H W"], how: Fill = "zero", *, keys: Int[Tensor, " b"], seed: int = 0
-) -> Float[Tensor, "b c H W"]:
+    images: Float[Tensor, "b channels H W"], how: Fill = "zero", *, keys: Int[Tensor, " b"], seed: int = 0
+) -> Float[Tensor, "b channels H W"]:
     """Return what erased pixels become (see ``FILLS``), for every pixel of normalised images.
 
     Noise depends on the seed and the keys, the images' indices in their data set.
@@ -135,8 +135,8 @@ def _blurred(images: Tensor) -> Tensor:
 
 
 def erase(
-    images: Float[Tensor, "b c H W"], mask: Bool[Tensor, "b n"], fill: Float[Tensor, "b c H W"]
-) -> Float[Tensor, "b c H W"]:
+    images: Float[Tensor, "b channels H W"], mask: Bool[Tensor, "b n"], fill: Float[Tensor, "b channels H W"]
+) -> Float[Tensor, "b channels H W"]:
     """Return images whose pixels in ``mask`` (row by row) are taken from ``fill``."""
     return torch.where(mask.view(len(images), 1, *images.shape[-2:]), fill, images)
 
@@ -272,13 +272,13 @@ def check_fractions(fractions: Sequence[float]) -> tuple[float, ...]:
 
 
 def insertion_deletion_curves(
-    classify: Callable[[Float[Tensor, "b 3 H W"]], Float[Tensor, "b c"]],
-    images: Float[Tensor, "b 3 H W"],
+    classify: Callable[[Float[Tensor, "b channels H W"]], Float[Tensor, "b c"]],
+    images: Float[Tensor, "b channels H W"],
     order: Int[Tensor, "b n"],
     targets: Int[Tensor, " b"],
     *,
-    inserted_into: Float[Tensor, "b 3 H W"],
-    deleted_to: Float[Tensor, "b 3 H W"],
+    inserted_into: Float[Tensor, "b channels H W"],
+    deleted_to: Float[Tensor, "b channels H W"],
     whole: Float[Tensor, "b c"],
     steps: int = 20,
 ) -> tuple[Float[Tensor, "b s1"], Float[Tensor, "b s1"]]:
