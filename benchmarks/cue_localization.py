@@ -84,8 +84,9 @@ def compare(asked: argparse.Namespace, species: int, images: int, groups: object
         write_birds(root, species=species, images_per_species=2 * images, test_fraction=0.5, size=96)
         torch.manual_seed(0)
         size = calm.Preprocessing(size=(asked.size, asked.size))
-        model = calm.create_model(asked.backbone, species, "cam", preprocessing=size).to(asked.device).eval()
         split, counts = load_split(root, "test"), tuple(groups)
+        known = {"class_names": split.class_names, "preprocessing": size}
+        model = calm.create_model(asked.backbone, species, "cam", **known).to(asked.device).eval()
         subject = model_subject(model)
         warm = model.preprocess([record.path for record in split.records[: asked.batch_size]])
         with torch.no_grad():

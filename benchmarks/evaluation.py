@@ -78,7 +78,8 @@ def main() -> None:
         write_birds(root, species=SPECIES, images_per_species=drawn, test_fraction=0.9, size=asked.size)
         torch.manual_seed(0)
         size = calm.Preprocessing(size=(asked.size, asked.size))
-        calm.create_model(asked.backbone, SPECIES, "calm-em", preprocessing=size).save_pretrained(model)
+        known = {"class_names": load_split(root, "test").class_names, "preprocessing": size}
+        calm.create_model(asked.backbone, SPECIES, "calm-em", **known).save_pretrained(model)
         for name in BENCHMARKS:
             found = []
             for of_each in sizes:

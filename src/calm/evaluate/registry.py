@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from importlib import import_module
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, Literal
 
 from calm.config import DRAWS, FRACTIONS, REPLICATES, Explain, Fill, Order
@@ -128,8 +128,7 @@ class Benchmark:
     def load(self) -> Callable[..., Any]:
         """Import the function, which returns a `calm.evaluate.result.Result`."""
         # Result is not named as a type: jsonargparse would import it, and PyTorch, for the help page of EvaluateConfig.
-        module, _, name = self.function.partition(":")
-        function: Callable[..., Any] = getattr(import_module(module), name)
+        function: Callable[..., Any] = resolve_name(self.function)
         return function
 
     @property
