@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
 
@@ -133,16 +133,9 @@ def check_digest(path: Path, algorithm: str, expected: str) -> str:
 def unpack(
     path: Path, folder: Path, *, max_bytes: int = MAX_BYTES, wanted: Callable[[str], bool] = lambda name: True
 ) -> int:
-    """Unpack a tar (plain, gzip, bzip2, xz) or zip below ``folder``, which is made; modes and owners are not kept.
+    """Unpack a tar (plain, gzip, bzip2, xz) or zip below ``folder``, and return the number of files written.
 
-    Args:
-        path: the archive.
-        folder: an existing or new folder.
-        max_bytes: most bytes of all files together.
-        wanted: whether a member is unpacked, by its name; all are checked.
-
-    Returns:
-        The number of files written.
+    All members are checked; those are unpacked whose names are ``wanted``. Modes and owners are not kept.
 
     Raises:
         CalmError: the archive is missing, empty, truncated or damaged; a member is a link, a device or encrypted, is
@@ -156,8 +149,7 @@ def unpack(
     try:
         is_zip = zipfile.is_zipfile(path) and not tarfile.is_tarfile(path)
         for name, member_size, extract in (_zip_members if is_zip else _tar_members)(path):
-            parts = PurePosixPath(name).parts
-            if name.startswith("/") or ".." in parts or "\\" in name or ":" in name[:2]:
+            if name.startswith("/") or ".." in name.split("/") or "\\" in name or ":" in name[:2]:
                 raise CalmError(f"{path}: member {name!r} leaves the folder: archive refused")
             if name in seen:
                 raise CalmError(f"{path}: member {name!r} is there twice: archive refused")
@@ -176,8 +168,7 @@ def unpack(
     return written
 
 
-_Members = Iterator[tuple[str, int, Callable[[Path], object]]]
-"""Regular files of an archive: name, size in bytes, and a function that extracts the file below a folder."""
+_Members = Iterator[tuple[str, int, Callable[[Path], object]]]  # files: name, bytes, a function that extracts it below
 
 
 def _tar_members(path: Path) -> _Members:

@@ -148,10 +148,7 @@ def part_regions(
         image_sizes: their (width, height), in the pixels of the points.
         size: (height, width) of the result.
         inside: pixels that count, the bird's segmentation; None: all.
-        groups: what the numbers of the result mean.
-
-    Returns:
-        int8, (n, height, width): index of the group; -1 outside and where an image has no visible point.
+        groups: what the numbers of the result mean; -1 is outside, and where an image has no visible point.
     """
     height, width = size
     scale = torch.tensor([width, height], dtype=torch.float64) / image_sizes.to(torch.float64)
@@ -255,12 +252,7 @@ def read_pairs(
 
 
 def read_part_points(root: Path) -> PartPoints:
-    """Return the part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are.
-
-    Raises:
-        CalmError: a file that is missing, a malformed line, an image or part number that is not listed, an image
-            listed twice, more than `MAX_PARTS` parts.
-    """
+    """Return the part points of all images of ``images.txt``; ``parts/parts.txt`` says how many parts there are."""
     rows: dict[str, int] = {}
     ids: dict[str, None] = {}
     images, names, path = (_needed(root / file) for file in ("images.txt", "parts/parts.txt", "parts/part_locs.txt"))

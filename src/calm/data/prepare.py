@@ -238,18 +238,14 @@ def prepare_openimages(archives: Sequence[Path], out: Path, prepared: Prepared) 
 
 def _merge_splits(archive: Path, folder: Path, result: Path) -> None:
     """Move an archive's folders train, val and test, wherever they begin, to ``result``."""
-    places = [
-        (place, split)
-        for split in OPENIMAGES
-        for place in (folder / split, *folder.glob(f"*/{split}"), *folder.glob(f"*/*/{split}"))
-        if place.is_dir()
-    ]
+    inside = [place for up in ("", "*/", "*/*/") for split in OPENIMAGES for place in folder.glob(up + split)]
+    places = {place: place.name for place in inside if place.is_dir()}
     named = archive.name.partition(".")[0].lower()
     if not places and named in OPENIMAGES:
-        places = [(folder, named)]
+        places = {folder: named}
     if not places:
         raise CalmError(f"{archive} has no folder train, val or test")
-    for place, split in places:
+    for place, split in places.items():
         merge(place, result / split)
 
 
@@ -345,5 +341,4 @@ def _rows(path: Path) -> list[list[str]]:
 
 
 def _number(path: Path) -> int:
-    """Return the number at the end of a file's name."""
     return int(path.stem.rpartition("_")[2])

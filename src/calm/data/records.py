@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import count
 from pathlib import Path, PurePosixPath
 from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
@@ -307,14 +306,11 @@ def numbered_lines(path: Path) -> Iterator[tuple[int, str]]:
     """
     try:
         with io.TextIOWrapper(open_regular(path, "the data set's"), encoding="utf-8-sig", newline=None) as file:
-            for number in count(1):
-                line = file.readline(MAX_LINE + 1)
+            for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), ""), start=1):
                 if len(line) > MAX_LINE:
                     raise CalmError(f"{path}:{number}: a line of more than {MAX_LINE:,} characters")
                 if text := line.strip():
                     yield number, text
-                if not line:
-                    return
     except OSError as error:
         raise CalmError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
