@@ -48,9 +48,6 @@ WEIGHTS = "model.safetensors"
 FORMAT = 1
 """The newest version of the card's format, which is the one that is written."""
 
-LARGEST = 1e30
-"""The largest absolute value of a number in a card; float32 holds it."""
-
 
 @dataclass(frozen=True)
 class Card:
@@ -118,7 +115,7 @@ def _parse(hint: Any, value: Any, where: str) -> Any:
         return {key: _parse(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
     if is_dataclass(kind) and isinstance(value, dict):
         return _parse_fields(kind, value, where)
-    if kind is float and type(value) in (int, float) and abs(value) < LARGEST:
+    if kind is float and type(value) in (int, float) and abs(value) < 1e30:  # which float32 holds
         return float(value)
     if type(value) is kind and kind in (int, bool, str):
         return value
@@ -173,7 +170,11 @@ def write(
         with atomic_path(
             staging / WEIGHTS
         ) as file:  # with the permissions that the umask gives: safetensors gives 0600
-            save_file(_unshared(state), file, metadata={"format": "pt"})
+            # Copies, since safetensors writes neither tensors that share memory nor strided ones.
+            plain = {
+                key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()
+            }
+            save_file(plain, file, metadata={"format": "pt"})
         packages = {package: version(package) for package in ("calm", "torch", "torchvision", "timm")}
         sha256 = _sha256(staging / WEIGHTS)
         Card(config, class_names, preprocessing, training, packages, sha256).write(staging / CARD)
@@ -252,17 +253,6 @@ def _kind(tensor: Tensor) -> str:
     is_float = dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float8 is only stored
     is_whole = not (dtype.is_floating_point or dtype.is_complex or dtype == torch.bool)
     return f"{'float' if is_float else 'whole numbers' if is_whole else dtype} {tuple(tensor.shape)}"
-
-
-def _unshared(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` as safetensors can write it: on the CPU, contiguous, and without shared memory."""
-    seen: set[int] = set()
-    result = {}
-    for key, tensor in state.items():
-        plain = tensor.detach().cpu().contiguous()
-        result[key] = plain.clone() if plain.untyped_storage().data_ptr() in seen else plain
-        seen.add(plain.untyped_storage().data_ptr())
-    return result
 
 
 def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:

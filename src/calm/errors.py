@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import import_module
@@ -94,14 +94,10 @@ def shown(value: object) -> str:
         return f"a {type(value).__name__} of very many digits"
 
 
-def lazy_names(
-    package: str, modules: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]], list[str]]:
+def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Any, Any, list[str]]:
     """Return ``__getattr__``, ``__dir__`` and ``__all__`` of a package whose names are imported when first used.
 
-    Args:
-        package: its ``__name__``.
-        modules: the names, separated by spaces, of each module below the package.
+    ``modules`` has the names, separated by spaces, of each module below the package.
     """
     module_of = {name: module for module, names in modules.items() for name in names.split()}
 

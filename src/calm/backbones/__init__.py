@@ -123,15 +123,14 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
         if channels is None:
             fix = "Repair it, or if it needs images of another size, give it an int attribute out_channels"
             raise CalmError(f"the backbone {name} does not run on an {where}: {error}. {fix}") from error
-        module.out_channels = channels  # type: ignore[assignment]
-        return module
-    if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
-        found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        got = f"for one {where} it returned {found}: take its pooling and classifier out"
-        raise CalmError(f"the backbone {name} must return one float tensor of features (B, D, h, w), but {got}")
-    channels = output.shape[1]
-    if stated not in (None, channels):
-        raise CalmError(f"the backbone {name} says out_channels={stated}, its features have {channels} channels")
+    else:
+        if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
+            found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+            got = f"for one {where} it returned {found}: take its pooling and classifier out"
+            raise CalmError(f"the backbone {name} must return one float tensor of features (B, D, h, w), but {got}")
+        channels = output.shape[1]
+        if stated not in (None, channels):
+            raise CalmError(f"the backbone {name} says out_channels={stated}, its features have {channels} channels")
     module.out_channels = channels  # type: ignore[assignment]
     return module
 
