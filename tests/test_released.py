@@ -309,10 +309,13 @@ def test_save_released_refuses_a_model_that_would_be_misread(tmp_path):
     with torch.device("meta"):
         softplus = create_model("resnet50", 2)
         small = create_model("small_resnet", 2, prior_activation="relu")
+        bands = create_model("resnet50", 2, prior_activation="relu", in_channels=4)
     with pytest.raises(CalmError, match="means prior_activation='relu', but this model has 'softplus'"):
         save_released(softplus, tmp_path / FILE, epoch=1)
     with pytest.raises(CalmError, match="unknown architecture of the released code 'small_resnet'"):
         save_released(small, tmp_path / FILE, epoch=1)
+    with pytest.raises(CalmError, match="the released code reads 3 channels, this model 4"):
+        save_released(bands, tmp_path / FILE, epoch=1)
     assert not list(tmp_path.iterdir())
 
 

@@ -26,7 +26,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,7 +180,8 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
     A CAM model gets an attention layer of zeros: the released code always has one, and never uses it for CAM.
 
     Raises:
-        CalmError: If the released code does not have the architecture, or its prior would not be this model's.
+        CalmError: If the released code does not have the architecture, or its prior or channels would not be this
+            model's.
     """
     config = model.config
     if config.backbone not in ARCHITECTURES:
@@ -190,6 +191,8 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
             f"a released checkpoint means prior_activation='relu', but this model has {config.prior_activation!r}: "
             "the released code would read other probabilities from the same weights. Use save_pretrained"
         )
+    if config.in_channels != 3:
+        raise CalmError(f"the released code reads 3 channels, this model {config.in_channels}: use save_pretrained")
     back = {ours: theirs for theirs, ours in _PLACES.items()}
     state = {_moved(key, back): tensor.detach() for key, tensor in model.state_dict().items()}
     if config.method == "cam":
@@ -229,8 +232,6 @@ def load_with_report(
             f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {path} does not say how it was trained, and a "
             "CALM checkpoint loads as CAM too, but then predicts otherwise"
         )
-    if method not in get_args(Method):
-        raise unknown("method", method, get_args(Method))
     if large_feature_map is None:
         raise CalmError(
             f"large_feature_map is needed: True for a 28 x 28 map, False for 14 x 14. {path} does not say how "
