@@ -116,15 +116,12 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
     height, width = values.shape
     y, x = divmod(int(values.argmax()), width)
     row, column = 3 * y // height, 3 * x // width
-    rows, columns = _third(row, height), _third(column, width)
+    # All i with 3 * i // length == third, so that the ninths tile the image.
+    thirds = ((row, height), (column, width))
+    rows, columns = (slice(-(-third * length // 3), -(-(third + 1) * length // 3)) for third, length in thirds)
     total = _mass(values)
     share = _mass(values[rows, columns]) / total if total > 0 else 0.0
     return Place(x, y, float(values[y, x]), _NINTHS[row][column], share)
-
-
-def _third(index: int, length: int) -> slice:
-    """Return the slice of all i with 3 * i // length == index, so that the ninths tile the image."""
-    return slice(-(-index * length // 3), -(-(index + 1) * length // 3))
 
 
 def _mass(values: Tensor) -> float:

@@ -38,9 +38,8 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Run the block in eval mode with parameters frozen and gradients enabled.
 
     On exit, also after an error, restore the mode of every submodule, ``requires_grad`` of every parameter and the
-    state of the random number generators, which a module may draw from. Frozen parameters get no ``.grad``. Gradients
-    are enabled even if the caller is in ``no_grad`` or inference mode; for predictions alone enter ``torch.no_grad()``
-    inside.
+    state of the random number generators, which a module may draw from. Gradients are enabled even if the caller is in
+    ``no_grad`` or inference mode; for predictions alone enter ``torch.no_grad()`` inside.
     """
     modes = [(part, part.training) for part in module.modules()]
     frozen = [(parameter, parameter.requires_grad) for parameter in module.parameters()]

@@ -1,19 +1,8 @@
 """The latent variable model of CALM: its probabilities, its two training losses and the E-step, as pure functions.
 
 Where the cue for recognition lies is a latent variable z, one of the h * w locations of the feature grid. A head
-reads two activation maps from the same features: ``logits`` f (B, C, h, w) score the classes at each location,
-``scores`` s (B, 1, h, w) score the locations. With y a class:
-
-==================  =====================  =============================================  ===============
-quantity            formula                what it is                                     sums to 1 over
-==================  =====================  =============================================  ===============
-conditional         softmax_y f[y, z]      p(y | x, z): the class, if the cue is at z     classes
-prior               a(s[z]) / sum_z a(s)   p(z | x): where the cue is                     locations
-joint               conditional * prior    p(y, z | x): the attribution map               both together
-likelihood          sum_z joint            p(y | x): the prediction                       classes
-posterior           joint / likelihood     p(z | x, y): where the cue is, given y         locations
-==================  =====================  =============================================  ===============
-
+reads two activation maps from the same features: ``logits`` f (B, C, h, w) score the classes y at each location,
+``scores`` s (B, 1, h, w) score the locations. All follows from them (docs/mathematics.md has the table of quantities).
 Values are mass (a probability per grid cell, not a density per pixel) in natural logarithms. They are computed in
 float32 or wider whatever the dtype of the activations: this file is where half precision is widened.
 
@@ -54,7 +43,7 @@ def widen(values: Tensor) -> Tensor:
 
 
 def log_conditional(logits: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
-    """Return log p(y | x, z): the log-softmax over the classes, at each location."""
+    """Return log p(y | x, z), the class if the cue is at z: log-softmax of f over the classes, at each location."""
     return F.log_softmax(widen(logits), dim=1)
 
 
@@ -70,11 +59,11 @@ def log_prior(
     activation: PriorActivation = "softplus",
     denominator: PriorDenominator = "differentiated",
 ) -> Float[Tensor, "b h w"]:
-    """Return log p(z | x): the activated scores, normalised over the locations.
+    """Return log p(z | x), where the cue is: a(s) / sum over the locations of a(s).
 
     Args:
         scores: One location score per grid cell.
-        activation: The function a of the formula. ``softplus`` is the paper's, ``relu`` the released code's (released
+        activation: The function a. ``softplus`` is the paper's, ``relu`` the released code's (released
             weights need it), and ``exp`` makes the prior a spatial softmax.
         denominator: ``differentiated`` gives the exact gradient. ``constant`` treats the sum over locations as a
             constant in the backward pass, as the released code does; the gradient can then only raise scores.
@@ -110,7 +99,7 @@ def log_likelihood(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*row
 
 
 def log_posterior(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows h w"]:
-    """Return log p(z | x, y) = log p(y, z | x) - log p(y | x)."""
+    """Return log p(z | x, y) = log p(y, z | x) - log p(y | x): where the cue is, given the class."""
     return log_joint - log_likelihood(log_joint)[..., None, None]
 
 

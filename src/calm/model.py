@@ -277,15 +277,12 @@ class CalmModel(nn.Module):
         )
 
     def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the model to the Hugging Face Hub, where `load` finds it under ``repo_id``.
+        """Upload the model to the Hugging Face Hub, and return the address of the commit.
 
         Args:
-            repo_id: ``owner/name``; created if it does not exist.
+            repo_id: ``owner/name``, under which `load` finds it; created if it does not exist.
             private: Whether a new repository is private.
             token: The token of the hub; None is the one that ``hf auth login`` stored.
-
-        Returns:
-            The address of the commit.
 
         Raises:
             CalmError: If the hub cannot be reached, or refuses.
@@ -405,12 +402,9 @@ def load(
     folder, card, state = checkpoint.read(source)
     config = card.model
     if (backbone is None) == (config.backbone == "custom"):
-        raise CalmError(
-            f"the model in {folder} was made with the user's own backbone: build that module as it was, and give "
-            "it as backbone="
-            if backbone is None
-            else f"the model in {folder} has the backbone {config.backbone!r}: leave backbone= out"
-        )
+        own = "was made with the user's own backbone: build that module as it was, and give it as backbone="
+        named = f"has the backbone {config.backbone!r}: leave backbone= out"
+        raise CalmError(f"the model in {folder} {own if backbone is None else named}")
     options = {name: value for name, value in asdict(config).items() if name != "backbone"}
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,7 +1,6 @@
 """Attribution methods of other papers for the same models, behind the same call as CALM's own maps.
 
-``attribute(model, images, targets, method)`` takes every name of ``METHODS``: the maps that the model itself has
-(`calm.output`), the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM family
+They are the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM family
 (`calm.baselines.gradcam`). To add a baseline, write its function and add a line to ``BASELINES``.
 """
 
