@@ -116,7 +116,7 @@ KINDS: dict[str, Kind] = {
     "empty-file": Kind("empty file (0 bytes)", "fetch the file again"),
     "not-an-image": Kind("file that is not an image", f"fetch the file again, or {_TAKE_OUT}"),
     "other-bands": Kind(
-        "image of other bands than are read", f"give their number by --reading.channels, or {_TAKE_OUT}"
+        "image of other bands than are read", f"give --reading.channels (--channels here), or {_TAKE_OUT}"
     ),
     "truncated": Kind("broken or truncated image", "fetch the file again"),
     "too-large": Kind("image of too many pixels", f"scale it down, or {_TAKE_OUT}"),
@@ -130,7 +130,7 @@ KINDS: dict[str, Kind] = {
     "unlisted-id": Kind("annotation of an image not listed", "add its id, or remove the line", "warning"),
     "repeated-line": Kind("line given twice", "remove one of them", "warning"),
     "not-read": Kind("files that are not read", "turn images among them into JPEG or PNG", "warning"),
-    "other-depth": Kind("images with other bits than they use", "give --reading.bits, or --bits here", "warning"),
+    "other-depth": Kind("images with other bits than they use", "give --reading.bits (--bits here)", "warning"),
     "copy": Kind(
         "image whose copy is in another split", "keep one: a test image seen in training is a leak", "warning"
     ),
