@@ -348,12 +348,10 @@ def no_answer(url: str, seconds: float = 4) -> str:
     def ask() -> None:
         try:
             urlopen(Request(url, method="HEAD"), timeout=seconds).close()
-            answers.append("content")
-        except HTTPError:
-            answers.append("a refusal")
-        except OSError as error:
-            if isinstance(getattr(error, "reason", error), SSLError):  # other clients may know its certificate
-                answers.append("a certificate")
+        except OSError as error:  # a refusal is an answer, and other clients may know the certificate
+            if not isinstance(error, HTTPError) and not isinstance(getattr(error, "reason", error), SSLError):
+                return
+        answers.append(url)
 
     thread = Thread(target=ask, daemon=True)  # since looking up the host's name has no time limit
     thread.start()
