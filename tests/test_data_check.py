@@ -21,9 +21,9 @@ from calm.data.cues import read_pairs
 from calm.data.dataset import ImageDataset
 from calm.data.loading import load_splits
 from calm.data.records import KINDS, Report
-from calm.data.seeds import in_threads
 from calm.data.transforms import eval_transform
 from calm.errors import CalmError
+from calm.files import in_threads
 from calm.images import Preprocessing
 from calm_birds import write_birds
 

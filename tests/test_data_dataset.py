@@ -22,10 +22,10 @@ from calm.data.augmentation import Augmentation, Crop
 from calm.data.dataset import EpochSampler, ImageDataset, Remainder
 from calm.data.loading import load_split
 from calm.data.records import Record, Split
-from calm.data.seeds import seeded
 from calm.data.transforms import eval_transform, fixed_size, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
+from calm.inference import seeded
 
 SMALL = Preprocessing((6, 8))
 VARIED = Augmentation(crop="random-resized-crop", automatic="trivial", brightness=0.3, erase=0.5)

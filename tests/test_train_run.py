@@ -22,10 +22,10 @@ from train_cases import SIZE, checkpoint_of, rich_config, start, tiny_config, ti
 
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
-from calm.data.seeds import mix_seed
 from calm.data.transforms import eval_transform, train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
+from calm.inference import mix_seed
 from calm.model import CalmModel, create_model, load
 from calm.train import train
 from calm.train.config import Hardware, LogOptions, LossOptions, OptimOptions, RunLength, TrainConfig

@@ -17,9 +17,8 @@ from PIL import Image
 
 from calm.data.loading import LAYOUTS, FolderSource, ReadingOptions, Source, load_splits, open_source, read_splits
 from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of, whole_number
-from calm.data.seeds import in_threads
 from calm.errors import CalmError
-from calm.files import open_regular
+from calm.files import in_threads, open_regular
 from calm.images import Probe, highest_value, mask_problem, probe
 
 T = TypeVar("T")

@@ -18,10 +18,11 @@ from torch import Tensor, distributed
 from torch.utils.data import Dataset, Sampler
 
 from calm.data.records import Split
-from calm.data.seeds import in_threads, mix_seed, seeded
 from calm.data.transforms import ImageTransform
 from calm.errors import CalmError, unknown
+from calm.files import in_threads
 from calm.images import Preprocessing, as_pixels, resize_pixels
+from calm.inference import mix_seed, seeded
 
 Remainder = Literal["drop", "keep"]
 

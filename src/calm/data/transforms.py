@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
 from calm.data.augmentation import Augmentation
-from calm.data.seeds import seeded
 from calm.errors import CalmError
 from calm.images import Pixels, Preprocessing, resize_pixels
+from calm.inference import seeded
 
 ImageTransform = Callable[[Pixels], Tensor]
 """Pixels to a normalised float32 image (C, H, W); random numbers come from torch's CPU generator only."""

@@ -32,12 +32,12 @@ from calm.data.cues import (
     read_segmentation,
 )
 from calm.data.records import Record, Split
-from calm.data.seeds import in_threads
 from calm.errors import CalmError
 from calm.evaluate.distributed import all_gather
 from calm.evaluate.reading import Reading, predictions, scaled_progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
+from calm.files import in_threads
 from calm.heatmaps import resize_and_normalize
 from calm.images import image_size
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights

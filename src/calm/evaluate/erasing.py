@@ -11,13 +11,13 @@ from torch import Tensor
 
 from calm.config import DRAWS, FRACTIONS, Explain, Fill
 from calm.data.records import Split
-from calm.data.seeds import mix_seed
 from calm.errors import CalmError, unknown
 from calm.evaluate.distributed import all_gather
 from calm.evaluate.reading import Batch, Reading, predictions, scores_by_id
 from calm.evaluate.result import Curve, Result
 from calm.evaluate.subject import Subject
 from calm.heatmaps import resize_and_normalize
+from calm.inference import mix_seed
 from calm.metrics.bootstrap import REPLICATES, Estimate
 from calm.metrics.erasing import (
     InsertionDeletion,

@@ -32,10 +32,9 @@ from torch.utils.data import DataLoader
 from calm.checkpoint import WEIGHTS
 from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
-from calm.data.seeds import mix_seed
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
-from calm.inference import evaluation_mode
+from calm.inference import evaluation_mode, mix_seed
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
 from calm.train import checkpoints, folder, journal
