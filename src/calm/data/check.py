@@ -143,7 +143,10 @@ def check_splits(
         task = bar.add_task("checking images", total=total)
         for split in listed:
             log = ProblemLog(split.name)
-            _check_classes(split, log)
+            classes = zip(split.class_names, split.class_counts(), strict=True)
+            if empty := [name for name, count in classes if not count]:
+                counts = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}"
+                log.add("empty-class", split.root, f"{counts}: {first_of(empty)}")
             probes = in_threads(look, [record.path for record in split.records], workers)
             found = dict[str, Probe]()
             for record, result in zip(split.records, probes, strict=True):
@@ -203,13 +206,6 @@ def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> 
     if sample and not depths[sample[0]] - 2 < needed <= depths[sample[0]]:
         seen = f"{len(depths)} images of more than 8 bits; the highest value of {len(sample)} is {highest:,}"
         log.add("other-depth", sample[0], f"{seen}: read them by --reading.bits {needed}")
-
-
-def _check_classes(split: Split, log: ProblemLog) -> None:
-    empty = [name for name, count in zip(split.class_names, split.class_counts(), strict=True) if not count]
-    if empty:
-        message = f"{len(empty)} of {split.num_classes} classes have no image in {split.name}: {first_of(empty)}"
-        log.add("empty-class", split.root, message)
 
 
 def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:

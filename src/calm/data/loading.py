@@ -352,7 +352,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_hidden(folder: str) -> bool:
-    """Whether a folder is none of the user's: thumbnails of a file server, what is left of an archive, a cache."""
+    """Whether a folder is none of the user's: a file server's thumbnails, a cache, what an archive left."""
     return folder.startswith((".", "__")) or folder == "@eaDir"
 
 
