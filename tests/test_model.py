@@ -519,7 +519,7 @@ def test_head_trains_through_a_parametrisation():
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_pointwise_conv_equals_the_convolution(bias, memory_format):
-    layer = PointwiseConv2d(5, 4).double()
+    layer = PointwiseConv2d(5, 4, kernel_size=1).double()
     if not bias:
         layer.register_parameter("bias", None)
     features = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=memory_format)

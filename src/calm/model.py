@@ -31,9 +31,6 @@ class PointwiseConv2d(nn.Conv2d):
     memory formats are left to the convolution.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
-
     def forward(self, features: Float[Tensor, "b d h w"]) -> Float[Tensor, "b c h w"]:
         """Score each location."""
         if not features.is_contiguous():
@@ -65,7 +62,7 @@ class CalmHead(nn.Module):
     ) -> None:
         super().__init__()
         self.conv_last = _class_scorer(in_channels, num_classes)
-        self.attention = PointwiseConv2d(in_channels, 1)
+        self.attention = PointwiseConv2d(in_channels, 1, kernel_size=1)
         self.activation, self.denominator = activation, denominator
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
@@ -74,12 +71,7 @@ class CalmHead(nn.Module):
 
 
 class CamHead(nn.Module):
-    """CAM's head: one 1x1 convolution averaged over the locations, p(y | x) = softmax(mean of f). It has no prior.
-
-    Args:
-        in_channels: D, the channels of the features.
-        num_classes: C.
-    """
+    """CAM's head: one 1x1 convolution averaged over the locations, p(y | x) = softmax(mean of f). It has no prior."""
 
     def __init__(self, in_channels: int, num_classes: int) -> None:
         super().__init__()
@@ -92,7 +84,7 @@ class CamHead(nn.Module):
 
 
 def _class_scorer(in_channels: int, num_classes: int) -> PointwiseConv2d:
-    conv = PointwiseConv2d(in_channels, num_classes)
+    conv = PointwiseConv2d(in_channels, num_classes, kernel_size=1)
     nn.init.xavier_uniform_(conv.weight)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

@@ -267,14 +267,7 @@ class CamOutput(_Output):
         return widen(maps) + widen(self.bias)[classes][..., None, None]
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
-        """Return the cross-entropy, mean over the batch, in nats.
-
-        Args:
-            targets: Class indices (B,), or soft targets (B, C) whose rows sum to 1.
-
-        Raises:
-            CalmError: If the targets do not fit the output.
-        """
+        """Return the cross-entropy, mean over the batch, in nats; targets and their errors are as in `CalmOutput.loss`."""
         targets = latent.check_targets(targets, self.batch_size, self.num_classes)
         return F.cross_entropy(self.class_scores, targets)
 
