@@ -267,7 +267,7 @@ class CamOutput(_Output):
         return widen(maps) + widen(self.bias)[classes][..., None, None]
 
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
-        """Return the cross-entropy, mean over the batch, in nats; targets and their errors are as in `CalmOutput.loss`."""
+        """Return the cross-entropy, mean over the batch, in nats; targets are those of `CalmOutput.loss`."""
         targets = latent.check_targets(targets, self.batch_size, self.num_classes)
         return F.cross_entropy(self.class_scores, targets)
 
