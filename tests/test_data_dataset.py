@@ -7,9 +7,11 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
+import tifffile
 import torch
 from data_files import write_image, write_pack
 from hypothesis import given, settings, strategies as st
@@ -153,6 +155,38 @@ def test_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(tmp_p
     cached = ImageDataset(split, transform, cache=True, cache_size=size)
     assert torch.equal(_all(cached), _all(ImageDataset(split, transform)))
     assert cached.picture(0).size == (40, 30)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize("crop", get_args(Crop))
+def test_dataset_reads_and_augments_images_of_other_channels(tmp_path: Path, crop: Crop, channels: int) -> None:
+    paths = [tmp_path / f"{number}.tif" for number in range(2)]
+    for number, path in enumerate(paths):
+        values = np.random.default_rng(number).integers(0, 4096, (40, 30, channels), dtype=np.uint16)
+        planes = {"planarconfig": "contig"} if channels > 1 else {}
+        tifffile.imwrite(path, values.squeeze(), photometric="minisblack", **planes)
+    split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
+    prepare = Preprocessing((20, 16), mean=(0.5,) * channels, std=(0.5,) * channels, bits=12)
+    augmentation = Augmentation(crop=crop, erase=0.5)
+    transform, size = train_transform(augmentation, prepare), fixed_size(augmentation, prepare.size)
+    augmented = _all(ImageDataset(split, transform, preprocessing=prepare))
+    assert augmented.shape == (2, channels, 20, 16)
+    assert augmented.std() > 0.2
+    cached = ImageDataset(split, transform, preprocessing=prepare, cache=True, cache_size=size)
+    assert torch.equal(_all(cached), augmented)
+    assert cached.picture(0).size == (30, 40)
+    assert cached.picture(0).mode == "RGB"
+    tested = _all(ImageDataset(split, eval_transform(prepare), preprocessing=prepare))
+    assert torch.equal(tested, prepare(paths))
+
+
+def test_train_transform_refuses_to_change_the_colours_of_five_channels() -> None:
+    prepare = Preprocessing(mean=(0.5,) * 5, std=(0.5,) * 5)
+    for options in ({"brightness": 0.1}, {"automatic": "trivial"}):
+        with pytest.raises(CalmError, match="1 or 3 channels, and these have 5: set automatic to none"):
+            train_transform(Augmentation(**options), prepare)
+    grey = train_transform(Augmentation(automatic="trivial", brightness=0.1), Preprocessing(mean=(0.5,), std=(0.5,)))
+    assert grey(Image.new("L", (9, 9), 7)).shape == (1, 224, 224)
 
 
 def test_cache_for_testing_holds_the_input_size(split: Split) -> None:

@@ -103,6 +103,18 @@ def test_localization_ignores_pixels_of_masks(tmp_path):
     assert again.figures == result.figures
 
 
+def test_masks_are_what_is_not_zero_and_have_the_shape_of_their_image(tmp_path):
+    object_at = np.zeros((8, 4), dtype=bool)
+    object_at[2:5, 1:3] = True
+    Image.new("RGB", (4, 8)).save(tmp_path / "a.png")
+    Image.fromarray(object_at[..., None] * np.array([0, 0, 1], dtype=np.uint8)).save(tmp_path / "mask.png")
+    record = Record("a.png", tmp_path / "a.png", 0, masks=(tmp_path / "mask.png",))
+    assert (masks(record, (8, 4))[0].numpy() == object_at).all()
+    Image.fromarray(object_at.T).save(tmp_path / "mask.png")
+    with pytest.raises(CalmError, match=r"mask\.png: it is 8 x 4 pixels, its image as stored 4 x 8"):
+        masks(record, (8, 4))
+
+
 def test_localization_scores_of_images_include_threshold_1(tmp_path):
     """By hand: the truth is the one pixel that scores 1, and two others score above 0.999, the last threshold but 1."""
     mask, size = np.array([[255, 0], [0, 0]], dtype=np.uint8), (2, 2)
