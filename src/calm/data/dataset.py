@@ -1,12 +1,9 @@
-"""The images of a split as a torch data set, and the order in which training reads them.
-
-Items and order are the same however many worker processes read, and however many processes train together.
-"""
+"""The images of a split as a torch data set, and the order of reading, the same for any number of processes."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal, get_args
 
@@ -59,10 +56,8 @@ class EpochSampler(Sampler[int]):
         world_size: int | None = None,
     ) -> None:
         is_distributed = distributed.is_available() and distributed.is_initialized()
-        if rank is None:
-            rank = distributed.get_rank() if is_distributed else 0
-        if world_size is None:
-            world_size = distributed.get_world_size() if is_distributed else 1
+        current = (distributed.get_rank(), distributed.get_world_size()) if is_distributed else (0, 1)
+        rank, world_size = (now if own is None else own for own, now in zip((rank, world_size), current, strict=True))
         if not 0 <= rank < world_size:
             raise CalmError(f"rank is {rank}: allowed are 0 to world_size - 1 = {world_size - 1}")
         if batch_size < 1 or batch_size % world_size:
@@ -95,25 +90,20 @@ class EpochSampler(Sampler[int]):
         """Return all indices of the data set in the order of the current epoch, for any number of processes."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         images = len(self.dataset)
-        order: Tensor = torch.randperm(images, generator=generator) if self.shuffle else torch.arange(images)
-        return [int(index) for index in order.tolist()]
+        return list(torch.randperm(images, generator=generator).tolist() if self.shuffle else range(images))
 
     def __iter__(self) -> Iterator[int]:
         order = self.order()
         for start in range(0, self.steps * self.batch_size, self.batch_size):
-            batch = order[start : start + self.batch_size]
-            yield from batch[self._run(len(batch))]
+            yield from self._run(order[start : start + self.batch_size])
 
-    def _run(self, size: int) -> slice:
-        """Return this process's run of a batch: the first ``size % world_size`` runs are one image longer."""
-        each, longer = divmod(size, self.world_size)
-        start = self.rank * each + min(self.rank, longer)
-        return slice(start, start + each + (self.rank < longer))
+    def _run(self, batch: Sequence[int]) -> list[int]:
+        """Return this process's run of a batch; of a short one the first runs may be one image longer."""
+        return list(np.array_split(batch, self.world_size)[self.rank].tolist())
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.dataset), self.batch_size)
-        last = self._run(rest) if self.remainder == "keep" else slice(0, 0)
-        return full * self.local_batch_size + last.stop - last.start
+        return full * self.local_batch_size + (len(self._run(range(rest))) if self.remainder == "keep" else 0)
 
 
 class ImageDataset(Dataset[tuple[Tensor, int, int]]):

@@ -6,9 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.functional import one_hot
 
@@ -64,7 +62,7 @@ def _crop(augmentation: Augmentation, preprocessing: Preprocessing) -> list[nn.M
     resized = fixed_size(augmentation, size)
     steps: list[nn.Module] = [] if resized is None else [v2.Lambda(partial(resize_pixels, size=resized))]
     if preprocessing.channels not in (1, 3):
-        steps.append(v2.Lambda(_as_tensor))
+        steps.append(v2.ToImage())
     if augmentation.crop == "random-resized-crop":
         steps.append(v2.RandomResizedCrop(size, scale=augmentation.area, ratio=augmentation.aspect))
     elif augmentation.crop == "resize-crop":
@@ -73,10 +71,6 @@ def _crop(augmentation: Augmentation, preprocessing: Preprocessing) -> list[nn.M
         y, x = (min(round(side * augmentation.shift), side - 1) for side in size)
         steps.append(v2.RandomCrop(size, padding=[x, y, x, y], padding_mode="reflect"))
     return steps
-
-
-def _as_tensor(array: NDArray[np.uint8]) -> Tensor:
-    return torch.from_numpy(array).permute(2, 0, 1)
 
 
 def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, int] | None:
@@ -88,22 +82,16 @@ def fixed_size(augmentation: Augmentation, size: tuple[int, int]) -> tuple[int, 
     >>> fixed_size(AUGMENTATIONS["published"], (224, 224)), fixed_size(AUGMENTATIONS["modern"], (224, 224))
     ((256, 256), None)
     """
-    if augmentation.crop == "random-resized-crop":
-        return None
     ratio = augmentation.resize_ratio if augmentation.crop == "resize-crop" else 1.0
-    height, width = (round(side * ratio) for side in size)
-    return height, width
+    return None if augmentation.crop == "random-resized-crop" else (round(size[0] * ratio), round(size[1] * ratio))
 
 
 class BatchMix:
     """Mixup or cutmix of a batch, with random numbers that depend only on the seed and on the batch's place in the run.
 
-    Each image is mixed with its neighbour in the batch, so batches must be shuffled. Several processes mix
-    within their local batches, and differ from one process with the whole batch.
-
-    Args:
-        augmentation: ``mixup``, ``cutmix`` and ``mix_probability`` are used.
-        num_classes: C.
+    Each image is mixed with its neighbour in the batch, so batches must be shuffled. Several processes mix within their
+    local batches, and differ from one process with the whole batch. Of ``augmentation``, ``mixup``, ``cutmix`` and
+    ``mix_probability`` are used; ``num_classes`` is C.
     """
 
     def __init__(self, augmentation: Augmentation, num_classes: int) -> None:
@@ -113,11 +101,8 @@ class BatchMix:
             raise CalmError(f"num_classes is {num_classes}: mixing needs two classes or more")
         self.num_classes = num_classes
         self.probability = augmentation.mix_probability
-        self.mixers: list[nn.Module] = []
-        if augmentation.mixup:
-            self.mixers.append(v2.MixUp(alpha=augmentation.mixup, num_classes=num_classes))
-        if augmentation.cutmix:
-            self.mixers.append(v2.CutMix(alpha=augmentation.cutmix, num_classes=num_classes))
+        kinds = ((v2.MixUp, augmentation.mixup), (v2.CutMix, augmentation.cutmix))
+        self.mixers = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, seed: int, epoch: int, step: int, rank: int = 0
