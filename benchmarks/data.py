@@ -23,7 +23,7 @@ from calm.data.augmentation import AUGMENTATIONS
 from calm.data.dataset import ImageDataset
 from calm.data.records import Record, Split
 from calm.data.transforms import eval_transform, fixed_size, train_transform
-from calm.images import Preprocessing, read_rgb
+from calm.images import Preprocessing, read_image
 
 SIZES = [((500, 375), 224), ((96, 96), 96)]
 TEST = "testing"
@@ -44,13 +44,13 @@ def write(folder: Path, size: tuple[int, int], images: int) -> Split:
 def ways(split: Split, side: int) -> dict[tuple[str, str], Callable[[], object]]:
     """What is timed: (preset, step) to a pass over all images."""
     prepared = Preprocessing(size=(side, side))
-    pictures = [Image.fromarray(read_rgb(record.path)) for record in split.records]
+    pictures = [Image.fromarray(read_image(record.path)) for record in split.records]
     transforms = {name: train_transform(options, prepared) for name, options in AUGMENTATIONS.items()}
     transforms[TEST] = eval_transform(prepared)
     sizes = {name: fixed_size(options, prepared.size) for name, options in AUGMENTATIONS.items()}
     sizes[TEST] = prepared.size
     found: dict[tuple[str, str], Callable[[], object]] = {}
-    found["", "read"] = lambda: [read_rgb(record.path) for record in split.records]
+    found["", "read"] = lambda: [read_image(record.path) for record in split.records]
     for name, transform in transforms.items():
         plain = ImageDataset(split, transform)
         cached = ImageDataset(split, transform, cache=True, cache_size=sizes[name])

@@ -17,15 +17,15 @@ from stress_counts import count
 from calm.cli.attribute import find_images
 from calm.data.cues import read_segmentation
 from calm.errors import CalmError
-from calm.images import Preprocessing, image_size, probe, read_rgb
+from calm.images import Preprocessing, image_size, probe, read_image
 
 pytestmark = [pytest.mark.stress, pytest.mark.filterwarnings("ignore::UserWarning")]  # Pillow's, of odd metadata
 
 
 def read_every_way(path: Path) -> None:
     """All readers of images agree whether the file is one, and none raises anything but CalmError."""
-    found = outcome(lambda: read_rgb(path), path.name)
-    shown = outcome(lambda: read_rgb(path, exif=True), path.name)
+    found = outcome(lambda: read_image(path), path.name)
+    shown = outcome(lambda: read_image(path, exif=True), path.name)
     look, size = probe(path, decode=True), image_size(path)
     assert (look.kind == "") == (not look.message)
     if found is not None:
@@ -39,9 +39,9 @@ def read_every_way(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_read_rgb_reads_a_good_file_of_every_kind(tmp_path: Path, name: str) -> None:
+def test_read_image_reads_a_good_file_of_every_kind(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(corpus()[name])
-    found = outcome(lambda: read_rgb(tmp_path / name), name)
+    found = outcome(lambda: read_image(tmp_path / name), name)
     assert found is not None
     stored = (SIZE[1], SIZE[0])
     assert found.shape[:2] == (stored[::-1] if name == "turned.tif" else stored)  # which Pillow itself turns
@@ -50,7 +50,7 @@ def test_read_rgb_reads_a_good_file_of_every_kind(tmp_path: Path, name: str) -> 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9), SIZE])
 @pytest.mark.parametrize("name", corpus())
-def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
+def test_read_image_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[int, int]) -> None:
     """Oracle: of one colour, half of it transparent, what each kind keeps; of noise, the pixels, where none is lost."""
     path = tmp_path / name
     red, green, blue, alpha = FLAT
@@ -61,7 +61,7 @@ def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[in
     kept = {"palette-alphas.png": 80, "grey-alpha.png": alpha, "alpha.png": alpha, "lossless.webp": alpha}
     opaque = kept.get(name, 255) / 255
     path.write_bytes(files_of(size, noise=False)[name])
-    found = read_rgb(path, exif=True)
+    found = read_image(path, exif=True)
     assert found.shape == (*(size if "turned" in name else size[::-1]), 3)
     lossy = name.endswith(LOSSY)
     expected = np.array(colour) * opaque + 255 * (1 - opaque)
@@ -72,12 +72,12 @@ def test_read_rgb_shows_what_was_saved(tmp_path: Path, name: str, size: tuple[in
     exact = name.startswith(("plain", "turned", "deep", "pages", "text", "lzw", "cmyk", "animated.png")) and not lossy
     if exact and not name.endswith("gif"):
         shown = pixels_of(size, noise=True)[..., :3]
-        assert (read_rgb(path, exif=True) == (np.rot90(shown, -1) if "turned" in name else shown)).all()
+        assert (read_image(path, exif=True) == (np.rot90(shown, -1) if "turned" in name else shown)).all()
 
 
 @cases(100, 3000)
 @given(data=st.data())
-def test_read_rgb_of_a_damaged_file_names_it(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+def test_read_image_of_a_damaged_file_names_it(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     name = data.draw(st.sampled_from(sorted(corpus())))
     path = tmp_path_factory.getbasetemp() / name
     path.write_bytes(data.draw(damaged(corpus()[name])))
@@ -86,14 +86,14 @@ def test_read_rgb_of_a_damaged_file_names_it(tmp_path_factory: pytest.TempPathFa
 
 @cases(20, 1000)
 @given(st.binary(max_size=2000))
-def test_read_rgb_refuses_noise(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
+def test_read_image_refuses_noise(tmp_path_factory: pytest.TempPathFactory, noise: bytes) -> None:
     path = tmp_path_factory.getbasetemp() / "noise.png"
     path.write_bytes(noise)
     read_every_way(path)
 
 
 @pytest.mark.parametrize("name", corpus())
-def test_read_rgb_of_a_truncated_file_names_it(tmp_path: Path, name: str) -> None:
+def test_read_image_of_a_truncated_file_names_it(tmp_path: Path, name: str) -> None:
     whole, path = corpus()[name], tmp_path / name
     for end in np.linspace(0, len(whole) - 1, count(reduced=4, full=60), dtype=int).tolist():
         path.write_bytes(whole[:end])
@@ -131,9 +131,9 @@ def odd_things(folder: Path) -> dict[str, Path]:
     return paths
 
 
-def test_read_rgb_refuses_what_is_no_picture(tmp_path: Path) -> None:
+def test_read_image_refuses_what_is_no_picture(tmp_path: Path) -> None:
     for path in odd_things(tmp_path).values():
-        for read in (read_rgb, read_segmentation, Preprocessing()):
+        for read in (read_image, read_segmentation, Preprocessing()):
             with pytest.raises(CalmError, match=path.name):
                 read(path)
         assert probe(path, decode=True).kind in ("missing-file", "empty-file", "not-an-image")
@@ -142,8 +142,8 @@ def test_read_rgb_refuses_what_is_no_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["a\0b.jpg", "n" * 5000 + ".jpg", "folder/../" * 2000 + "x.jpg"])
-def test_read_rgb_refuses_a_name_that_no_file_can_have(name: str) -> None:
-    for read in (read_rgb, read_segmentation, Preprocessing()):
+def test_read_image_refuses_a_name_that_no_file_can_have(name: str) -> None:
+    for read in (read_image, read_segmentation, Preprocessing()):
         with pytest.raises(CalmError, match="cannot read"):
             read(Path(name))
     assert probe(Path(name)).kind == "missing-file"
@@ -159,17 +159,17 @@ def test_probe_takes_postscript_for_no_image(tmp_path: Path) -> None:
     assert probe(tmp_path / "a.jpg").kind == "not-an-image"
 
 
-def test_read_rgb_names_a_file_of_floating_point_pixels(tmp_path: Path) -> None:
+def test_read_image_names_a_file_of_floating_point_pixels(tmp_path: Path) -> None:
     Image.new("F", (4, 3)).save(tmp_path / "depth.tif")
     with pytest.raises(CalmError, match=r"depth\.tif.*floating-point"):
-        read_rgb(tmp_path / "depth.tif")
+        read_image(tmp_path / "depth.tif")
 
 
-def test_read_rgb_ignores_damaged_exif_data(tmp_path: Path) -> None:
+def test_read_image_ignores_damaged_exif_data(tmp_path: Path) -> None:
     whole = corpus()["turned.jpg"]
     start = whole.index(b"Exif")
     (tmp_path / "a.jpg").write_bytes(whole[: start + 6] + b"\xff" * 8 + whole[start + 14 :])
-    assert read_rgb(tmp_path / "a.jpg", exif=True).shape == read_rgb(tmp_path / "a.jpg").shape
+    assert read_image(tmp_path / "a.jpg", exif=True).shape == read_image(tmp_path / "a.jpg").shape
 
 
 # From the file to the model
@@ -177,7 +177,7 @@ def test_read_rgb_ignores_damaged_exif_data(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "tif", "webp"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_read_rgb_rotates_each_orientation_as_the_standard_says(tmp_path: Path, orientation: int, suffix: str) -> None:
+def test_read_image_rotates_each_orientation_as_the_standard(tmp_path: Path, orientation: int, suffix: str) -> None:
     """Oracle: where the stored first row and first column are shown (EXIF 2.3, tag 274), here for two bars of 8 pixels
     that meet in one corner, since JPEG blurs."""
     rows, columns = {
@@ -191,7 +191,7 @@ def test_read_rgb_rotates_each_orientation_as_the_standard_says(tmp_path: Path, 
     exact = {"jpg": {"quality": 100, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
     path = tmp_path / f"a.{suffix}"
     Image.fromarray(stored).save(path, exif=exif, **exact)
-    shown = read_rgb(path, exif=True)
+    shown = read_image(path, exif=True)
     assert shown.shape == ((48, 32, 3) if orientation > 4 else (32, 48, 3))
     bars = {"top": shown[:8], "bottom": shown[-8:], "left": shown[:, :8], "right": shown[:, -8:]}
     assert (bars[rows][..., 0] > 250).all()
@@ -206,7 +206,7 @@ def test_preprocessing_reads_a_file_upright_as_calm_attribute_shows_it(tmp_path:
     path = tmp_path / "turned.jpg"
     path.write_bytes(corpus()["turned.jpg"])
     prepare = Preprocessing(size=(16, 16))
-    assert (prepare(path) == prepare(read_rgb(path, exif=True))).all()
-    assert not (prepare(path) == prepare(read_rgb(path))).all()
+    assert (prepare(path) == prepare(read_image(path, exif=True))).all()
+    assert not (prepare(path) == prepare(read_image(path))).all()
     with Image.open(path) as image:
-        assert (prepare(image) == prepare(read_rgb(path))).all()  # a picture already open is taken as it is
+        assert (prepare(image) == prepare(read_image(path))).all()  # a picture already open is taken as it is

@@ -17,7 +17,7 @@ from torch.testing import assert_close
 
 from calm import images
 from calm.errors import CalmError
-from calm.images import Preprocessing, image_size, probe, read_image, read_mask, read_rgb, to_rgb
+from calm.images import Preprocessing, image_size, probe, read_image, read_mask, to_rgb
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 8, 3), dtype=np.uint8)
 
@@ -75,51 +75,51 @@ def test_probe_reports_a_folder_in_place_of_an_image(tmp_path: Path) -> None:
     assert probe(tmp_path).kind == "missing-file"
 
 
-def test_read_rgb_names_a_broken_file_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_image_names_a_broken_file_and_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_PIXELS", 10_000)
     for name, path in write_broken(tmp_path).items():
         with pytest.raises(CalmError, match=path.name) as caught:
-            read_rgb(path)
+            read_image(path)
         if name == "not-an-image":
             assert "an HTML page" in str(caught.value)
 
 
-def test_read_rgb_refuses_more_pixels_than_the_limit_before_decoding(tmp_path, monkeypatch) -> None:
+def test_read_image_refuses_more_pixels_than_the_limit_before_decoding(tmp_path, monkeypatch) -> None:
     """The limit keeps a small file from becoming an image that fills the memory."""
     path = write_image(tmp_path / "a.png", (64, 48))
     monkeypatch.setattr(images, "MAX_PIXELS", 64 * 48 - 1)
     with pytest.raises(CalmError, match=r"a\.png is too large: 64 x 48 pixels, allowed are 3,071"):
-        read_rgb(path)
+        read_image(path)
     assert probe(path).kind == "too-large"
     assert image_size(path) == (64, 48)
 
 
 @pytest.mark.parametrize("pixels", [2000, 1000])
-def test_read_rgb_names_the_file_when_pillows_own_limit_is_passed(tmp_path, monkeypatch, pixels: int) -> None:
+def test_read_image_names_the_file_when_pillows_own_limit_is_passed(tmp_path, monkeypatch, pixels: int) -> None:
     """Above its limit Pillow warns, which a user may turn into an error; above twice that it raises."""
     path = write_image(tmp_path / "a.png", (64, 48))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", pixels)
     with pytest.raises(CalmError, match=r"a\.png is too large"):
-        read_rgb(path)
+        read_image(path)
     assert probe(path).kind == "too-large"
 
 
-def test_read_rgb_refuses_more_scans_than_the_limit(tmp_path, monkeypatch) -> None:
+def test_read_image_refuses_more_scans_than_the_limit(tmp_path, monkeypatch) -> None:
     """Each scan of a progressive JPEG costs the decoder a pass over all pixels, however few its bytes."""
     Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg", progressive=True)
-    assert read_rgb(tmp_path / "a.jpg").shape == (16, 16, 3)
+    assert read_image(tmp_path / "a.jpg").shape == (16, 16, 3)
     monkeypatch.setattr(images, "MAX_SCANS", 2)
     with pytest.raises(CalmError, match=r"a\.jpg is too large: a JPEG of \d+ scans, allowed are 2"):
-        read_rgb(tmp_path / "a.jpg")
+        read_image(tmp_path / "a.jpg")
     assert probe(tmp_path / "a.jpg").kind == "too-large"
 
 
 def _saved(path: Path, image: Image.Image, **options: object) -> np.ndarray:
     image.save(path, **options)
-    return read_rgb(path)
+    return read_image(path)
 
 
-def test_read_rgb_converts_every_mode(tmp_path: Path) -> None:
+def test_read_image_converts_every_mode(tmp_path: Path) -> None:
     grey = Image.new("L", (3, 2), 100)
     assert np.all(_saved(tmp_path / "l.png", grey) == 100)
     assert np.all(_saved(tmp_path / "1.png", grey.convert("1", dither=Image.Dither.NONE)) == 0)
@@ -134,7 +134,7 @@ def test_read_rgb_converts_every_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_read_rgb_lays_transparent_pixels_over_white(tmp_path: Path, mode: str) -> None:
+def test_read_image_lays_transparent_pixels_over_white(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     found = _saved(tmp_path / "a.png", image.convert(mode))
@@ -142,7 +142,7 @@ def test_read_rgb_lays_transparent_pixels_over_white(tmp_path: Path, mode: str) 
     assert found[0, 1].tolist() == [255, 255, 255]
 
 
-def test_read_rgb_lays_the_transparent_colour_of_a_png_over_white(tmp_path: Path) -> None:
+def test_read_image_lays_the_transparent_colour_of_a_png_over_white(tmp_path: Path) -> None:
     """A tRNS chunk, of RGB with 8 bits a channel and with 16, whose upper 8 are kept."""
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (1, 2, 4))
@@ -153,7 +153,7 @@ def test_read_rgb_lays_the_transparent_colour_of_a_png_over_white(tmp_path: Path
     (tmp_path / "deep.png").write_bytes(
         png((2, 1), 16, struct.pack(">6H", 0x0102, 0x0304, 0x0506, 0x0201, 0x0403, 0x0605), b"\1\2\3\4\5\6")
     )
-    assert read_rgb(tmp_path / "deep.png").tolist() == [[[255] * 3, [2, 4, 6]]]
+    assert read_image(tmp_path / "deep.png").tolist() == [[[255] * 3, [2, 4, 6]]]
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -172,13 +172,13 @@ def test_to_rgb_refuses_floating_point_pixels(tmp_path: Path) -> None:
         to_rgb(Image.new("F", (2, 2)))
 
 
-def test_read_rgb_follows_the_exif_orientation_only_if_told_to(tmp_path: Path) -> None:
+def test_read_image_follows_the_exif_orientation_only_if_told_to(tmp_path: Path) -> None:
     image = Image.new("RGB", (4, 2))
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be shown turned clockwise
     image.save(tmp_path / "a.png", exif=exif)
-    stored, shown = read_rgb(tmp_path / "a.png"), read_rgb(tmp_path / "a.png", exif=True)
+    stored, shown = read_image(tmp_path / "a.png"), read_image(tmp_path / "a.png", exif=True)
     assert stored.shape == (2, 4, 3)
     assert stored[0, 0].all()
     assert shown.shape == (4, 2, 3)

@@ -103,7 +103,7 @@ logging.getLogger(TiffImagePlugin.__name__).addFilter(lambda record: "More sampl
 class _Bands:
     """A TIFF with any number of bands, with those attributes of Pillow's images that are used of every file."""
 
-    format = "TIFF"
+    format, mode = "TIFF", "I"
 
     def __init__(self, file: BinaryIO) -> None:
         with needs_extra("reading a TIFF of several bands", "bands"):
@@ -112,7 +112,7 @@ class _Bands:
         self.series = tifffile.TiffFile(file).series[0]
         sides, page = dict(zip(self.series.axes, self.series.shape, strict=True)), self.series.keyframe
         self.size = self.width, self.height = sides["X"], sides["Y"]
-        self.bands, self.bits = self.series.size // (self.width * self.height), page.bitspersample
+        self.tag_v2 = {277: self.series.size // (self.width * self.height), 258: (page.bitspersample,)}
         if self.series.size > 3 * MAX_PIXELS:
             raise _TooLargeError(f"{self.series.shape} values, allowed are {3 * MAX_PIXELS:,}")
         if page.compression != 1 and max(page.databytecounts) > MAX_SEGMENT:
@@ -122,6 +122,8 @@ class _Bands:
         """The values, (H, W, bands)."""
         places = [self.series.axes.index(axis) for axis in "YX"]
         return np.moveaxis(self.series.asarray(), places, (0, 1)).reshape(self.height, self.width, -1)
+
+    __array__ = load
 
 
 def _opened(file: BinaryIO, channels: int | None) -> Any:
@@ -146,13 +148,11 @@ def _opened(file: BinaryIO, channels: int | None) -> Any:
 
 
 def _band_count(image: Any) -> int:
-    return image.bands if isinstance(image, _Bands) else getattr(image, "tag_v2", {}).get(277, len(image.getbands()))
+    return int(image.tag_v2.get(277, 1) if image.format == "TIFF" else len(image.getbands()))
 
 
 def _depth(image: Any) -> int:
     """Bits of a value, at most 16: as a TIFF says; Pillow stretches those of PPM to 16."""
-    if isinstance(image, _Bands):
-        return min(16, image.bits)
     deep = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
     return min(16, *getattr(image, "tag_v2", {}).get(258, (16,))) if deep else 8
 
@@ -194,11 +194,6 @@ def image_size(path: Path) -> tuple[int, int] | None:
         return None
 
 
-def read_rgb(path: Path, *, exif: bool = False) -> NDArray[np.uint8]:
-    """Return the pixels of an image file, (H, W, 3) uint8 RGB; see `read_image`."""
-    return read_image(path, exif=exif)
-
-
 def read_image(path: Path, *, channels: int = 3, bits: int | None = None, exif: bool = False) -> NDArray[np.uint8]:
     """Return the pixels of an image file, (H, W, channels) uint8.
 
@@ -233,7 +228,7 @@ def highest_value(path: Path, channels: int = 3) -> int:
     """Return the highest value in an image file of more than 8 bits (of 16-bit colours, to the upper 8 bits)."""
 
     def convert(image: Any) -> int:
-        values = image.load() if isinstance(image, _Bands) else np.asarray(image)
+        values = np.asarray(image)
         return int(values.max()) << 8 * (values.dtype == np.uint8)
 
     return int(_read(path, convert, "image", channels))
@@ -333,8 +328,7 @@ Pixels: TypeAlias = Union["Image.Image", NDArray[np.uint8]]
 
 def as_pixels(array: NDArray[np.uint8]) -> Pixels:
     """Return (H, W, channels) as a PIL image if it has 1 or 3 channels."""
-    channels = array.shape[2]
-    return array if channels not in (1, 3) else Image.fromarray(array if channels == 3 else array[..., 0])
+    return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) if array.shape[2] in (1, 3) else array
 
 
 def resize_pixels(pixels: Pixels, size: tuple[int, int]) -> Pixels:
@@ -387,8 +381,6 @@ class Preprocessing:
 
     def picture(self, array: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return what people see of an image (H, W, channels): RGB, stretched where it is neither grey nor RGB."""
-        if self.channels == 3 and self.view is None:
-            return array
         bands = np.take(array, self.view or [channel % self.channels for channel in range(3)], axis=2)
         if self.channels in (1, 3):
             return bands
@@ -398,10 +390,9 @@ class Preprocessing:
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b c H W"]:
         """Return a float32 batch of one or several images, resized by Pillow's antialiased bilinear filter.
 
-        Files are read by `read_image`: grey, CMYK and palette images become RGB, transparent pixels are laid over
-        white, and the picture is turned upright as its EXIF orientation says, as `calm attribute` does. A PIL image or
-        an array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which boxes and masks of CUB
-        and of the metadata format refer to (`calm.data.records.Split.exif`).
+        Files are read by `read_image`, and turned upright as their EXIF orientation says, as `calm attribute` does. A
+        PIL image or an array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which boxes and
+        masks of CUB and of the metadata format refer to (`calm.data.records.Split.exif`).
 
         Raises:
             CalmError: a file that is missing or no image, an array of another shape or dtype, an empty list.
