@@ -40,11 +40,7 @@ MAX_YAML_DEPTH = 50  # deepest nesting of brackets in a YAML file; the parser's 
 
 
 def open_regular(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
-    """Open a regular file to read its bytes; ``what`` describes the file in messages.
-
-    Raises:
-        CalmError: the file is missing, a folder, a pipe, a device, a loop of links, or not readable.
-    """
+    """Open a regular file to read its bytes: no folder, pipe or device; ``what`` describes it in messages."""
     place = Path(path)
     try:
         if stat.S_ISREG(place.stat().st_mode):
@@ -60,11 +56,7 @@ def open_regular(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
 
 
 def read_text(path: str | os.PathLike[str], what: str = "file", *, max_bytes: int | None = None) -> str:
-    """Return the text of a UTF-8 file of at most ``max_bytes`` (`MAX_TEXT_BYTES`), without a byte order mark.
-
-    Raises:
-        CalmError: see `open_regular`; or the file is larger, or not UTF-8.
-    """
+    """Return the text of a UTF-8 file of at most ``max_bytes`` (`MAX_TEXT_BYTES`), without a byte order mark."""
     limit = MAX_TEXT_BYTES if max_bytes is None else max_bytes
     with open_regular(path, what) as file:
         content = file.read(limit + 1)
@@ -77,11 +69,7 @@ def read_text(path: str | os.PathLike[str], what: str = "file", *, max_bytes: in
 
 
 def read_json(path: str | os.PathLike[str], what: str = "file") -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        CalmError: see `read_text`; or it is no JSON, nests too deeply, or an object has a key twice.
-    """
+    """Return the content of a JSON file, in which no object has a key twice."""
     text = read_text(path, what)
     try:
         return json.loads(text, object_pairs_hook=_unique_keys)
@@ -99,12 +87,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def read_columns(path: str | os.PathLike[str], *, need: Sequence[str] = ()) -> dict[str, list[float]]:
-    """Return the columns of a CSV file of numbers (NaN included) whose first line names them.
-
-    Raises:
-        CalmError: see `read_text`; or a column of ``need`` is missing, two columns have one name, a row has another
-            number of fields than the first line, a field is no number, or there is no row.
-    """
+    """Return the columns, ``need`` among them, of a CSV file of numbers (or NaN) whose first line names them."""
     text = read_text(path)
     try:
         names, *rows = [row for row in csv.reader(text.splitlines()) if row] or [[]]
@@ -124,12 +107,7 @@ def read_columns(path: str | os.PathLike[str], *, need: Sequence[str] = ()) -> d
 
 
 def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
-    """Return the content of a YAML file of plain values, lists and mappings.
-
-    Raises:
-        CalmError: see `read_text`; or it is no YAML, has a tag that asks for an object, has a key twice in one
-            mapping, nests deeper than `MAX_YAML_DEPTH`, or its aliases stand for more than `MAX_YAML_NODES` values.
-    """
+    """Return the content of a YAML file of plain values, lists and mappings without a key twice, within the limits."""
     text = read_text(path, what, max_bytes=MAX_YAML_BYTES)
     if max(accumulate((char in "[{") - (char in "]}") for char in text), default=0) > MAX_YAML_DEPTH:
         raise CalmError(f"{what} {path} nests brackets more than {MAX_YAML_DEPTH} deep")
@@ -170,9 +148,7 @@ _TEXT_PAGES = (b"<!doctype", b"<html", b"version https://git-lfs")
 def read_torch(path: Path, what: str) -> Any:
     """Return what ``torch.save`` wrote, tensors (on the CPU) and plain Python values; no code in the file is run.
 
-    Raises:
-        CalmError: the file is missing, not PyTorch's, damaged (the zip format has checksums, which PyTorch itself does
-            not compare), larger when unpacked, or holds anything but tensors and plain values.
+    A `CalmError` if it is not PyTorch's, larger when unpacked, or damaged (PyTorch compares no checksums of zip files).
     """
     import torch
 

@@ -1,7 +1,6 @@
 """Reports: one HTML file that shows what models see, and how well.
 
-A page (`calm.report.page.Page`) is a list of sections, each of which names a template of ``templates/`` and what this
-reads. To add one, write a template and a function that returns its `Section`, and put it into `calm.report.overview`.
+To add a section, write a template in ``templates/``, and in `calm.report.overview` a `Section` of what that reads.
 """
 
 from __future__ import annotations
@@ -14,9 +13,8 @@ from calm.errors import CalmError
 def write_report(sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0) -> Path:
     """Make one self-contained HTML page of the results of `calm evaluate`.
 
-    The page has the table of every benchmark with intervals, its curves, the paper's figures where the data set is the
-    same, and the same images for all methods with what is true drawn in. Where the results name a CALM model, it also
-    shows its evidence, its mistakes, what it says about classes that differ in one part, and how it was trained.
+    It has tables with intervals, curves, the paper's figures on the same data, and the same images for all methods with
+    the truth drawn in; of a CALM model also its evidence and mistakes, classes that differ in one part, and training.
 
     Args:
         sources: run folders, or the folders that calm evaluate wrote.

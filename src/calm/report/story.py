@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from calm.baselines import attribute
-from calm.data.cues import PROTOCOL_SIZE, CuePair, group_mask, read_pairs
+from calm.data.cues import MAX_GROUPS, PROTOCOL_SIZE, CuePair, group_mask
 from calm.data.records import Split
 from calm.errors import CalmError
 from calm.evaluate.cue_localization import CueData, read_cue_data
@@ -72,7 +72,6 @@ class Study:
     calm: Classifier  # the first CALM model of the results
     cam: Classifier | None  # their first CAM model
     cues: CueData | None  # which images show a part that tells two classes apart, and where, if that is annotated
-    pairs: Mapping[tuple[int, int], CuePair]  # with the part groups in which they differ, by (first, second)
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Study | None:
@@ -84,13 +83,12 @@ class Study:
         root, whole = groups[0].root, groups[0].read_split()
         total = len(whole.records)
         split = replace(whole, records=tuple(whole.records[place] for place in _evenly_spaced(total, MOST_IMAGES)))
-        cues, pairs = None, []
+        cues = None
         with suppress(CalmError, OSError):  # there may be no such annotation
-            cues = read_cue_data(split, root)
-            pairs = read_pairs(root, range(1, len(cues.groups) + 1))
+            cues = read_cue_data(split, root, range(1, MAX_GROUPS + 1))
         classifier = Classifier.predicting("CALM", load_model(calm), split)
         cam = Classifier.predicting("CAM", load_model(by_method["cam"]), split) if "cam" in by_method else None
-        return cls(root, split, total, classifier, cam, cues, {(pair.first, pair.second): pair for pair in pairs})
+        return cls(root, split, total, classifier, cam, cues)
 
     @property
     def classifiers(self) -> list[Classifier]:
@@ -101,6 +99,11 @@ class Study:
     def noun(self) -> str:
         """What a class is called."""
         return "species" if self.pairs else "class"
+
+    @cached_property
+    def pairs(self) -> dict[tuple[int, int], CuePair]:
+        """The part groups in which two classes differ, by (first, second)."""
+        return {(pair.first, pair.second): pair for pair in self.cues.pairs} if self.cues else {}
 
     @cached_property
     def labels(self) -> Int[Tensor, " n"]:
@@ -217,8 +220,7 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
     paths = [study.split.records[image].path for image in images]
     with torch.no_grad():
         output = calm.model(calm.model.preprocess(paths))
-    kinds = ("joint", "prior", "posterior")
-    joint, prior, posterior = (output.attribute(targets, kind).detach() for kind in kinds)
+        joint, prior, posterior = (output.attribute(targets, kind) for kind in ("joint", "prior", "posterior"))
     scale = torch.maximum(posterior, prior).amax(dim=(1, 2), keepdim=True)
     maps = {"CALM: joint": joint / scale, "CALM: prior": prior / scale, "CALM: posterior": posterior / scale}
     if cam:
@@ -294,12 +296,10 @@ def _differences(
     parts = [single["part"] for single in singles]
     turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
     first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
-    chosen = {(singles[place]["first"], singles[place]["second"]): singles[place] for place in sorted(first)}
-    cards = [
-        {**single, "shots": _pair_shots(study, cues, plate, known[names])}
-        for names, single in chosen.items()
-        if names in known
-    ]
+    cards = []
+    for single in (singles[place] for place in sorted(first)):
+        if (names := (single["first"], single["second"])) in known:
+            cards.append({**single, "shots": _pair_shots(study, cues, plate, known[names])})
     values = {"study": study, "cards": cards, "drawn": bool(plate)}
     return Section("Why this species and not that one?", "differences", values, "Differences")
 
@@ -344,10 +344,10 @@ def _difference_maps(study: Study, cues: CueData, image: int, pair: CuePair) -> 
         hit, scale = bool(truth[y, x]), SIDE / PROTOCOL_SIZE[0]
         drawn = draw_contour(overlay(picture, signed, colormap="signed", size=(SIDE, SIDE)), truth.float(), 0.5)
         drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale, radius=RING)
-        says, name = classifier.says(image), classifier.name
+        says, name = classifier.says(image), f"{classifier.name}:"
         note = f"says {study.names[says]}, {classifier.probs[image, says]:.2f}"
         verdict = "in the part" if hit else "elsewhere"
-        shots.append(Shot(drawn, f"{name}: difference of the maps of {names}", f"{name}:", note, verdict, good=hit))
+        shots.append(Shot(drawn, f"{name} difference of the maps of {names}", name, note, verdict, good=hit))
     return shots
 
 
