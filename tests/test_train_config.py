@@ -129,6 +129,7 @@ def test_parse_refuses_wrong_flags(flags: list[str], message: str) -> None:
         lambda: OptimOptions(accumulate=0),
         lambda: DataOptions(val_fraction=0.7),
         lambda: DataOptions(workers=-1),
+        lambda: DataOptions(channels=5, mean=(0.1, 0.2)),
         lambda: Hardware(devices=0),
         lambda: Hardware(precision="16"),
         lambda: LossOptions(teacher_decay=-0.1),

@@ -27,11 +27,7 @@ Grouping: TypeAlias = Literal["head", "released"]
 
 
 def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
-    """Check the choices and the ranges (both ends allowed) of a group of options.
-
-    Raises:
-        CalmError: naming the field as its flag, the value, and what is allowed.
-    """
+    """Check the choices and the ranges (both ends allowed) of a group of options; a `CalmError` names the flag."""
     for name, kind in get_type_hints(type(options)).items():
         value = getattr(options, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
@@ -42,8 +38,7 @@ def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
             raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
-MOST, LARGEST = 1e9, 1e38
-"""Upper limits of counts and of quantities that have no other: infinity is not allowed."""
+MOST, LARGEST = 1e9, 1e38  # limits of counts and of quantities that have no other: infinity is not allowed
 
 
 @dataclass(frozen=True)
@@ -84,6 +79,9 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         _check(self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024), channels=(1, 1000))
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise CalmError(f"reading.{name} has {len(values)} values: give {self.channels}, one for each channel")
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,6 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view")}
     chosen = {name: value for name, value in given.items() if value is not None}
     model.preprocessing = replace(model.preprocessing, **chosen)
-    if model.preprocessing.channels != reading.channels:
-        raise CalmError(f"reading.mean and reading.std need {reading.channels} values, one for each channel")
     origin = "" if options.init_from is None else _initialise(model, options.init_from, config.data.name, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
