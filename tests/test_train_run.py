@@ -254,7 +254,7 @@ def test_check_folder_refuses_more_epochs_of_a_course_over_the_whole_run(
 ) -> None:
     config = tiny_config(data, tmp_path / "run", **changes)
     write_config(config, tmp_path / "run")
-    with pytest.raises(CalmError, match=f"its {whole} goes over the whole run.*--model.init_from .*--epochs 2"):
+    with pytest.raises(CalmError, match=rf"epochs: 3 there, 5 now[\s\S]*its {whole} goes over .*--model.init_from"):
         check_folder(tmp_path / "run", replace(config, epochs=5))
 
 
@@ -264,6 +264,9 @@ def test_train_goes_on_with_data_and_run_that_have_moved(data: Path, tmp_path: P
     config, weights = tiny_config(tmp_path / "elsewhere", tmp_path / "moved"), weights_of(run)
     mine.rename(config.data)
     run.rename(tmp_path / "moved")
+    (tmp_path / "moved" / "result.json").unlink()
+    with pytest.raises(CalmError, match=r"no longer in .*data: say with --data where"):
+        train(replace(config, data=mine), backbone=tiny_net(), quiet=True)
     moved = train(config, backbone=tiny_net(), quiet=True)
     assert moved == tmp_path / "moved"
     assert not run.exists()

@@ -73,14 +73,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
 
 
 def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
-    """Return the configuration of the run in a folder, which may have moved, changed by flags.
-
-    Raises:
-        CalmError: a setting that another version of calm wrote, or data that are no longer where they were.
-    """
+    """Return the configuration of the run in a folder, which may have moved, changed by flags; an error names the
+    settings that another version of calm wrote into it."""
     path = run_dir / "config.yaml"
     try:
-        config = load_config(path, *flags, f"--run_dir={run_dir}", parser=build_parser())
+        return load_config(path, *flags, f"--run_dir={run_dir}", parser=build_parser())
     except CalmError as error:
         from calm.train.folder import unknown_settings  # imports PyTorch
 
@@ -90,10 +87,6 @@ def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
                 " it cannot be continued: train anew in another folder"
             ) from error
         raise
-    for flag, place in (("--data", config.data), ("--reading.metadata_root", config.reading.metadata_root)):
-        if place is not None and not place.exists():
-            raise CalmError(f"the data of {run_dir} are no longer in {place}: say with {flag} where they are")
-    return config
 
 
 def main(arguments: Sequence[str]) -> Path:

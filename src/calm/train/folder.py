@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
@@ -21,11 +20,8 @@ from typing import Any
 import torch
 import yaml
 
-from calm.data.loading import summary
-from calm.data.records import Report, Split
 from calm.errors import CalmError
 from calm.files import read_json, remove_abandoned, write_json, write_text
-from calm.model import CalmModel
 from calm.train.config import TrainConfig, read_settings
 
 FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
@@ -60,14 +56,12 @@ def check_folder(run_dir: Path, config: TrainConfig) -> bool:
             raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with --run_dir")
         return True
     changed = differences(read_settings(path), config_dict(config))
+    hint = ""
     if list(changed) == ["epochs"] and isinstance(former := changed["epochs"][0], int) and former < config.epochs:
-        if whole := config.whole_run():
-            raise CalmError(
-                f"{run_dir} was trained for {former} epochs, and {whole} goes over the whole run: with {config.epochs}"
-                " epochs it would have been another from the first step on. Train anew in another --run_dir, or go on"
-                f" from its weights: --model.init_from {run_dir} --run_dir NEW --epochs {config.epochs - former}"
-            )
-        changed = {}
+        if not (whole := config.whole_run()):
+            return False
+        hint = f"\n{whole} goes over the whole run: more epochs would change its first step already; to go on from its"
+        hint += f" weights give --model.init_from {run_dir}"
     if changed:
         known = flattened(config_dict(config))
         listed = "\n".join(
@@ -76,7 +70,7 @@ def check_folder(run_dir: Path, config: TrainConfig) -> bool:
         )
         raise CalmError(
             f"folder {run_dir} holds a run with another configuration:\n{listed}\n"
-            "choose another folder with --run_dir, or delete that one"
+            f"choose another folder with --run_dir, or delete that one{hint}"
         )
     return False
 
@@ -136,26 +130,6 @@ def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> Non
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)
-
-
-def data_summary(splits: Mapping[str, Split], report: Report) -> dict[str, Any]:
-    """Return what data.json says: counts of each split, the fingerprint of train, and what the check found."""
-    described = {name: summary(split) for name, split in splits.items()}
-    return {"fingerprint": described["train"]["fingerprint"], "splits": described, "check": report.summary}
-
-
-def opening_line(
-    run_dir: Path, config: TrainConfig, splits: Mapping[str, Split], report: Report, model: CalmModel
-) -> str:
-    """Return the first line of log.txt: method, network, data and folder."""
-    counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
-    left = sum(report.left_out(name) for name in splits)
-    skipped = f" ({left:,} bad ones skipped)" if left else ""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    return (
-        f"{config.method} with {config.backbone} ({weights / 1e6:.1f} million weights) on {config.data.name}:"
-        f" {splits['train'].num_classes} classes, {counts} images{skipped}; run folder {run_dir}"
-    )
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:

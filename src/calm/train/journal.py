@@ -70,19 +70,14 @@ def write_table(path: Path, rows: Sequence[Row]) -> None:
 
 def epoch_line(row: Row, epochs: int) -> str:
     """Return the row of an epoch in words, on one line."""
-    parts = [
-        f"epoch {row['epoch']:>{len(str(epochs))}.0f}/{epochs}",
-        f"loss {row['train_loss']:.3f}",
-        f"train {100 * row['train_accuracy']:.1f} %",
-        f"val {100 * row['val_accuracy']:.1f} %",
-        f"nll {row['val_nll']:.3f}",
-    ]
+    line = f"epoch {row['epoch']:>{len(str(epochs))}.0f}/{epochs}  loss {row['train_loss']:.3f}"
+    line += f"  train {100 * row['train_accuracy']:.1f} %"
+    line += f"  val {100 * row['val_accuracy']:.1f} %  nll {row['val_nll']:.3f}"
     if "prior_entropy_relative" in row:
-        parts.append(f"prior entropy {row['prior_entropy_relative']:.2f} of uniform")
+        line += f"  prior entropy {row['prior_entropy_relative']:.2f} of uniform"
     if row.get("dead_prior"):
-        parts.append(f"dead priors {100 * row['dead_prior']:.1f} %")
-    parts.append(f"{row['images_per_second']:.0f} images/s")
-    return "  ".join(parts)
+        line += f"  dead priors {100 * row['dead_prior']:.1f} %"
+    return f"{line}  {row['images_per_second']:.0f} images/s"
 
 
 class TensorBoardLogger(Logger):

@@ -32,6 +32,7 @@ from torch.utils.data import DataLoader
 from calm.checkpoint import WEIGHTS
 from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
+from calm.data.loading import summary
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
 from calm.inference import evaluation_mode, mix_seed
@@ -76,6 +77,8 @@ def train(
     if folder.is_finished(run_dir, config):
         log(f"{run_dir} is finished; delete it or choose another --run_dir to train again")
         return run_dir
+    if not new and not config.data.exists():
+        raise CalmError(f"the data of {run_dir} are no longer in {config.data}: say with --data where they are")
     for name in config.log.loggers:
         journal.logger_class(name)
     # What is carved into val and test does not depend on the run's seed.
@@ -90,16 +93,19 @@ def train(
     with torch.random.fork_rng(), _process_settings(config.hardware):
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model, origin = build_model(config, splits["train"], backbone)
-        data = folder.data_summary(splits, report)
-        model.training_summary = {"data": config.data.name, "fingerprint": data["fingerprint"], "seed": config.seed}
+        described = {name: summary(split) for name, split in splits.items()}
+        fingerprint = described["train"]["fingerprint"]
+        model.training_summary = {"data": config.data.name, "fingerprint": fingerprint, "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
         fabric = _fabric(config.hardware)
         if first:
+            data = {"fingerprint": fingerprint, "splits": described, "check": report.summary}
             folder.open_folder(run_dir, config, data)
             log.path = run_dir / "log.txt"
-            log(folder.opening_line(run_dir, config, splits, report, model))
-            for text in filter(None, (report.text(most=3), origin)):
-                log(text)
+            counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
+            size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million weights"
+            log(f"{config.method} with {config.backbone} ({size}) on {counts} images; run folder {run_dir}")
+            log("\n".join(filter(None, (report.text(most=3), origin))))
         trainer = None
         try:
             with _launched(fabric):
