@@ -56,10 +56,6 @@ class _TooLargeError(Exception):
     """The image has more pixels or scans than are read."""
 
 
-class _OtherBandsError(CalmError):
-    """The image has another number of bands than are read."""
-
-
 # Our error and those of Pillow, which has the same limit, warns above it, and raises above twice it.
 _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -80,10 +76,9 @@ def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
             if decode or not _has_end_marker(image, file):
                 image.load()
             return Probe(size, bits=bits)
-    except _OtherBandsError as error:
-        return Probe(size, "other-bands", str(error))
     except CalmError as error:
-        return Probe(None, "missing-file", str(error) if os.path.lexists(path) else "no such file")
+        message = str(error) if os.path.lexists(path) else "no such file"
+        return Probe(None, "other-bands" if start else "missing-file", message)
     except _TOO_LARGE as error:
         return Probe(size, "too-large", str(error))
     except UnidentifiedImageError:
@@ -131,19 +126,20 @@ def _opened(file: BinaryIO, channels: int | None) -> Any:
     file.seek(0)
     is_tiff = file.read(4) in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
     file.seek(0)
-    image: Any = None
     try:
-        image = Image.open(file, formats=FORMATS)
+        image: Any = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         if channels is None or not is_tiff:
             raise
-    if channels is None or (image is not None and channels in (1, 3) and _band_count(image) <= 4):
+        image = _Bands(file)
+    by_pillow = isinstance(image, Image.Image)
+    if channels is None or (by_pillow and channels in (1, 3) and _band_count(image) <= 4):
         return image
-    if image is None or (is_tiff and (_depth(image) > 8 or _band_count(image) != len(image.getbands()))):
+    if by_pillow and is_tiff and (_depth(image) > 8 or _band_count(image) != len(image.getbands())):
         image = _Bands(file)
     if (count := _band_count(image)) != channels:
         fix = f"read them by --reading.channels {count}, or take other images"
-        raise _OtherBandsError(f"it has {count} bands, and {channels} are read: {fix}")
+        raise CalmError(f"it has {count} bands, and {channels} are read: {fix}")
     return image
 
 
@@ -226,12 +222,8 @@ def read_image(path: Path, *, channels: int = 3, bits: int | None = None, exif: 
 
 def highest_value(path: Path, channels: int = 3) -> int:
     """Return the highest value in an image file of more than 8 bits (of 16-bit colours, to the upper 8 bits)."""
-
-    def convert(image: Any) -> int:
-        values = np.asarray(image)
-        return int(values.max()) << 8 * (values.dtype == np.uint8)
-
-    return int(_read(path, convert, "image", channels))
+    values = _read(path, np.asarray, "image", channels)
+    return int(values.max()) << 8 * (values.dtype == np.uint8)
 
 
 def mask_problem(size: tuple[int, int] | None, image_size: tuple[int, int] | None) -> str:
@@ -276,7 +268,9 @@ def _read(path: Path, convert: Callable[[Any], Any], what: str, channels: int | 
         except CalmError as error:
             raise CalmError(f"{what} {path}: {error}") from error
         except Exception as error:  # a damaged file can make the decoders fail in any way
-            reason = probe(path, decode=True).message or str(error)[:200] or type(error).__name__
+            reason = (
+                probe(path, decode=True, channels=channels or 3).message or str(error)[:200] or type(error).__name__
+            )
             raise CalmError(f"cannot read {what} {path}: {reason}; `calm data check` lists all such files") from error
 
 

@@ -88,11 +88,8 @@ class Column:
     def interval(self, ends: tuple[float, float]) -> str | None:
         """An interval, with a percent sign only at its end; None if it has no ends."""
         low, high = map(self.written, ends)
-        return (
-            None
-            if "–" in (low, high)
-            else f"{low.removesuffix(PERCENT)}{' to ' if low.startswith(('-', '−')) else '–'}{high}"
-        )
+        to = " to " if low.startswith(("-", "−")) else "–"
+        return None if "–" in (low, high) else f"{low.removesuffix(PERCENT)}{to}{high}"
 
 
 @dataclass(frozen=True)
