@@ -120,7 +120,7 @@ def read_splits(
         if name not in splits or not splits[name].records:
             Report.of(splits.values()).raise_if_bad()
             own = ", ".join(source.splits) or "none"
-            where = f" (listed by {source.listing.format(split=name)})" if name in source.splits else ""
+            where = f" (listed by {source.listing.replace('SPLIT', name)})" if name in source.splits else ""
             message = f"{source.root} has no image for split {name!r}{where}; splits with files of their own: {own}"
             raise CalmError(message)
     return {name: splits[name] for name in wanted}

@@ -143,7 +143,11 @@ class MetadataSource:
     lists: Path  # the folder with train/, val/ and test/
     name: str = ""  # of the released data set (see `images_root`), if it is one
     layout: ClassVar[Layout] = "metadata"
-    listing: ClassVar[str] = f"{{split}}/{IDS}"
+
+    @property
+    def listing(self) -> str:
+        """The files that say which images a split has."""
+        return str(self.lists / "SPLIT" / IDS)
 
     @property
     def splits(self) -> tuple[str, ...]:
