@@ -85,9 +85,8 @@ class EvaluateConfig:
         if not self.model:
             for name in ("method", "norm"):
                 if getattr(self, name):
-                    raise CalmError(
-                        f"--{name} is about models, and maps are taken as they are: leave it out, or give --model"
-                    )
+                    taken = "maps are taken as they are"
+                    raise CalmError(f"--{name} is about models, and {taken}: leave it out, or give --model")
             if self.workers or self.device != "auto":
                 raise CalmError("--workers and --device are about models: leave them out, or give --model")
 

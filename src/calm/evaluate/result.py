@@ -60,6 +60,9 @@ def _ratio(percent: str) -> FigureSpec:
     return FigureSpec(f"R_{percent}", "ratio", "lower", what)
 
 
+_RANDOM = "that is the one part that differs: peak and mass of a random pixel"
+_CHANCE = "share of pixels that belong to the differing parts: precision of pixels drawn at random"
+
 FIGURES: dict[str, FigureSpec] = {
     **{
         f"mpxap{counting}" + (f"_{parts}" if parts else ""): _pxap(parts, counting)
@@ -68,23 +71,9 @@ FIGURES: dict[str, FigureSpec] = {
     },
     "peak_in_part": FigureSpec("peak in part", meaning="the map's highest pixel lies in the one part that differs"),
     "mass_in_part": FigureSpec("mass in part", meaning="share of the map that lies in the one part that differs"),
-    "part_of_image": FigureSpec(
-        "part of image",
-        better="",
-        meaning="share of the image that is the one part that differs: peak and mass of a random pixel",
-        main=False,
-    ),
-    "part_of_object": FigureSpec(
-        "part of object",
-        better="",
-        meaning="share of the object that is the one part that differs: peak and mass of a random pixel of it",
-        main=False,
-    ),
-    "chance": FigureSpec(
-        "chance",
-        better="",
-        meaning="share of pixels that belong to the differing parts: precision of pixels drawn at random",
-    ),
+    "part_of_image": FigureSpec("part of image", "percent", "", f"share of the image {_RANDOM}", main=False),
+    "part_of_object": FigureSpec("part of object", "percent", "", f"share of the object {_RANDOM} of it", main=False),
+    "chance": FigureSpec("chance", "percent", "", _CHANCE),
     **{f"r{percent}": _ratio(str(percent)) for percent in (10, 30, 50, 70, 90)},
     "r_area": FigureSpec(
         "R area",
@@ -93,9 +82,7 @@ FIGURES: dict[str, FigureSpec] = {
         "mean height of R_k up to the largest share erased: compare only with the same shares and the same fill",
     ),
     "insertion": FigureSpec("insertion", meaning="area under the class's probability as pixels appear, best first"),
-    "deletion": FigureSpec(
-        "deletion", better="lower", meaning="area under the class's probability as pixels vanish, best first"
-    ),
+    "deletion": FigureSpec("deletion", "percent", "lower", "the same area as pixels vanish, best first"),
     "randomisation": FigureSpec(
         "randomisation",
         "ratio",

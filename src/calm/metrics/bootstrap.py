@@ -57,12 +57,8 @@ def estimate(values: Float[Tensor, " r"]) -> Estimate:
 
     Samples in which the figure is undefined (NaN) are left out of the interval.
     """
-    drawn = values[1:].double()
-    drawn = drawn[drawn.isfinite()]
-    if not len(drawn) or not values[0].isfinite():
-        return Estimate(float(values[0]), math.nan, math.nan)
-    low, high = torch.quantile(drawn, torch.tensor([0.025, 0.975], dtype=torch.float64, device=drawn.device))
-    return Estimate(float(values[0]), float(low), float(high))
+    (low,), (high,) = band(values[:, None])
+    return Estimate(float(values[0]), low, high)
 
 
 def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
