@@ -26,9 +26,6 @@ Boxes: TypeAlias = NDArray[np.int64]
 
 Areas: TypeAlias = NDArray[np.float64]
 
-MANY = 400
-"""Above this many contours, connected components are faster than contour tracing for the next threshold."""
-
 
 class MapBoxes(NamedTuple):
     """The boxes of a map for every distinct binary image that the thresholds make of it ("level").
@@ -109,71 +106,26 @@ def threshold_ious(
 
 
 def _contour_boxes(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[Boxes, Areas, NDArray[np.int64]]:
-    """Return the boxes of the contours above each of the ascending levels, their areas, and each level's number.
-
-    For levels that were not traced, areas only tell which contour is the largest. An empty level has one dummy box.
-    """
-    traced: list[Any] = []
-    untraced: dict[int, tuple[Boxes, Areas]] = {}
-    counts = np.ones(len(levels), dtype=np.int64)
+    """Return boxes and areas of the contours above each ascending level, a dummy if there is none; and the counts."""
+    corners: list[Sequence[int]] = []
+    areas: list[float] = []
+    counts: list[int] = []
     part, left, top = grey, 0, 0
-    for place, level in enumerate(levels):
+    for level in levels:
         picture: Any = cv2.threshold(part, level, 255, cv2.THRESH_BINARY)[1]
         x, y, width, height = cv2.boundingRect(picture)
-        if not width:
-            traced.append(np.zeros((1, 1, 2), dtype=np.int32))
-            continue
-        window = np.s_[y : y + height, x : x + width]
-        part, picture, left, top = part[window], picture[window], left + x, top + y
-        if place and counts[place - 1] > MANY:
-            untraced[place] = _component_boxes(picture, left, top)
-            counts[place] = len(untraced[place][1])
-        else:
+        found: Sequence[Any] = [np.zeros((1, 1, 2), dtype=np.int32)]
+        if width:
+            window = np.s_[y : y + height, x : x + width]
+            part, left, top = part[window], left + x, top + y
             mode, offset = cv2.RETR_TREE, (left, top)
-            traced += (contours := cv2.findContours(picture, mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0])
-            counts[place] = len(contours)
-    boxes = np.empty((counts.sum(), 4), dtype=np.int64)
-    areas = np.empty(len(boxes))
-    starts = np.cumsum(counts) - counts
-    was_traced = np.ones(len(boxes), dtype=bool)
-    for place, (own, marks) in untraced.items():
-        here = np.s_[starts[place] : starts[place] + counts[place]]
-        boxes[here], areas[here], was_traced[here] = own, marks, False
-    if traced:
-        corners = np.array([cv2.boundingRect(contour) for contour in traced])
-        boxes[was_traced] = np.concatenate([corners[:, :2], corners[:, :2] + corners[:, 2:]], axis=1)
-        areas[was_traced] = [cv2.contourArea(contour) for contour in traced]
-    return boxes, areas, counts
-
-
-def _component_boxes(picture: NDArray[np.uint8], left: int, top: int) -> tuple[Boxes, Areas]:
-    """Return the boxes of the contours of a binary image from its connected components, and 1 for the largest, else 0.
-
-    An outer contour has the box of its connected component. A hole's contour runs through the pixels around the hole,
-    so its box is one pixel larger on each side, and it cuts the box's corners. A contour's area is at most that of the
-    polygon through its box's outermost pixels: only components, and holes, that can have the largest area are traced.
-    """
-    labels, stats = cv2.connectedComponentsWithStats(picture, connectivity=8)[1:3]
-    outer = stats[1:, :4].T
-    x, y, wide, high = cv2.connectedComponentsWithStats(cv2.bitwise_not(picture), connectivity=4)[2][1:, :4].T
-    height, width = picture.shape
-    enclosed = (x > 0) & (y > 0) & (x + wide < width) & (y + high < height)
-    holes = np.stack([x - 1, y - 1, wide + 2, high + 2])[:, enclosed]
-    most, most_of_hole = ((each[2] - 1) * (each[3] - 1) for each in (outer, holes))
-    least = max(map(cv2.contourArea, _outlines(labels == int(most.argmax()) + 1)))
-    with_holes = bool((most_of_hole - 2 >= least).any())
-    rivals = np.append(False, most >= least)[labels]
-    largest = max(_outlines(rivals, with_holes), key=cv2.contourArea)  # of equals the first, as if traced
-    x, y, wide, high = every = np.concatenate([outer, holes], axis=1)
-    same = np.logical_and.reduce([side == own for side, own in zip(every, cv2.boundingRect(largest), strict=True)])
-    marks = np.zeros(len(same))
-    marks[same.argmax()] = 1
-    return np.stack([x + left, y + top, x + wide + left, y + high + top], axis=1).astype(np.int64), marks
-
-
-def _outlines(mask: NDArray[np.bool_], holes: bool = False) -> Sequence[Any]:
-    mode = cv2.RETR_TREE if holes else cv2.RETR_EXTERNAL
-    return cv2.findContours(mask.view(np.uint8), mode, cv2.CHAIN_APPROX_SIMPLE)[0]
+            found = cv2.findContours(picture[window], mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
+        corners += map(cv2.boundingRect, found)
+        areas += map(cv2.contourArea, found)
+        counts.append(len(found))
+    boxes = np.array(corners, dtype=np.int64)
+    boxes[:, 2:] += boxes[:, :2]
+    return boxes, np.array(areas), np.array(counts)
 
 
 V1_IOU = 0.5
