@@ -215,7 +215,8 @@ def read_image(path: Path, *, channels: int = 3, bits: int | None = None, exif: 
             colours: Any = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)  # blue, green, red, perhaps alpha
             image = Image.fromarray(_upper_bits(colours[..., 2::-1], bits))
         image = _upright(image) if exif else image
-        return to_rgb(image, depth).convert("L" if channels == 1 else "RGB") if channels in (1, 3) else image
+        image = to_rgb(image, depth) if channels in (1, 3) else image
+        return image.convert("L") if channels == 1 else image
 
     return np.atleast_3d(_read(path, convert, "image", channels))
 
@@ -404,7 +405,8 @@ class Preprocessing:
 
     def _pixels(self, image: ImageLike) -> Pixels:
         if isinstance(image, Image.Image) and self.channels in (1, 3):
-            return to_rgb(image, self.bits or 16).convert("RGB" if self.channels == 3 else "L")
+            colours = to_rgb(image, self.bits or _depth(image))
+            return colours if self.channels == 3 else colours.convert("L")
         array = self.read(Path(image)) if isinstance(image, (str, Path)) else np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels:
             form = f"uint8 of shape (H, W, {self.channels}), got {array.dtype} of shape {array.shape}"

@@ -114,32 +114,24 @@ def _overlaid(pixels: Picture, scaled: NDArray[Any], colormap: Colormap, alpha: 
     return _rounded((1 - opacity) * calmed + opacity * colorize(scaled, colormap))
 
 
-def draw_contour(
-    image: Picture, values: Tensor | ArrayLike, level: float, *, colour: Colour = PAPER, width: int = 1
-) -> Picture:
+def draw_contour(image: Picture, values: Tensor | ArrayLike, level: float, *, colour: Colour = PAPER) -> Picture:
     """Return a new picture with an outline, dark-edged, where a map (h, w), resized to it, reaches ``level``."""
     import cv2
 
     inside = resize_maps(_grid(values), image.shape[:2]).numpy() >= level
     outlines, _ = cv2.findContours(inside.astype(np.uint8), cv2.RETR_TREE, cv2.CHAIN_APPROX_NONE)
     drawn: Any = np.ascontiguousarray(_checked(image)).copy()
-    cv2.drawContours(drawn, outlines, -1, INK, width + 2, cv2.LINE_AA)
-    cv2.drawContours(drawn, outlines, -1, colour, width, cv2.LINE_AA)
+    for tint, width in ((INK, 3), (colour, 1)):
+        cv2.drawContours(drawn, outlines, -1, tint, width, cv2.LINE_AA)
     return np.asarray(drawn, dtype=np.uint8)
 
 
-def draw_boxes(
-    image: Picture,
-    boxes: Iterable[tuple[float, float, float, float]],
-    *,
-    colour: Colour = (255, 210, 64),
-    width: int = 1,
-) -> Picture:
+def draw_boxes(image: Picture, boxes: Iterable[tuple[float, ...]], *, colour: Colour = (255, 210, 64)) -> Picture:
     """Frame boxes x0, y0, x1, y1, corners inclusive: paint their outermost pixels. Returns a new picture."""
     canvas = Image.fromarray(_checked(image))
     pen = ImageDraw.Draw(canvas)
     for box in boxes:
-        pen.rectangle(box, outline=colour, width=width)
+        pen.rectangle(box, outline=colour)
     return np.array(canvas)
 
 

@@ -115,11 +115,8 @@ def _figure(draw: Callable[[Any], None], title: str, size: tuple[float, float]) 
         "font.size": 9,
         "text.color": _COLOURS["ink"],
         "text.parse_math": False,  # a class may be called "$"
-        "axes.edgecolor": _COLOURS["rule"],
-        "axes.labelcolor": _COLOURS["faded"],
-        "xtick.color": _COLOURS["faded"],
-        "ytick.color": _COLOURS["faded"],
-        "grid.color": _COLOURS["rule"],
+        **dict.fromkeys(("axes.labelcolor", "xtick.color", "ytick.color"), _COLOURS["faded"]),
+        **dict.fromkeys(("axes.edgecolor", "grid.color"), _COLOURS["rule"]),
     }
     with mpl.rc_context(look):
         figure = Figure(figsize=size, layout="constrained")

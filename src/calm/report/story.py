@@ -91,11 +91,6 @@ class Study:
         return cls(root, split, total, classifier, cam, cues)
 
     @property
-    def classifiers(self) -> list[Classifier]:
-        """CALM, and CAM if there is one."""
-        return [self.calm, self.cam] if self.cam else [self.calm]
-
-    @property
     def noun(self) -> str:
         """What a class is called."""
         return "species" if self.pairs else "class"
@@ -337,7 +332,7 @@ def _difference_maps(study: Study, cues: CueData, image: int, pair: CuePair) -> 
     outlined = draw_contour(_enlarged(picture), truth.float(), 0.5)
     alt = f"test image with the part outlined in which {names} differ"
     shots = [Shot(outlined, alt, "test image", f"a {study.names[int(study.labels[image])]}")]
-    for classifier in study.classifiers:
+    for classifier in filter(None, (study.calm, study.cam)):
         first, second = _class_maps(study, classifier, image, pair.first, pair.second)
         signed = first - second
         y, x = divmod(int(resize_maps(signed.abs(), PROTOCOL_SIZE).argmax()), PROTOCOL_SIZE[1])
