@@ -181,6 +181,8 @@ def test_find_images_follows_linked_folders_but_not_in_a_circle(tmp_path: Path) 
 def test_find_images_finds_each_once(tmp_path: Path) -> None:
     one, two = write_picture(tmp_path / "x" / "a.png"), write_picture(tmp_path / "y" / "A.jpg")
     (tmp_path / "x" / "notes.txt").write_text("no image")
+    for hidden in ("._a.png", "@eaDir/a.png"):  # of a Mac and of a file server
+        write_picture(tmp_path / "x" / hidden)
     found, missing = find_images(
         [str(one), str(tmp_path / "x"), str(tmp_path / "*" / "*.jpg"), str(tmp_path / "z*.png")], tmp_path / "out"
     )

@@ -165,18 +165,18 @@ def _matches(entry: str, out: Path) -> Iterator[tuple[Path, str]]:
         from calm.data.loading import files_below
 
         for file in sorted(files_below(path)):
-            if _is_image(file, out):
+            if _is_image(file, path, out):
                 yield file, file.relative_to(path).with_suffix("").as_posix()
     else:
         for match in sorted(glob.glob(entry, recursive=True)):  # noqa: PTH207 (Path.glob takes no absolute pattern)
-            if _is_image(Path(match), out):
+            if _is_image(Path(match), Path(match).parent, out):
                 yield Path(match), Path(match).stem
 
 
-def _is_image(file: Path, out: Path) -> bool:
-    from calm.data.loading import SUFFIXES
+def _is_image(file: Path, folder: Path, out: Path) -> bool:
+    from calm.data.loading import is_image
 
-    return file.suffix.lower() in SUFFIXES and file.is_file() and not file.resolve().is_relative_to(out)
+    return is_image(file, folder) and file.is_file() and not file.resolve().is_relative_to(out)
 
 
 def _numbered(name: str, taken: Callable[[str], bool]) -> str:

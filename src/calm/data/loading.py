@@ -302,7 +302,7 @@ class FolderSource:
             if folder.name not in index:
                 raise unknown("class folder", folder.name, self.class_names, where=f"{base}; train has no such class")
             for path in sorted(files_below(folder)):
-                if _is_image(path, folder):
+                if is_image(path, folder):
                     name = _as_text(path).relative_to(self.root).as_posix()
                     records.append(Record(name, path, index[folder.name]))
                 elif path.name not in _IGNORED:
@@ -356,7 +356,7 @@ def _is_hidden(folder: str) -> bool:
     return folder.startswith((".", "__")) or folder == "@eaDir"
 
 
-def _is_image(path: Path, folder: Path) -> bool:
+def is_image(path: Path, folder: Path) -> bool:
     """Whether a file below ``folder`` is taken for an image by its name; a broken link is, so that it is reported."""
     *above, name = path.relative_to(folder).parts
     named = path.suffix.lower() in SUFFIXES and not name.startswith(".") and not any(map(_is_hidden, above))
@@ -365,7 +365,7 @@ def _is_image(path: Path, folder: Path) -> bool:
 
 def _with_images(base: Path) -> Iterator[bool]:
     """Yield True for each folder directly below ``base`` that has an image in it or below."""
-    return (True for folder in _folders(base) if any(_is_image(path, folder) for path in files_below(folder)))
+    return (True for folder in _folders(base) if any(is_image(path, folder) for path in files_below(folder)))
 
 
 def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> Source:
