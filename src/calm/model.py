@@ -138,6 +138,8 @@ class CalmModel(nn.Module):
         check_images(images, self.config.in_channels)
         try:
             features: Tensor = self.backbone(images.to(self.head.conv_last.weight.dtype))
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:
             self._explain(error, images)
             raise
