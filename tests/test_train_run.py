@@ -11,15 +11,20 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import tifffile
 import torch
 import yaml
+from PIL import Image
 from torch import nn
 from train_cases import SIZE, checkpoint_of, rich_config, start, tiny_config, tiny_net, weights_of, write_squares
 
+from calm.cli.attribute import attribute_files
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
 from calm.data.transforms import eval_transform, train_transform
@@ -28,7 +33,16 @@ from calm.images import Preprocessing
 from calm.inference import mix_seed
 from calm.model import CalmModel, create_model, load
 from calm.train import train
-from calm.train.config import Hardware, LogOptions, LossOptions, OptimOptions, RunLength, TrainConfig
+from calm.train.config import (
+    DataOptions,
+    Hardware,
+    LogOptions,
+    LossOptions,
+    ModelOptions,
+    OptimOptions,
+    RunLength,
+    TrainConfig,
+)
 from calm.train.folder import check_folder, write_config
 from calm.train.optim import build_scheduler
 
@@ -273,6 +287,37 @@ def test_train_goes_on_with_data_and_run_that_have_moved(data: Path, tmp_path: P
     assert yaml.safe_load((moved / "config.yaml").read_text())["data"] == str(config.data)
     assert_close(weights_of(moved), weights)
     assert len((moved / "metrics.csv").read_text().splitlines()) == 4
+
+
+def test_train_on_five_bands_of_twelve_bits_and_explain_them(tmp_path: Path) -> None:
+    for split, label, index in product(("train", "val", "test"), range(2), range(4)):
+        folder = tmp_path / "bands" / split / f"kind{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        values = np.random.default_rng([label, index, len(split)]).integers(0, 900, (SIZE, SIZE, 5), dtype=np.uint16)
+        values[2:9, 2:9, 3 + label] += 3000
+        tifffile.imwrite(folder / f"{index}.tif", values, photometric="minisblack", planarconfig="contig")
+    config = tiny_config(
+        tmp_path / "bands",
+        tmp_path / "run",
+        backbone="tiny_resnet",
+        model=ModelOptions(pretrained=False),
+        reading=DataOptions(
+            image_size=64, workers=0, channels=5, bits=12, mean=(0.2,) * 5, std=(0.1,) * 5, view=(4, 3, 0)
+        ),
+    )
+    with pytest.raises(CalmError, match=r"it has 5 bands, and 3 are read: read them by --reading\.channels 5"):
+        train(replace(config, reading=DataOptions()), quiet=True)
+    with pytest.raises(CalmError, match=r"reading\.mean has 3 values: give 5"):
+        train(replace(config, reading=replace(config.reading, mean=(0.2,) * 3, std=(0.1,) * 3)), quiet=True)
+    assert not (tmp_path / "run").exists()
+    model = load(train(config, quiet=True))
+    preprocessing = Preprocessing((64, 64), (0.2,) * 5, (0.1,) * 5, bits=12, view=(4, 3, 0))
+    assert model.preprocessing == preprocessing
+    image = tmp_path / "bands/test/kind1/0.tif"
+    attribute_files([str(image)], model=str(tmp_path / "run"), out=tmp_path / "out", grid=True, device="cpu")
+    joint = np.load(tmp_path / "out/0.joint.grid.npy").sum()
+    assert joint == pytest.approx(float(model(model.preprocess(image)).probs.max().detach()), abs=1e-5)
+    assert Image.open(tmp_path / "out/0.joint.png").mode == "RGB"
 
 
 def test_train_that_fails_before_its_first_step_leaves_no_folder(data: Path, tmp_path: Path) -> None:
