@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, shown, unknown
 
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
@@ -28,6 +28,18 @@ DRAWS = 3
 
 REPLICATES = 1000
 """The default number of bootstrap samples: 25 of them lie beyond each end of a 95 percent interval."""
+
+
+def check_options(options: Any, group: str, **ranges: tuple[float, float]) -> None:
+    """Check the choices and the ranges (both ends allowed) of a group of options; a `CalmError` names the flag."""
+    for name, kind in get_type_hints(type(options)).items():
+        value = getattr(options, name)
+        if get_origin(kind) is Literal and value not in get_args(kind):
+            raise unknown(group + name, value, get_args(kind))
+    for name, (low, high) in ranges.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
 @dataclass(frozen=True)
@@ -58,10 +70,7 @@ class ModelConfig:
     in_channels: int = 3
 
     def __post_init__(self) -> None:
-        allowed = {"method": Method, "prior_activation": PriorActivation, "prior_denominator": PriorDenominator}
-        for name, kind in allowed.items():
-            if getattr(self, name) not in get_args(kind):
-                raise unknown(name, getattr(self, name), get_args(kind))
+        check_options(self, "")
         if min(self.num_classes, self.in_channels) < 1:
             given = f"num_classes is {self.num_classes}, in_channels {self.in_channels}"
             raise CalmError(f"{given}: a classifier needs at least 1 of each")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
-from calm.errors import CalmError, shown, unknown
+from calm.config import check_options
+from calm.errors import CalmError, shown
 
 Crop = Literal["resize-crop", "pad-shift", "random-resized-crop", "none"]
 Automatic = Literal["none", "trivial", "rand"]
@@ -59,16 +60,12 @@ class Augmentation:
     mix_probability: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("crop", get_args(Crop)), ("automatic", get_args(Automatic))):
-            if getattr(self, name) not in allowed:
-                raise unknown(f"augmentation.{name}", getattr(self, name), allowed)
-        for name in ("area", "aspect"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name, low, high in ((name, low, high) for low, high, names in _RANGES for name in names.split()):
-            if not low <= (number := getattr(self, name)) <= high:
-                raise CalmError(f"augmentation.{name} is {shown(number)}: allowed are {low:g} to {high:g}")
+        shares = dict.fromkeys(("flip", "brightness", "contrast", "saturation", "erase", "mix_probability"), (0, 1))
+        ranges = {"shift": (0, 0.999), "rand_ops": (1, 14), "rand_magnitude": (0, 30), "hue": (0, 0.5), **shares}
+        check_options(self, "augmentation.", resize_ratio=(1, 4), mixup=(0, 100), cutmix=(0, 100), **ranges)
         for name, top in (("area", 1.0), ("aspect", 100.0)):
-            pair = getattr(self, name)
+            pair = tuple(getattr(self, name))
+            object.__setattr__(self, name, pair)
             if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= top:
                 form = f"two numbers, 0 < smallest <= largest <= {top:g}"
                 raise CalmError(f"augmentation.{name} is {shown(pair)}: give {form}")
@@ -78,16 +75,6 @@ class Augmentation:
         """Whether batches are mixed, so that targets become soft."""
         return (self.mixup > 0 or self.cutmix > 0) and self.mix_probability > 0
 
-
-_RANGES = (
-    (1, 4, "resize_ratio"),
-    (0, 0.999, "shift"),
-    (1, 14, "rand_ops"),
-    (0, 30, "rand_magnitude"),
-    (0, 1, "flip brightness contrast saturation erase mix_probability"),
-    (0, 0.5, "hue"),
-    (0, 100, "mixup cutmix"),
-)
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "published": Augmentation(),

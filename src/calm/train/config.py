@@ -11,9 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from calm.config import Method, PriorActivation, PriorDenominator
+from calm.config import Method, PriorActivation, PriorDenominator, check_options
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
 from calm.files import read_yaml
@@ -24,18 +24,6 @@ if TYPE_CHECKING:
 
 Schedule: TypeAlias = Literal["step", "released-step", "cosine", "one-cycle", "constant"]
 Grouping: TypeAlias = Literal["head", "released"]
-
-
-def _check(options: Any, group: str, **ranges: tuple[float, float]) -> None:
-    """Check the choices and the ranges (both ends allowed) of a group of options; a `CalmError` names the flag."""
-    for name, kind in get_type_hints(type(options)).items():
-        value = getattr(options, name)
-        if get_origin(kind) is Literal and value not in get_args(kind):
-            raise unknown(group + name, value, get_args(kind))
-    for name, (low, high) in ranges.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
 MOST, LARGEST = 1e9, 1e38  # limits of counts and of quantities that have no other: infinity is not allowed
@@ -78,7 +66,9 @@ class DataOptions:
     skip_bad: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024), channels=(1, 1000))
+        check_options(
+            self, "reading.", val_fraction=(0, 0.49), image_size=(8, 8192), workers=(0, 1024), channels=(1, 1000)
+        )
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise CalmError(f"reading.{name} has {len(values)} values: give {self.channels}, one for each channel")
@@ -108,7 +98,7 @@ class ModelOptions:
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self, "model.", output_stride=(1, 64))
+        check_options(self, "model.", output_stride=(1, 64))
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ class LossOptions:
     temperature: float | str = 1.0
 
     def __post_init__(self) -> None:
-        _check(self, "loss.", teacher_decay=(0, 1))
+        check_options(self, "loss.", teacher_decay=(0, 1))
         temperature_schedule(self.temperature, steps=1)
 
 
@@ -179,7 +169,7 @@ class OptimOptions:
         shares = dict.fromkeys(("momentum", "step_factor", "ema_decay"), (0, 1))
         counts = dict.fromkeys(("step_epochs", "accumulate"), (1, MOST))
         open_ended = dict.fromkeys(("weight_decay", "head_ratio", "warmup_epochs", "clip_norm"), (0, LARGEST))
-        _check(self, "optim.", **shares, **counts, **open_ended)
+        check_options(self, "optim.", **shares, **counts, **open_ended)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise CalmError(f"optim.betas are {shown(list(self.betas))}: allowed are 0 to below 1")
         if self.name == "sgd" and self.nesterov and not self.momentum:
@@ -212,7 +202,7 @@ class Hardware:
     deterministic: bool = False
 
     def __post_init__(self) -> None:
-        _check(self, "hardware.", nodes=(1, MOST))
+        check_options(self, "hardware.", nodes=(1, MOST))
         if self.devices != "auto" and not 1 <= self.devices <= MOST:
             raise CalmError(f"hardware.devices is {shown(self.devices)}: give 1 or more, or auto")
 
@@ -235,7 +225,7 @@ class LogOptions:
     loggers: list[str] = field(default_factory=lambda: ["tensorboard"])
 
     def __post_init__(self) -> None:
-        _check(self, "log.", every_n_steps=(1, MOST), panel_images=(0, 64))
+        check_options(self, "log.", every_n_steps=(1, MOST), panel_images=(0, 64))
 
 
 @dataclass(frozen=True)
@@ -271,7 +261,7 @@ class TrainConfig:
     log: LogOptions = field(default_factory=LogOptions)
 
     def __post_init__(self) -> None:
-        _check(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
+        check_options(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != LossOptions():
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
         if self.optim.warmup_epochs >= self.epochs:
