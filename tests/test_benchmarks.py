@@ -87,7 +87,8 @@ def test_a_mark_without_end_is_an_error(
 
 def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
     named = {topic.name for topic in module("run").topics((FOLDER / "README.md").read_text())}
-    scripts = {path.stem for path in FOLDER.glob("*.py")} - {"cub_size", "measure", "run", "straightforward"}
+    others = {"against", "cub_size", "measure", "run", "straightforward"}  # against: needs an older commit
+    scripts = {path.stem for path in FOLDER.glob("*.py")} - others
     assert named == scripts
 
 
