@@ -141,7 +141,7 @@ def _check_state(state: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is dense with every element in the file, not a view that makes a large tensor of a few bytes."""
+    """Return whether a tensor is dense and stored in full, not a view that makes a large tensor of a few bytes."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
         return False
     return tensor.nbytes <= tensor.untyped_storage().nbytes()

@@ -46,7 +46,7 @@ FADED: Colour = (120, 124, 138)
 
 @cache
 def table(colormap: Colormap) -> NDArray[np.uint8]:
-    """The 256 colours of a map, (256, 3) RGB, read-only; a `CalmError` for an unknown one."""
+    """Return the 256 colours of a map, (256, 3) RGB, read-only; raise a `CalmError` for an unknown one."""
     if colormap not in _ANCHORS:
         raise unknown("colour map", colormap, get_args(Colormap))
     codes, places = _ANCHORS[colormap]
@@ -59,7 +59,7 @@ def table(colormap: Colormap) -> NDArray[np.uint8]:
 
 
 def colorize(values: NDArray[np.floating], colormap: Colormap = "heat") -> NDArray[np.uint8]:
-    """Colours (..., 3) RGB of values (...) in [0, 1], of ``signed`` in [-1, 1].
+    """Return the colours (..., 3), RGB, of values (...) in [0, 1], or of ``signed`` values in [-1, 1].
 
     Values outside take the colour of the nearest end, NaN that of 0. An unknown colour map is a `CalmError`.
     """
@@ -77,7 +77,7 @@ def overlay(
     alpha: float = 0.85,
     size: tuple[int, int] | None = None,
 ) -> Picture:
-    """A map in colours over its picture: where the map is low the picture shows through, calmed to grey.
+    """Draw a map in colours over its picture; where the map is low, the picture shows through, greyed.
 
     Args:
         image: the picture, (H, W, 3) uint8.
@@ -104,7 +104,7 @@ def overlay(
 
 
 def _overlaid(pixels: Picture, scaled: NDArray[Any], colormap: Colormap, alpha: float) -> Picture:
-    """Pixels (n, 3) with the colours of their values (n,) over them."""
+    """Return pixels (n, 3) with the colours of their values (n,) laid over them."""
     picture = pixels.astype(np.float64)
     # Heat takes its colour early: its weak end is dark. A signed map is white near zero, and stays clear there.
     strength = np.abs(scaled) if colormap == "signed" else np.sqrt(scaled)
@@ -136,7 +136,7 @@ def draw_boxes(image: Picture, boxes: Iterable[tuple[float, ...]], *, colour: Co
 
 
 def draw_point(image: Picture, x: float, y: float, *, radius: int = 5, colour: Colour = PAPER) -> Picture:
-    """A ring around a point, with a dark edge. Returns a new picture."""
+    """Return a new picture with a dark-edged ring around a point."""
     canvas = Image.fromarray(_checked(image))
     pen = ImageDraw.Draw(canvas)
     for reach, tint, line in ((radius + 1, INK, 4), (radius, colour, 2)):
@@ -145,7 +145,7 @@ def draw_point(image: Picture, x: float, y: float, *, radius: int = 5, colour: C
 
 
 def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None = None) -> Picture:
-    """A ring around the highest value of a map (h, w), resized to the picture, so that a small spot is seen.
+    """Draw a ring around the highest value of a map (h, w), resized to the picture, so that a small spot is seen.
 
     ``radius`` is in pixels; None: a sixteenth of the shorter side. Returns a new picture, without a ring if the map is
     constant or has NaN, for then no place is the highest.
@@ -159,7 +159,7 @@ def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None 
 
 
 def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
-    """A picture (not a map) at ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
+    """Resize a picture (not a map) to ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
     if image.shape[:2] == size:
         return image
     return np.array(resize_image(Image.fromarray(image), size, Image.Resampling.BICUBIC))
@@ -183,7 +183,7 @@ def panel(
     cell: int = 160,
     gap: int = 10,
 ) -> Picture:
-    """A grid of captioned pictures, as one picture on white; a `CalmError` if there is none.
+    """Return a grid of captioned pictures as one picture on white; raise a `CalmError` if there is none.
 
     Args:
         rows: the cells; None leaves one empty, and a short row ends early.
@@ -244,7 +244,7 @@ _Font: TypeAlias = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
 @cache
 def _font(size: int, *, bold: bool = False) -> _Font:
-    """DejaVu Sans, which matplotlib brings along (found without importing it), else Pillow's own font."""
+    """Return DejaVu Sans, which matplotlib brings along (found without importing it), or else Pillow's own font."""
     spec = find_spec("matplotlib")
     if spec is not None and spec.origin is not None:
         file = Path(spec.origin).parent / f"mpl-data/fonts/ttf/DejaVuSans{'-Bold' if bold else ''}.ttf"
@@ -254,7 +254,7 @@ def _font(size: int, *, bold: bool = False) -> _Font:
 
 
 def _cut_to(text: str, font: _Font, width: int) -> str:
-    """The text, cut with an ellipsis where it would be wider than ``width`` pixels."""
+    """Return the text, cut with an ellipsis where it would be wider than ``width`` pixels."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:
@@ -263,7 +263,7 @@ def _cut_to(text: str, font: _Font, width: int) -> str:
 
 
 def _grid(values: Tensor | ArrayLike) -> Tensor:
-    """A map (h, w) on the CPU, in float32 or wider."""
+    """Return a map (h, w) on the CPU, in float32 or wider."""
     grid = widen(torch.as_tensor(values).detach().cpu())
     if grid.ndim != 2:
         raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}")
@@ -271,7 +271,7 @@ def _grid(values: Tensor | ArrayLike) -> Tensor:
 
 
 def _signed(values: Tensor) -> Tensor:
-    """Divided by the largest absolute value, in [-1, 1]; a zero or non-finite map becomes zeros."""
+    """Divide by the largest absolute value, to [-1, 1]; a zero or non-finite map becomes zeros."""
     peak = values.abs().amax()
     return values / peak if bool(peak > 0) and bool(peak.isfinite()) else torch.zeros_like(values)
 

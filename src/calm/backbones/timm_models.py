@@ -110,7 +110,7 @@ def _grid(height: int, width: int, cells: int) -> tuple[int, int] | None:
 
 
 def is_timm_name(name: str) -> bool:
-    """Whether timm has a model of this name, given with or without ``timm/`` before it and a tag after it."""
+    """Return whether timm has a model of this name, given with or without ``timm/`` before it and a tag after it."""
     import timm
 
     return bool(timm.is_model(name.removeprefix("timm/").partition(".")[0]))

@@ -92,7 +92,7 @@ def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:
 
 
 def _as_grid(values: Tensor, grid: tuple[int, int]) -> Any:
-    """A (B, D, h, w) array, float32 or wider. The last h * w of tokens (B, T, D) are the grid."""
+    """Return (B, D, h, w), float32 or wider; of tokens (B, T, D), the last h * w become the grid."""
     if values.ndim == 3:
         height, width = grid
         if values.shape[1] < height * width:

@@ -122,7 +122,7 @@ def rank_correlation(first: Float[Tensor, "*n p"], second: Float[Tensor, "*n p"]
 
 
 def _centred_ranks(values: Tensor) -> Tensor:
-    """Ranks less their mean; all zero for a row with NaN."""
+    """Return the ranks less their mean; all are zero for a row with NaN."""
     values = values.double().contiguous()
     ordered = values.sort(dim=-1).values
     below = torch.searchsorted(ordered, values, right=False)

@@ -61,14 +61,14 @@ def cue_location(flags: Flags) -> None:
 
 
 def _subject_and_split(flags: Flags) -> tuple[Subject, Split]:
-    """What an evaluation needs, before it makes the experiment's folder."""
+    """Return the subject and the test images, before the experiment's folder is made."""
     check_place(flags)
     model = load_model(flags)
     return released_subject(flags, model), test_split(flags, model)
 
 
 def _mean(result: Result, ending: str, count: int) -> float:
-    """mPxAP in percent, two digits; NaN if no pair differs in ``count`` groups."""
+    """Return mPxAP in percent, rounded to two digits; NaN if no pair differs in ``count`` groups."""
     figure = result.figures.get(f"mpxap{ending}_{count}")
     return float("nan") if figure is None else round(100 * figure.value, 2)
 

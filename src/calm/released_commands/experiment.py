@@ -122,7 +122,7 @@ def check_place(flags: Flags) -> None:
 
 
 def finished(flags: Flags) -> bool:
-    """Whether the experiment's folder holds a complete training."""
+    """Return whether the experiment's folder holds a complete training."""
     return (flags.folder / FILE_NAME).is_file()
 
 

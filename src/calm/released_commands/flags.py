@@ -26,7 +26,7 @@ _BOOLEANS = dict.fromkeys(("yes", "true", "t", "y", "1"), True) | dict.fromkeys(
 
 
 def _flag(default: Any, meaning: str, *names: str, choices: Sequence[str] | None = None) -> Any:
-    """A field of `Flags`: its default, its help text, other names of the flag, its choices."""
+    """Return a field of `Flags` with its default, its help text, other names of the flag and its choices."""
     return field(default_factory=lambda: copy(default), metadata={"help": meaning, "names": names, "choices": choices})
 
 

@@ -59,7 +59,7 @@ def load_model(flags: Flags) -> CalmModel:
 
 
 def _checkpoint_folder(flags: Flags) -> Path:
-    """The checkpoint's folder: as given, or below ``--save_root``; by default the experiment's own."""
+    """Return the checkpoint's folder: as given, or below ``--save_root``; by default the experiment's own."""
     named = flags.load_checkpoint
     places = [flags.folder] if named is None else [Path(named), Path(flags.save_root) / named]
     for place in places:
@@ -181,7 +181,7 @@ class _GradientSums:
     steps: int
 
     def maps(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k H W"]:
-        """See `calm.evaluate.subject`."""
+        """Return maps of classes: see `calm.evaluate.subject`."""
         columns = []
         for column in classes.unbind(dim=1):
             total = torch.zeros_like(self.images[:, 0])
