@@ -301,7 +301,7 @@ def _disk_error(error: BaseException) -> int | None:
 
 
 def _is_temporary(name: str | bytes) -> bool:
-    """Whether ``name`` is a temporary path or below one, or empty."""
+    """Return whether ``name`` is a temporary path or below one, or empty."""
     return not name or any(_TEMPORARY_NAME.fullmatch(part) for part in Path(os.fsdecode(name)).parts)
 
 

@@ -114,7 +114,7 @@ class _Bands:
             raise _TooLargeError(f"a compressed strip or tile of more than {MAX_SEGMENT:,} bytes")
 
     def load(self) -> NDArray[Any]:
-        """The values, (H, W, bands)."""
+        """Return the values, (H, W, bands)."""
         places = [self.series.axes.index(axis) for axis in "YX"]
         return np.moveaxis(self.series.asarray(), places, (0, 1)).reshape(self.height, self.width, -1)
 
@@ -148,13 +148,13 @@ def _band_count(image: Any) -> int:
 
 
 def _depth(image: Any) -> int:
-    """Bits of a value, at most 16: as a TIFF says; Pillow stretches those of PPM to 16."""
+    """Return the bits of a value, at most 16: as a TIFF says; Pillow stretches those of PPM to 16."""
     deep = image.mode.startswith("I") or ";16" in str(getattr(image, "tile", ""))
     return min(16, *getattr(image, "tag_v2", {}).get(258, (16,))) if deep else 8
 
 
 def _upper_bits(values: NDArray[Any], bits: int) -> NDArray[np.uint8]:
-    """The upper 8 of ``bits`` bits of integers; values beyond are black or white."""
+    """Return the upper 8 of ``bits`` bits of integers; values beyond are black or white."""
     if values.dtype.kind not in "iu":
         raise CalmError("floating-point image: convert it to 8 bits a channel first")
     return values if values.dtype == np.uint8 else np.clip(values >> max(0, bits - 8), 0, 255).astype(np.uint8)
@@ -228,7 +228,7 @@ def highest_value(path: Path, channels: int = 3) -> int:
 
 
 def mask_problem(size: tuple[int, int] | None, image_size: tuple[int, int] | None) -> str:
-    """Say what is wrong with a mask of ``size`` (width, height): it has, to a pixel, the shape of its image, scaled."""
+    """Return what is wrong with a mask, whose (width, height) must be, to a pixel, in proportion to its image's."""
     (width, height), (across, down) = size or (0, 0), image_size or (0, 0)
     if abs(width * down - height * across) <= max(width + height, across + down):
         return ""

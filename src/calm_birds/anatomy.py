@@ -60,7 +60,7 @@ class Surface:
 
 
 def _smooth(knots: Array, count: int) -> Array:
-    """A Catmull-Rom curve through ``knots`` (K, M) sampled at ``count`` places -> (count, M)."""
+    """Sample a Catmull-Rom curve through ``knots`` (K, M) at ``count`` places -> (count, M)."""
     padded = np.concatenate([2 * knots[:1] - knots[1:2], knots, 2 * knots[-1:] - knots[-2:-1]])
     t = np.linspace(0, len(knots) - 1, count)
     i = np.minimum(t.astype(int), len(knots) - 2)
@@ -212,7 +212,7 @@ def wing(density: float) -> Surface:
 
 
 def _tail_outline(shape: str, v: Array) -> Array:
-    """How long the tail is at each place across it, relative to its longest feather."""
+    """Return how long the tail is at each place across it, relative to its longest feather."""
     a = np.abs(v)
     curves = {
         "rounded_tail": 1 - 0.22 * v**2, "squared_tail": 1 - 0.10 * a**8, "notched_tail": 0.86 + 0.14 * a,
@@ -295,7 +295,7 @@ def _rotation(axis: str, degrees: float) -> Array:
 
 
 def _outline(head_turn: Array, head_at: Array, tail_turn: Array) -> Array:
-    """Points that bound any species in this pose: body, wings, head with a bill, tail."""
+    """Return points that bound any species in this pose: body, wings, head with a bill, tail."""
     bill = np.array([[0.36, 0, -0.04]], np.float32)
     tips = np.array([[-0.48, 0.13, 0], [-0.48, -0.13, 0]], np.float32)
     flank = wing(12.0).points
@@ -306,7 +306,7 @@ def _outline(head_turn: Array, head_at: Array, tail_turn: Array) -> Array:
 
 
 def _sample_turns(rng: np.random.Generator, near: float, upright: float) -> tuple[Array, Array, Array]:
-    """The head's rotation and pivot, and the tail's rotation; ``near`` is the side that faces the viewer."""
+    """Draw the head's rotation and pivot, and the tail's rotation; ``near`` is the side that faces the viewer."""
     look = float(np.clip(rng.normal(-8, 22), -50, 45)) * -near  # negative values look at the viewer
     nod, tilt = upright * 0.8 + rng.normal(0, 8), rng.normal(0, 7)
     head_turn = _rotation("z", look) @ _rotation("y", nod) @ _rotation("x", tilt)
@@ -325,7 +325,7 @@ def _sample_wing(rng: np.random.Generator, hand: float) -> Array:
 def _sample_legs(
     rng: np.random.Generator, view: Array, forward: float
 ) -> tuple[list[list[Array]], float, float, float]:
-    """Hip, ankle and foot of both legs in the view, and the perch: its slope, lowest foot and middle."""
+    """Draw hip, ankle and foot of both legs in the view, and the perch: its slope, lowest foot and middle."""
     legs: list[list[Array]] = []
     length = rng.uniform(0.33, 0.42)
     for hand in (1.0, -1.0):

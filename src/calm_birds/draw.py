@@ -60,7 +60,7 @@ def enlarge(values: Array, side: int, *, cubic: bool = False) -> Array:
 
 @lru_cache(maxsize=4)
 def _noise(size: int) -> Array:
-    """A fixed tile of smooth noise (size, size), mean 0, standard deviation 1."""
+    """Return a fixed tile of smooth noise (size, size), mean 0, standard deviation 1."""
     rng = np.random.default_rng(7)
     coarse = rng.standard_normal((size // 4, size // 4)).astype(np.float32)
     tile = enlarge(coarse, size, cubic=True)
@@ -68,7 +68,7 @@ def _noise(size: int) -> Array:
 
 
 def _grain(u: Array, v: Array, along: float, across: float) -> Array:
-    """Noise looked up in texture coordinates: features are ``1 / along`` long and ``1 / across`` wide."""
+    """Look noise up in texture coordinates: features are ``1 / along`` long and ``1 / across`` wide."""
     tile = _noise(256)
     rows = (u * along * 4).astype(int) % 256
     columns = (v * across * 4).astype(int) % 256
@@ -84,7 +84,7 @@ def _spots(u: Array, v: Array, pitch: float, radius: float) -> NDArray[np.bool_]
 
 
 def _trunk_pattern(look: Plumage, surface: Surface) -> Array:
-    """Where the second colour shows on back, breast or belly (N,), 0 or 1."""
+    """Return where the second colour shows on back, breast or belly (N,), 0 or 1."""
     u, v = surface.u, surface.v * 0.22
     if look.pattern == "spotted":
         return _spots(u, v, 0.088, 0.031).astype(np.float32)
@@ -252,7 +252,7 @@ class Painting:
 
 
 def _shade(colors: Array, normals: Array, light: Light) -> Array:
-    """Soft sun plus a sky that is brighter than the ground, and a thin darker rim that rounds the body."""
+    """Light by a soft sun and a sky brighter than the ground, with a thin darker rim that rounds the body."""
     sun = np.clip(normals @ light.sun * 0.75 + 0.25, 0, 1)[:, None]
     up = (normals[:, 1:2] + 1) / 2
     rim = 0.78 + 0.22 * np.clip(normals[:, 2:3] * 1.8, 0, 1)
@@ -286,7 +286,7 @@ def _placed_surfaces(
 
 
 def _paint_leg(painting: Painting, leg: Leg, label: int, color: Array, pose: Pose, light: Light) -> None:
-    """Thigh, shank and toes as thick strokes; what lies under the body is painted over later."""
+    """Paint thigh, shank and toes as thick strokes; what lies under the body is painted over later."""
     unit, facing = pose.unit, float(np.sign(pose.view[0, 0]))
     tone = color * (0.5 * (light.sky + light.ground) + 0.55 * light.strength)
 

@@ -78,7 +78,7 @@ def _line(canvas: _Canvas, points: Array, color: tuple[float, ...] | int, width:
 
 
 def _ellipse(canvas: Array, at: Array, axes: tuple[float, float], color: tuple[float, ...], angle: float = 0.0) -> None:
-    """A filled ellipse around ``at``; centre and semi-axes are cut to whole pixels, axes to at least 1."""
+    """Fill an ellipse around ``at``; centre and semi-axes are cut to whole pixels, axes to at least 1."""
     whole = (max(1, int(axes[0])), max(1, int(axes[1])))
     cv2.ellipse(canvas, (int(at[0]), int(at[1])), whole, angle, 0, 360, color, -1)
 
@@ -88,7 +88,7 @@ def _disc(canvas: Array, at: Array, radius: float, color: tuple[float, ...]) -> 
 
 
 def _leaf_shape(at: Array, length: float, width: float, angle: float, bend: float = 0.0) -> tuple[Array, Array]:
-    """Outline (26, 2) and midrib (13, 2) of a leaf whose stem is at ``at``."""
+    """Return outline (26, 2) and midrib (13, 2) of a leaf whose stem is at ``at``."""
     t = np.linspace(0, 1, 13)
     half = width * np.sin(np.pi * t**0.8) * (1 - 0.25 * t)
     axis, side = np.array([np.cos(angle), np.sin(angle)]), np.array([-np.sin(angle), np.cos(angle)])
@@ -125,7 +125,7 @@ def _soft_layer(canvas: Array, rng: Generator, colors: tuple[_Color, ...], count
 
 
 def _distractors(canvas: Array, rng: Generator, count: int) -> None:
-    """Flowers, berries and feather-like shapes in the colours that birds have."""
+    """Paint flowers, berries and feather-like shapes in the colours that birds have."""
     side = canvas.shape[0]
     words = list(COLORS)
     for _ in range(count):
@@ -190,7 +190,7 @@ def paint_background(rng: Generator, side: int) -> Array:
 
 
 def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
-    """A boulder with a flat top at ``top``, lit from above, with a rough surface and sometimes moss."""
+    """Paint a boulder with a flat top at ``top``, lit from above, with a rough surface and sometimes moss."""
     side = canvas.shape[0]
     angle = np.linspace(0, 2 * np.pi, 40)[:-1]
     width, height = rng.uniform(0.8, 1.5) * unit, rng.uniform(0.4, 0.8) * unit
@@ -213,7 +213,7 @@ def _paint_rock(canvas: Array, rng: Generator, top: Array, unit: float) -> None:
 
 
 def _paint_post(canvas: Array, rng: Generator, middle: Array, half: float, bark: tuple[float, ...]) -> None:
-    """A round wooden post down to the lower border, shaded across, with a pale cut top."""
+    """Paint a round wooden post down to the lower border, shaded across, with a pale cut top."""
     side = canvas.shape[0]
     left, right = (int(np.clip(middle[0] + k * half, 0, side)) for k in (-1, 1))
     top = int(np.clip(middle[1], 0, side))
@@ -229,7 +229,7 @@ def _paint_post(canvas: Array, rng: Generator, middle: Array, half: float, bark:
 def _paint_branch(
     canvas: Array, rng: Generator, middle: Array, along: Array, down: Array, thick: float, bark: tuple[float, ...]
 ) -> None:
-    """A branch across the whole picture, ``thick`` below the feet, with cracks in its bark and a few leaves."""
+    """Paint a branch across the picture, ``thick`` below the feet, with cracks in its bark and a few leaves."""
     side = canvas.shape[0]
     reach = 1.6 * side
     spine = _curve(middle - along * reach + down * thick, middle + along * reach + down * thick, 0.0)
@@ -342,7 +342,7 @@ class Drawing:
 
 
 def _shrink_labels(part: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """Labels at picture size; a pixel is bird where at least half of it is, with the label of one such quarter."""
+    """Shrink labels to picture size; a pixel is bird where at least half of it is, with the label of such a quarter."""
     corners = [part[i::SUPERSAMPLE, j::SUPERSAMPLE] for i, j in ((0, 0), (1, 1), (0, 1), (1, 0))]
     label, covered = np.zeros((size, size), np.uint8), np.zeros((size, size), np.uint8)
     for corner in corners:
@@ -374,7 +374,7 @@ def _part_points(before: NDArray[np.uint8], after: NDArray[np.uint8]) -> tuple[t
 
 
 def _extents(pose: Pose, light: Light, side: int) -> dict[str, NDArray[np.bool_]]:
-    """A coarse mask (side, side) of each part group in the pose, drawn for one fixed species."""
+    """Return a coarse mask (side, side) of each part group in the pose, drawn for one fixed species."""
     small = side // 4
     coarse = Painting(np.zeros((small, small, 3), np.float32), np.zeros((small, small), np.uint8))
     paint_bird(coarse, _REFERENCE, pose.scaled(small / side), light, np.ones(3, np.float32))

@@ -219,7 +219,7 @@ MAX_SPECIES = len(_FAMILIES) * len(_MEMBERS)
 
 
 def _member(number: int, member: int) -> Species:
-    """The ``member``-th species of a family, named after its one swap, or after a habitat if it has several."""
+    """Return the ``member``-th species of a family, named after its one swap, or a habitat if it has several."""
     family = _FAMILIES[number]
     swaps = [list(family.swaps.items())[swap] for swap in _MEMBERS[member]]
     if not swaps:

@@ -193,13 +193,13 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
 
 
 def _underscored(word: str) -> str:
-    """``--batch-size=8`` as ``--batch_size=8``: both spellings are accepted."""
+    """Return ``--batch-size=8`` as ``--batch_size=8``: both spellings are accepted."""
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
 
 
 def _output_problem() -> str:
-    """What is wrong with standard output, such as a full disk that it is redirected to; empty if nothing is."""
+    """Return what is wrong with standard output, such as a full disk that it is redirected to; empty if nothing is."""
     try:
         sys.stdout.flush()
     except OSError as error:

@@ -153,7 +153,7 @@ def find_images(entries: Sequence[str], out: Path) -> tuple[dict[Path, str], lis
 
 
 def _matches(entry: str, out: Path) -> Iterator[tuple[Path, str]]:
-    """The image files of an entry, each with the name that its results would like to have."""
+    """Yield the image files of an entry, each with the name that its results would like to have."""
     path = Path(entry)
     try:
         is_file, is_folder = path.is_file(), path.is_dir()
@@ -180,7 +180,7 @@ def _is_image(file: Path, folder: Path, out: Path) -> bool:
 
 
 def _numbered(name: str, taken: Callable[[str], bool]) -> str:
-    """``name``, or name-2, name-3, ... if it is taken."""
+    """Return ``name``, or name-2, name-3, ... if it is taken."""
     return next(word for word in chain([name], (f"{name}-{n}" for n in count(2))) if not taken(word))
 
 
@@ -246,7 +246,7 @@ def _write(
 
 
 def _record(source: Path, explanation: Explanation, query: Query, names: Sequence[str]) -> dict[str, Any]:
-    """The record of one image in results.json. Places are in the picture's pixels."""
+    """Return the record of one image in results.json. Places are in the picture's pixels."""
 
     def of_class(c: int) -> dict[str, Any]:
         return {"index": c, "name": names[c], "probability": min(1.0, float(explanation.probs[c]))}

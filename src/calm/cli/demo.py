@@ -54,7 +54,7 @@ def demo(
 def _commands(
     out: Path, species: int, images_per_species: int, size: int, epochs: int | None, seed: int
 ) -> list[list[str]]:
-    """The command lines, each as its words."""
+    """Return the command lines, each as its words."""
     birds, evaluation = str(out / "birds"), str(out / "evaluation")
     runs = {method: str(out / "runs" / method) for method in ("calm-em", "cam")}
     made = f"--species {species} --images_per_species {images_per_species} --size {size} --seed {seed}"

@@ -128,7 +128,7 @@ def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
 def _explained(
     parser: Parser, given: list[tuple[argparse.Action, list[str]]], error: argparse.ArgumentError
 ) -> CalmError:
-    """The error to show for a command line that the parser refused."""
+    """Return the error to show for a command line that the parser refused."""
     help_page = f"see {parser.prog} --help"
     for action, words in given:
         for word in words:
@@ -146,7 +146,7 @@ def _name(action: argparse.Action) -> str:
 
 
 def _problem(action: argparse.Action, value: str, help_page: str) -> CalmError | None:
-    """Why a flag or a positional argument does not take a value; None if it does."""
+    """Return why a flag or a positional argument does not take a value; None if it does."""
     choices = list(map(str, action.choices or ()))
     hint = getattr(action, "_typehint", action.type)
     if not choices and _fits(value, hint):
@@ -160,7 +160,7 @@ def _problem(action: argparse.Action, value: str, help_page: str) -> CalmError |
 
 
 def _fits(value: str, hint: Any) -> bool:
-    """Whether jsonargparse takes a value for a type hint."""
+    """Return whether jsonargparse takes a value for a type hint."""
     if hint is None:
         return True
     single = ArgumentParser(exit_on_error=False)
@@ -176,20 +176,20 @@ _KINDS: Mapping[Any, str] = {int: "a whole number", float: "a number", bool: "tr
 
 
 def _described(hint: Any) -> str:
-    """A type hint in words: ``tuple[float, float]`` is "[a number, a number]"."""
+    """Describe a type hint in words: ``tuple[float, float]`` is "[a number, a number]"."""
     if get_origin(hint) in (list, tuple):
         return f"[{', '.join('...' if member is Ellipsis else _described(member) for member in get_args(hint))}]"
     return _KINDS.get(hint, getattr(hint, "__name__", str(hint)))
 
 
 def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Type hints of the parameters. That of the result is left out: it may be imported for type checking alone."""
+    """Return the parameters' type hints. The result's is left out: it may be imported for type checking alone."""
     annotations = {name: hint for name, hint in function.__annotations__.items() if name != "return"}
     return get_type_hints(SimpleNamespace(__annotations__=annotations), function.__globals__)
 
 
 def _description(function: Callable[..., Any]) -> str:
-    """The docstring's text before its sections, wrapped to the terminal."""
+    """Return the docstring's text before its sections, wrapped to the terminal."""
     text = inspect.getdoc(function) or ""
     text = _plain_text(re.split(r"\n(?:Args|Returns|Raises|Source):", text)[0].strip())
     width = min(100, shutil.get_terminal_size().columns - 2)

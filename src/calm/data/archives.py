@@ -228,9 +228,9 @@ def merge(source: Path, target: Path) -> None:
 
 
 def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str) -> None:
-    """Put the released lists of a data set (CUB, ILSVRC, OpenImages) at ``out/metadata/name``.
+    """Copy the released lists of a data set (CUB, ILSVRC, OpenImages) to ``out/metadata/name``.
 
-    They come from an archive at hand or from an address, ``published`` for that of `PUBLISHED`; or this is only a note.
+    They come from an archive at hand or from ``url`` (``published`` is that of `PUBLISHED`); otherwise a note asks for them.
     """
     final = out / "metadata" / name
     matching = [] if final.exists() else find("metadata", archives, prepared)

@@ -202,7 +202,7 @@ def _part_group(where: str, group: str, entry: Any) -> PartGroup:
 
 
 def _is_list(value: Any, is_member: Callable[[Any], bool]) -> bool:
-    """Whether ``value`` is a list with one member or more, all of which are as ``is_member`` says."""
+    """Return whether ``value`` is a list of one member or more, all of which are as ``is_member`` says."""
     return isinstance(value, list) and bool(value) and all(map(is_member, value))
 
 

@@ -333,7 +333,7 @@ def _as_text(path: Path) -> Path:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Yield all files below a folder, those of linked folders too: each folder once, and none that is around it."""
+    """Yield all files below a folder, those of linked folders too: each folder once, and none that contains it."""
     seen = set(folder.resolve().parents)
     waiting = [folder]
     while waiting:
@@ -352,12 +352,12 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def _is_hidden(folder: str) -> bool:
-    """Whether a folder is none of the user's: a file server's thumbnails, a cache, what an archive left."""
+    """Return whether programs make a folder of such a name for themselves: thumbnails, caches, what archives leave."""
     return folder.startswith((".", "__")) or folder == "@eaDir"
 
 
 def is_image(path: Path, folder: Path) -> bool:
-    """Whether a file below ``folder`` is taken for an image by its name; a broken link is, so that it is reported."""
+    """Return whether the name says that a file below ``folder`` is an image, or a broken link to one."""
     *above, name = path.relative_to(folder).parts
     named = path.suffix.lower() in SUFFIXES and not name.startswith(".") and not any(map(_is_hidden, above))
     return named and (path.is_file() or not path.exists())
@@ -385,7 +385,7 @@ def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | 
 
 
 def has_splits(root: str | Path, layout: Layout = "auto", metadata_root: str | Path | None = None) -> bool:
-    """Whether a data set says which images are of which split: all do but a folder with nothing but class folders."""
+    """Return whether a data set has splits: all do but a folder with nothing but class folders."""
     source = open_source(root, layout, metadata_root)
     return not isinstance(source, FolderSource) or bool(source.folders)
 

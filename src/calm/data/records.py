@@ -342,10 +342,10 @@ def whole_number(text: str) -> int | None:
 
 
 def is_text(name: str) -> bool:
-    """Whether a file's name can be written as UTF-8: names of bytes that are not UTF-8 cannot."""
+    """Return whether a file's name can be written as UTF-8: names of bytes that are not UTF-8 cannot."""
     return name.isascii() or not any("\ud800" <= character <= "\udfff" for character in name)
 
 
 def is_inside(path: str) -> bool:
-    """Whether ``path`` is relative, names something, and stays below the folder it is relative to."""
+    """Return whether ``path`` is relative, names something, and stays below the folder it is relative to."""
     return bool(PurePosixPath(path).name) and path[0] != "/" and "\0" not in path and ".." not in path.split("/")

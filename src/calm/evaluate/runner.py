@@ -218,7 +218,7 @@ def run_split(
 
 
 def _trained_on(model: Path, root: Path) -> bool:
-    """Whether a model's run, or its card, names the data, by the path or by the fingerprint of its training images."""
+    """Return whether a model's run or card names the data, by the path or the fingerprint of its training images."""
     run = _run_folder(model)
     if run and Path(str(read_yaml(run / "config.yaml").get("data"))).resolve() == root.resolve():
         return True

@@ -142,7 +142,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
 
 
 def _protocols(results: Sequence[Result]) -> list[str]:
-    """For each benchmark whose rows differ in normalisation or thresholds, say which rows have which."""
+    """Return, for each benchmark whose rows differ in normalisation or thresholds, which rows have which."""
     lines = []
     for benchmark, of_benchmark in _by_benchmark(results).items():
         labels: dict[str, list[str]] = {}

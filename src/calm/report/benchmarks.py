@@ -36,7 +36,7 @@ _FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
 def benchmark_section(
     group: Group, style: Mapping[str, Style], gallery: Mapping[str, Any] | None = None, *, fold: bool = True
 ) -> Section:
-    """All figures and curves of a benchmark on one data set; if ``fold``, the images are folded away at first."""
+    """Return all figures and curves of a benchmark on one data set; with ``fold``, its images are folded away."""
     paper = PUBLISHED.get((group.benchmark, group.published_data or ""))
     published = [name for figures in paper.rows.values() for name in figures] if paper else []
     names = _figure_names(group, published)
@@ -61,7 +61,7 @@ def benchmark_section(
 
 
 def main_figure(group: Group) -> tuple[str, str, str] | None:
-    """The figure that stands for a benchmark: its best value, what it is, and which methods have it or come next."""
+    """Return a benchmark's main figure: its best value, what it is, and which methods have it or come next."""
     names = _figure_names(group)
     name = next((name for name in (*MAIN, *names) if name in names), "")
     spec = figure_spec(name)
@@ -78,7 +78,7 @@ def main_figure(group: Group) -> tuple[str, str, str] | None:
 
 
 def _figure_names(group: Group, published: Sequence[str] = ()) -> list[str]:
-    """The figures that any result or the paper has: those that are described in that order, then the others."""
+    """Return the figures that any result or the paper has, in the order of `calm.evaluate.result.FIGURES`."""
     return figure_order([*(name for result in group.results for name in result.figures), *published])
 
 
@@ -88,7 +88,7 @@ def _column(name: str) -> Column:
 
 
 def _tables(group: Group, names: Sequence[str], paper: Published | None, caption: str | None = None) -> list[Table]:
-    """The figures in tables that fit the page, the first one with the caption."""
+    """Return the figures in tables that fit the page, the first one with the caption."""
     tables: list[Table] = []
     for start in range(0, len(names), WIDEST):
         columns = names[start : start + WIDEST]
@@ -104,7 +104,7 @@ def _tables(group: Group, names: Sequence[str], paper: Published | None, caption
 
 
 def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
-    """What the columns mean, and which way is good; those for 1, 2, ... parts are explained with their mean."""
+    """Return what the columns mean, and which way is good; those for 1, 2, ... parts are explained with their mean."""
     by_parts = [name for name in names if re.fullmatch(r"mpxap.*_\d+", name) and name.rpartition("_")[0] in names]
     entries = []
     for spec in (figure_spec(name) for name in names if name not in by_parts):
@@ -116,7 +116,7 @@ def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[Markup]]:
-    """One chart for each kind of curve, with the curves of all methods that have it; and all their lines."""
+    """Return one chart for each kind of curve, with the curves of all methods that have it; and all their lines."""
     drawn, charts = list[Line](), list[Markup]()
     for kind in dict.fromkeys(name for result in group.results for name in result.curves):
         curves = {r.label: r.curves[kind] for r in group.results if kind in r.curves}
@@ -127,7 +127,7 @@ def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[
 
 
 def _chart(kind: str, curves: Sequence[Curve], lines: Sequence[Line]) -> Markup:
-    """Fractions in percent, and thresholds that crowd near 0 on a logarithmic axis."""
+    """Draw fractions in percent, and thresholds that crowd near 0 on a logarithmic axis."""
     x = [value for curve in curves for value in curve.x if math.isfinite(value)]
     y = [value for line in lines for value in line.y]
     crowded = any(sorted(curve.x)[len(curve.x) // 2] < CROWDED for curve in curves if curve.x)
@@ -148,7 +148,7 @@ def _fractions(values: Sequence[float]) -> bool:
 
 
 def _line(label: str, curve: Curve, style: Style) -> Line:
-    """The curve with the points that can be told apart."""
+    """Return the curve with the points that can be told apart."""
     points = np.array([curve.x, curve.y, curve.low or curve.y, curve.high or curve.y], dtype=float)
     points = points[:, np.isfinite(points[:2]).all(axis=0)]
     spans = np.ptp(points[:2], axis=1, keepdims=True) if points.size else 1.0
@@ -157,7 +157,7 @@ def _line(label: str, curve: Curve, style: Style) -> Line:
 
 
 def _kept(points: NDArray[np.floating]) -> list[int]:
-    """Places of the points (2, n) that are at least `STEP` from the one kept before them; and the last."""
+    """Return the points (2, n) that are at least `STEP` from the one kept before them, by position; and the last."""
     kept = [0] if points.size else []
     for i in range(1, points.shape[1]):
         if np.abs(points[:, i] - points[:, kept[-1]]).max() >= STEP or i == points.shape[1] - 1:
@@ -166,7 +166,7 @@ def _kept(points: NDArray[np.floating]) -> list[int]:
 
 
 def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
-    """Cue localization: dots with intervals for each number of differing part groups, and one dot for each pair."""
+    """Return dots with intervals for each number of differing part groups, and one dot for each pair."""
     return {
         "charts": list(filter(None, (_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")))),
         "lines": [Line([], [], r.label, *style[r.label]) for r in group.results],
@@ -175,7 +175,7 @@ def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
 
 
 def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Markup | None:
-    """mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
+    """Chart the mPxAP of the pairs that differ in 1, 2, 3, ... part groups, and of all."""
     endings = {name.removeprefix(f"{stem}_") for r in group.results for name in r.figures}
     numbers = sorted((name for name in endings if name.isdecimal()), key=int)
     if not numbers:
@@ -190,7 +190,7 @@ def _by_groups(group: Group, style: Mapping[str, Style], stem: str) -> Markup | 
 
 
 def _by_pair(group: Group, style: Mapping[str, Style]) -> list[Markup]:
-    """PxAP of each pair, the pairs by the number of parts that differ and then by the first method's figure."""
+    """Chart the PxAP of each pair, by the number of parts that differ and then by the first method's figure."""
     figures = {r.label: _pairs(r) for r in group.results if r.details.get("pairs")}
     first = next(iter(figures.values()), {})
     names = sorted(set().union(*figures.values()), key=lambda name: (name[0], -first.get(name, -1.0), name))
@@ -206,7 +206,7 @@ def _by_pair(group: Group, style: Mapping[str, Style]) -> list[Markup]:
 
 
 def _pairs(result: Result) -> dict[tuple[int, str], float]:
-    """PxAP by number of differing parts and names of the classes, without pairs that have no image."""
+    """Return PxAP by number of differing parts and names of the classes, without pairs that have no image."""
     figures = {}
     for pair in result.details["pairs"]:
         name = " / ".join(species_name(str(pair[end])) for end in ("first", "second"))

@@ -43,7 +43,7 @@ def chart(
     x_log: bool = False,
     whole: bool = True,
 ) -> Markup:
-    """A figure with curves. Its heading says what is drawn, so that the y axis needs no label.
+    """Draw a figure with curves. Its heading says what is drawn, so that the y axis needs no label.
 
     With ``percent`` or ``x_percent``, y or x are fractions, written in percent; ``whole`` x are such as epochs.
     """
@@ -69,7 +69,7 @@ def chart(
 
 
 def dot_chart(lines: Sequence[Line], places: Sequence[str], *, title: str, x_label: str, wide: bool = False) -> Markup:
-    """A figure with a dot and its interval for each method at each named place of the x axis, the methods side by side.
+    """Draw a dot and its interval for each method at each named place of the x axis, the methods side by side.
 
     y are fractions, written in percent. A ``wide`` figure is as wide as the page, with upright names.
     """
@@ -103,7 +103,7 @@ def _scale(axes: Any, *, percent: bool) -> None:
 
 
 def _figure(draw: Callable[[Any], None], title: str, size: tuple[float, float]) -> Markup:
-    """What ``draw`` puts on axes, as a drawing with a heading."""
+    """Return what ``draw`` puts on axes, as a drawing with a heading."""
     import matplotlib as mpl
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
@@ -134,7 +134,7 @@ def _figure(draw: Callable[[Any], None], title: str, size: tuple[float, float]) 
 
 
 def _inline(svg: str, title: str) -> Markup:
-    """The drawing as an element of the page: no metadata, the page's fonts and colours, a name for screen readers."""
+    """Make the drawing part of the page: no metadata, the page's fonts and colours, a name for screen readers."""
     svg = svg[svg.index("<svg") :]
     for unwanted in (
         r"(?s)<metadata>.*?</metadata>",

@@ -118,12 +118,12 @@ def _mapping(path: Path) -> dict[str, Any]:
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value of a file is a number, not a Boolean."""
+    """Return whether a value of a file is a number, not a Boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
-    """The finished runs whose models the results are about, and what is wrong with those that cannot be read."""
+    """Return the finished runs whose models the results are about, and what is wrong with those that cannot be read."""
     runs, problems = [], []
     for folder in dict.fromkeys(folder for group in groups for folder in group.run_folders):
         try:
@@ -192,7 +192,7 @@ class Group:
         return Preprocessing()
 
     def read_split(self) -> Split:
-        """The images of the data set, read as they were for the results; a `CalmError` if it is gone or damaged."""
+        """Return the images of the data set, read as for the results; a `CalmError` if it is gone or damaged."""
         data = self.data
         if not data.get("root") or not Path(data["root"]).is_dir():
             raise CalmError(f"there is no folder {data.get('root', '(not recorded)')}")
@@ -201,7 +201,7 @@ class Group:
 
 
 def find_groups(folders: Sequence[Path]) -> list[Group]:
-    """All results below the folders, by benchmark and data set, each file once; a `CalmError` if there is none."""
+    """Return all results below folders by benchmark and data set, each file once; a `CalmError` if there is none."""
     files: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
@@ -226,7 +226,7 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
 
 
 def styles(groups: Sequence[Group]) -> dict[str, Style]:
-    """How each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
+    """Return how each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
     results = sorted((result for group in groups for result in group.results), key=_rank)
     labels = list(dict.fromkeys(result.label for result in results))
     chosen: dict[str, Style] = {}
@@ -239,13 +239,13 @@ def styles(groups: Sequence[Group]) -> dict[str, Style]:
 
 
 def about(result: Result, what: str = "subject") -> Mapping[str, Any]:
-    """What the provenance says about the model and the method, or of the ``data``."""
+    """Return what the provenance says about the model and the method, or about the ``data``."""
     known = result.provenance.get(what)
     return known if isinstance(known, Mapping) else {}
 
 
 def own_maps(result: Result) -> str | None:
-    """How the model was trained (``calm-em``, ...) if the result is about its own maps, not a baseline's; else None."""
+    """Return the model's training method if the result is about its own maps; None if it is about a baseline's."""
     config = about(result).get("model_config")
     return config.get("method") if isinstance(config, Mapping) and about(result).get("method") in MAP_KINDS else None
 
@@ -254,12 +254,12 @@ _ORDER = ("cue-localization", "remove-and-classify", "localization", "classifica
 
 
 def _rank(result: Result) -> tuple[bool, str]:
-    """The maps of the models themselves before other explanations of them, each by label."""
+    """Return a sort key: the models' own maps before other explanations of them, each by label."""
     return about(result).get("method") not in MAP_KINDS, result.label
 
 
 def _is_result(path: Path) -> bool:
-    """Whether a JSON file is a saved result, and not a table, a configuration, or something else."""
+    """Return whether a JSON file is a saved result, and not a table, a configuration, or something else."""
     try:
         content = read_json(path)
     except CalmError:
@@ -268,7 +268,7 @@ def _is_result(path: Path) -> bool:
 
 
 def _distinct(results: Sequence[Result]) -> list[Result]:
-    """The results with labels that differ: equal ones are told apart by run or protocol, and else by a number."""
+    """Give results of equal labels different ones: by run or protocol if these differ, and else by a number."""
     seen: Counter[str] = Counter()
     distinct = []
     for result in results:
@@ -283,7 +283,7 @@ def _distinct(results: Sequence[Result]) -> list[Result]:
 
 
 def _circumstances(result: Result) -> tuple[str, ...]:
-    """What two results of one label may differ in: the run's folder, and the protocol."""
+    """Return what two results of one label may differ in: the run's folder, and the protocol."""
     norm, cuts = (result.provenance.get(name) for name in ("normalization", "thresholds"))
     run = Path(str(about(result).get("model") or "")).name
     return run, f"norm {norm}" if norm else "", f"thresholds {cuts}" if cuts else ""

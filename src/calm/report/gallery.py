@@ -44,7 +44,7 @@ class Scene:
 
 
 def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
-    """What ``templates/gallery.html`` reads: cards of images with the maps of all methods; what cannot be drawn."""
+    """Return the values of ``templates/gallery.html``: cards with the maps of all methods, and what cannot be drawn."""
     values: dict[str, Any] = {"cards": {}, "counts": (BEST, WORST, RANDOM), "problems": [], "columns": 1}
     chosen = choose(group, seed=seed)
     if not chosen:
@@ -69,7 +69,7 @@ def gallery(group: Group, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _shot(result: Result, view: Scene, values: Tensor) -> Shot:
-    """The map of a method with the truth and a ring at its highest value."""
+    """Draw the map of a method with the truth and a ring at its highest value."""
     how = "minmax" if result.provenance.get("normalization") == "minmax" else "max"
     drawn = _with_truth(overlay(view.picture, values, how=how, size=(SIDE, SIDE)), view)  # type: ignore[arg-type]
     alt = f"map of {result.label} for {view.record.id}"
@@ -77,7 +77,7 @@ def _shot(result: Result, view: Scene, values: Tensor) -> Shot:
 
 
 def choose(group: Group, *, seed: int = 0) -> list[tuple[str, str]]:
-    """(best | worst | random, image id) of the images that all methods have scored, no image twice."""
+    """Return (best | worst | random, image id) of the images that all methods have scored, no image twice."""
     scored = [result.scores for result in group.results if result.scores]
     common = set.intersection(*(set(scores) for scores in scored)) if scored else set()
     means = {name: sum(scores[name] for scores in scored) / len(scored) for name in common}
@@ -91,7 +91,7 @@ def choose(group: Group, *, seed: int = 0) -> list[tuple[str, str]]:
 
 
 def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
-    """The images by id, read where the provenance says that the data are; a `CalmError` if one is gone."""
+    """Read images by id from where the provenance says that the data are; a `CalmError` if one is gone."""
     split = group.read_split()
     places = {record.id: record for record in split.records}
     missing = [name for name in ids if name not in places]
@@ -111,7 +111,7 @@ def scenes(group: Group, ids: Sequence[str]) -> list[Scene]:
 
 
 def _cue_scenes(split: Split, records: Sequence[Record], pictures: Sequence[Picture], root: Path) -> list[Scene]:
-    """Each image with a pair of its class that differs in as few part groups as possible, one of them visible."""
+    """Give each image a pair of its class that differs in as few part groups as possible, one of them visible."""
     data = read_cue_data(replace(split, records=tuple(records)), root)
     regions = data.regions(tuple(records), torch.arange(len(records)))
     views = []
@@ -129,7 +129,7 @@ def _cue_scenes(split: Split, records: Sequence[Record], pictures: Sequence[Pict
 
 
 def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
-    """One map (h, w) for each scene: of its class, or the difference of its two; a `CalmError` if any is gone."""
+    """Return one map (h, w) for each scene, or the difference of two; a `CalmError` if any is gone."""
     known = about(result)
     if known.get("maps"):
         return [_stored(Path(known["maps"]), scene.record.id) for scene in scenes]
@@ -144,7 +144,7 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
 
 
 def load_model(result: Result) -> CalmModel:
-    """The model of a result, in evaluation mode; a `CalmError` if it is gone or has other weights now."""
+    """Load the model of a result, in evaluation mode; a `CalmError` if it is gone or has other weights now."""
     source = about(result).get("model")
     if not source:
         raise CalmError("its provenance names no model")
@@ -166,7 +166,7 @@ def _stored(folder: Path, name: str) -> Tensor:
 
 
 def _with_truth(drawn: Picture, view: Scene) -> Picture:
-    """The picture with the boxes and the outline of the region."""
+    """Draw the boxes and the outline of the region."""
     if view.region is not None:
         drawn = draw_contour(drawn, view.region, 0.5)
     height, width = view.picture.shape[:2]

@@ -61,19 +61,19 @@ class DataSet:
         return max((value for value in measured if value is not None), default=None)
 
     def figure(self, name: str) -> dict[str, float | None]:
-        """A figure of the first model of CALM and of CAM, by their own maps."""
+        """Return a figure of the first model of CALM and of CAM, by their own maps."""
         results = [r for group in reversed(self.groups) for r in reversed(group.results) if name in r.figures]
         values = {own_maps(r): r.figures[name].value for r in results}
         ours = next((values[method] for method in CALM if method in values), None)
         return {"calm": ours, "cam": values.get("cam")}
 
     def run(self, methods: Sequence[str]) -> Run | None:
-        """The first run of one of the methods."""
+        """Return the first run of one of the methods."""
         return next((run for method in methods for run in self.runs if run.method == method), None)
 
 
 def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, seed: int = 0) -> Page:
-    """The page of `write_report`. Paths below ``base`` are written relative to it; others by their last part only."""
+    """Make the page of `write_report`. Paths below ``base`` become relative to it; others keep their last part."""
     groups = find_groups(sources)
     runs, problems = find_runs(groups)
     style = styles(groups)
@@ -122,7 +122,7 @@ def _named(section: Section, name: str) -> Section:
 
 
 def _numbers(data: DataSet) -> list[Section]:
-    """How well the models classify, and how often their maps point at the part that tells classes apart."""
+    """Show how well the models classify, and how often their maps point at the part that tells classes apart."""
     if not (data.runs or data.cues or data.agreement is not None):
         return []
     options = data.cues[0].provenance.get("options", {}) if data.cues else {}
@@ -138,7 +138,7 @@ def _numbers(data: DataSet) -> list[Section]:
 
 
 def _classification_table(runs: Sequence[Run]) -> Table:
-    """Test figures of the best weights of some runs, as their result.json has them."""
+    """Tabulate the test figures of the best weights of the runs, as their result.json has them."""
     columns = {
         "accuracy": Column("accuracy", "%", "higher"),
         "nll": Column("nll", ".3f", "lower"),
@@ -163,7 +163,7 @@ def _pointing_table(results: Sequence[Result]) -> Table:
 
 
 def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
-    """Peak in the part by pair."""
+    """Tabulate, pair by pair, how often maps peak in the differing part."""
     shares = [*singles[0]["peaks"], "chance"]
     names = [f"{single['first']} / {single['second']}" for single in singles]
     cells = [[s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]] for s in singles]
@@ -180,7 +180,7 @@ _TRAINING_CHARTS = (
 
 
 def _training(runs: Sequence[Run]) -> Section:
-    """Loss, accuracy, and for CALM how spread out its maps are, epoch by epoch."""
+    """Chart loss, accuracy, and for CALM how spread out its maps are, epoch by epoch."""
     colours: dict[str, str] = {}
     for run in runs:
         own = {"calm-em": "calm", "calm-ml": "other", "cam": "cam"}[run.method]
@@ -207,7 +207,7 @@ def _training(runs: Sequence[Run]) -> Section:
 def _making(
     data_sets: Sequence[DataSet], runs: Sequence[Run], problems: Sequence[str], sources: Sequence[Path], base: Path
 ) -> Section:
-    """Commands, data, versions and options of every run and result: enough to make the page again."""
+    """List commands, data, versions and options of every run and result: enough to make the page again."""
     results = [result for data in data_sets for group in data.groups for result in group.results]
     values = {
         "data_sets": data_sets,
@@ -222,7 +222,7 @@ def _making(
 
 
 def _relative(value: Any, base: Path) -> Any:
-    """A value of any shape whose paths do not tell whose machine it was."""
+    """Replace the paths in a value of any shape by ones that say nothing about the machine."""
     if isinstance(value, Mapping):
         return {name: _relative(member, base) for name, member in value.items()}
     if isinstance(value, (list, tuple)):

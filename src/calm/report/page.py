@@ -35,7 +35,7 @@ FORMULAS = {name: s.replace(" ", "\N{NO-BREAK SPACE}").replace("|", "|\N{WORD JO
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """A fraction as a percentage.
+    """Write a fraction as a percentage.
 
     >>> percent(0.9876), percent(0.5, 0)
     ('98.8\\u202f%', '50\\u202f%')
@@ -44,7 +44,7 @@ def percent(value: float, digits: int = 1) -> str:
 
 
 def counted(number: int, noun: str) -> str:
-    """A number and a noun.
+    """Write a number and its noun.
 
     >>> counted(1, "method"), counted(1200, "image"), counted(2, "class")
     ('1 method', '1,200 images', '2 classes')
@@ -54,7 +54,7 @@ def counted(number: int, noun: str) -> str:
 
 
 def species_name(name: str) -> str:
-    """A class of CUB as the name of a bird; other names are kept.
+    """Write a class of CUB as the name of a bird; other names are kept.
 
     >>> species_name("009.Brewer_Blackbird"), species_name("010.Red_winged_Blackbird"), species_name("dog")
     ('Brewer Blackbird', 'Red-winged Blackbird', 'dog')
@@ -63,7 +63,7 @@ def species_name(name: str) -> str:
 
 
 def listed(words: Sequence[str], last: str = "and") -> str:
-    """Words in a sentence.
+    """Join words as in a sentence.
 
     >>> listed(["head"]), listed(["head", "leg", "wing"])
     ('head', 'head, leg and wing')
@@ -80,13 +80,13 @@ class Column:
     better: Literal["higher", "lower", ""] = ""  # which numbers are good; "" for neither: then none is bold
 
     def written(self, value: float | str | None) -> str:
-        """A number as it stands in the table; a dash for None and NaN, strings as they are."""
+        """Write a number as it stands in the table; a dash for None and NaN, strings as they are."""
         if value is None or isinstance(value, str) or not math.isfinite(value):
             return value if isinstance(value, str) else "–"
         return percent(value) if self.form == "%" else format(value, self.form)
 
     def interval(self, ends: tuple[float, float]) -> str | None:
-        """An interval, with a percent sign only at its end; None if it has no ends."""
+        """Write an interval, with a percent sign only at its end; None if it has no ends."""
         low, high = map(self.written, ends)
         to = " to " if low.startswith(("-", "−")) else "–"
         return None if "–" in (low, high) else f"{low.removesuffix(PERCENT)}{to}{high}"
@@ -112,7 +112,7 @@ class Table:
     corner: str = ""
 
     def cells(self, row: Row) -> list[tuple[str, str | None, bool]]:
-        """For each column of a row: the value as written, its interval as written or None, whether it is the best."""
+        """Return the value and interval of a row in each column, as written or None, and whether it is the best."""
         cells = []
         intervals = row.intervals or [None] * len(self.columns)
         for place, (column, value, ends) in enumerate(zip(self.columns, row.values, intervals, strict=True)):
@@ -138,7 +138,7 @@ class Shot:
 
 
 def data_uri(picture: Picture, *, lossless: bool = False) -> str:
-    """The picture as a ``data:`` address: JPEG, or PNG if ``lossless``."""
+    """Return the picture as a ``data:`` address: JPEG, or PNG if ``lossless``."""
     buffer, kind = io.BytesIO(), "png" if lossless else "jpeg"
     options: dict[str, Any] = {"optimize": True} if lossless else {"quality": JPEG_QUALITY, "subsampling": 0}
     Image.fromarray(picture).save(buffer, kind, **options)
@@ -193,7 +193,7 @@ class Page:
 
 
 def render(page: Page) -> str:
-    """The page as one HTML document, which needs no other file."""
+    """Return the page as one HTML document, which needs no other file."""
     return _environment().get_template("page.html").render(page=page)
 
 

@@ -50,7 +50,7 @@ class Classifier:
 
     @classmethod
     def predicting(cls, name: str, model: CalmModel, split: Split) -> Classifier:
-        """The model with its predictions for the images of a split."""
+        """Return the model with its predictions for the images of a split."""
         asked = model_subject(model)
         if asked.classes(split).tolist() != list(range(model.config.num_classes)):
             raise CalmError(f"the {name} model has the data's classes in another order, or more classes")
@@ -58,7 +58,7 @@ class Classifier:
         return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches]))
 
     def says(self, image: int) -> int:
-        """The most probable class of an image."""
+        """Return the most probable class of an image."""
         return int(self.probs[image].argmax())
 
 
@@ -75,7 +75,7 @@ class Study:
 
     @classmethod
     def of(cls, groups: Sequence[Group]) -> Study | None:
-        """The study of the models on one data set; None without a CALM model; a `CalmError` if one is gone."""
+        """Return the study of the models on a data set; None without a CALM model; a `CalmError` if one is gone."""
         by_method = {own_maps(result): result for group in groups for result in reversed(group.results)}
         calm = next((by_method[method] for method in CALM if method in by_method), None)
         if calm is None:
@@ -111,25 +111,25 @@ class Study:
         return [species_name(name) for name in self.split.class_names]
 
     def picture(self, image: int) -> Picture:
-        """A test image, of its own size."""
+        """Return a test image, of its own size."""
         reading = self.calm.model.preprocessing
         return reading.picture(reading.read(self.split.records[image].path, exif=self.split.exif))
 
     def differing(self, one: int, other: int) -> list[str]:
-        """Names of the part groups in which two classes differ; empty if nothing says so."""
+        """Return the names of the part groups in which two classes differ; empty if nothing says so."""
         pair = self.pairs.get((min(one, other), max(one, other)))
         return [self.cues.groups[group].name for group in pair.groups] if pair and self.cues else []
 
 
 def story_sections(study: Study, singles: Sequence[Mapping[str, Any]], *, seed: int = 0) -> list[Section]:
-    """The sections, in order, with `single_pairs` in the last; ``seed`` is of the scene in which birds are drawn."""
+    """Return the sections in order, `single_pairs` in the last; ``seed`` is of the scene in which birds are drawn."""
     plate = _plate(study, seed)
     sections = [_classes(study, plate), _evidence(study), _mistakes(study)]
     return [*sections, _differences(study, study.cues, plate, singles)] if singles and study.cues else sections
 
 
 def single_pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """The pairs of classes that differ in one part which some image shows, as cue localization found them.
+    """Return the pairs of classes that differ in one part which some image shows, as cue localization found them.
 
     Each has ``first`` and ``second`` (names of the classes), ``part``, ``maps`` (number of difference maps), ``peaks``
     (by the results' labels, the share of maps that peak in the part), ``chance`` (of a random pixel of the object).
@@ -149,7 +149,7 @@ def single_pairs(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def birds_config(root: Path) -> dict[str, Any] | None:
-    """What drawn birds (`calm_birds`) were made from; None for another data set."""
+    """Return what drawn birds (`calm_birds`) were made from; None for another data set."""
     with suppress(CalmError, OSError, LookupError, TypeError, AttributeError):
         config: dict[str, Any] = read_json(root / "birds.json")["config"]
         if {"species", "size", "seed"} <= config.keys():
@@ -162,7 +162,7 @@ def _evenly_spaced(total: int, count: int) -> list[int]:
 
 
 def _plate(study: Study, seed: int) -> list[Picture]:
-    """Drawn birds: each species in the same scene, of some the one that shows the bird best. Else nothing."""
+    """Draw each species in the same scene, one that shows the bird best; return nothing for other data."""
     kinds = choose_species(len(study.names)) if birds_config(study.root) else ()
     if [species_name(kind.name) for kind in kinds] != study.names:
         return []
@@ -172,13 +172,13 @@ def _plate(study: Study, seed: int) -> list[Picture]:
 
 
 def _visible(drawing: Drawing) -> tuple[int, int]:
-    """How well a drawing shows its bird: visible parts, then pixels, if it keeps clear of the border."""
+    """Return how well a drawing shows its bird: visible parts, then pixels, if it keeps clear of the border."""
     cut = drawing.mask.sum() > drawing.mask[1:-1, 1:-1].sum()
     return 0 if cut else sum(point is not None for point in drawing.points), int(drawing.mask.sum())
 
 
 def _classes(study: Study, plate: Sequence[Picture]) -> Section:
-    """What is to be told apart: drawn, or the first test image of each class; and some test images."""
+    """Show what is to be told apart: drawn, or the first test image of each class; and some test images."""
     portraits, what = [], "a drawn bird" if plate else "test image"
     for label, name in enumerate(study.names[:CLASSES_SHOWN]):
         images = (study.labels == label).nonzero().flatten().tolist()
@@ -194,14 +194,14 @@ def _classes(study: Study, plate: Sequence[Picture]) -> Section:
 
 
 def _neighbours(study: Study, label: int) -> str:
-    """The classes that differ from this one in one part, and that part."""
+    """Return the classes that differ from this one in one part, and that part."""
     single = [key for key, pair in study.pairs.items() if label in key and len(pair.groups) == 1]
     near = [f"{study.names[sum(key) - label]} ({listed(study.differing(*key))})" for key in single]
     return "near: " + listed(near) if near else "no near relative" if study.pairs else ""
 
 
 def _evidence(study: Study) -> Section:
-    """Of each class the first image that CALM gets right, with all maps of that class."""
+    """Show of each class the first image that CALM gets right, with all maps of that class."""
     right, firsts = study.calm.probs.argmax(dim=1) == study.labels, dict[int, int]()
     for image in right.nonzero().flatten().tolist():
         firsts.setdefault(int(study.labels[image]), image)
@@ -235,7 +235,7 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
 
 
 def _mistakes(study: Study) -> Section:
-    """Images that CALM gets wrong, surest first; if there are none, those it is least sure of."""
+    """Show images that CALM gets wrong, surest first; if there are none, those it is least sure of."""
     labels, probs = study.labels, study.calm.probs
     sure, says = probs.max(dim=1)
     wrong = (says != labels).nonzero().flatten()
@@ -259,7 +259,7 @@ def _mistakes(study: Study) -> Section:
 
 
 def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot]:
-    """The maps of two classes for one image."""
+    """Return the maps of two classes for one image."""
     picture, names = study.picture(image), (study.names[first], study.names[second])
     joint = _class_maps(study, study.calm, image, first, second)
     signed = overlay(picture, joint[0] - joint[1], colormap="signed", size=(SIDE, SIDE))
@@ -276,7 +276,7 @@ def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot
 
 @torch.no_grad()
 def _class_maps(study: Study, classifier: Classifier, image: int, *classes: int) -> Float[Tensor, "k h w"]:
-    """The model's main maps of some classes for an image, on its grid."""
+    """Return the model's main maps of some classes for an image, on its grid."""
     model = classifier.model
     output = model(model.preprocess([study.split.records[image].path]))
     maps: Tensor = output.attribute(torch.tensor([classes]), model.map_kind())[0].float().cpu()
@@ -286,7 +286,7 @@ def _class_maps(study: Study, classifier: Classifier, image: int, *classes: int)
 def _differences(
     study: Study, cues: CueData, plate: Sequence[Picture], singles: Sequence[Mapping[str, Any]]
 ) -> Section:
-    """Some pairs, of as many different parts as possible; of both classes a test image with the models' maps."""
+    """Show pairs with as many different parts as possible: of both classes an image, with the models' maps."""
     known = {(study.names[pair.first], study.names[pair.second]): n for n, pair in enumerate(cues.pairs)}
     parts = [single["part"] for single in singles]
     turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
@@ -312,7 +312,7 @@ def _pair_shots(study: Study, cues: CueData, plate: Sequence[Picture], number: i
 
 
 def _typical_image(study: Study, cues: CueData, number: int, label: int) -> int | None:
-    """The first image of the class whose part is at least as large as in half of the class's images."""
+    """Return the first image of the class whose part is at least as large as in half of the class's images."""
     images = [i for i, numbers in cues.samples.items() if number in numbers and int(study.labels[i]) == label]
     areas = _truth(study, cues, images, cues.pairs[number]).flatten(1).sum(dim=1) if images else torch.zeros(0)
     if not areas.any():
@@ -321,12 +321,12 @@ def _typical_image(study: Study, cues: CueData, number: int, label: int) -> int 
 
 
 def _truth(study: Study, cues: CueData, images: Sequence[int], pair: CuePair) -> Bool[Tensor, "b H W"]:
-    """The pixels of the part that differs, in some images, at the size of the protocol."""
+    """Return the pixels of the part that differs, in some images, at the size of the protocol."""
     return group_mask(cues.regions(study.split.records, torch.tensor(images)), pair.groups)
 
 
 def _difference_maps(study: Study, cues: CueData, image: int, pair: CuePair) -> list[Shot]:
-    """The image with the part outlined, and each model's difference map with a ring at its peak."""
+    """Draw the image with the part outlined, and each model's difference map with a ring at its peak."""
     picture, (truth,) = study.picture(image), _truth(study, cues, [image], pair)
     names = f"{study.names[pair.first]} and {study.names[pair.second]}"
     outlined = draw_contour(_enlarged(picture), truth.float(), 0.5)
@@ -351,6 +351,6 @@ def _enlarged(picture: Picture, side: int = SIDE) -> Picture:
 
 
 def _shot(picture: Picture, values: Tensor, how: Normalization, label: str, name: str) -> Shot:
-    """A map over its picture, with a ring at its highest value."""
+    """Draw a map over its picture, with a ring at its highest value."""
     drawn = overlay(picture, values, how=how, size=(SIDE, SIDE))
     return Shot(draw_peak(drawn, values), f"{label} map for {name}", label)
