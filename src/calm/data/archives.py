@@ -230,7 +230,7 @@ def merge(source: Path, target: Path) -> None:
 def place_metadata(name: str, out: Path, archives: Sequence[Path], prepared: Prepared, url: str, sha256: str) -> None:
     """Copy the released lists of a data set (CUB, ILSVRC, OpenImages) to ``out/metadata/name``.
 
-    They come from an archive at hand or from ``url`` (``published`` is that of `PUBLISHED`); otherwise a note asks for them.
+    They come from an archive at hand or from ``url`` (``published``: that of `PUBLISHED`); else a note asks for them.
     """
     final = out / "metadata" / name
     matching = [] if final.exists() else find("metadata", archives, prepared)
