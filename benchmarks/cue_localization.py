@@ -77,38 +77,38 @@ def loop(model: calm.CalmModel, root: Path, pairs: list, batch_size: int) -> tup
     return figures, maps
 
 
-def compare(asked: argparse.Namespace, species: int, images: int, groups: object) -> tuple[list[object], str]:
+def compare(flags: argparse.Namespace, species: int, images: int, groups: object) -> tuple[list[object], str]:
     """A row of the table, and what takes our time if the target is not met."""
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "birds"
         write_birds(root, species=species, images_per_species=2 * images, test_fraction=0.5, size=96)
         torch.manual_seed(0)
-        size = calm.Preprocessing(size=(asked.size, asked.size))
+        size = calm.Preprocessing(size=(flags.size, flags.size))
         split, counts = load_split(root, "test"), tuple(groups)
         known = {"class_names": split.class_names, "preprocessing": size}
-        model = calm.create_model(asked.backbone, species, "cam", **known).to(asked.device).eval()
+        model = calm.create_model(flags.backbone, species, "cam", **known).to(flags.device).eval()
         subject = model_subject(model)
-        warm = model.preprocess([record.path for record in split.records[: asked.batch_size]])
+        warm = model.preprocess([record.path for record in split.records[: flags.batch_size]])
         with torch.no_grad():
-            model(warm.to(asked.device))
+            model(warm.to(flags.device))
 
         began = clock()
         data = read_cue_data(split, root, counts)
         if species == SPECIES:
             data = cub_pairs(data)
-        result = cue_localization(subject, split, data, batch_size=asked.batch_size)
+        result = cue_localization(subject, split, data, batch_size=flags.batch_size)
         ours = clock() - began
 
         pairs = data.pairs
-        some = min(asked.pairs or len(pairs), len(pairs))
-        chosen = np.unique(np.linspace(0, len(pairs) - 1, some).astype(int)).tolist()
+        count = min(flags.pairs or len(pairs), len(pairs))
+        chosen = np.unique(np.linspace(0, len(pairs) - 1, count).astype(int)).tolist()
         began = clock()
-        figures, maps = loop(model, root, [pairs[number] for number in chosen], asked.batch_size)
+        figures, maps = loop(model, root, [pairs[number] for number in chosen], flags.batch_size)
         every = result.details["samples"]
         theirs = (clock() - began) * every / maps
         judged = verdict(theirs / ours, TARGET, least=True)
         missed = judged != "met"
-        profile = hottest(lambda: cue_localization(subject, split, data, batch_size=asked.batch_size)) if missed else ""
+        profile = hottest(lambda: cue_localization(subject, split, data, batch_size=flags.batch_size)) if missed else ""
 
     own = [result.details["pairs"][number]["pxap"] for number in chosen]
     apart = float(np.nanmax(np.abs(np.array(own) - figures)))
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, help="the most that the loop does; all, unless given")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--device", default="cpu")
-    asked = parser.parse_args()
+    flags = parser.parse_args()
     header = [
         "birds",
         "images",
@@ -147,8 +147,8 @@ def main() -> None:
         f"target {TARGET}",
         "largest difference of a pair's PxAP, points",
     ]
-    print(f"{asked.backbone}, {asked.size} pixels, batches of {asked.batch_size}, {asked.device}\n")
-    rows, profiles = zip(*(compare(asked, *setting) for setting in SETTINGS), strict=True)
+    print(f"{flags.backbone}, {flags.size} pixels, batches of {flags.batch_size}, {flags.device}\n")
+    rows, profiles = zip(*(compare(flags, *setting) for setting in SETTINGS), strict=True)
     print(table(header, rows))
     for row, profile in zip(rows, profiles, strict=True):
         if profile:

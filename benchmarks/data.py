@@ -65,14 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
+    flags = parser.parse_args()
     torch.manual_seed(0)
     rows = []
     for size, side in SIZES:
         with tempfile.TemporaryDirectory() as folder:
-            cases = ways(write(Path(folder), size, asked.images), side)
-            times = measure.seconds({"|".join(case): way for case, way in cases.items()}, asked.rounds)
-        speed = {case: f"{asked.images / measure.median(times['|'.join(case)]):.0f}" for case in cases}
+            cases = ways(write(Path(folder), size, flags.images), side)
+            times = measure.seconds({"|".join(case): way for case, way in cases.items()}, flags.rounds)
+        speed = {case: f"{flags.images / measure.median(times['|'.join(case)]):.0f}" for case in cases}
         for name in (*AUGMENTATIONS, TEST):
             steps = [speed[name, step] for step in ("augment", "read and augment", "from the cache")]
             rows.append([f"{size[0]}x{size[1]} to {side}x{side}", name, speed["", "read"], *steps])

@@ -69,21 +69,21 @@ def main() -> None:
     parser.add_argument("--backbone", default="narrow_resnet")
     parser.add_argument("--size", type=int, default=64, help="of the images and of the network's input, in pixels")
     parser.add_argument("--batch_size", type=int, default=32)
-    asked = parser.parse_args()
-    sizes = [*asked.of_each[: -1 if asked.full else None], *([OF_EACH] if asked.full else [])]
+    flags = parser.parse_args()
+    sizes = [*flags.of_each[: -1 if flags.full else None], *([OF_EACH] if flags.full else [])]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         root, model = Path(folder) / "birds", Path(folder) / "model"
         drawn = round(max(sizes) * 10 / 9) + 1
-        write_birds(root, species=SPECIES, images_per_species=drawn, test_fraction=0.9, size=asked.size)
+        write_birds(root, species=SPECIES, images_per_species=drawn, test_fraction=0.9, size=flags.size)
         torch.manual_seed(0)
-        size = calm.Preprocessing(size=(asked.size, asked.size))
+        size = calm.Preprocessing(size=(flags.size, flags.size))
         known = {"class_names": load_split(root, "test").class_names, "preprocessing": size}
-        calm.create_model(asked.backbone, SPECIES, "calm-em", **known).save_pretrained(model)
+        calm.create_model(flags.backbone, SPECIES, "calm-em", **known).save_pretrained(model)
         for name in BENCHMARKS:
             found = []
             for of_each in sizes:
-                words = (name, model, root, of_each, asked.batch_size)
+                words = (name, model, root, of_each, flags.batch_size)
                 found.append(peak_and_result(one, *words)[1] | {"peak": peak_memory(one, *words)})
                 print(name, found[-1], file=sys.stderr, flush=True)
             more = found[-1]["peak"] - found[0]["peak"]
@@ -102,7 +102,7 @@ def main() -> None:
                         "" if place else flat,
                     ]
                 )
-    print(f"CALM-EM {asked.backbone}, {asked.size} pixels, batches of {asked.batch_size}\n")
+    print(f"CALM-EM {flags.backbone}, {flags.size} pixels, batches of {flags.batch_size}\n")
     header = ["benchmark", "images", "maps", "s", "ms/image", "peak MiB", "MiB more for 1,000 images", "flat"]
     print(table(header, rows))
 

@@ -183,9 +183,9 @@ def main() -> None:
     parser.add_argument("--networks", nargs="+", type=network, default=["small_resnet:96:8", "resnet50:224:2"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=50, help="of integrated gradients")
-    asked = parser.parse_args()
-    for one in asked.networks:
-        compare(network(one) if isinstance(one, str) else one, asked.rounds, asked.steps)
+    flags = parser.parse_args()
+    for one in flags.networks:
+        compare(network(one) if isinstance(one, str) else one, flags.rounds, flags.steps)
 
 
 if __name__ == "__main__":

@@ -113,16 +113,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--channels_last", action="store_true")
     parser.add_argument("--rounds", type=int, default=5)
-    asked = parser.parse_args()
-    form = "channels last" if asked.channels_last else "channels first"
-    print(f"{asked.channels} channels, {asked.grid}x{asked.grid} locations, batch {asked.batch}, fp32, {form}:\n")
+    flags = parser.parse_args()
+    form = "channels last" if flags.channels_last else "channels first"
+    print(f"{flags.channels} channels, {flags.grid}x{flags.grid} locations, batch {flags.batch}, fp32, {form}:\n")
     settings = [
-        Setting(classes, asked.channels, asked.grid, asked.batch, asked.channels_last) for classes in asked.classes
+        Setting(classes, flags.channels, flags.grid, flags.batch, flags.channels_last) for classes in flags.classes
     ]
-    rows = [row for setting in settings for row in compare(setting, asked.rounds)]
+    rows = [row for setting in settings for row in compare(setting, flags.rounds)]
     header = ["classes", "way", "ms", "time over limit", f"target {TARGET}", "straightforward / this"]
     print(measure.table([*header, "peak MiB", "memory over limit"], rows) + "\n")
-    print(f"What takes the time of {OURS} with {asked.classes[-1]} classes:\n")
+    print(f"What takes the time of {OURS} with {flags.classes[-1]} classes:\n")
     print(measure.hottest(step(OURS, settings[-1])))
 
 

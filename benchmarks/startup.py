@@ -61,17 +61,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--commands", nargs="+", default=list(COMMANDS), help="whose --help is run")
     parser.add_argument("--code", nargs="+", default=PARTS, help="what else is timed")
-    asked = parser.parse_args()
+    flags = parser.parse_args()
     rows = []
-    for name in ("", *asked.commands):
+    for name in ("", *flags.commands):
         words = [*name.split(), "--help"]
-        seconds, imported = start(f"from calm.cli import main\nmain({words!r})", asked.rounds)
+        seconds, imported = start(f"from calm.cli import main\nmain({words!r})", flags.rounds)
         verdict = measure.verdict(seconds, LIMIT)
         rows.append([f"`calm {' '.join(words)}`", f"{seconds:.2f}", verdict, ", ".join(imported) or "none"])
     print(measure.table(["command", "seconds", f"target {LIMIT} s", "large libraries imported"], rows) + "\n")
     rows = []
-    for code in asked.code:
-        seconds, imported = start(code, asked.rounds)
+    for code in flags.code:
+        seconds, imported = start(code, flags.rounds)
         rows.append([f"`{code}`", f"{seconds:.2f}", ", ".join(imported) or "none"])
     print(measure.table(["code", "seconds", "large libraries imported"], rows))
 

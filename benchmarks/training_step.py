@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64 if torch.cuda.is_available() else 4)
     parser.add_argument("--classes", type=int, nargs="+", default=[200, 1000])
     parser.add_argument("--rounds", type=int, default=3)
-    asked = parser.parse_args()
+    flags = parser.parse_args()
     header = [
         "classes",
         "way",
@@ -136,11 +136,11 @@ def main() -> None:
     ]
     for fast in (False, True) if torch.cuda.is_available() else (False,):
         how = "bf16, channels last, compiled backbone" if fast else "fp32"
-        print(f"{asked.backbone}, {asked.size}x{asked.size} pixels, batch {asked.batch}, {how}:\n")
+        print(f"{flags.backbone}, {flags.size}x{flags.size} pixels, batch {flags.batch}, {how}:\n")
         rows, missed = [], {}
-        for classes in asked.classes:
-            setting = Setting(asked.backbone, asked.size, asked.batch, classes, fast)
-            some, step = compare(setting, asked.rounds)
+        for classes in flags.classes:
+            setting = Setting(flags.backbone, flags.size, flags.batch, classes, fast)
+            some, step = compare(setting, flags.rounds)
             rows += some
             if step is not None:
                 missed[classes] = step

@@ -162,13 +162,13 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
             maps = output.attribute(classes, query.method)
     explanations = []
     answers = zip(pictures, probs.cpu(), best.cpu(), classes.cpu(), maps.cpu(), strict=True)
-    for picture, prob, most, asked, values in answers:
+    for picture, prob, most, own, values in answers:
         size = picture.shape[0], picture.shape[1]
         signed = values[0] if query.versus is None else values[0] - values[1]
         grid = values[0] if query.versus is None else signed.abs()
-        map_of = dict(zip(asked.tolist(), values, strict=True)) | {int(asked[0]): grid}
+        map_of = dict(zip(own.tolist(), values, strict=True)) | {int(own[0]): grid}
         places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
-        explanations.append(Explanation(prob, int(asked[0]), tuple(most.tolist()), places, grid, signed, size))
+        explanations.append(Explanation(prob, int(own[0]), tuple(most.tolist()), places, grid, signed, size))
     return explanations
 
 

@@ -184,8 +184,8 @@ class CalmModel(nn.Module):
         The teacher is here the model whose posterior is used (an average of past weights); None is this model.
         """
         with torch.no_grad():
-            taught = None if teacher is None else teacher(images)
-        return self.output_loss(self(images), targets, temperature=temperature, teacher=taught)
+            teacher_output = None if teacher is None else teacher(images)
+        return self.output_loss(self(images), targets, temperature=temperature, teacher=teacher_output)
 
     def loss_from_features(
         self, features: Float[Tensor, "b d h w"], targets: Tensor, *, temperature: float = 1.0

@@ -210,8 +210,8 @@ class CalmOutput(_Output):
             losses = latent.ml_loss(own)
         else:
             with torch.no_grad():
-                taught = None if teacher is None else log_joint(teacher)
-            losses = latent.em_loss(latent.e_step(own, temperature, taught), own)
+                of_teacher = None if teacher is None else log_joint(teacher)
+            losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
         return ((targets * losses).sum(dim=1) if soft else losses).mean()
 
 

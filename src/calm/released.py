@@ -193,7 +193,7 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
         )
     if config.in_channels != 3:
         raise CalmError(f"the released code reads 3 channels, this model {config.in_channels}: use save_pretrained")
-    back = {ours: theirs for theirs, ours in _PLACES.items()}
+    back = {own: released for released, own in _PLACES.items()}
     state = {_moved(key, back): tensor.detach() for key, tensor in model.state_dict().items()}
     if config.method == "cam":
         for part in ("weight", "bias"):
@@ -250,7 +250,7 @@ def load_with_report(
     prior = [key for key in file.state if key.startswith("attention.")] if method == "cam" else []
     ignored = dict.fromkeys(prior, "a CAM model has no prior")
     names = {key: _moved(key, _PLACES) for key in file.state if key not in ignored}
-    given = {ours: file.state[key] for key, ours in names.items()}
+    given = {own_key: file.state[key] for key, own_key in names.items()}
     absent = tuple(key for key in own if key not in given and key.endswith(_COUNTER))
     try:
         fill(model, given | {key: own[key] for key in absent})

@@ -31,7 +31,7 @@ BACKBONES: dict[str, Callable[..., nn.Module]] = {
 """This package's own backbones; every other name is a timm model's. The options are those of the constructors."""
 
 STEPS = (2, 4, 8, 14, 16, 28, 32, 64)
-"""Sides of patches and windows, in pixels, of whose multiples `check_size` tries the nearest."""
+"""Sides of patches and windows, in pixels; `check_size` tries the nearest multiples of each."""
 
 
 def build_backbone(
@@ -143,7 +143,7 @@ def _int_attribute(module: nn.Module, name: str) -> int | None:
 def grid_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> tuple[int, int] | None:
     """Return (rows, columns) of the grid that ``backbone`` gives for images of ``size`` (height, width) in pixels.
 
-    It is tried on such an image, without computing anything. None says that it does not take images of that size.
+    It runs on the meta device, where nothing is computed. None means that it does not take images of that size.
     """
     if size == getattr(backbone, "size", None):
         grid: tuple[int, int] = backbone.grid  # type: ignore[assignment]
@@ -156,10 +156,10 @@ def grid_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> 
 
 
 def check_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> tuple[int, int] | None:
-    """Return `grid_size`, or None for a module that cannot be tried: it runs on no image, whatever its size.
+    """Return `grid_size`, or None for a module that runs on the meta device with images of no size.
 
     Raises:
-        CalmError: If the backbone does not take images of ``size``; the nearest sizes below and above are named, tried.
+        CalmError: If the backbone does not take images of ``size``; the message names the nearest sizes that it takes.
     """
     if (grid := grid_size(backbone, size, channels)) is not None:
         return grid
@@ -179,7 +179,7 @@ def check_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) ->
 
 
 def image_size(backbone: nn.Module, wanted: tuple[int, int] | None, channels: int = 3) -> tuple[int, int]:
-    """Return the size that images should have: ``wanted``; if None 224 x 224, or a timm model's own where it must.
+    """Return the size of images: ``wanted``; for None 224 x 224, or the size of a timm model that takes no other.
 
     A warning says if a timm model's grid has fewer than 5 rows or columns for such images.
 

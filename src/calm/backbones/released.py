@@ -79,9 +79,9 @@ class VGG16(nn.Module):
     def _renumber(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return torchvision's ``features.N.name`` under our numbers: layers with weights have the same order."""
         keys = [key for key in state if key.startswith("features.")]
-        theirs = dict.fromkeys(int(key.split(".")[1]) for key in keys)
-        ours = [number for number, layer in enumerate(self.features) if any(True for _ in layer.parameters())]
-        numbers = dict(zip(theirs, ours, strict=True))
+        numbered = dict.fromkeys(int(key.split(".")[1]) for key in keys)
+        weighted = [number for number, layer in enumerate(self.features) if any(True for _ in layer.parameters())]
+        numbers = dict(zip(numbered, weighted, strict=True))
         return {f"features.{numbers[int(key.split('.')[1])]}.{key.split('.')[2]}": state[key] for key in keys}
 
 

@@ -227,8 +227,8 @@ def match_classes(model_names: Sequence[str], data_names: Sequence[str], *, mode
         unnamed, named = (model, data) if numbers == tuple(model_names) else (data, model)
         warnings.warn(f"{unnamed} has no names for its classes: they are those of {named} by number", stacklevel=2)
         return tuple(range(len(numbers)))
-    theirs = set(data_names)
-    spare = [name for name in model_names if name not in theirs]
+    known = set(data_names)
+    spare = [name for name in model_names if name not in known]
     hint = " in upper and lower case" if {*map(str.lower, wrong)} <= {*map(str.lower, spare)} else ""
     raise CalmError(
         f"{model} knows {len(model_names):,} classes, {data} has {len(data_names):,}, and their names differ{hint}\n"
@@ -404,13 +404,13 @@ def detect_layout(root: Path) -> Layout:
     inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
     if not inner and (FolderSource(root).folders or len(list(islice(_with_images(root), 2))) > 1):
         return "folder"
-    looked = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
+    expected = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
     endings = Counter(path.suffix.lower() or "none" for path in islice(files_below(root), 1000)).most_common(5)
     below = f"\nendings of files: {', '.join(f'{ending} ({count:,})' for ending, count in endings)}" if endings else ""
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
     found = f"found: {first_of(names, 12)}{below}{hint}"
-    raise CalmError(f"no known data layout in {root}\nlooked for\n{looked}\n{found}")
+    raise CalmError(f"no known data layout in {root}\nlooked for\n{expected}\n{found}")
 
 
 def _lists_below(metadata: Path) -> list[Path]:

@@ -251,7 +251,7 @@ class Report:
         return self.text()
 
     def text(self, most: int = 5) -> str:
-        """Return the report as text: by kind, errors first, at most some of each kind, with counts and what to do."""
+        """Return the report as text: by kind, errors first, ``most`` of each at most, with counts and what to do."""
         images = ", ".join(f"{count:,} {name}" for name, count in self.images.items())
         errors, warnings = len(self.errors), len(self.problems) - len(self.errors)
         lines = [*self.description, f"{images} images: {_counted(errors, 'error')}, {_counted(warnings, 'warning')}"]

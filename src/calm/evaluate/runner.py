@@ -42,10 +42,10 @@ from calm.model import load
 from calm.output import MAP_KINDS
 
 _MODULES: Mapping[str, Any] = {"torch": torch, "numpy": np, "opencv": cv2, "pillow": PIL}
-"""What figures depend on: contours are OpenCV's, the regions of parts Pillow's."""
+"""Packages whose versions change figures: OpenCV finds contours, and Pillow resizes the masks of parts."""
 
 READING: Mapping[str, tuple[type, ...]] = {"val_fraction": (int, float), "present_classes_only": (bool,)}
-"""What of a run's configuration decides which images a carved split has, and how classes are numbered."""
+"""Fields of a run's configuration that decide which images a carved split has, and how classes are numbered."""
 
 
 @process_group()

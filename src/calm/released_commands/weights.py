@@ -35,7 +35,7 @@ def load_model(flags: Flags) -> CalmModel:
     """Load the model of ``--load_checkpoint``, in eval mode, on the GPU if there is one. Nothing is downloaded.
 
     Raises:
-        CalmError: no checkpoint asked for, none there, or one that is not what the flags say.
+        CalmError: no checkpoint is named or none is there, or it is one that is not what the flags say.
     """
     if not flags.use_load_checkpoint:
         raise CalmError(

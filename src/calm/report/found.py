@@ -209,7 +209,7 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
         inside = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
         files.update({path.resolve(): None for path in inside if _is_result(path)})
     if not files:
-        where = "(./evaluation, if it was asked about several models and not told --out)"
+        where = "(./evaluation for several models without --out)"
         advice = f"make some with calm evaluate, or name the folder where it put them {where}"
         raise CalmError(f"no result of a benchmark below {', '.join(map(str, folders))}: {advice}")
     found: dict[tuple[str, str], list[Result]] = {}

@@ -134,12 +134,12 @@ def maps_of(result: Result, scenes: Sequence[Scene]) -> list[Tensor]:
     if known.get("maps"):
         return [_stored(Path(known["maps"]), scene.record.id) for scene in scenes]
     model = load_model(result)
-    asked = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
+    subject = model_subject(model, method=known.get("method"), **(known.get("options") or {}))
     images = model.preprocess([model.preprocessing.read(s.record.path, exif=s.exif) for s in scenes])
     classes = torch.tensor([scene.classes for scene in scenes])
     if "classes" in known:  # the model numbers them in another order
         classes = torch.tensor(known["classes"])[classes]
-    maps = asked.predict(images).maps(classes).detach()
+    maps = subject.predict(images).maps(classes).detach()
     return list(maps[:, 0] if maps.shape[1] == 1 else (maps[:, 0] - maps[:, 1]).abs())
 
 

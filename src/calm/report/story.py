@@ -51,10 +51,10 @@ class Classifier:
     @classmethod
     def predicting(cls, name: str, model: CalmModel, split: Split) -> Classifier:
         """Return the model with its predictions for the images of a split."""
-        asked = model_subject(model)
-        if asked.classes(split).tolist() != list(range(model.config.num_classes)):
+        subject = model_subject(model)
+        if subject.classes(split).tolist() != list(range(model.config.num_classes)):
             raise CalmError(f"the {name} model has the data's classes in another order, or more classes")
-        batches = predictions(asked, split, batch_size=BATCH)
+        batches = predictions(subject, split, batch_size=BATCH)
         return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches]))
 
     def says(self, image: int) -> int:

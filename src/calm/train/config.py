@@ -269,7 +269,7 @@ class TrainConfig:
         is_new("head.", self.backbone, self.optim.grouping)
 
     def whole_run(self) -> str:
-        """Return which setting has a course over the whole run, so that a run cannot be given more epochs; or ""."""
+        """Return the setting whose schedule spans the whole run, which more epochs would change; empty if none does."""
         if self.optim.schedule in ("cosine", "one-cycle"):
             return f"its schedule {self.optim.schedule}"
         temperature = str(self.loss.temperature)
@@ -285,7 +285,7 @@ RELEASED_BACKBONE_NAMES = {
 
 
 def is_new(name: str, backbone: str, grouping: Grouping) -> bool:
-    """Whether the parameter ``name`` of a `CalmModel` belongs to the new layers, with the higher rate.
+    """Return whether the parameter ``name`` of a `CalmModel` belongs to the new layers, with the higher rate.
 
     Raises:
         CalmError: ``released`` grouping asked for a backbone that the released code does not have.

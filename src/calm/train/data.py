@@ -89,14 +89,14 @@ def _initialise(model: CalmModel, source: str, data: str, backbone: nn.Module | 
         model.backbone.load_state_dict(start.backbone.state_dict())
     except RuntimeError as error:
         raise CalmError(f"model.init_from {source!r}: its backbone {start.config.backbone!r} is another one") from error
-    head, theirs, names = model.head.state_dict(), start.head.state_dict(), model.class_names
+    head, saved, names = model.head.state_dict(), start.head.state_dict(), model.class_names
     try:
         rows = dict(enumerate(match_classes(start.class_names, names, model=source, data=data)))
     except CalmError:  # other classes, of which some may be the same
         rows = {i: start.class_names.index(name) for i, name in enumerate(names) if name in start.class_names}
-    if not rows or head.keys() != theirs.keys():
+    if not rows or head.keys() != saved.keys():
         return f"started from the backbone of {source}: its head, of other classes or another method, is left out"
-    for name, value in theirs.items():
+    for name, value in saved.items():
         if name.startswith("conv_last."):
             head[name][list(rows)] = value[list(rows.values())]
         else:

@@ -202,13 +202,13 @@ class Trainer:
             with fabric.no_backward_sync(self.module, enabled=not whole):
                 loss = self.module(images, targets, epoch=state.epoch, step=state.step, index=index, rank=rank)
                 # On the CPU there is nothing to wait for: every loss is looked at.
-                if fabric.device.type == "cpu" or self.step.looks_at(state.step, index):
+                if fabric.device.type == "cpu" or self.step.is_reported(state.step, index):
                     self.check_losses()
                 fabric.backward(loss / config.optim.accumulate)
             if whole:
                 self.take_step()
             speed = (index + 1) * len(images) * fabric.world_size / max(1e-9, time.monotonic() - start)
-            values = f"loss {self.step.shown['loss']:.3f}  accuracy {100 * self.step.shown['accuracy']:.1f} %"
+            values = f"loss {self.step.smoothed['loss']:.3f}  accuracy {100 * self.step.smoothed['accuracy']:.1f} %"
             self.bar.update(self.task, advance=1, values=f"{values}  {speed:.0f} images/s")
         if fabric.device.type == "cuda":
             torch.cuda.synchronize(fabric.device)
@@ -228,7 +228,7 @@ class Trainer:
             average.update_parameters(state.model)
         if state.step % self.config.log.every_n_steps == 0:
             rates = {f"lr/{name}": rate for name, rate in state.rates.items()}
-            self.fabric.log_dict({"step/loss": self.step.shown["loss"], **rates}, state.step)
+            self.fabric.log_dict({"step/loss": self.step.smoothed["loss"], **rates}, state.step)
         state.step += 1
 
     def check_losses(self) -> None:

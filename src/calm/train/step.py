@@ -103,7 +103,7 @@ class TrainingStep(nn.Module):
 
     Attributes:
         measures: what was measured since the epoch began.
-        shown: ``loss`` and ``accuracy``, smoothed over the batches that are looked at, for progress and loggers.
+        smoothed: ``loss`` and ``accuracy``, averaged over recent reported batches, for progress and loggers.
         images: the latest batch, for a message about it.
     """
 
@@ -113,7 +113,7 @@ class TrainingStep(nn.Module):
         self.temperature = temperature_schedule(config.loss.temperature, run.steps)
         self.mix = BatchMix(config.augment, model.config.num_classes) if config.augment.mixes else None
         self.measures = TrainingMeasures()
-        self.shown: dict[str, float] = {}
+        self.smoothed: dict[str, float] = {}
         self.images = torch.empty(0)
         self._probe_every = max(1, run.steps_per_epoch * config.optim.accumulate // PROBES_PER_EPOCH)
 
@@ -134,22 +134,22 @@ class TrainingStep(nn.Module):
                 teacher = self.averages["teacher"](images)
         loss = self.model.output_loss(output, targets, temperature=self.temperature(step), teacher=teacher)
         self.images = images
-        if self.looks_at(step, index):
-            self._show(loss, output, targets)
+        if self.is_reported(step, index):
+            self._smooth(loss, output, targets)
         probed = index % self._probe_every == 0
         self.measures.update(loss, len(images), step, output if probed else None, targets)
         return loss
 
-    def looks_at(self, step: int, index: int) -> bool:
-        """Return whether the values of a batch are shown, for which the program waits for the device."""
+    def is_reported(self, step: int, index: int) -> bool:
+        """Return whether the progress bar and loggers report a batch, for which the program waits for the device."""
         return index == 0 or step % self.config.log.every_n_steps == 0
 
     @torch.no_grad()
-    def _show(self, loss: Tensor, output: Output, targets: Tensor) -> None:
+    def _smooth(self, loss: Tensor, output: Output, targets: Tensor) -> None:
         labels = targets if targets.ndim == 1 else targets.argmax(dim=1)
         accuracy = (output.log_probs.argmax(dim=1) == labels).float().mean()
         now = {"loss": float(loss.detach()), "accuracy": float(accuracy)}
-        self.shown = {name: 0.7 * self.shown.get(name, value) + 0.3 * value for name, value in now.items()}
+        self.smoothed = {name: 0.7 * self.smoothed.get(name, value) + 0.3 * value for name, value in now.items()}
 
 
 def check_weights(model: nn.Module, step: int, where: str) -> None:
