@@ -95,7 +95,7 @@ class _ImageMean(BootstrapMetric):
         keys: Int[Tensor, " b"],
         ignore: Bool[Tensor, "b h w"] | None = None,
     ) -> None:
-        """Add a batch; arguments and errors are those of `calm.metrics.PixelAP.update`."""
+        """Add a batch, as `calm.metrics.PixelAP.update` does, where ``truth`` is called ``positive``."""
         check_maps(maps, truth, keys, ignore)
         counted = truth if ignore is None else truth & ~ignore
         seen = counted.any(dim=2).any(dim=1)
