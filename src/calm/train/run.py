@@ -201,7 +201,7 @@ class Trainer:
             whole = (index + 1) % config.optim.accumulate == 0
             with fabric.no_backward_sync(self.module, enabled=not whole):
                 loss = self.module(images, targets, epoch=state.epoch, step=state.step, index=index, rank=rank)
-                # On the CPU there is nothing to wait for: every loss is looked at.
+                # On the CPU there is nothing to wait for: every loss is checked.
                 if fabric.device.type == "cpu" or self.step.is_reported(state.step, index):
                     self.check_losses()
                 fabric.backward(loss / config.optim.accumulate)
@@ -238,7 +238,7 @@ class Trainer:
             raise diagnose(self.state.model, self.step.images, bad, self._where())
 
     def check_epoch(self) -> None:
-        """Look at losses and weights of an epoch before anything of it is measured or saved."""
+        """Check losses and weights of an epoch before anything of it is measured or saved."""
         self.check_losses()
         check_weights(self.state.model, self.state.step, self._where())
         if self.fabric.world_size > 1:  # BatchNorm's statistics: those of the first process, whose model is saved
