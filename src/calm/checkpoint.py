@@ -329,7 +329,7 @@ def _download(repo_id: str) -> Path:
 def hub_or_cache() -> Iterator[str]:
     """Run the block with the Hugging Face Hub's cache alone if the hub does not answer: its client would wait a minute.
 
-    It yields the reason why the hub is not asked, for a message about what the cache lacks; empty if it is.
+    The block gets the reason why the hub is left out, for a message about what the cache lacks; empty if it is used.
     """
     from huggingface_hub import constants
 

@@ -21,7 +21,7 @@ Order: TypeAlias = Literal["cascading", "all"]
 """In which order weights are randomised: see `calm.evaluate.randomisation`."""
 
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The paper's shares of erased pixels, of remove-and-classify."""
+"""The paper's shares of erased pixels in remove-and-classify."""
 
 DRAWS = 3
 """Random erasures of each image that R_k is relative to: see `calm.metrics.erasing`."""

@@ -61,7 +61,7 @@ _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionB
 
 
 def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
-    """Look at an image file that is to be read with so many ``channels``; errors are in the result.
+    """Examine an image file that is to be read with ``channels`` channels; errors are in the result.
 
     Without ``decode`` only the header is read, and the pixels of JPEG and PNG files without an end marker, which finds
     truncated files at the cost of a header.

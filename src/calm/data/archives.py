@@ -23,10 +23,10 @@ from calm.errors import CalmError
 from calm.files import atomic_path, working_folder
 
 MAX_BYTES, MAX_METADATA_BYTES, MAX_FILES = 400 * 1024**3, 8 * 1024**3, 3_000_000
-"""Most bytes (of metadata, too) and files that an archive may unpack to, so that a small file cannot fill the disk."""
+"""Limits on the bytes (of metadata, too) and files of an unpacked archive: a small file must not fill the disk."""
 
 MAX_DOWNLOAD, TIMEOUT = 2 * 1024**3, 30.0
-"""Most bytes of a download, and most seconds without an answer."""
+"""Limits of a download: its bytes, and the seconds without an answer."""
 
 
 class Published(NamedTuple):

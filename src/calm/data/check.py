@@ -193,11 +193,11 @@ def _check_image(record: Record, result: Probe, log: ProblemLog) -> None:
 
 
 DEEP_SAMPLES = 16
-"""Images of more than 8 bits, of a split, in which the highest value is looked for."""
+"""How many images of more than 8 bits are searched for their highest value, in each split."""
 
 
 def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> None:
-    """Add the problem of images, by path, whose values use far fewer bits than their files have, or more."""
+    """Add a problem if the values of images use far fewer bits than their files have (by path), or more."""
     sample, highest = list(depths)[:: len(depths) // DEEP_SAMPLES + 1], 0
     for path in sample:
         with suppress(CalmError):  # reported already
@@ -209,7 +209,7 @@ def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> 
 
 
 def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:
-    """Return a problem for each image that is in two splits; it is to leave train rather than val or test."""
+    """Return a problem for each image that is in two splits; the user is to remove it from train rather than val or test."""
     images: list[tuple[tuple[object, ...], str, Record]]
     images = [((), split.name, record) for split in splits for record in split.records]
     groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}

@@ -28,7 +28,7 @@ PROTOCOL_SIZE, PRESENT_PERCENT = (224, 224), 50.0
 """(height, width) of the protocol's pixels; a class has an attribute if this percentage of annotations say so."""
 
 MAX_GROUPS, MAX_PARTS, MAX_COORDINATE = 31, 1000, 1e6
-"""Most part groups and parts of a data set; largest coordinate of a part point, in pixels."""
+"""Limits on the part groups and parts of a data set, and on coordinates of part points, in pixels."""
 
 
 class PartGroup(NamedTuple):
@@ -115,7 +115,7 @@ def group_votes(names: Sequence[str], groups: Sequence[PartGroup] = CUB_GROUPS) 
 def class_pairs(
     present: Bool[Tensor, "c a"], votes: Bool[Tensor, "a g"], counts: Iterable[int] = (1, 2, 3)
 ) -> list[CuePair]:
-    """Return the pairs of classes that differ in one of these numbers of part groups, by first and second class."""
+    """Return the pairs of classes that differ in one of ``counts`` part groups, by first and second class."""
     wanted = torch.tensor(sorted(set(counts)), dtype=torch.int64)
     pairs = []
     for first, own in enumerate(present):
@@ -207,7 +207,7 @@ def _is_list(value: Any, is_member: Callable[[Any], bool]) -> bool:
 
 
 def _needed(*places: Path) -> Path:
-    """Return the first of the places that there is."""
+    """Return the first of the paths that exists; a `CalmError` if none does."""
     if path := next(filter(Path.exists, places), None):
         return path
     needs = "cue localization needs class attributes and part points as CUB_200_2011 has them (docs/cue-data.md)"

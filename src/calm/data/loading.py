@@ -142,7 +142,7 @@ def _with_carved(train: Split, lacking: list[str], fraction: float, seed: int) -
 def carve(
     records: Sequence[Record], fraction: float, seed: int, salt: str
 ) -> tuple[tuple[Record, ...], tuple[Record, ...]]:
-    """Part ``records`` in two, class by class, by nothing but ids and seed.
+    """Split ``records`` in two, class by class, by ids and seed alone.
 
     Of each class the images with the smallest hash of (seed, salt, id) are carved: round(fraction * n), but at least
     one where the class has two images or more, and never the last. The result is the same on every machine, in

@@ -15,7 +15,7 @@ from calm.errors import CalmError
 from calm.files import open_regular
 
 SPLITS = ("train", "val", "test")
-"""The names of the splits, everywhere."""
+"""The names of the splits."""
 
 Layout = Literal["auto", "cub", "metadata", "folder"]
 """How a data set is laid out; "auto" is to be detected."""

@@ -80,12 +80,12 @@ class CueData:
 
 
 def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -> CueData:
-    """Read the pairs of classes that differ in so many part groups (``counts``), and the part points of a split.
+    """Read the pairs of classes that differ in one of ``counts`` part groups, and the part points of a split.
 
     ``attributes/`` and ``parts/`` are below ``root``, and perhaps ``parts/groups.yaml`` (`calm.data.cues`).
 
     Raises:
-        CalmError: a file is missing or malformed, no pair differs in so many groups, or no image shows a part.
+        CalmError: a file is missing or malformed, no pair differs in that many groups, or no image shows a part.
     """
     groups = read_part_groups(root)
     names, present = read_class_attributes(root)
@@ -123,7 +123,7 @@ def _object_mask(record: Record, size: Int[Tensor, " 2"]) -> Bool[Tensor, "H W"]
 
 
 SAMPLES = 64
-"""Difference maps at the protocol's size that are held at once."""
+"""How many difference maps at the protocol's size are held at once."""
 SAMPLES_CPU = 8
 """The same on a CPU, where so few of them stay in the cache."""
 

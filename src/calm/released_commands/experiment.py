@@ -74,7 +74,7 @@ class Performance:
         return performance
 
     def save(self, folder: Path) -> None:
-        """Write performance_log and reports/, where N is of the training epoch, N_ and N__ of val and test after it."""
+        """Write performance_log and reports/: N is of training epoch N, and N_ and N__ are of val and test after it."""
         meters: dict[str, Any] = {split: {} for split in self.values}
         for split, metrics in self.values.items():
             for metric, values in metrics.items():

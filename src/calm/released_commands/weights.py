@@ -139,7 +139,7 @@ def proxy_lists(flags: Flags) -> Path:
 def released_subject(flags: Flags, model: CalmModel) -> Subject:
     """Return the model with the map of ``--score_map_process`` and ``--score_map_method``, for the benchmarks.
 
-    Two released names are not what they say, and mean here what they mean there: ``input_grad`` is the gradient alone,
+    Two released names do not mean what they say, and keep the released meaning: ``input_grad`` is the gradient alone,
     and ``integrated_grad`` adds up absolute gradients on the line from 0 to the image, without the product with the
     image.
 

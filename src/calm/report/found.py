@@ -26,7 +26,7 @@ from calm.report.charts import PALETTE
 CUB, IMAGENET, OPENIMAGES = "CUB-200-2011", "ImageNet", "OpenImages30k"
 
 DATA_SETS: dict[Any, str] = {(200, 5794): CUB, (1000, 50000): IMAGENET, (100, 5000): OPENIMAGES}
-"""Which data set has so many classes and test images."""
+"""The paper's data sets by their numbers of classes and of test images."""
 
 
 class Published(NamedTuple):

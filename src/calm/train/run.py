@@ -119,8 +119,8 @@ def train(
 
 
 class Trainer:
-    """The part of a training run that each of its processes does, on its device; ``fabric`` is launched, ``model`` at
-    its start, and the first process writes to ``run_dir``."""
+    """One process of a training run, on its device. ``fabric`` is launched and ``model`` is at its start; the first
+    process also writes to ``run_dir``."""
 
     def __init__(
         self,
