@@ -209,7 +209,7 @@ def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> 
 
 
 def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:
-    """Return a problem for each image that is in two splits; the user is to remove it from train rather than val or test."""
+    """Return a problem for each image that is in two splits; it should leave train, not val or test."""
     images: list[tuple[tuple[object, ...], str, Record]]
     images = [((), split.name, record) for split in splits for record in split.records]
     groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
