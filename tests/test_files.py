@@ -162,7 +162,7 @@ def test_remove_abandoned_keeps_what_another_process_is_writing(tmp_path, writer
     remove_abandoned(tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert len(names) == 3
-    assert [name[:9] for name in names] == [".set.writ", ".table.cs", "other.txt"]
+    assert [name[:9] for name in names] == [".set.writ", ".table.wr", "other.txt"]
 
 
 def test_atomic_path_removes_what_a_killed_process_left_in_the_folder(tmp_path, writer):

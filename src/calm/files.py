@@ -1,8 +1,8 @@
 """Read untrusted JSON, YAML, CSV and PyTorch files within size limits; write files atomically; read in threads.
 
 Only regular files are opened, no code in a file is run, and errors are a `CalmError` that names the file. A file takes
-its final name when its content is complete. Until then it is in ``.NAME.writing-XXXXXXXX`` beside it, which its writer
-holds a lock (``flock``) on; what a killed writer left is removed by the next writer in that folder.
+its final name when its content is complete. Until then its writer holds a lock (``flock``) on
+``.NAME.writing-XXXXXXXX.SUFFIX`` beside it; what a killed writer left is removed by the next writer in that folder.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -180,9 +180,11 @@ _cleaned: set[Path] = set()  # folders in which this process has looked for aban
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a path of the same name in a `working_folder`; on success its file moves to ``path``."""
-    with working_folder(path) as folder:
-        temporary = folder / Path(path).name
+    """Yield a temporary path beside ``path``, of the same suffix, that takes its name on success and goes on an error.
+
+    Parent folders are made. A folder that cannot be written or a full disk is an OSError with ``path`` as file name.
+    """
+    with _temporary(Path(path), folder=False) as temporary:
         yield temporary
         mask = os.umask(0)
         os.umask(mask)
@@ -190,34 +192,43 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
 
 
-@contextmanager
-def working_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield an empty folder beside ``path``, which is removed at the end with its content.
+def working_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]:
+    """Yield an empty folder beside ``path``, which is removed at the end with its content; errors as `atomic_path`."""
+    return _temporary(Path(path), folder=True)
 
-    Parent folders are made. A folder that cannot be written or a full disk is an OSError with ``path`` as file name.
-    """
-    final = Path(path)
+
+@contextmanager
+def _temporary(final: Path, *, folder: bool) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)
-    if final.parent.absolute() not in _cleaned:
+    if folder or final.parent.absolute() not in _cleaned:
         _cleaned.add(final.parent.absolute())
         remove_abandoned(final.parent)
     with disk_errors_about(final):
-        folder, lock = _locked_folder(final)
+        lock, temporary = _create_locked(final, folder=folder)
         try:
-            yield folder
+            yield temporary
         finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder:
+                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                temporary.unlink(missing_ok=True)
             if lock is not None:
                 os.close(lock)
 
 
-def _locked_folder(final: Path) -> tuple[Path, int | None]:
-    """Create a temporary folder beside ``final``; return it, and the file descriptor that locks it."""
+def _create_locked(final: Path, *, folder: bool) -> tuple[int | None, Path]:
+    """Create a temporary file or folder beside ``final``; return the file descriptor that locks it, and its path."""
+    prefix = f".{final.name if folder else final.stem}.writing-"
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.writing-", dir=final.parent))
-        lock = _lock(folder, wait=True)
-        if folder.exists():  # else another process took it for abandoned before it was locked
-            return folder, lock
+        if folder:
+            path = Path(tempfile.mkdtemp(prefix=prefix, dir=final.parent))
+        else:
+            file, name = tempfile.mkstemp(prefix=prefix, suffix=final.suffix, dir=final.parent)
+            os.close(file)
+            path = Path(name)
+        lock = _lock(path, wait=True)
+        if path.exists():  # else another process took it for abandoned before it was locked
+            return lock, path
 
 
 def _lock(path: Path, *, wait: bool) -> int | None:

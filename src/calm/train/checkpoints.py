@@ -138,6 +138,7 @@ def export(state: TrainingState, run_dir: Path) -> None:
         model.save_pretrained(run_dir / "best")
         # A checkpoint is replaced and never written in place, so that two names may share its bytes.
         with atomic_path(path.with_name("best.ckpt")) as temporary:
+            temporary.unlink()
             try:
                 temporary.hardlink_to(path)
             except OSError:  # a file system without hard links
