@@ -88,7 +88,7 @@ def peak_memory(way: Callable[..., object], *args: object) -> float:
     """Peak MiB of ``way(*args)`` in a process of its own, above what the process holds after it has imported torch.
 
     On the GPU: of what PyTorch has allocated there. ``way`` must be a function of a module, for it is called in a new
-    process by its name. The C library is told to give what is freed back to the system at once: otherwise the peak is
+    process by its name. The C library gives what is freed back to the system at once: otherwise the peak is
     mostly that of what it keeps.
     """
     return peak_and_result(way, *args, give_back=True)[0]

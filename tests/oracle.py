@@ -82,12 +82,12 @@ def ml_loss(joint_: Tensor, targets: list[int]) -> float:
     return sum(-math.log(float(total[b, y])) for b, y in enumerate(targets)) / len(targets)
 
 
-def em_loss(joint_: Tensor, targets: list[int], temperature: float = 1.0, believed: Tensor | None = None) -> float:
-    """Mean of -sum_z q(z) log joint(z), q proportional to believed ** temperature (believed: the joint itself)."""
+def em_loss(joint_: Tensor, targets: list[int], temperature: float = 1.0, teacher: Tensor | None = None) -> float:
+    """Mean of -sum_z q(z) log joint(z), q proportional to teacher ** temperature (teacher: the joint itself)."""
     losses = []
     for b, y in enumerate(targets):
         own = joint_[b, y].flatten().tolist()
-        source = (joint_ if believed is None else believed)[b, y].flatten().tolist()
+        source = (joint_ if teacher is None else teacher)[b, y].flatten().tolist()
         powers = [v**temperature if v > 0 else 0.0 for v in source]
         losses.append(-sum(q / sum(powers) * math.log(v) for q, v in zip(powers, own, strict=True) if q > 0))
     return sum(losses) / len(losses)

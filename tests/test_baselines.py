@@ -332,7 +332,7 @@ def test_attribute_of_a_model_in_half_precision_sums_in_float32(name: str, dtype
 
 
 class Breaks(nn.Module):
-    """Passes values on, until told to fail."""
+    """Passes values on, until it is made to fail."""
 
     failing = False
 

@@ -79,7 +79,7 @@ def test_main_without_a_command_is_a_mistake(capsys: pytest.CaptureFixture[str])
 
 
 class Given(dict[str, Any]):
-    """A result with a finding, which is told by the exit code 1."""
+    """A result with a finding, which exit code 1 reports."""
 
     seen: list[Given] = []  # noqa: RUF012
     ok = False

@@ -161,12 +161,12 @@ def test_demo_page_has_the_results_that_calm_evaluate_stores(page, folder):
         ("NLL", "classification", "nll"),
         ("mPxAP", "cue-localization", "mpxap"),
     ):
-        told = {row["method"]: row[head] for row in shown if head in row}
-        assert {"CALM-EM joint", "CAM cam"} <= set(told)
+        cells = {row["method"]: row[head] for row in shown if head in row}
+        assert {"CALM-EM joint", "CAM cam"} <= set(cells)
         for label, stored in figures(folder, benchmark).items():
             value = stored[name].value
             percent = f"{100 * value:.1f}\N{NARROW NO-BREAK SPACE}%"
-            assert told[label] == (f"{value:.3f}" if head in ("NLL", "R_30") else percent)
+            assert cells[label] == (f"{value:.3f}" if head in ("NLL", "R_30") else percent)
 
 
 def test_demo_page_has_peak_and_mass_beside_chance(page, folder):

@@ -119,7 +119,7 @@ def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypat
     head = (tmp_path / "table.md").read_text().splitlines()[2]
     assert [cell.split()[0] for cell in head.strip("| ").split(" | ")] == ["method", "R_5", "R_50", "R", "top-1"]
     split = calm.data.load_split(place / "birds", "test")
-    told = [
+    paths = [
         runner.result_path(
             "remove-and-classify",
             calm.evaluate.model_subject(calm.load(place / "cam")),
@@ -129,7 +129,7 @@ def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypat
         )
         for given in ([0.1, 0.3, 0.5, 0.7, 0.9], (0.1, 0.3, 0.5, 0.7, 0.9))
     ]
-    assert told[0] == told[1]
+    assert paths[0] == paths[1]
     monkeypatch.setattr(Result, "save", lambda *_: pytest.fail("computed again"))
     said = evaluate([*flags, "--fill", "zero", "--fractions", "0.1", "0.3", "0.5", "0.7", "0.9"])[0]
     assert said.figures == usual.figures

@@ -99,7 +99,7 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
     edges = np.linspace(0, 0.999, 1000) if method == "cam" else 10.0 ** -(np.arange(1000)[::-1] * 0.007)
     got = cue_localization(model_subject(model), split, root, batch_size=4, replicates=20)
     wanted, released, pooled, pointed = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}, [], []
-    for told, (a, b, groups) in zip(got.details["pairs"], slow_pairs(root), strict=True):
+    for row, (a, b, groups) in zip(got.details["pairs"], slow_pairs(root), strict=True):
         scores, truths, points = [], [], []
         for record in split.records:
             found = slow_truth(root, record, groups) if record.label in (a, b) else None
@@ -116,9 +116,9 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
             if truth.any():
                 peak, mass = truth.ravel()[big.argmax()], big[truth].sum(dtype=float) / big.sum(dtype=float)
                 points.append((peak, mass, truth.mean(), truth.sum() / area))
-        assert told["shown"] == len(points)
+        assert row["shown"] == len(points)
         if points:
-            assert [told[name] for name in POINTED] == pytest.approx(np.mean(points, axis=0), abs=1e-5)
+            assert [row[name] for name in POINTED] == pytest.approx(np.mean(points, axis=0), abs=1e-5)
         pointed += points if len(groups) == 1 else []
         if scores:
             scores, truths = np.stack(scores).ravel(), np.stack(truths).ravel()

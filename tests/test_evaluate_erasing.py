@@ -128,10 +128,10 @@ def test_remove_and_classify_does_not_depend_on_batches(split, tmp_path):
 def test_remove_and_classify_takes_map_and_prediction_from_one_pass(split):
     subject = model_subject(model_of())
     counting = Counting(subject.predict)
-    told = []
-    remove_and_classify(with_predict(subject, counting), split, batch_size=7, replicates=0, progress=told.append)
+    done = []
+    remove_and_classify(with_predict(subject, counting), split, batch_size=7, replicates=0, progress=done.append)
     assert counting.passes == 1 + 5 + 3 * 5  # of three draws
-    assert told == [7]
+    assert done == [7]
 
 
 def test_remove_and_classify_of_a_constant_map_is_chance(split):
@@ -272,11 +272,11 @@ def test_agreement_finds_a_map_that_is_not_the_prediction(split):
 def test_randomisation_leaves_the_model_and_repeats_itself(split):
     model = model_of()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    told = []
+    done = []
     found = randomisation(
-        model_subject(model, method="posterior"), split, images=4, batch_size=3, replicates=10, progress=told.append
+        model_subject(model, method="posterior"), split, images=4, batch_size=3, replicates=10, progress=done.append
     )
-    assert (sum(told), len(told)) == (len(split.records), 8)
+    assert (sum(done), len(done)) == (len(split.records), 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert found.details["images"] == 4
     assert found.details["stages"] == ["head", "backbone.last", "backbone.stem"]

@@ -69,9 +69,9 @@ def truth_maps(split, folder, suffix=".npy"):
 
 def test_localization_of_the_object_itself_is_right_by_boxes(tmp_path):
     split = write_split(tmp_path, "boxes")
-    told = []
-    result = localization(bright(), split, batch_size=2, progress=told.append, **FAST)
-    assert told == [2, 2, 1]
+    done = []
+    result = localization(bright(), split, batch_size=2, progress=done.append, **FAST)
+    assert done == [2, 2, 1]
     figures = {name: estimate.value for name, estimate in result.figures.items()}
     assert figures["maxboxacc"] == figures["maxboxacc_v2"] == figures["maxboxacc_70"] == 1
     assert figures["top1_localization"] == pytest.approx(2 / 5)  # labels 0 1 2 0 1

@@ -211,8 +211,8 @@ def test_e_step_uses_the_teachers_posterior(shape, seed, activation):
     teacher = CalmOutput(*other, activation)
     targets = torch.zeros(shape[0], dtype=torch.int64)
     got = CalmOutput(logits, scores, activation).loss(targets, teacher=teacher).item()
-    joint, believed = oracle.joint(logits, scores, activation), oracle.joint(*other, activation)
-    assert got == pytest.approx(oracle.em_loss(joint, [0] * shape[0], believed=believed), rel=1e-6, abs=1e-9)
+    joint, teacher_joint = oracle.joint(logits, scores, activation), oracle.joint(*other, activation)
+    assert got == pytest.approx(oracle.em_loss(joint, [0] * shape[0], teacher=teacher_joint), rel=1e-6, abs=1e-9)
 
 
 def test_e_step_ignores_teacher_mass_where_the_student_has_none():

@@ -179,7 +179,7 @@ def test_loss_with_teacher_uses_its_posterior_without_gradient():
     model, teacher = tiny(), tiny()
     loss = model.loss(IMAGES, TARGETS, teacher=teacher)
     want = oracle.em_loss(
-        model(IMAGES).joint.detach().double(), TARGETS.tolist(), believed=teacher(IMAGES).joint.detach().double()
+        model(IMAGES).joint.detach().double(), TARGETS.tolist(), teacher=teacher(IMAGES).joint.detach().double()
     )
     assert loss.item() == pytest.approx(want, rel=1e-5)
     loss.backward()

@@ -152,9 +152,9 @@ def test_load_released_needs_method_and_map_size(function, resnet, tmp_path):
 )
 def test_load_released_names_the_options_that_fit_the_weights(tmp_path, layout, large, use_bn):
     write(tmp_path / FILE, layout_state(*layout), layout[0])
-    told = f"with large_feature_map={large}, use_bn={use_bn}"
+    options = f"with large_feature_map={large}, use_bn={use_bn}"
     fitting = f"its weights are those of large_feature_map={layout[1]}, use_bn={layout[2]}"
-    with pytest.raises(CalmError, match=f"does not fit {layout[0]} {told}: {fitting}"):
+    with pytest.raises(CalmError, match=f"does not fit {layout[0]} {options}: {fitting}"):
         load_released(tmp_path, method="calm-em", large_feature_map=large, use_bn=use_bn)
 
 

@@ -48,11 +48,11 @@ def mounted(folder: Path, size: int) -> Iterator[Disk]:
     """A disk of ``size`` bytes at ``folder``; the test is skipped where it cannot be mounted."""
     folder.mkdir()
     options = f"size={size},mode=0755"
-    told = subprocess.run(
+    mount = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True, text=True, check=False
     )
-    if told.returncode:
-        pytest.skip(f"no right to mount a small disk: {told.stderr.strip()}")
+    if mount.returncode:
+        pytest.skip(f"no right to mount a small disk: {mount.stderr.strip()}")
     try:
         yield Disk(folder)
     finally:

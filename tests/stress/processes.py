@@ -238,8 +238,8 @@ def _serve() -> None:
         os.close(writer)
         status = _wait(pid, reader, None if task["kill_after"] is None else began + task["kill_after"])
         seconds = time.monotonic() - began
-        with os.fdopen(reader) as told:
-            text = told.read()
+        with os.fdopen(reader) as stream:
+            text = stream.read()
         seen = json.loads(text) if text else {"changes": [], "reads": [], "contacts": []}
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps({"code": code, "seconds": seconds, **seen}), file=answers, flush=True)
@@ -285,8 +285,8 @@ def _work(task: dict[str, Any], watch: _Watch, writer: int) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     seen = json.dumps(watch.seen())
-    with os.fdopen(writer, "w") as told:
-        told.write(seen)
+    with os.fdopen(writer, "w") as stream:
+        stream.write(seen)
     os._exit(code)
 
 

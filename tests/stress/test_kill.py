@@ -38,21 +38,21 @@ def test_a_killed_command_ends_as_if_it_had_not_been(
     chance = random.Random(name)
     kills = {"kill_after": 0, "kill_at": 0}
     while sum(kills.values()) < KILLS:
-        told: list[object] = []
+        faults: list[object] = []
         for _ in range(chance.choice((1, 1, 1, 2, 5))):
             seconds, change = (chance.uniform(0, alone.ended.seconds), chance.randrange(len(alone.ended.changes)))
             kind, moment = chance.choice((("kill_after", seconds), ("kill_at", change)))
-            told.append({kind: moment})
+            faults.append({kind: moment})
             ended = commands.run(name, inputs, trial, processes, **{kind: moment})
-            assert not trees.broken(trial), told
+            assert not trees.broken(trial), faults
             if not ended.killed:  # it had less to do than the undisturbed one
                 commands.succeeded(ended)
                 break
             kills[kind] += 1
         ended = commands.run(name, inputs, trial, processes)
-        assert ended.code == 0, (told, ended.text)
-        assert not trees.hidden(trial), told
-        assert trees.digests(trial) == alone.digests, told
+        assert ended.code == 0, (faults, ended.text)
+        assert not trees.hidden(trial), faults
+        assert trees.digests(trial) == alone.digests, faults
         shutil.rmtree(trial)
         trial.mkdir()
     print(f"{name}: {kills}")  # pytest -rP shows it
