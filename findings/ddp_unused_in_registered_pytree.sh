@@ -1,11 +1,11 @@
 #!/bin/sh
 # PyTorch 2.14.1: DistributedDataParallel(find_unused_parameters=True) and an output that is a registered pytree.
 #
-# A model may return an object of its own class. torch.utils._pytree.register_pytree_node is what torch.export, vmap and
-# functorch ask for; but DDP looks for the output's tensors, from which it learns what is unused, by a search of its own:
-# lists, tuples, dicts and dataclasses. It finds none in a registered pytree, takes every parameter for unused, and the
-# backward pass fails with "marked a variable ready twice" (the message speaks of shared parameters and checkpointing).
-# The same object as a dataclass works, registered or not.
+# A model may return an object of its own class. torch.utils._pytree.register_pytree_node is what torch.export, vmap
+# and functorch ask for; but DDP looks for the output's tensors, from which it learns what is unused, by a search of
+# its own: lists, tuples, dicts and dataclasses. It finds none in a registered pytree, takes every parameter for
+# unused, and the backward pass fails with "marked a variable ready twice" (the message speaks of shared parameters
+# and checkpointing). The same object as a dataclass works, registered or not.
 #
 # Seen: "registered pytree: RuntimeError, ready twice True", "dataclass: no error, gradient True".
 set -eu

@@ -1,10 +1,10 @@
 #!/bin/sh
 # PyTorch 2.14.1: torch.export of a model that returns a registered dataclass with a string field.
 #
-# torch.export.register_dataclass makes every field a leaf of the output, the string too. torch.export.export accepts it,
-# the exported program runs and returns the dataclass, torch.export.save writes the file without a word; only
-# torch.export.load, perhaps on another machine, refuses the file. Registered by torch.utils._pytree with the string as
-# context, the same class is saved and loaded.
+# torch.export.register_dataclass makes every field a leaf of the output, the string too. torch.export.export accepts
+# it, the exported program runs and returns the dataclass, torch.export.save writes the file without a word; only
+# torch.export.load, perhaps on another machine, refuses the file. Registered by torch.utils._pytree with the string
+# as context, the same class is saved and loaded.
 #
 # Seen: "register_dataclass: exported, saved, load failed", "string as context: exported, saved, loaded".
 set -eu

@@ -1,10 +1,10 @@
 #!/bin/sh
 # PyTorch 2.14.1: torch.func.functional_call on a module that is registered under two names.
 #
-# functional_call is to leave the module as it was: the given tensors stand in for parameters during the call only. Where
-# a submodule is an attribute twice (self.a = self.b = layer, as in some models of timm), the call keeps the given tensors
-# in the module afterwards, without an error or warning: the model has lost its weights. Two layers that share one weight
-# tensor (layer.weight = other.weight) are restored.
+# functional_call is to leave the module as it was: the given tensors stand in for parameters during the call only.
+# Where a submodule is an attribute twice (self.a = self.b = layer, as in some models of timm), the call keeps the
+# given tensors in the module afterwards, without an error or warning: the model has lost its weights. Two layers that
+# share one weight tensor (layer.weight = other.weight) are restored.
 #
 # Seen: "one layer under two names: restored False", "two layers with one weight: restored True".
 set -eu

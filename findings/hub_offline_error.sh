@@ -13,7 +13,8 @@ folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 python3 -m venv "$folder/venv"
 "$folder/venv/bin/pip" install --quiet --disable-pip-version-check "huggingface_hub==2.4.0"
-HF_HOME="$folder/home" HF_ENDPOINT="http://127.0.0.1:9" HF_HUB_DISABLE_TELEMETRY=1 "$folder/venv/bin/python" - <<'PYTHON'
+export HF_HOME="$folder/home" HF_ENDPOINT="http://127.0.0.1:9" HF_HUB_DISABLE_TELEMETRY=1
+"$folder/venv/bin/python" - <<'PYTHON'
 import sys
 
 from huggingface_hub import HfApi, hf_hub_download

@@ -1,13 +1,14 @@
 #!/bin/sh
-# OpenCV 4.12.0.88 and 5.0.0.93, cv2.imread(path, cv2.IMREAD_UNCHANGED) of a TIFF with four bands, as satellites deliver
-# (red, green, blue, near infrared), written with the photometric tag "black is zero", which writers choose for bands that
-# are no colours.
+# OpenCV 4.12.0.88 and 5.0.0.93, cv2.imread(path, cv2.IMREAD_UNCHANGED) of a TIFF with four bands, as satellites
+# deliver (red, green, blue, near infrared), written with the photometric tag "black is zero", which writers choose
+# for bands that are no colours.
 #
-# "Unchanged" keeps all channels where the tag says RGB. With "black is zero" the result is a grey picture (8, 9), without
-# an error or a warning: the first band alone with 8 bits, a sum of bands as colours are turned into grey with 16 bits.
-# Five bands are refused (None).
+# "Unchanged" keeps all channels where the tag says RGB. With "black is zero" the result is a grey picture (8, 9),
+# without an error or a warning: the first band alone with 8 bits, a sum of bands as colours are turned into grey with
+# 16 bits. Five bands are refused (None).
 #
-# Seen, with both: "rgb: (8, 9, 4)", "black is zero, 8 bits: (8, 9), first band True", "16 bits: (8, 9), first band False",
+# Seen, with both: "rgb: (8, 9, 4)", "black is zero, 8 bits: (8, 9), first band True",
+# "16 bits: (8, 9), first band False",
 #                  "five bands: None".
 set -eu
 folder=$(mktemp -d)

@@ -28,7 +28,8 @@ np.save(sys.argv[1], np.stack(pictures))
 PYTHON
 for version in 4.12.0.88 5.0.0.93; do
     python3 -m venv "$folder/$version"
-    "$folder/$version/bin/pip" install --quiet --disable-pip-version-check "opencv-python-headless==$version" "numpy==2.2.6"
+    "$folder/$version/bin/pip" install --quiet --disable-pip-version-check \
+        "opencv-python-headless==$version" "numpy==2.2.6"
     "$folder/$version/bin/python" "$folder/draw.py" "$folder/$version.npy"
 done
 "$folder/4.12.0.88/bin/python" - "$folder" <<'PYTHON'

@@ -1,9 +1,10 @@
 #!/bin/sh
 # torchmetrics 1.9.0 (torch 2.13.0): Spearman's rank correlation of data with many equal values.
 #
-# Tied values get the mean of their ranks, and the ranks of a group of ties are summed in 32-bit integers. Once a group has
-# more than 65,535 members the sum wraps around, and the correlation is wrong without a warning, also for float64 input.
-# Attribution maps meet it: a sparse 384x384 map has more zeros than that. With 60,000 ties the result is scipy's.
+# Tied values get the mean of their ranks, and the ranks of a group of ties are summed in 32-bit integers. Once a
+# group has more than 65,535 members the sum wraps around, and the correlation is wrong without a warning, also for
+# float64 input. Attribution maps meet it: a sparse 384x384 map has more zeros than that. With 60,000 ties the result
+# is scipy's.
 #
 # Seen: "60000 ties: torchmetrics and scipy agree", "73728 ties: torchmetrics 0.11, scipy 0.19".
 set -eu

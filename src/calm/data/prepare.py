@@ -263,7 +263,7 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 def read_classes(text: str) -> list[str]:
     """Return WordNet ids: ``n01443537,n01629819``, or a file with one a line (such as ``classes.txt``), in order."""
     words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(map(_WORDNET_ID.fullmatch, words)) and os.path.isfile(text):  # noqa: PTH113 -- Path's raises for long names
+    if not all(map(_WORDNET_ID.fullmatch, words)) and os.path.isfile(text):  # noqa: PTH113 (Path's raises if long)
         lines = [line.split() for _, line in numbered_lines(Path(text))]
         words = [next(filter(_WORDNET_ID.fullmatch, line[:2]), " ".join(line)) for line in lines]
     for word in words:
