@@ -129,7 +129,7 @@ def _yaml_size(node: yaml.Node, sizes: dict[int, float]) -> float:
     """Count the values that ``node`` stands for, aliases written out; infinite if it contains itself."""
     if id(node) in sizes:
         return sizes[id(node)]
-    sizes[id(node)] = float("inf")  # until it is known: only a member of the node can ask meanwhile
+    sizes[id(node)] = float("inf")  # until it is known: what contains itself stays infinite
     members: list[yaml.Node] = []
     if isinstance(node, yaml.MappingNode):
         members = [member for pair in node.value for member in pair]

@@ -130,7 +130,7 @@ class Shot:
     """A picture and its label."""
 
     picture: Picture  # uint8 RGB (H, W, 3)
-    alt: str  # what is to be seen, for those who do not see it
+    alt: str  # alternative text, for those who do not see the picture
     label: str = ""  # below it
     note: str = ""  # below the label, in small type
     verdict: str = ""  # after the label: a word or two, in green if ``good`` and in red if not

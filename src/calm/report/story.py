@@ -31,7 +31,7 @@ from calm.report.gallery import load_model
 from calm.report.page import Section, Shot, listed, species_name
 from calm_birds import Drawing, choose_species, draw_bird
 
-MOST_IMAGES = 600  # test images that are predicted anew for these sections; of larger sets so many, evenly spaced
+MOST_IMAGES = 600  # most test images that are predicted for these sections, evenly spaced over the split
 BATCH = 64
 SIDE = 192  # width and height of the pictures in the file, in pixels
 PLATE_SIDE, SKETCH_SIDE = 176, 48  # the same of the classes, and of trials for a drawn one
@@ -289,7 +289,7 @@ def _differences(
     """Show pairs with as many different parts as possible: of both classes an image, with the models' maps."""
     known = {(study.names[pair.first], study.names[pair.second]): n for n, pair in enumerate(cues.pairs)}
     parts = [single["part"] for single in singles]
-    turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # the how manieth pair of its part
+    turns = [parts[:place].count(part) for place, part in enumerate(parts)]  # how many pairs of its part come before
     first = sorted(range(len(parts)), key=lambda place: (turns[place], parts[place]))[:PAIRS_SHOWN]
     cards = []
     for single in (singles[place] for place in sorted(first)):
