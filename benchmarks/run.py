@@ -23,6 +23,7 @@ import re
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -89,6 +90,7 @@ def run(topic: Topic, folder: Path) -> str:
         raise CalmError(f"{topic.name}: exit status {done.returncode}; its old tables are left\n{last}")
     today = datetime.datetime.now(datetime.UTC).date().isoformat()
     line = f"`python benchmarks/{topic.command}`, {today}, {machine()}; {time.monotonic() - began:.0f} s."
+    line = textwrap.fill(line, 120, break_long_words=False, break_on_hyphens=False)
     return f"{line}\n\n{done.stdout.strip()}"
 
 
