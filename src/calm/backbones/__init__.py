@@ -114,10 +114,8 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     """
     name, where = type(module).__name__, f"image of {size[0]} x {size[1]} pixels"
     stated = _int_attribute(module, "out_channels")
-    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
     try:
-        with evaluation_mode(module), torch.no_grad():
-            output = module(torch.zeros(1, in_channels, *size, dtype=like.dtype, device=like.device))
+        output = _run_on_zeros(module, (in_channels, *size))
     except Exception as error:  # a user's module may raise anything
         channels = stated or _int_attribute(module, "num_features")
         if channels is None:
@@ -135,6 +133,12 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     return module
 
 
+def _run_on_zeros(module: nn.Module, shape: tuple[int, ...]) -> object:
+    like = next((tensor for tensor in module.parameters() if tensor.is_floating_point()), torch.empty(0))
+    with evaluation_mode(module), torch.no_grad():
+        return module(torch.zeros(1, *shape, dtype=like.dtype, device=like.device))
+
+
 def _int_attribute(module: nn.Module, name: str) -> int | None:
     value = getattr(module, name, None)
     return value if isinstance(value, int) and value > 0 else None
@@ -150,6 +154,8 @@ def grid_size(backbone: nn.Module, size: tuple[int, int], channels: int = 3) -> 
         return grid
     try:
         rows, columns = run_on_meta(backbone, (channels, *size))[0].shape[-2:]
+        if any("rel_pos" in name for name, _ in backbone.named_parameters()):
+            _run_on_zeros(backbone, (channels, *size))  # the meta device does not see where a table of positions ends
     except Exception:  # timm's families refuse a size by AssertionError, IndexError, RuntimeError, ...
         return None
     return rows, columns
