@@ -386,6 +386,7 @@ def test_push_to_hub_uploads_the_two_files(monkeypatch):
             return SimpleNamespace(commit_url="https://hub/commit/1")
 
     monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda _: "")
     model = trained()
     assert model.push_to_hub("owner/birds", private=True, token="secret") == "https://hub/commit/1"
     assert calls["repo"] == ("owner/birds", True, True)
@@ -406,8 +407,10 @@ def test_push_to_hub_says_that_there_is_no_network(monkeypatch):
         raise ConnectError("connection refused")
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", unreachable)
-    with pytest.raises(CalmError, match="cannot upload to 'owner/birds' on the Hugging Face Hub: connection refused"):
-        trained().push_to_hub("owner/birds")
+    for silent, reason in (("", "connection refused"), ("the hub does not answer", "the hub does not answer")):
+        monkeypatch.setattr("calm.checkpoint.no_answer", lambda _, silent=silent: silent)
+        with pytest.raises(CalmError, match=f"cannot upload to 'owner/birds' on the Hugging Face Hub: {reason}"):
+            trained().push_to_hub("owner/birds")
 
 
 # The card

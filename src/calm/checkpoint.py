@@ -210,10 +210,12 @@ def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]
 
 def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload a saved model to the Hugging Face Hub, and return the address of the commit."""
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     api = HfApi(token=token)
     try:
+        if silent := no_answer(constants.ENDPOINT):  # the client would wait without end
+            raise OSError(silent)
         api.create_repo(repo_id, private=private, exist_ok=True)
         commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload CALM model")
     except Exception as error:  # without a network, that of the client's transport: no OSError (findings/)
