@@ -313,6 +313,19 @@ def test_check_names_the_flag_of_other_bands_and_bits(tmp_path: Path) -> None:
     assert not check(tmp_path, channels=13, bits=9).problems
 
 
+def test_check_reports_floating_point_images_but_not_such_masks(tmp_path: Path) -> None:
+    write_cub(tmp_path, masks=True)
+    mask = sorted((tmp_path / "segmentations").rglob("*.png"))[0]
+    Image.open(mask).convert("F").save(mask, format="TIFF")
+    assert check(tmp_path).ok
+    for channels, shape in ((3, (6, 7)), (13, (13, 6, 7))):
+        for name in "ab":
+            (tmp_path / f"{channels}" / "train" / name).mkdir(parents=True)
+            path = tmp_path / f"{channels}" / "train" / name / "0.tif"
+            tifffile.imwrite(path, np.zeros(shape, np.float32), photometric="minisblack")
+        assert _kinds(check(tmp_path / f"{channels}", channels=channels)) == ["floating-point"] * 2
+
+
 def test_check_warns_of_no_depth_that_is_used(tmp_path: Path) -> None:
     for name in "ab":
         write_image(tmp_path / "train" / name / "8 bits.png", seed=ord(name))

@@ -239,6 +239,8 @@ def test_read_image_reads_all_bands_of_a_tiff(tmp_path: Path, array: np.ndarray,
     assert (read_image(path, channels=13) == BANDS >> 8).all()
     assert (read_image(path, channels=13, bits=12) == BANDS >> 4).all()
     assert probe(path, channels=13, decode=True) == ((7, 6), "", "", 16)
+    tifffile.imwrite(path, (array >> 4).astype(np.uint8), photometric="minisblack", **options)
+    assert (read_image(path, channels=13) == BANDS >> 4).all()
 
 
 def test_read_image_names_the_bands_that_a_file_has(tmp_path: Path) -> None:

@@ -60,8 +60,8 @@ class _TooLargeError(Exception):
 _TOO_LARGE = (_TooLargeError, Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
-def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
-    """Examine an image file that is to be read with ``channels`` channels; errors are in the result.
+def probe(path: Path, *, decode: bool = False, channels: int | None = 3) -> Probe:
+    """Examine an image file that is to be read with ``channels`` channels (None for a mask); errors are in the result.
 
     Without ``decode`` only the header is read, and the pixels of JPEG and PNG files without an end marker, which finds
     truncated files at the cost of a header.
@@ -73,6 +73,8 @@ def probe(path: Path, *, decode: bool = False, channels: int = 3) -> Probe:
             image = _opened(file, channels)
             size, bits = image.size, _depth(image)
             _check_cost(image, file)
+            if channels is not None and image.mode == "F":
+                return Probe(size, "floating-point", "its values are floating-point numbers")
             if decode or not _has_end_marker(image, file):
                 image.load()
             return Probe(size, bits=bits)
@@ -98,7 +100,7 @@ logging.getLogger(TiffImagePlugin.__name__).addFilter(lambda record: "More sampl
 class _Bands:
     """A TIFF with any number of bands, with those attributes of Pillow's images that are used of every file."""
 
-    format, mode = "TIFF", "I"
+    format = "TIFF"
 
     def __init__(self, file: BinaryIO) -> None:
         with needs_extra("reading a TIFF of several bands", "bands"):
@@ -107,6 +109,7 @@ class _Bands:
         self.series = tifffile.TiffFile(file).series[0]
         sides, page = dict(zip(self.series.axes, self.series.shape, strict=True)), self.series.keyframe
         self.size = self.width, self.height = sides["X"], sides["Y"]
+        self.mode = "I" if self.series.dtype.kind in "iu" else "F"
         self.tag_v2 = {277: self.series.size // (self.width * self.height), 258: (page.bitspersample,)}
         if self.series.size > 3 * MAX_PIXELS:
             raise _TooLargeError(f"{self.series.shape} values, allowed are {3 * MAX_PIXELS:,}")
@@ -135,7 +138,7 @@ def _opened(file: BinaryIO, channels: int | None) -> Any:
     by_pillow = isinstance(image, Image.Image)
     if channels is None or (by_pillow and channels in (1, 3) and _band_count(image) <= 4):
         return image
-    if by_pillow and is_tiff and (_depth(image) > 8 or _band_count(image) != len(image.getbands())):
+    if by_pillow and is_tiff and (_depth(image) > 8 or not channels == _band_count(image) == len(image.getbands())):
         image = _Bands(file)
     if (count := _band_count(image)) != channels:
         fix = f"read them by --reading.channels {count}, or take other images"

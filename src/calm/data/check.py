@@ -157,7 +157,7 @@ def check_splits(
                 deep = {record.path: found[record.id].bits for record in split.records if found[record.id].bits > 8}
                 _check_depth(deep, channels, log)
             masks = [(record.id, mask) for record in split.records for mask in record.all_masks]
-            probes = in_threads(partial(probe, decode=decode), [mask for _, mask in masks], workers)
+            probes = in_threads(partial(probe, decode=decode, channels=None), [mask for _, mask in masks], workers)
             for (name, mask), result in zip(masks, probes, strict=True):
                 wrong = result.message or mask_problem(result.size, found[name].size)
                 if wrong:

@@ -118,6 +118,7 @@ KINDS: dict[str, Kind] = {
     "other-bands": Kind(
         "image of other bands than are read", f"give --reading.channels (--channels here), or {_TAKE_OUT}"
     ),
+    "floating-point": Kind("image of floating-point values", f"convert it to 8 or 16 bits, or {_TAKE_OUT}"),
     "truncated": Kind("broken or truncated image", "fetch the file again"),
     "too-large": Kind("image of too many pixels", f"scale it down, or {_TAKE_OUT}"),
     "box-inverted": Kind("box with its corners exchanged", "write x0,y0,x1,y1 with x0 <= x1 and y0 <= y1"),
