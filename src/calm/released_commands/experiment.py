@@ -21,7 +21,6 @@ names and values as plain dicts.
 
 from __future__ import annotations
 
-import json
 import pickle
 import shutil
 from collections.abc import Iterable
@@ -31,7 +30,7 @@ from typing import Any
 
 from calm.data.records import SPLITS
 from calm.errors import CalmError
-from calm.files import read_columns, read_json, write_bytes, write_json, write_text
+from calm.files import read_columns, read_json, write_bytes, write_json
 from calm.released import FILE_NAME
 from calm.released_commands.flags import Flags
 
@@ -84,7 +83,7 @@ class Performance:
 
         def report(name: str, step: int, split: str, epoch: int, metrics: Iterable[str] = METRICS) -> None:
             values = {f"{split}/{metric}": self._at(split, metric, epoch) for metric in metrics}
-            write_text(folder / "reports" / name, json.dumps({"summary": True, "step": step, **values}))
+            write_json(folder / "reports" / name, {"summary": True, "step": step, **values})
 
         epochs = len(self.values["train"]["loss"])
         for epoch in range(1, epochs + 1):
