@@ -305,7 +305,7 @@ def test_check_names_the_flag_of_other_bands_and_bits(tmp_path: Path) -> None:
         tifffile.imwrite(tmp_path / split / name / "0.tif", values, photometric="minisblack", planarconfig="contig")
     report = check(tmp_path)
     assert _kinds(report) == ["other-bands"] * 4
-    assert "read them by --reading.channels 13" in str(report)
+    assert "train with --reading.channels 13" in str(report)
     report = check(tmp_path, channels=13)
     assert report.ok
     assert _kinds(report) == ["other-depth"] * 2

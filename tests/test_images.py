@@ -247,7 +247,7 @@ def test_read_image_names_the_bands_that_a_file_has(tmp_path: Path) -> None:
     tifffile.imwrite(tmp_path / "13.tif", BANDS, photometric="minisblack", planarconfig="contig")
     Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
     for name, channels, count in (("13.tif", 3, 13), ("13.tif", 12, 13), ("rgb.png", 13, 3)):
-        message = f"it has {count} bands, and {channels} are read: read them by --reading.channels {count}"
+        message = f"it has {count} bands, and {channels} are read: train with --reading.channels {count}"
         with pytest.raises(CalmError, match=rf"{name}.*{message}"):
             read_image(tmp_path / name, channels=channels)
         assert message in probe(tmp_path / name, channels=channels).message

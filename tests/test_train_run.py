@@ -304,7 +304,7 @@ def test_train_on_five_bands_of_twelve_bits_and_explain_them(tmp_path: Path) -> 
             image_size=64, workers=0, channels=5, bits=12, mean=(0.2,) * 5, std=(0.1,) * 5, view=(4, 3, 0)
         ),
     )
-    with pytest.raises(CalmError, match=r"it has 5 bands, and 3 are read: read them by --reading\.channels 5"):
+    with pytest.raises(CalmError, match=r"it has 5 bands, and 3 are read: train with --reading\.channels 5"):
         train(replace(config, reading=DataOptions()), quiet=True)
     with pytest.raises(CalmError, match=r"reading\.mean has 3 values: give 5"):
         train(replace(config, reading=replace(config.reading, mean=(0.2,) * 3, std=(0.1,) * 3)), quiet=True)

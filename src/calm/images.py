@@ -141,7 +141,7 @@ def _opened(file: BinaryIO, channels: int | None) -> Any:
     if by_pillow and is_tiff and (_depth(image) > 8 or not channels == _band_count(image) == len(image.getbands())):
         image = _Bands(file)
     if (count := _band_count(image)) != channels:
-        fix = f"read them by --reading.channels {count}, or take other images"
+        fix = f"train with --reading.channels {count}, which the model keeps, or take other images"
         raise CalmError(f"it has {count} bands, and {channels} are read: {fix}")
     return image
 
