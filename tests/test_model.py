@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import calm
+from calm import latent
 from calm.backbones.timm_models import TimmBackbone
 from calm.config import ModelConfig
 from calm.errors import CalmError
@@ -102,11 +104,18 @@ def test_attribute_refuses_wrong_targets(wrong):
         (torch.eye(5)[:3] * torch.tensor([[1.0], [1.0], [0.0]]), r"\[0.0, 0.0, 0.0, 0.0, ...\] of image 2: it must be"),
         (torch.tensor([[1.5, -0.5, 0, 0, 0]]).repeat(3, 1), "at least 0, with sum 1"),
         (torch.full((3, 5), torch.nan), "at least 0, with sum 1"),
+        (torch.tensor([True, False, True]), "give a tensor of class indices"),
+        (torch.eye(5)[:3] * 1j, "give a tensor of class indices"),
     ],
 )
 def test_loss_refuses_wrong_targets(method, targets, message):
     with pytest.raises(CalmError, match=message):
         tiny(method).loss(IMAGES, targets)
+
+
+def test_check_targets_refuses_a_list():
+    with pytest.raises(CalmError, match=r"targets \[0, 1, 2\]: give a tensor of class indices"):
+        inspect.unwrap(latent.check_targets)([0, 1, 2], 3, 5)  # without the tests' check of types
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -230,6 +239,7 @@ import torch
 from torch import nn
 from torch.testing import assert_close
 import calm
+from calm import latent
 
 images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
 for method in ("calm-em", "calm-ml", "cam"):
@@ -262,6 +272,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 import calm
+from calm import latent
 
 class Plain(nn.Module):
     def __init__(self, model):

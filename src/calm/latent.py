@@ -178,6 +178,8 @@ def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
         CalmError: If the targets are neither one class index below C per image, nor one row of C probabilities per
             image, at least 0 and with sum 1 (within 0.001; within 0.01 in half precision).
     """
+    if not isinstance(targets, Tensor) or targets.dtype == torch.bool or targets.is_complex():
+        raise CalmError(f"targets {shown(targets)}: give a tensor of class indices, or of rows of probabilities")
     soft = targets.is_floating_point()
     if targets.shape != ((batch, classes) if soft else (batch,)):
         raise CalmError(
