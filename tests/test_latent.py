@@ -276,6 +276,43 @@ def test_loss_refuses_e_step_options_for_ml():
         out.loss(torch.tensor([0]), method="calm-ml", temperature=0.5)
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    shape=shapes, seed=st.integers(0, 10_000), weight=st.floats(0, 10), method=st.sampled_from(["calm-em", "calm-ml"])
+)
+def test_loss_with_prior_weight_adds_the_mean_of_minus_log_prior(shape, seed, weight, method):
+    logits, scores = activations_of(shape, seed, 2.0)
+    targets = torch.zeros(shape[0], dtype=torch.int64)
+    out = CalmOutput(logits, scores)
+    priors = oracle.prior(scores, "softplus").flatten().tolist()
+    want = out.loss(targets, method=method).item() - weight * sum(map(math.log, priors)) / len(priors)
+    got = out.loss(targets, method=method, prior_weight=weight).item()
+    assert got == pytest.approx(want, rel=1e-9, abs=1e-9)
+
+
+def test_loss_with_prior_weight_refuses_a_prior_of_zeros():
+    out = CalmOutput(torch.zeros(1, 2, 2, 2), torch.ones(1, 1, 2, 2), "relu")
+    with pytest.raises(CalmError, match="ReLU prior"):
+        out.loss(torch.tensor([0]), prior_weight=0.1)
+
+
+def test_prior_weight_spreads_the_prior_that_a_large_one_makes_uniform():
+    entropies = []
+    for weight in (0.0, 0.3, 30.0):
+        generator = torch.Generator().manual_seed(0)
+        logits = torch.randn(1, 3, 2, 2, generator=generator, dtype=torch.float64)
+        scores = torch.zeros(1, 1, 2, 2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.SGD([scores], lr=0.2)
+        for _ in range(200):
+            optimizer.zero_grad()
+            CalmOutput(logits, scores, "exp").loss(torch.tensor([1]), prior_weight=weight).backward()
+            optimizer.step()
+        prior = CalmOutput(logits, scores.detach(), "exp").prior
+        entropies.append(float(torch.special.entr(prior).sum()) / math.log(4))
+    assert entropies[0] < entropies[1] - 0.1 < entropies[2] - 0.2
+    assert entropies[2] > 0.99
+
+
 def test_loss_is_finite_where_the_likelihood_underflows():
     logits = torch.tensor([0.0, 500.0]).view(1, 2, 1, 1).expand(1, 2, 2, 2).clone().requires_grad_()
     out = CalmOutput(logits, torch.zeros(1, 1, 2, 2))

@@ -56,6 +56,12 @@ def test_preset_e_step_is_for_calm_em_alone() -> None:
         assert config.loss.temperature == temperature
 
 
+def test_preset_leaves_calm_ml_its_prior_weight() -> None:
+    for method in ("calm-em", "calm-ml"):
+        flags = ["--preset", "small", "--data", "birds", "--method", method, "--loss.prior_weight", "0.3"]
+        assert parse(flags).loss.prior_weight == 0.3
+
+
 def test_parse_skip_bad_is_short_for_its_option() -> None:
     for words in (["--skip-bad"], ["--skip_bad"], ["--reading.skip_bad", "true"]):
         assert parse(["--data", "birds", *words]).reading.skip_bad
@@ -107,6 +113,8 @@ def test_parse_resumes_a_run_where_it_lies_now(tmp_path: Path) -> None:
         (["--method=cam", "--loss.posterior=ema"], "not cam's"),
         (["--optim.grouping=released", "--backbone=small_resnet"], "small_resnet"),
         (["--loss.temperature=hot"], "hot"),
+        (["--method=cam", "--loss.prior_weight=0.1"], "a CAM model has no prior"),
+        (["--model.prior_activation=relu", "--loss.prior_weight=0.1"], "a ReLU prior"),
         (["--augment.crop=middle"], "middle"),
         (["--config=nowhere.yaml"], "nowhere"),
         (["--preset"], "needs a value"),

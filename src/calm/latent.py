@@ -168,6 +168,15 @@ def em_loss(posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*ro
     return -(posterior * log_joint.masked_fill(unused, 0.0)).sum(dim=(-2, -1))
 
 
+def prior_penalty(log_prior: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
+    """Return -mean over z of log p(z | x), in nats: log N, the least, for the uniform prior; infinite for zeros.
+
+    Weighted by lambda and added to a loss, it is the logarithm of a symmetric Dirichlet density on p(z | x) with
+    concentration 1 + lambda / N, hence maximum a posteriori instead of maximum likelihood (docs/mathematics.md).
+    """
+    return -log_prior.mean(dim=(-2, -1))
+
+
 def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
     """Return checked targets of a loss: class indices as int64, soft targets (rows of probabilities) unchanged.
 

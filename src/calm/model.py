@@ -178,6 +178,7 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmModel | None = None,
+        prior_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `CalmOutput.loss` of images, as for `forward`, by the model's method.
 
@@ -185,13 +186,20 @@ class CalmModel(nn.Module):
         """
         with torch.no_grad():
             teacher_output = None if teacher is None else teacher(images)
-        return self.output_loss(self(images), targets, temperature=temperature, teacher=teacher_output)
+        return self.output_loss(
+            self(images), targets, temperature=temperature, teacher=teacher_output, prior_weight=prior_weight
+        )
 
     def loss_from_features(
-        self, features: Float[Tensor, "b d h w"], targets: Tensor, *, temperature: float = 1.0
+        self,
+        features: Float[Tensor, "b d h w"],
+        targets: Tensor,
+        *,
+        temperature: float = 1.0,
+        prior_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `loss` for features that `encode` returned."""
-        return self.output_loss(self.head(features), targets, temperature=temperature)
+        return self.output_loss(self.head(features), targets, temperature=temperature, prior_weight=prior_weight)
 
     def output_loss(
         self,
@@ -200,16 +208,22 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         teacher: CalmOutput | CamOutput | None = None,
+        prior_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `loss` from an output, so that one forward pass serves the loss, the prediction and the maps.
 
         Raises:
-            CalmError: If a temperature or teacher is given but the method has no E-step.
+            CalmError: If a temperature or teacher is given but the method has no E-step, or a prior's weight but no
+                prior.
         """
         if isinstance(output, CalmOutput) and not isinstance(teacher, CamOutput):
-            return output.loss(targets, method=self.config.method, temperature=temperature, teacher=teacher)
+            return output.loss(
+                targets, method=self.config.method, temperature=temperature, teacher=teacher, prior_weight=prior_weight
+            )
         if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
             raise CalmError("temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'")
+        if prior_weight:
+            raise CalmError(f"prior_weight is {prior_weight:g}, but a CAM model has no prior: leave it out")
         return output.loss(targets)
 
     @torch.no_grad()

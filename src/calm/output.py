@@ -180,7 +180,13 @@ class CalmOutput(_Output):
         return latent.target_log_conditional(self.logits, targets) + self.log_prior
 
     def loss(
-        self, targets: Tensor, *, method: str = "calm-em", temperature: float = 1.0, teacher: CalmOutput | None = None
+        self,
+        targets: Tensor,
+        *,
+        method: str = "calm-em",
+        temperature: float = 1.0,
+        teacher: CalmOutput | None = None,
+        prior_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return the mean loss over the batch, in nats.
 
@@ -190,6 +196,7 @@ class CalmOutput(_Output):
             method: ``calm-em`` or ``calm-ml``.
             temperature: EM only: beta of the E-step (`calm.latent.e_step`).
             teacher: EM only: the output, for the same images, that the posterior is taken from; None is this one.
+            prior_weight: lambda, the weight of `calm.latent.prior_penalty`. Above 0 it keeps the prior from collapsing.
 
         Raises:
             CalmError: If the targets do not fit the output (on a GPU their values are asserted by the device, see
@@ -212,7 +219,10 @@ class CalmOutput(_Output):
             with torch.no_grad():
                 of_teacher = None if teacher is None else log_joint(teacher)
             losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
-        return ((targets * losses).sum(dim=1) if soft else losses).mean()
+        loss = ((targets * losses).sum(dim=1) if soft else losses).mean()
+        if prior_weight and self.activation == "relu":
+            raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
+        return loss + prior_weight * latent.prior_penalty(self.log_prior).mean() if prior_weight else loss
 
 
 @dataclass(eq=False)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -103,21 +103,24 @@ class ModelOptions:
 
 @dataclass(frozen=True)
 class LossOptions:
-    """The E-step of CALM-EM. CALM-ML and CAM have nothing to choose.
+    """The E-step of CALM-EM, and the prior of both CALMs. CAM has nothing to choose.
 
     Attributes:
         posterior: whose posterior is q: the model's own, or that of an exponential moving average of it.
         teacher_decay: decay per step of that average.
         temperature: exponent of the joint in q: a number, or ``START:END`` for a linear change over the run, or
             ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
+        prior_weight: weight of -mean over z of log p(z | x), which keeps the prior from collapsing on few locations.
+            0 is the published loss.
     """
 
     posterior: Literal["current", "ema"] = "current"
     teacher_decay: float = 0.999
     temperature: float | str = 1.0
+    prior_weight: float = 0.0
 
     def __post_init__(self) -> None:
-        check_options(self, "loss.", teacher_decay=(0, 1))
+        check_options(self, "loss.", teacher_decay=(0, 1), prior_weight=(0, LARGEST))
         temperature_schedule(self.temperature, steps=1)
 
 
@@ -262,8 +265,11 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
-        if self.method != "calm-em" and self.loss != LossOptions():
+        if self.method != "calm-em" and replace(self.loss, prior_weight=0.0) != LossOptions():
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
+        if self.loss.prior_weight and (self.method == "cam" or self.model.prior_activation == "relu"):
+            which = "a CAM model has no prior" if self.method == "cam" else "a ReLU prior has probabilities of 0"
+            raise CalmError(f"loss.prior_weight is {self.loss.prior_weight:g}, but {which}: leave it at 0")
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
@@ -405,7 +411,7 @@ def parse_config(
     """Return the configuration that flags and the files after ``--config`` describe, of which later ones win; see
     `load_config`. A SystemExit comes after ``--help`` or ``--print_config``.
 
-    Options ``e_step`` are dropped, instead of refused, for a method without an E-step.
+    Options ``e_step`` are dropped, instead of refused, for a method that does not have them.
     """
     if parser is None:
         from jsonargparse import ArgumentParser
@@ -418,8 +424,12 @@ def parse_config(
         read_settings(path)
     try:
         values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
-        if values["method"] != "calm-em" and values["loss"] == e_step:
-            values["loss"] = LossOptions()
+        if values["method"] != "calm-em" and e_step:
+            own, weight = values["loss"], 0.0
+            if values["method"] == "calm-ml":
+                weight, e_step = own.prior_weight, replace(e_step, prior_weight=own.prior_weight)
+            if own == e_step:
+                values["loss"] = LossOptions(prior_weight=weight)
         return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     except Exception as error:  # on a value of an unexpected type the parser fails in any way
         if isinstance(error, CalmError) and all(path in str(error) for path in paths):

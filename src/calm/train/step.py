@@ -132,7 +132,13 @@ class TrainingStep(nn.Module):
         if "teacher" in self.averages:
             with torch.no_grad():
                 teacher = self.averages["teacher"](images)
-        loss = self.model.output_loss(output, targets, temperature=self.temperature(step), teacher=teacher)
+        loss = self.model.output_loss(
+            output,
+            targets,
+            temperature=self.temperature(step),
+            teacher=teacher,
+            prior_weight=self.config.loss.prior_weight,
+        )
         self.images = images
         if self.is_reported(step, index):
             self._smooth(loss, output, targets)
