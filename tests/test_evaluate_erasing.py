@@ -134,6 +134,20 @@ def test_remove_and_classify_takes_map_and_prediction_from_one_pass(split):
     assert done == [7]
 
 
+def test_remove_and_classify_erases_random_pixels_once_for_all_maps_of_a_model(split):
+    model, cache = model_of(), {}
+    for method in ("joint", "posterior", "gradient"):
+        subject = model_subject(model, method=method)
+        counting = Counting(subject.predict)
+        shared = replace(with_predict(subject, counting), cache=cache)
+        for seed in (0, 1):
+            found = remove_and_classify(shared, split, replicates=5, seed=seed)
+            alone = remove_and_classify(subject, split, replicates=5, seed=seed)
+            assert found.curves == alone.curves
+            assert found.scores == alone.scores
+        assert counting.passes == 2 * (1 + 5 + (method == "joint") * 3 * 5)
+
+
 def test_remove_and_classify_of_a_constant_map_is_chance(split):
     model = model_of()
 

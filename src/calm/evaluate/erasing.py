@@ -92,7 +92,8 @@ def remove_and_classify(
         subject: classifier and map.
         split: the images; right means that the prediction is the label.
         fractions: shares of pixels erased.
-        draws: random erasures of each image, averaged; 1 + K (1 + draws) forward passes for K fractions.
+        draws: random erasures of each image, averaged; 1 + K (1 + draws) forward passes for K fractions, and 1 + K for
+            the model's other maps where the subject has a cache.
         fill: what erased pixels become, see `calm.metrics.erasing.FILLS`.
         explain: map of the ``label`` (as the paper does) or of the ``prediction``.
         seed: of random pixels, noise and bootstrap.
@@ -113,6 +114,7 @@ def remove_and_classify(
     metric = RemoveAndClassify(shares, replicates=replicates, seed=seed).to(subject.device)
     scores: dict[int, float] = {}
     constant = 0
+    cache = {} if subject.cache is None else subject.cache
 
     def classify(images: Tensor) -> Tensor:
         return subject.predict(images).probs
@@ -121,14 +123,16 @@ def remove_and_classify(
         images, labels, keys, prediction = ranked.batch
         constant += int(ranked.constant.sum())
         right_topk, probs_topk = after_erasing(classify, images, ranked.order, ranked.filler, labels, shares)
-        right_random, probs_random = torch.zeros_like(probs_topk, dtype=torch.float64).expand(2, -1, -1).clone()
-        for draw in range(draws):
-            order = random_order(keys, ranked.random.shape[1], draw_seed(seed, draw)) if draw else ranked.random
-            right, probs = after_erasing(classify, images, order, ranked.filler, labels, shares)
-            right_random += right
-            probs_random += probs
+        batch = (tuple(keys.tolist()), shares, draws, fill, seed)  # on which the random erasures depend
+        if batch not in cache:
+            right, probs = torch.zeros(2, *right_topk.shape, dtype=torch.float64, device=images.device)
+            for draw in range(draws):
+                order = random_order(keys, ranked.random.shape[1], draw_seed(seed, draw)) if draw else ranked.random
+                of_draw = after_erasing(classify, images, order, ranked.filler, labels, shares)
+                right, probs = right + of_draw[0], probs + of_draw[1]
+            cache[batch] = right / draws, probs / draws
+        right_random, probs_random = cache[batch]
         # A constant map erases random pixels: its figures are those of all draws, not of the first alone.
-        right_random, probs_random = right_random / draws, probs_random / draws
         right_topk = right_topk.double().where(~ranked.constant[:, None], right_random)
         probs_topk = probs_topk.double().where(~ranked.constant[:, None], probs_random)
         metric.update(right_topk, right_random, prediction.probs.argmax(dim=1) == labels, keys)

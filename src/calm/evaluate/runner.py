@@ -125,6 +125,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
     for source in dict.fromkeys(config.model):
         model = load(source, map_location="cpu").to(device).eval()
         family = "cam" if model.config.method == "cam" else "calm"
+        cache: dict[Any, Any] = {}
         for method in methods or [model.map_kind()]:
             if method not in BASELINES and MAP_KINDS[method].family != family:
                 continue
@@ -141,7 +142,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
             numbers = subject.classes(split).tolist()
             if numbers != list(range(split.num_classes)):  # results of a matching by number are others
                 subject = replace(subject, about={**subject.about, "classes": numbers})
-            subjects.append(subject)
+            subjects.append(replace(subject, cache=cache))
     for method in methods:
         if method in unused and config.model:
             needed = MAP_KINDS[method].family.upper()

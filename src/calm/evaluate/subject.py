@@ -61,6 +61,8 @@ class Subject:
         about: the model and its weights, the method and its options, ready for JSON: the identity of stored results.
         model: the model, if there is one.
         predict_with: as ``predict``, with the weights of another model of the same architecture.
+        cache: where benchmarks keep what does not depend on the maps, for other rows of the same model on the same
+            split: predictions without random pixels. None keeps nothing.
     """
 
     label: str
@@ -74,6 +76,7 @@ class Subject:
     about: Mapping[str, Any] = field(default_factory=dict)
     model: CalmModel | None = None
     predict_with: Callable[[CalmModel, Tensor], Prediction] | None = None
+    cache: dict[Any, Any] | None = None
 
     def classes(self, split: Split) -> Int[Tensor, " c"]:
         """Return the class of the prediction that is each class of the data: by name if there is a model, or by number.
