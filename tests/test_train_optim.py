@@ -33,6 +33,15 @@ def test_parameter_groups_give_the_head_the_ratio() -> None:
     assert {rates[id(p)] for p in model.backbone.parameters()} == {0.1}
 
 
+def test_parameter_groups_give_the_prior_its_ratio_of_the_heads_rate() -> None:
+    model = create_model(tiny_net(), 3)
+    groups = parameter_groups(model, "custom", 0.1, OptimOptions(head_ratio=4, prior_ratio=0.5, decay="weights"))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    assert {rates[id(p)] for p in model.head.attention.parameters()} == {0.2}
+    assert {rates[id(p)] for p in model.head.conv_last.parameters()} == {0.4}
+    assert len({group["name"] for group in groups}) == len(groups) == 6
+
+
 def test_parameter_groups_leave_out_frozen_parameters() -> None:
     model = create_model(tiny_net(), 3)
     model.backbone.requires_grad_(False)

@@ -136,6 +136,8 @@ class OptimOptions:
         weight_decay: L2 penalty (SGD) or decoupled decay (AdamW).
         decay: ``all`` parameters, or ``weights`` only: no decay for biases and normalisation layers.
         head_ratio: learning rate of the new layers, as a multiple of ``lr``.
+        prior_ratio: learning rate of the layer that scores the prior, as a multiple of the other new layers'. Below 1
+            the prior follows the classes' scores instead of leading them.
         grouping: which layers are new: ``head`` is CALM's head; ``released`` splits by name as the released code
             does, which also gives the higher rate to most of resnet's layer4 and to the stem's BatchNorm.
         schedule: ``step`` multiplies the rate by ``step_factor`` every ``step_epochs``; ``released-step`` does so one
@@ -159,6 +161,7 @@ class OptimOptions:
     weight_decay: float = 1e-4
     decay: Literal["all", "weights"] = "all"
     head_ratio: float = 10.0
+    prior_ratio: float = 1.0
     grouping: Grouping = "head"
     schedule: Schedule = "step"
     step_epochs: int = 30
@@ -171,7 +174,9 @@ class OptimOptions:
     def __post_init__(self) -> None:
         shares = dict.fromkeys(("momentum", "step_factor", "ema_decay"), (0, 1))
         counts = dict.fromkeys(("step_epochs", "accumulate"), (1, MOST))
-        open_ended = dict.fromkeys(("weight_decay", "head_ratio", "warmup_epochs", "clip_norm"), (0, LARGEST))
+        open_ended = dict.fromkeys(
+            ("weight_decay", "head_ratio", "prior_ratio", "warmup_epochs", "clip_norm"), (0, LARGEST)
+        )
         check_options(self, "optim.", **shares, **counts, **open_ended)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise CalmError(f"optim.betas are {shown(list(self.betas))}: allowed are 0 to below 1")

@@ -19,21 +19,22 @@ def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOpt
     """Group the parameters that need a gradient by learning rate and weight decay, as ``torch.optim`` takes them.
 
     The backbone gets the rate ``lr``, the new layers, which `is_new` tells by the name of the backbone, that times
-    ``optim.head_ratio``. The groups also have a ``name``; parameters shared by two modules appear once.
+    ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The groups also have a ``name``; parameters shared by two modules appear once.
     """
-    groups: dict[tuple[bool, bool], dict[str, Any]] = {}
+    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         new = is_new(name, backbone, optim.grouping)
+        prior = optim.prior_ratio != 1.0 and name.startswith("head.attention.")
         decays = optim.decay == "all" or parameter.ndim > 1
         group = {
             "params": [],
-            "lr": lr * optim.head_ratio if new else lr,
+            "lr": lr * (optim.head_ratio if new else 1.0) * (optim.prior_ratio if prior else 1.0),
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "name": ("new" if new else "backbone") + ("" if decays else ", no decay"),
+            "name": ("prior" if prior else "new" if new else "backbone") + ("" if decays else ", no decay"),
         }
-        groups.setdefault((new, decays), group)["params"].append(parameter)
+        groups.setdefault((new, prior, decays), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
 
 
