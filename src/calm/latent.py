@@ -172,7 +172,7 @@ def prior_penalty(log_prior: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows
     """Return -mean over z of log p(z | x), in nats: log N, the least, for the uniform prior; infinite for zeros.
 
     Times lambda it is, up to a constant, minus the logarithm of a symmetric Dirichlet density of p(z | x) with
-    concentration 1 + lambda / N: added to a loss, it makes maximum likelihood maximum a posteriori (docs/mathematics.md).
+    concentration 1 + lambda / N: it makes maximum likelihood maximum a posteriori (docs/mathematics.md).
     """
     return -log_prior.mean(dim=(-2, -1))
 

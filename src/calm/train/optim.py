@@ -19,7 +19,8 @@ def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOpt
     """Group the parameters that need a gradient by learning rate and weight decay, as ``torch.optim`` takes them.
 
     The backbone gets the rate ``lr``, the new layers, which `is_new` tells by the name of the backbone, that times
-    ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The groups also have a ``name``; parameters shared by two modules appear once.
+    ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The groups also have a
+    ``name``; parameters shared by two modules appear once.
     """
     groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
