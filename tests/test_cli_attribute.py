@@ -94,6 +94,22 @@ def test_attribute_files_versus_is_the_difference_of_the_model(model: CalmModel,
     assert (out / f"{name}.png").is_file()
 
 
+def test_attribute_files_writes_signed_evidence(
+    calm_model: CalmModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
+    options = {"kind": "evidence", "prior_exponent": 0.5}
+    attribute_files([str(file)], model="m", target="Owl", versus="Auk", out=out, grid=True, **options)  # type: ignore[arg-type]
+    output = calm_model(calm_model.preprocess(file))
+    one, other = output.attribute([[3, 4]], "evidence", prior_exponent=0.5)[0].detach()
+    np.testing.assert_allclose(np.load(out / "a.evidence-signed-difference.grid.npy"), one - other, rtol=1e-5)
+    results = json.loads((out / "results.json").read_text())
+    assert (results["signed"], results["prior_exponent"]) == (True, 0.5)
+    assert f"expected log-odds {float((one - other).sum()):+.2f} nats" in capsys.readouterr().out
+    attribute_files([str(file)], model="m", target="Owl", versus="Auk", out=out, signed=False, **options)  # type: ignore[arg-type]
+    assert np.load(out / "a.evidence-difference.npy").min() >= 0
+
+
 def test_attribute_files_superclass_sums_its_classes(calm_model: CalmModel, tmp_path: Path) -> None:
     file, out = write_picture(tmp_path / "a.png"), tmp_path / "out"
     attribute_files([str(file)], model="m", superclass="red finch,green finch", out=out, grid=True)

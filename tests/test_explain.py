@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -61,11 +62,47 @@ def test_class_index_takes_names_and_indices() -> None:
         ({"superclass": "0,1", "target": "2"}, "leave out target"),
         ({"target": "Owl", "versus": "3"}, "the same class"),
         ({"versus": "Oxl"}, "no class 'Oxl'"),
+        ({"kind": "evidence"}, "evidence compares two classes: give the other one as versus"),
+        ({"signed": True}, "give the second as versus"),
+        ({"prior_exponent": -1.0}, "prior_exponent is -1: give 0"),
+        ({"method": "gradient", "prior_exponent": 0.5}, "gradient of this model reads no prior"),
     ],
 )
-def test_resolve_query_refuses_what_makes_no_sense(options: dict[str, str], message: str) -> None:
+def test_resolve_query_refuses_what_makes_no_sense(options: dict[str, Any], message: str) -> None:
     with pytest.raises(CalmError, match=message):
         resolve_query(make_model("calm-em"), **options)
+
+
+@pytest.mark.parametrize("method", ["calm-em", "cam"])
+def test_explain_keeps_the_sign_of_evidence_and_places_the_target(method: str) -> None:
+    model = make_model(method)
+    pictures = [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)]
+    query = resolve_query(model, target="Owl", versus="Auk", kind="evidence")
+    assert query.signed
+    assert not resolve_query(model, target="Owl", versus="Auk").signed
+    (answer,) = explain(model, pictures, query)
+    with torch.no_grad():
+        one, other = model(model.preprocess(pictures)).attribute([[3, 4]], "evidence")[0]
+    torch.testing.assert_close(answer.grid, one - other)
+    assert answer.places == {3: locate(resize_maps(one - other, (16, 16)))}
+    (absolute,) = explain(model, pictures, replace(query, signed=False))
+    torch.testing.assert_close(absolute.grid, (one - other).abs())
+    plain = draw(pictures[0], answer, query)
+    named = draw(pictures[0], answer, query, model.class_names)
+    np.testing.assert_array_equal(named[: len(plain)], plain)
+    bar = named[len(plain)]
+    assert bar[0, 2] > bar[0, 0] + 60, "blue speaks for the other class, on the left"
+    assert bar[-1, 0] > bar[-1, 2] + 60, "red for the target, on the right"
+    assert (named[len(plain) + 12 :] < 100).any(), "with names below"
+
+
+def test_explain_reads_the_exponent_of_the_prior() -> None:
+    model, pictures = make_model("calm-em"), [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)]
+    (answer,) = explain(model, pictures, resolve_query(model, target="Owl", prior_exponent=0.0))
+    with torch.no_grad():
+        output = model(model.preprocess(pictures))
+    torch.testing.assert_close(answer.grid, output.conditional[0, 3] / 16)
+    torch.testing.assert_close(answer.probs, output.probs[0])
 
 
 def test_explain_restores_the_mode_of_the_model() -> None:

@@ -170,6 +170,26 @@ def test_difference_is_taken_on_the_grid(method):
     grid = [model(IMAGES).attribute(t, model.map_kind()) for t in (first, second)]
     want = torch.stack([oracle.bilinear((grid[0] - grid[1]).abs()[b].detach(), (16, 20)) for b in range(3)])
     assert_close(model.difference(IMAGES, first, second).double(), want, rtol=1e-5, atol=1e-7)
+    signed = model.difference(IMAGES, first, second, signed=True, size=(4, 5))
+    if grid[0].shape[1:] == (4, 5):
+        assert_close(signed, (grid[0] - grid[1]).detach())
+    assert_close(signed, -model.difference(IMAGES, second, first, signed=True, size=(4, 5)))
+    assert signed.min() < 0 < signed.max()
+
+
+def test_difference_of_evidence_is_the_log_odds_of_cam_and_reads_the_exponent_of_a_prior():
+    model = tiny("cam")
+    grid = model(IMAGES).logits.shape[-2:]
+    first, second = TARGETS, (TARGETS + 1) % 5
+    log_probs, rows = model(IMAGES).log_probs.detach(), torch.arange(3)
+    odds = model.difference(IMAGES, first, second, "evidence", signed=True, size=grid).sum((1, 2))
+    assert_close(odds, log_probs[rows, first] - log_probs[rows, second], rtol=1e-4, atol=1e-6)
+    model = tiny()
+    flat = model.difference(IMAGES, first, second, "evidence", signed=True, size=grid, prior_exponent=0.0)
+    log_conditional = model(IMAGES).log_conditional.detach()
+    assert_close(flat, (log_conditional[rows, first] - log_conditional[rows, second]) / flat[0].numel())
+    tempered = model.attribute(IMAGES, first, "prior", prior_exponent=0.0)
+    assert_close(tempered, torch.full_like(tempered, 1 / flat[0].numel()))
 
 
 def test_cam_head_has_no_attention_and_maps_that_average_to_the_score():

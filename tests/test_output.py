@@ -40,13 +40,14 @@ def expected(kind: str, b: int, target: int) -> Tensor:
         "cam": lambda: LOGITS[b, target],
         "cam-saliency": lambda: sum(scaled),
         "cam-superclass": lambda: sum(scaled[c] for c in group),
+        "evidence": lambda: oracle.prior(SCORES, "softplus")[b] * LOGITS[b].log_softmax(0)[target],
     }[kind]()
 
 
 @pytest.mark.parametrize("kind", [*MAP_KINDS, *ALIASES])
 def test_attribute_equals_the_oracle_under_both_names(kind):
     spec = MAP_KINDS[ALIASES.get(kind, kind)]
-    output = CALM if spec.family == "calm" else cam_output()
+    output = CALM if "calm" in spec.families else cam_output()
     options = {"superclass": SUPERCLASS} if spec.over == "superclass" else {}
     got = output.attribute(TARGETS, kind, **options)
     for b, target in enumerate(TARGETS.tolist()):
@@ -56,7 +57,7 @@ def test_attribute_equals_the_oracle_under_both_names(kind):
 @pytest.mark.parametrize("kind", MAP_KINDS)
 def test_attribute_takes_several_targets(kind):
     spec = MAP_KINDS[kind]
-    output = CALM if spec.family == "calm" else cam_output()
+    output = CALM if "calm" in spec.families else cam_output()
     superclass = {c: [c, (c + 1) % 5] for c in range(5)}
     options = {"superclass": superclass} if spec.over == "superclass" else {}
     several = torch.tensor([[0, 4], [2, 2], [1, 3]])
@@ -100,6 +101,63 @@ def test_attribute_resizes_bilinearly_with_half_pixel_centres(h, w, big_h, big_w
 def test_attribute_refuses_wrong_arguments(targets, kind, options, message):
     with pytest.raises(CalmError, match=message):
         CALM.attribute(targets, kind, **options)
+
+
+SHAPES = st.tuples(st.integers(1, 3), st.integers(2, 5), st.integers(1, 4), st.integers(1, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHAPES, st.floats(0.1, 60), st.sampled_from(["softplus", "relu", "exp"]), st.integers(0, 9))
+def test_attribute_evidence_differences_sum_to_the_expected_log_odds(shape, scale, activation, seed):
+    logits, scores = activations_of(shape, seed, scale)
+    first, second = torch.randint(shape[1], (2, shape[0]), generator=torch.Generator().manual_seed(seed))
+    one, other = CalmOutput(logits, scores, activation).attribute(torch.stack([first, second], 1), "evidence").unbind(1)
+    for b in range(shape[0]):
+        prior = oracle.prior(scores, activation)[b]
+        log_p = (logits[b] - logits[b].logsumexp(0)).clamp(min=-30)
+        odds = sum(
+            prior[y, x] * (log_p[first[b], y, x] - log_p[second[b], y, x])
+            for y in range(shape[2])
+            for x in range(shape[3])
+        )
+        assert_close((one - other)[b].sum(), odds)
+    assert one.max() <= 0
+    assert one.sum((1, 2)).min() >= -30.0001
+
+
+def test_attribute_evidence_of_cam_sums_to_the_logits_and_its_difference_to_the_log_odds():
+    output = cam_output()
+    pair = output.attribute(torch.stack([TARGETS, (TARGETS + 1) % 5], 1), "evidence").sum((2, 3))
+    rows = torch.arange(3)
+    assert_close(pair[:, 0], output.class_scores[rows, TARGETS])
+    assert_close(pair[:, 0] - pair[:, 1], output.log_probs[rows, TARGETS] - output.log_probs[rows, (TARGETS + 1) % 5])
+
+
+@settings(max_examples=40, deadline=None)
+@given(SHAPES, st.floats(0.1, 3), st.sampled_from(["softplus", "relu", "exp"]), st.floats(0, 4), st.integers(0, 9))
+def test_attribute_reads_the_prior_with_its_exponent(shape, scale, activation, exponent, seed):
+    logits, scores = activations_of(shape, seed, scale)
+    output, targets = CalmOutput(logits, scores, activation), torch.zeros(shape[0], dtype=torch.int64)
+    prior = oracle.prior(scores, activation)
+    raised = torch.where(prior > 0, prior**exponent, 0)
+    raised = raised / raised.sum((1, 2), keepdim=True)
+    joint = raised * logits.softmax(1)[:, 0]
+    for kind, want in (
+        ("prior", raised),
+        ("joint", joint),
+        ("posterior", joint / joint.sum((1, 2), keepdim=True)),
+        ("evidence", raised * logits.log_softmax(1)[:, 0].clamp(min=-30)),
+    ):
+        assert_close(output.attribute(targets, kind, prior_exponent=exponent), want)
+    assert_close(output.attribute(targets, prior_exponent=1.0), output.attribute(targets))
+
+
+@pytest.mark.parametrize("exponent", [-0.1, float("nan"), float("inf")])
+def test_attribute_refuses_an_exponent_that_is_none(exponent):
+    with pytest.raises(CalmError, match=r"prior_exponent is .*: give 0"):
+        CALM.attribute(TARGETS, prior_exponent=exponent)
+    with pytest.raises(CalmError, match="a CAM model has no prior"):
+        cam_output().attribute(TARGETS, prior_exponent=0.5)
 
 
 def test_canonical_kind_refuses_a_joint_of_cam():

@@ -14,13 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from calm import latent
 from calm.baselines import BASELINES, attribute, canonical_method
 from calm.errors import CalmError
 from calm.heatmaps import Normalization, Place, locate, resize_maps
 from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import MAP_KINDS
-from calm.render import Colormap, Picture, draw_point, overlay
+from calm.render import Colormap, Picture, add_legend, draw_point, overlay
 
 SMALLEST_PICTURE = 224  # pixels of a shorter side below which overlays are enlarged, by a whole number
 LONGEST_ENLARGED = 2048  # most pixels of the longer side of an enlarged overlay
@@ -37,12 +38,16 @@ class Query:
         target: Index of the class to explain; None is in each picture the most probable one (other than ``versus``).
         versus: Index of a class to compare with: the map is the difference, target minus versus.
         superclass: Indices of the classes to sum over, for a ``-superclass`` kind.
+        signed: Whether the difference keeps its sign: above 0 for the target, below 0 for ``versus``.
+        prior_exponent: Of a map kind of CALM, see `CalmOutput.attribute`.
     """
 
     method: str
     target: int | None = None
     versus: int | None = None
     superclass: tuple[int, ...] = ()
+    signed: bool = False
+    prior_exponent: float = 1.0
 
 
 def resolve_query(
@@ -53,11 +58,14 @@ def resolve_query(
     method: str | None = None,
     superclass: str | None = None,
     versus: str | None = None,
+    signed: bool | None = None,
+    prior_exponent: float = 1.0,
 ) -> Query:
     """Check names of classes, kinds and methods against a model, and return the query that they mean.
 
     Classes are given as to `class_index`, those of ``superclass`` with commas between them. Without a kind or method,
-    the kind is the model's main one, or its superclass kind if ``superclass`` is given.
+    the kind is the model's main one, or its superclass kind if ``superclass`` is given. If ``signed`` is None, a
+    difference of evidence is signed, and those of other methods are absolute.
 
     Raises:
         CalmError: If a class, kind or method is unknown or does not fit the model, or options exclude each other.
@@ -80,7 +88,18 @@ def resolve_query(
     second = None if versus is None else class_index(model, versus)
     if second is not None and first == second:
         raise CalmError(f"target and versus are the same class {model.class_names[second]!r}: choose two")
-    return Query(name, first, second, members)
+    compares = name in MAP_KINDS and MAP_KINDS[name].compares
+    if second is None and compares:
+        raise CalmError(f"{name} compares two classes: give the other one as versus")
+    if second is None and signed is not None:
+        raise CalmError("signed is about the difference of two classes: give the second as versus, or leave it out")
+    if prior_exponent != 1:
+        if name in BASELINES or model.config.method == "cam":
+            raise CalmError(
+                f"prior_exponent is {prior_exponent:g}, but {name} of this model reads no prior: leave it out"
+            )
+        latent.check_exponent(prior_exponent)
+    return Query(name, first, second, members, compares if signed is None else signed, prior_exponent)
 
 
 def class_index(model: CalmModel, text: str) -> int:
@@ -116,6 +135,7 @@ class Explanation:
         places: Where the map of a class points, in the picture's pixels: for the target, and for the other classes of
             ``top`` where the method gives their maps at no cost.
         grid: The map as the method gives it: on the model's grid (h, w), or at its input pixels for gradients.
+            A difference is absolute, unless the query says signed.
         signed: For a difference, target minus versus on the grid; else the same as ``grid``.
         size: (height, width) of the picture.
     """
@@ -156,33 +176,41 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
             maps = torch.stack(columns, dim=1)
         elif query.superclass:
             members = {int(c): query.superclass for c in classes.flatten().tolist()}
-            maps = output.attribute(classes, query.method, superclass=members)
+            maps = output.attribute(classes, query.method, superclass=members, prior_exponent=query.prior_exponent)
         else:
-            classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
-            maps = output.attribute(classes, query.method)
+            if not MAP_KINDS[query.method].compares:
+                classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
+            maps = output.attribute(classes, query.method, prior_exponent=query.prior_exponent)
     explanations = []
     answers = zip(pictures, probs.cpu(), best.cpu(), classes.cpu(), maps.cpu(), strict=True)
     for picture, prob, most, own, values in answers:
         size = picture.shape[0], picture.shape[1]
         signed = values[0] if query.versus is None else values[0] - values[1]
-        grid = values[0] if query.versus is None else signed.abs()
-        map_of = dict(zip(own.tolist(), values, strict=True)) | {int(own[0]): grid}
+        grid = signed if query.versus is None or query.signed else signed.abs()
+        alone = query.method in BASELINES or not MAP_KINDS[query.method].compares
+        map_of = (dict(zip(own.tolist(), values, strict=True)) if alone else {}) | {int(own[0]): grid}
         places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
         explanations.append(Explanation(prob, int(own[0]), tuple(most.tolist()), places, grid, signed, size))
     return explanations
 
 
-def draw(picture: Picture, explanation: Explanation, query: Query) -> Picture:
-    """Draw the overlay, with a ring around the highest point; see `drawn_size` for its size."""
+def draw(picture: Picture, explanation: Explanation, query: Query, names: Sequence[str] = ()) -> Picture:
+    """Draw the overlay, with a ring around the highest point; see `drawn_size` for its size.
+
+    Below a difference of two classes is a legend, if the ``names`` of the model's classes are given.
+    """
     height, width = picture.shape[:2]
     size = drawn_size(height, width)
-    is_cam = query.method in MAP_KINDS and MAP_KINDS[query.method].family == "cam"
+    is_cam = query.method in MAP_KINDS and MAP_KINDS[query.method].families == ("cam",)
     how: Normalization = "minmax" if is_cam else "max"
     colormap: Colormap = "heat" if query.versus is None else "signed"
     drawn = overlay(picture, explanation.signed, how=how, colormap=colormap, size=size)
     place = explanation.places[explanation.target]
     x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
-    return draw_point(drawn, x, y, radius=max(4, min(size) // 48))
+    drawn = draw_point(drawn, x, y, radius=max(4, min(size) // 48))
+    if query.versus is None or not names:
+        return drawn
+    return add_legend(drawn, names[query.versus], names[explanation.target])
 
 
 def drawn_size(height: int, width: int) -> tuple[int, int]:

@@ -103,6 +103,45 @@ def log_posterior(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows
     return log_joint - log_likelihood(log_joint)[..., None, None]
 
 
+def check_exponent(exponent: float) -> None:
+    """Raise a `CalmError` if the exponent of a prior is negative or not finite."""
+    if not (exponent >= 0 and math.isfinite(exponent)):
+        raise CalmError(f"prior_exponent is {exponent:g}: give 0 (a uniform prior), 1 (the model's prior) or any above")
+
+
+def temper(log_prior: Float[Tensor, "*rows h w"], exponent: float) -> Float[Tensor, "*rows h w"]:
+    """Return log of p(z | x) ** exponent, normalised: below 1 it is flatter, above 1 sharper, at 0 uniform.
+
+    A location without probability stays without, whatever the exponent.
+
+    Raises:
+        CalmError: See `check_exponent`.
+    """
+    check_exponent(exponent)
+    return _tempered(log_prior, exponent)
+
+
+def _tempered(log_values: Float[Tensor, "*rows h w"], exponent: float) -> Float[Tensor, "*rows h w"]:
+    """Return the logarithm of values ** exponent, normalised over the grid."""
+    # 0 * -inf is NaN, but a location without mass stays without, whatever the exponent.
+    tempered = torch.where(log_values.isneginf(), log_values, exponent * log_values)
+    # Shift the maximum to 0: beside -10,000 a float32 has no digits left for a logarithm of 2: the sum would not be 1.
+    return log_posterior(tempered - tempered.amax(dim=(-2, -1), keepdim=True))
+
+
+EVIDENCE_FLOOR = -30.0
+"""Least log p(y | x, z) that `evidence` reads, in nats: 1e-13, below which a float32 softmax is mostly rounding."""
+
+
+def evidence(log_conditional: Float[Tensor, "b k h w"], log_prior: Float[Tensor, "b h w"]) -> Float[Tensor, "b k h w"]:
+    """Return p(z | x) * log p(y | x, z) in nats, the logarithm cut at `EVIDENCE_FLOOR`: 0 or less.
+
+    The difference of two classes is each location's share of the expected log-odds, the sum over the grid:
+    E_{z ~ p(z | x)}[log p(y1 | x, z) - log p(y2 | x, z)] (docs/mathematics.md).
+    """
+    return log_prior.exp().unsqueeze(1) * log_conditional.clamp(min=EVIDENCE_FLOOR)
+
+
 def _log_softplus(scores: Tensor) -> Tensor:
     """Return log softplus(s). Below -15 it is the series s - e^s/2, exact to float64 there, so it never underflows."""
     far = scores < -15
@@ -151,11 +190,7 @@ def e_step(
         teacher = teacher.masked_fill(log_joint.isneginf(), -math.inf)
         without_mass = teacher.isneginf().flatten(-2).all(dim=-1)[..., None, None]
         source = torch.where(without_mass, log_joint, teacher)
-    # 0 * -inf is NaN, but a location without mass stays without, whatever the temperature.
-    tempered = torch.where(source.isneginf(), source, temperature * source)
-    # Shift the maximum to 0: beside -10,000 a float32 has no digits left for a logarithm of 2: q would not sum to 1.
-    tempered = tempered - tempered.amax(dim=(-2, -1), keepdim=True)
-    return log_posterior(tempered).exp()
+    return _tempered(source, temperature).exp()
 
 
 def em_loss(posterior: Float[Tensor, "*rows h w"], log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:

@@ -235,11 +235,12 @@ class CalmModel(nn.Module):
         *,
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
+        prior_exponent: float = 1.0,
     ) -> Tensor:
         """Return `CalmOutput.attribute` of images, as for `forward`; ``size`` None is the size of the images."""
         kind = self.map_kind(kind)
         output = self(images)
-        maps: Tensor = output.attribute(targets, kind, superclass=superclass)
+        maps: Tensor = output.attribute(targets, kind, superclass=superclass, prior_exponent=prior_exponent)
         return resize_maps(maps, size or (images.shape[-2], images.shape[-1]))
 
     @torch.no_grad()
@@ -251,16 +252,20 @@ class CalmModel(nn.Module):
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
+        signed: bool = False,
+        prior_exponent: float = 1.0,
     ) -> Float[Tensor, "b H W"]:
-        """Return why class ``first`` and not ``second``: the absolute difference of their maps, from one forward pass.
+        """Return why class ``first`` and not ``second``: the difference of their maps, from one forward pass.
 
-        The difference is taken on the grid and resized as in `attribute`. The classes are (B,), or one for all images.
+        It is the absolute difference, as published; or ``signed``: above 0 for ``first``, below 0 for ``second``. The
+        difference is taken on the grid and resized as in `attribute`. The classes are (B,), or one for all images.
         """
         kind = self.map_kind(kind)
         output = self(images)
         pair = [check_classes(one, output.batch_size, output.num_classes) for one in (first, second)]
-        of_first, of_second = output.attribute(torch.stack(pair, dim=1), kind).unbind(dim=1)
-        return resize_maps((of_first - of_second).abs(), size or (images.shape[-2], images.shape[-1]))
+        maps: Tensor = output.attribute(torch.stack(pair, dim=1), kind, prior_exponent=prior_exponent)
+        difference = maps[:, 0] - maps[:, 1]
+        return resize_maps(difference if signed else difference.abs(), size or (images.shape[-2], images.shape[-1]))
 
     def map_kind(self, kind: str | None = None) -> str:
         """Return the canonical name of a map kind of this model; None is its default kind."""

@@ -59,6 +59,7 @@ class _Output:
         *,
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
+        prior_exponent: float = 1.0,
     ) -> Float[Tensor, "b H W"] | Float[Tensor, "b k H W"]:
         """Return attribution maps of one or several target classes per image, from this forward pass.
 
@@ -68,14 +69,18 @@ class _Output:
             kind: A name in `MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
             superclass: For the ``-superclass`` kinds: the classes that each target is summed over.
             size: (height, width) to resize to; None leaves the maps on the grid.
+            prior_exponent: CALM only: gamma, the maps are read with the prior p(z | x) ** gamma, normalised
+                (`calm.latent.temper`). Below 1, more of the locations that recognise the class show.
 
         Returns:
             Maps (B, H, W) or (B, K, H, W), in the units of `MAP_KINDS`.
 
         Raises:
             CalmError: If the kind is unknown or of the other model family, the targets have a wrong shape, dtype or
-                range, or a superclass is missing or not wanted.
+                range, a superclass is missing or not wanted, or the prior's exponent is negative or there is no prior.
         """
+        if prior_exponent != 1:
+            return self._tempered(prior_exponent).attribute(targets, kind, superclass=superclass, size=size)
         kind = self.default_kind if kind is None else kind
         spec = MAP_KINDS[canonical_kind(kind, self.family)]
         targets = check_classes(targets, self.batch_size, self.num_classes).to(self.device)
@@ -94,6 +99,10 @@ class _Output:
             maps = maps / members.sum(dim=2)[..., None, None] if spec.mean else maps
         maps = maps if targets.ndim == 2 else maps.squeeze(1)
         return maps if size is None else resize_maps(maps, size)
+
+    def _tempered(self, exponent: float) -> _Output:
+        """Return the output with the prior p(z | x) ** exponent, normalised."""
+        raise CalmError(f"prior_exponent is {exponent:g}, but a {self.family.upper()} model has no prior: leave it out")
 
 
 @dataclass(eq=False)
@@ -174,6 +183,9 @@ class CalmOutput(_Output):
         if self.activation != "relu":
             return torch.zeros(self.batch_size, dtype=torch.bool, device=self.device)
         return (self.scores <= 0).flatten(1).all(dim=1)
+
+    def _tempered(self, exponent: float) -> CalmOutput:
+        return CalmOutput(self.logits, latent.temper(self.log_prior, exponent).unsqueeze(1), activation="exp")
 
     def target_log_joint(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """Return log p(y, z | x) of each image's target: the row of the joint that a loss reads."""
@@ -288,11 +300,15 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(name, enabled=False)
 
 
+def _log_conditional(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    """Return log p(y | x, z) of K classes per image."""
+    log_conditional = output.log_conditional
+    return log_conditional.gather(1, classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:]))
+
+
 def _log_joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     """Return log p(y, z | x) of K classes per image."""
-    log_conditional = output.log_conditional
-    index = classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:])
-    return latent.log_joint(log_conditional.gather(1, index), output.log_prior)
+    return latent.log_joint(_log_conditional(output, classes), output.log_prior)
 
 
 def _joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
@@ -307,6 +323,13 @@ def _prior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b 
     return output.prior.unsqueeze(1).expand(-1, classes.shape[1], -1, -1)
 
 
+def _evidence(output: CalmOutput | CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    if isinstance(output, CamOutput):
+        maps = output.class_logits(classes)
+        return maps / (maps.shape[-2] * maps.shape[-1])
+    return latent.evidence(_log_conditional(output, classes), output.log_prior)
+
+
 def _normalized_cam(output: CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
     return normalize(output.class_logits(classes), "minmax")
 
@@ -316,34 +339,47 @@ class MapKind:
     """How a kind of map is computed.
 
     Attributes:
-        family: ``calm`` or ``cam``, the models that have it; of others, the map would show weights never trained.
+        families: The models that have it, ``calm`` and ``cam``; of others, it would show weights never trained.
         read: From an output and classes (B, K) to their maps (B, K, h, w).
         over: The classes whose maps are summed: ``target``, ``superclass`` or ``all``.
         mean: Whether the sum is divided by the number of classes.
+        compares: Whether only the difference of two classes' maps says where: a class alone is highest where the prior
+            is 0.
     """
 
-    family: str
+    families: tuple[str, ...]
     read: Callable[[Any, Tensor], Tensor]
     over: str = "target"
     mean: bool = False
+    compares: bool = False
 
+
+_CALM, _CAM = ("calm",), ("cam",)
 
 MAP_KINDS: dict[str, MapKind] = {
-    "joint": MapKind("calm", _joint),  # p(y, z | x); sums to p(y | x)
-    "joint-superclass": MapKind("calm", _joint, over="superclass"),  # p(one of the classes, z | x): sum of their joints
-    "joint-superclass-mean": MapKind("calm", _joint, over="superclass", mean=True),  # divided by their number
-    "posterior": MapKind("calm", _posterior),  # p(z | x, y); sums to 1
-    "posterior-superclass": MapKind("calm", _posterior, over="superclass"),  # sum of the classes' posteriors
-    "posterior-superclass-mean": MapKind("calm", _posterior, over="superclass", mean=True),  # their mean; sums to 1
-    "prior": MapKind("calm", _prior),  # p(z | x); sums to 1
-    "cam": MapKind("cam", CamOutput.class_logits),  # the class logit f[y] at z
-    "cam-saliency": MapKind("cam", _normalized_cam, over="all"),  # sum over classes of min-max normalised f
-    "cam-superclass": MapKind("cam", _normalized_cam, over="superclass"),  # that sum over the classes of a superclass
+    "joint": MapKind(_CALM, _joint),  # p(y, z | x); sums to p(y | x)
+    "joint-superclass": MapKind(_CALM, _joint, over="superclass"),  # p(one of the classes, z | x): sum of their joints
+    "joint-superclass-mean": MapKind(_CALM, _joint, over="superclass", mean=True),  # divided by their number
+    "posterior": MapKind(_CALM, _posterior),  # p(z | x, y); sums to 1
+    "posterior-superclass": MapKind(_CALM, _posterior, over="superclass"),  # sum of the classes' posteriors
+    "posterior-superclass-mean": MapKind(_CALM, _posterior, over="superclass", mean=True),  # their mean; sums to 1
+    "prior": MapKind(_CALM, _prior),  # p(z | x); sums to 1
+    "cam": MapKind(_CAM, CamOutput.class_logits),  # the class logit f[y] at z
+    "cam-saliency": MapKind(_CAM, _normalized_cam, over="all"),  # sum over classes of min-max normalised f
+    "cam-superclass": MapKind(_CAM, _normalized_cam, over="superclass"),  # that sum over the classes of a superclass
+    # p(z | x) * log p(y | x, z) in nats: the difference of two classes sums to their expected log-odds. Of CAM, f[y] at
+    # z over the number of locations, N: the difference sums to log p(y1 | x) - log p(y2 | x).
+    "evidence": MapKind(_CALM + _CAM, _evidence, compares=True),
 }
 """The kinds of maps, and what a value of each is."""
 
 _RELEASED_WORDS = {"joint": "jointll", "posterior": "gtcond", "prior": "saliency", "cam": "vanilla"}
-ALIASES = {_RELEASED_WORDS[name.split("-")[0]] + name[len(name.split("-")[0]) :]: name for name in MAP_KINDS}
+ALIASES = {
+    released + name.removeprefix(word): name
+    for name in MAP_KINDS
+    for word, released in _RELEASED_WORDS.items()
+    if name.split("-")[0] == word
+}
 """The released code's names of the map kinds: ``jointll-superclass`` is joint-superclass, ``saliency`` is prior."""
 
 
@@ -356,8 +392,8 @@ def canonical_kind(kind: str, family: str) -> str:
     name = ALIASES.get(kind, kind)
     if name not in MAP_KINDS:
         raise unknown("map kind", kind, [*MAP_KINDS, *ALIASES])
-    if MAP_KINDS[name].family != family:
-        allowed = ", ".join(other for other, spec in MAP_KINDS.items() if spec.family == family)
+    if family not in MAP_KINDS[name].families:
+        allowed = ", ".join(other for other, spec in MAP_KINDS.items() if family in spec.families)
         raise CalmError(f"map kind {kind!r} cannot be read from a {family.upper()} model: choose one of {allowed}")
     return name
 

@@ -158,6 +158,23 @@ def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None 
     return draw_point(image, x, y, radius=radius or max(4, min(height, width) // 16))
 
 
+def add_legend(image: Picture, low: str, high: str) -> Picture:
+    """Return a new picture with the ``signed`` colours below it: ``low`` names the blue end, ``high`` the red."""
+    width = image.shape[1]
+    size = min(24, max(11, width // 24))
+    bar, line, gap, font = size // 2, round(size * 1.5), size // 3, _font(size)
+    names = (f"◀ {low}", f"{high} ▶")
+    lines = 1 if max(map(font.getlength, names)) < width // 2 - 2 * gap else 2  # long names, one below the other
+    canvas = Image.new("RGB", (width, image.shape[0] + bar + lines * line), PAPER)
+    canvas.paste(Image.fromarray(_checked(image)), (0, 0))
+    scale = np.broadcast_to(colorize(np.linspace(-1, 1, width), "signed"), (bar, width, 3))
+    canvas.paste(Image.fromarray(np.ascontiguousarray(scale)), (0, image.shape[0]))
+    pen, top, bottom = ImageDraw.Draw(canvas), image.shape[0] + bar, canvas.height
+    for x, y, name, anchor in ((gap, top, names[0], "la"), (width - gap, bottom - gap, names[1], "rd")):
+        pen.text((x, y), _cut_to(name, font, width - 2 * gap), INK, font, anchor=anchor)
+    return np.array(canvas)
+
+
 def resize_picture(image: Picture, size: tuple[int, int]) -> Picture:
     """Resize a picture (not a map) to ``size`` = (height, width): bicubic, and antialiased when it shrinks."""
     if image.shape[:2] == size:

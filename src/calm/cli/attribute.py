@@ -36,6 +36,8 @@ def attribute_files(
     method: str | None = None,
     superclass: str | None = None,
     versus: str | None = None,
+    signed: bool | None = None,
+    prior_exponent: float = 1.0,
     out: Path = Path("attributions"),
     grid: bool = False,
     overwrite: bool = False,
@@ -45,10 +47,11 @@ def attribute_files(
     """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
 
     For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak; of the size of the
-    picture, enlarged if that is small, shrunk to 4 megapixels if it is larger) and NAME.KIND.npy (the map:
-    float32, at the size of the image, in its own unit and not normalised), and at the end results.json. A value
-    of a joint map is p(y, z | x), the probability of one cell of the model's grid; resized to the image it
-    keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
+    picture, enlarged if that is small, shrunk to 4 megapixels if it is larger; with --versus, a legend below)
+    and NAME.KIND.npy (the map: float32, at the size of the image, in its own unit and not normalised), and at
+    the end results.json. A value of a joint map is p(y, z | x), the probability of one cell of the model's
+    grid; resized to the image it keeps that unit, so it is the map of --grid, not the resized one, that sums
+    to p(y | x).
 
     Earlier results are kept: where a file has the name already, the new ones are NAME-2.KIND.png and so on, and
     results-2.json. Pictures are turned upright as their EXIF data says.
@@ -57,12 +60,17 @@ def attribute_files(
         images: image files, folders (searched at all depths) and patterns such as 'photos/*.jpg'.
         model: a run folder of calm train, a saved model, or a hub id.
         target: the class to explain, by name or index. Default: the most probable one in each image.
-        kind: which of the model's own maps: joint, posterior, prior, ... for CALM; cam, ... for CAM.
+        kind: which of the model's own maps: joint, posterior, prior, ... for CALM; cam, ... for CAM; and, with
+            --versus, evidence, whose differences add up to the expected log-odds of the two classes, in nats.
             Default: joint or cam.
         method: instead of a kind, any attribution method: integrated-gradients, smoothgrad, gradcam, ...
         superclass: names or indices of classes with commas between them, to ask for their sum.
         versus: a second class: the map becomes the absolute difference, why the target and not this class; in
-            the overlay red speaks for the target, blue for the other.
+            the overlay red speaks for the target, blue for the other, as the legend below it says.
+        signed: write the map of --versus with its sign: above 0 for the target, below 0 for the other. Default: true
+            for evidence, false for other methods.
+        prior_exponent: read CALM's maps with the prior raised to this power, normalised: below 1, more of the
+            places that recognise the class show. The predictions stay as they are.
         out: folder for the results. Inputs are never overwritten.
         grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
         overwrite: replace earlier results of the same names instead of numbering the new ones.
@@ -85,10 +93,19 @@ def attribute_files(
         raise CalmError(f"batch size must be at least 1, got {batch_size}")
     inputs, missing = find_images(images, out)
     loaded = _load(model, device)
-    query = resolve_query(loaded, target=target, kind=kind, method=method, superclass=superclass, versus=versus)
+    query = resolve_query(
+        loaded,
+        target=target,
+        kind=kind,
+        method=method,
+        superclass=superclass,
+        versus=versus,
+        signed=signed,
+        prior_exponent=prior_exponent,
+    )
     if grid and query.method in BASELINES:
         raise CalmError(f"method {query.method!r} has no grid: leave out --grid, or choose a kind of the model")
-    label = query.method + ("" if query.versus is None else "-difference")
+    label = query.method + "-signed" * query.signed + ("" if query.versus is None else "-difference")
     suffixes = {"overlay": f".{label}.png", "map": f".{label}.npy"}
     if grid:
         suffixes["grid"] = f".{label}.grid.npy"
@@ -100,11 +117,12 @@ def attribute_files(
         explanations = explain(loaded, [picture for _, picture in batch], query)
         for (path, picture), explanation in zip(batch, explanations, strict=True):
             shown = loaded.preprocessing.picture(picture)
-            files = _write(out, names[path], shown, explanation, query, suffixes)
+            files = _write(out, names[path], shown, explanation, query, suffixes, loaded.class_names)
             done.append(_record(path, explanation, query, loaded.class_names) | {"files": files})
             _print_explanation(console, path, explanation, query, loaded.class_names)
     results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
-    write_json(results, {"format": 1, "model": model, "method": query.method, "images": done, "failed": failed})
+    how = {"method": query.method, "signed": query.signed, "prior_exponent": query.prior_exponent}
+    write_json(results, {"format": 1, "model": model, **how, "images": done, "failed": failed})
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
     if failed:
         errors = "\n".join(f"  {failure['error']}" for failure in failed)
@@ -226,7 +244,13 @@ def _batches(
 
 
 def _write(
-    out: Path, name: str, picture: Picture, explanation: Explanation, query: Query, suffixes: dict[str, str]
+    out: Path,
+    name: str,
+    picture: Picture,
+    explanation: Explanation,
+    query: Query,
+    suffixes: dict[str, str],
+    class_names: Sequence[str],
 ) -> dict[str, str]:
     """Write the files of one image; return the path in ``out`` of each."""
     import numpy as np
@@ -237,7 +261,7 @@ def _write(
     for what, suffix in suffixes.items():
         if what == "overlay":
             with atomic_path(out / (name + suffix)) as temporary:
-                Image.fromarray(draw(picture, explanation, query)).save(temporary)
+                Image.fromarray(draw(picture, explanation, query, class_names)).save(temporary)
         else:  # in memory first, since numpy.save does not say why a disk cannot be written
             file = io.BytesIO()
             np.save(file, (explanation.values if what == "map" else explanation.grid).float().numpy())
@@ -276,7 +300,7 @@ def _print_explanation(
     from rich.markup import escape
     from rich.table import Table
 
-    share = f"share of {UNITS.get(query.method, 'the map')} there"
+    share = f"share of {UNITS.get(query.method, 'the map') if query.prior_exponent == 1 else 'the map'} there"
     console.print(str(source), style="bold", markup=False, highlight=False)
     marks = dict.fromkeys(query.superclass, "+") or {explanation.target: "→"}
     if query.versus is not None:
@@ -302,6 +326,9 @@ def _print_explanation(
             text = f"{' + '.join(names[c] for c in query.superclass)}: {place}, {share}: {place.share:.0%}"
         else:
             pair = f"{names[explanation.target]} against {names[query.versus]}"
-            text = f"{pair}: {place}, {place.share:.0%} of the difference"
+            whole = f"what speaks for {names[explanation.target]}" if query.signed else "the difference"
+            text = f"{pair}: {place}, {place.share:.0%} of {whole}"
+            if query.method == "evidence" and query.signed:
+                text += f"; expected log-odds {float(explanation.grid.double().sum()):+.2f} nats"
         console.print(text, markup=False, highlight=False)
     console.print()

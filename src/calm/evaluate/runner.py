@@ -127,7 +127,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
         family = "cam" if model.config.method == "cam" else "calm"
         cache: dict[Any, Any] = {}
         for method in methods or [model.map_kind()]:
-            if method not in BASELINES and MAP_KINDS[method].family != family:
+            if method not in BASELINES and family not in MAP_KINDS[method].families:
                 continue
             unused.discard(method)
             options = {name: getattr(config, name) for name in ("steps", "samples") if _reads(method, name)}
@@ -145,7 +145,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
             subjects.append(replace(subject, cache=cache))
     for method in methods:
         if method in unused and config.model:
-            needed = MAP_KINDS[method].family.upper()
+            needed = MAP_KINDS[method].families[0].upper()
             raise CalmError(f"--method {method} needs a {needed} model, and none of --model is one")
     return subjects
 

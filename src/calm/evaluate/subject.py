@@ -170,7 +170,7 @@ def model_subject(
                 return _OwnMaps(output, name)
             return _BaselineMaps(model, images, output.probs, name, options)
 
-    probabilities = own and MAP_KINDS[name].family == "calm"
+    probabilities = own and MAP_KINDS[name].families == ("calm",)
     return Subject(
         label or f"{model.config.method.upper()} {name}",
         partial(predict_with, model),
