@@ -159,6 +159,17 @@ def test_train_saves_models_with_the_accuracy_that_the_result_says(rich: Path, d
     assert result["best"]["epoch"] == int(ranked[0]["epoch"])
 
 
+def test_train_warns_where_the_maps_stayed_flat(data: Path, tmp_path: Path) -> None:
+    config = tiny_config(data, tmp_path / "run", epochs=1, loss=LossOptions(temperature=0.0, prior_weight=10.0))
+    config = replace(config, optim=replace(config.optim, warmup_epochs=0.0), lr=1e-4)
+    train(config, backbone=tiny_net(), quiet=True)
+    model = load(tmp_path / "run", backbone=tiny_net())
+    assert "almost flat" in model.caution
+    assert f"warning: {model.caution}" in (tmp_path / "run" / "log.txt").read_text()
+    model.training_summary["posterior_entropy_relative"] = 0.6
+    assert model.caution == ""
+
+
 def test_train_leaves_a_finished_run_alone(rich: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.stat().st_mtime_ns for path in rich.rglob("*")}
     assert train(rich_config(data, rich), backbone=tiny_net()) == rich

@@ -23,6 +23,10 @@ from calm.inference import first_nonfinite_weight
 from calm.latent import Targets, check_classes
 from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
 
+FLAT = 0.97
+"""The entropy of the posterior p(z | x, y), over log N, above which a model's maps are called flat: at an 8x8 grid, 57
+of 64 cells count alike."""
+
 
 class PointwiseConv2d(nn.Conv2d):
     """A 1x1 convolution, computed as a matrix product of the weight and the features at all locations.
@@ -123,6 +127,17 @@ class CalmModel(nn.Module):
         if len(self.class_names) != config.num_classes:
             raise CalmError(f"{len(self.class_names)} class names for {config.num_classes} classes")
         self.training_summary = dict(training_summary or {})
+
+    @property
+    def caution(self) -> str:
+        """What a reader of the maps must know first, in a sentence; empty if the training recorded nothing of it."""
+        spread = self.training_summary.get("posterior_entropy_relative", 0.0)
+        if not isinstance(spread, float) or spread <= FLAT:
+            return ""
+        return (
+            f"its maps are almost flat: where the evidence of the training images is has {spread:.2f} of the entropy of"
+            " not knowing at all. Classes are as sure as their probabilities; joint, posterior and prior say little"
+        )
 
     @property
     def device(self) -> torch.device:

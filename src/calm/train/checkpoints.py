@@ -133,6 +133,8 @@ def export(state: TrainingState, run_dir: Path) -> None:
     """Write the models ``last/`` and, if the last epoch is the best, ``best/`` and ``checkpoints/best.ckpt``."""
     model, path = state.evaluated, run_dir / CHECKPOINT
     model.training_summary = {**model.training_summary, "validation": state.last}
+    spread = "posterior_entropy_relative"
+    model.training_summary |= {name: value for name, value in state.history[-1].items() if name == spread}
     model.save_pretrained(run_dir / "last")
     if state.best["epoch"] == state.last["epoch"]:
         model.save_pretrained(run_dir / "best")

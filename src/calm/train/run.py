@@ -182,6 +182,8 @@ class Trainer:
         if first:
             write_json(self.run_dir / "result.json", result)
             self.log(_closing_lines(result, self.run_dir))
+            if caution := state.evaluated.caution:
+                self.log(f"warning: {caution}. {FLAT_REMEDY}")
         self.fabric.barrier()
 
     def train_epoch(self) -> float:
@@ -320,6 +322,9 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     found = measures.compute()
     top5 = {"top5": found.top5.value} if model.config.num_classes > 5 else {}
     return {"accuracy": found.top1.value, **top5, "nll": found.nll.value, "ece": found.ece.value}
+
+
+FLAT_REMEDY = "Try --loss.temperature 1.0 (below 1 spreads), more epochs, a smaller loss.prior_weight, or larger images"
 
 
 def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
