@@ -135,6 +135,19 @@ def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypat
     assert said.figures == usual.figures
 
 
+def test_evaluate_in_bfloat16_is_a_row_of_its_own(place, tmp_path):
+    flags = [
+        "localization",
+        *words(place, "--method", "joint", "gradient", "--out", str(tmp_path), models=("calm-em",)),
+    ]
+    own, gradient = evaluate(flags)
+    own_half, gradient_half = evaluate([*flags, "--precision", "bf16-mixed"])
+    assert (own.label, own_half.label) == ("CALM-EM joint", "CALM-EM joint, bf16")
+    assert own_half.figures["pxap"].value == pytest.approx(own.figures["pxap"].value, abs=0.05)
+    assert gradient_half.figures["pxap"] == gradient.figures["pxap"]  # maps in float32 in any case
+    assert own_half.figures["pxap"] != own.figures["pxap"]
+
+
 def test_evaluate_runs_costly_benchmarks_by_name(place, tmp_path, capsys):
     flags = words(place, "--out", str(tmp_path), "--method", "posterior", models=("calm-em",))
     (curves,) = evaluate(["insertion-deletion", *flags, "--points", "3"])
@@ -436,7 +449,7 @@ def test_evaluate_scores_a_folder_of_maps(place, tmp_path):
     with pytest.raises(CalmError, match="nothing to evaluate"):
         evaluate(["localization", "--data", str(place / "birds")])
     for flag in (["--workers", "2"], ["--device", "cpu"]):
-        with pytest.raises(CalmError, match="--workers and --device are about models"):
+        with pytest.raises(CalmError, match="--workers, --device and --precision are about models"):
             evaluate(["localization", "--data", str(place / "birds"), "--maps", str(tmp_path / "maps"), *flag])
     (tmp_path / "maps").rename(tmp_path / "one")
     for name in ("a", "b"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.testing import assert_close
 
+from calm.backbones import build_backbone
 from calm.errors import CalmError
-from calm.inference import evaluation_mode, resolve_device
+from calm.inference import evaluation_mode, optimized_for_inference, resolve_device
 
 
 def test_resolve_device_takes_names_and_auto() -> None:
@@ -36,3 +38,80 @@ def test_evaluation_mode_restores_everything(failing: bool) -> None:
     assert [part.training for part in module] == [True, True, False]
     assert [p.requires_grad for p in module.parameters()] == [False, True, True, True]
     assert torch.equal(torch.get_rng_state(), random)
+
+
+class Grouped(nn.Module):
+    """Convolutions of all kinds with BatchNorm: grouped, with bias, without affine weights, used twice, read twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True))
+        self.depthwise = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.BatchNorm2d(8, affine=False, eps=0.1))
+        self.twice = nn.Conv2d(8, 8, 1)
+        self.norms = nn.ModuleList([nn.BatchNorm2d(8), nn.BatchNorm2d(8, track_running_stats=False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(self.stem(x))
+        for norm in self.norms:
+            x = torch.relu(norm(self.twice(x)))
+        return x
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """Give every BatchNorm statistics and weights that are not its start."""
+    generator = torch.Generator().manual_seed(1)
+    for part in module.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            for tensor in (part.running_mean, part.running_var, part.weight, part.bias):
+                if tensor is not None:
+                    tensor.data = torch.rand(tensor.shape, generator=generator) + 0.3
+    return module
+
+
+@pytest.mark.parametrize(
+    ("name", "norms_left"),
+    [
+        ("grouped", 2),
+        ("tf_efficientnet_lite0", 0),
+        ("resnet50", 0),
+        ("small_resnet", 0),
+        ("densenet121", 62),  # most come before convolutions
+        ("vit_tiny_patch16_224", 0),
+    ],
+)
+def test_optimized_for_inference_folds_batch_norm_and_computes_the_same(name: str, norms_left: int) -> None:
+    module = randomized(Grouped() if name == "grouped" else build_backbone(name))
+    size = 224 if name.startswith("vit") else 64
+    images = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    fast = optimized_for_inference(module, images)
+    assert sum(isinstance(part, nn.BatchNorm2d) for part in fast.modules()) == norms_left
+    assert not any(parameter.requires_grad for parameter in fast.parameters())
+    module.eval()
+    other = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        expected = module(other)
+        assert_close(fast(other), expected, rtol=0, atol=1e-4 * float(expected.abs().max()))
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in before.items())
+
+
+class Reader(nn.Module):
+    """A network that reads a convolution's output beside its BatchNorm, or asks the BatchNorm for its eps."""
+
+    def __init__(self, *, asks: bool) -> None:
+        super().__init__()
+        self.conv, self.norm, self.asks = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), asks
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        y: Tensor = self.norm(x)
+        return y * self.norm.eps if self.asks else x + y
+
+
+@pytest.mark.parametrize("asks", [False, True])
+def test_optimized_for_inference_does_not_fold_what_would_change_the_network(asks: bool) -> None:
+    module = randomized(Reader(asks=asks)).eval()
+    images = torch.randn(2, 3, 5, 5)
+    fast = optimized_for_inference(module, images)
+    assert isinstance(fast.norm, nn.BatchNorm2d)
+    assert_close(fast(images), module(images))

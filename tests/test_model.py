@@ -560,3 +560,18 @@ def test_pointwise_conv_equals_the_convolution(bias, memory_format):
     for one, other in zip(*(torch.autograd.grad(r.square().sum(), inputs) for r in results), strict=True):
         assert_close(one, other)
     assert layer(features[:0]).shape == (0, 4, 3, 4)
+
+
+@pytest.mark.parametrize("method", ["calm-em", "cam"])
+def test_optimized_for_inference_gives_the_same_maps_and_leaves_the_model(method):
+    model = create_model("small_resnet", 3, method, preprocessing=Preprocessing(size=(64, 64)))
+    model(torch.randn(4, 3, 64, 64))  # BatchNorm's statistics are no longer 0 and 1
+    model.eval()
+    fast = model.optimized_for_inference()
+    assert fast.class_names == model.class_names
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert_close(fast(images).probs, model(images).probs, rtol=0, atol=1e-5)
+    assert_close(fast.attribute(images, [0, 2]), model.attribute(images, [0, 2]), rtol=0, atol=1e-5)
+    assert any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())

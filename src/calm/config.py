@@ -20,6 +20,9 @@ Explain: TypeAlias = Literal["label", "prediction"]
 Order: TypeAlias = Literal["cascading", "all"]
 """In which order weights are randomised: see `calm.evaluate.randomisation`."""
 
+Precision: TypeAlias = Literal["32-true", "bf16-mixed"]
+"""Of predictions and a model's own maps: float32, or bfloat16 for convolutions and matrix products."""
+
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The paper's shares of erased pixels in remove-and-classify."""
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.parametrize import is_parametrized
 
 from calm.errors import CalmError
 
@@ -56,6 +59,87 @@ def evaluation_mode(module: nn.Module) -> Iterator[None]:
             part.training = training
         for parameter, required in frozen:
             parameter.requires_grad_(required)
+
+
+@torch.no_grad()
+def optimized_for_inference(module: nn.Module, images: Tensor) -> nn.Module:
+    """Return a copy for predictions alone: in eval mode, without gradients, channels last, BatchNorm folded away.
+
+    A BatchNorm that reads the output of a convolution becomes part of its weights. Where features of ``images`` would
+    change by more than rounding, as the network does more than that with its parts, the copy is not folded.
+
+    Args:
+        module: A network of one tensor, which stays as it is.
+        images: An example of its input, (B, C, H, W); random numbers will do.
+
+    Returns:
+        The copy. It computes the same but for rounding, and takes images of any memory format.
+    """
+    plain = copy.deepcopy(module).eval().requires_grad_(False)
+    folded = copy.deepcopy(plain)
+    try:
+        pairs, expected = _batch_norms_after_convolutions(folded, images)
+        names = {part: name for name, part in folded.named_modules()}
+        for convolution, norm in pairs:
+            _fold(convolution, norm)
+            parent, _, leaf = names[norm].rpartition(".")
+            setattr(folded.get_submodule(parent), leaf, getattr(norm, "act", nn.Identity()))
+        tolerance = min(0.1, 1000 * torch.finfo(expected.dtype).eps) * expected.abs().amax()
+        same = bool(((folded(images) - expected).abs() <= tolerance).all())
+    except Exception:  # a network may do anything with its parts; what it does then is left alone
+        same = False
+    chosen: nn.Module = folded if same else plain
+    return chosen.to(memory_format=torch.channels_last)
+
+
+def _batch_norms_after_convolutions(
+    module: nn.Module, images: Tensor
+) -> tuple[list[tuple[nn.Conv2d, nn.BatchNorm2d]], Tensor]:
+    """Run a network; return its pairs of a convolution and the BatchNorm of its output, each called once, and its
+    features."""
+    calls: dict[nn.Module, int] = {}
+    outputs: dict[int, tuple[nn.Module, Tensor]] = {}  # by identity, and kept: another tensor would take the number
+    pairs: list[tuple[nn.Conv2d, nn.BatchNorm2d]] = []
+
+    def look(part: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[part] = calls.get(part, 0) + 1
+        if isinstance(part, nn.Conv2d) and not is_parametrized(part):
+            outputs[id(output)] = part, output
+        elif isinstance(part, nn.BatchNorm2d) and part.running_mean is not None and id(inputs[0]) in outputs:
+            pairs.append((outputs[id(inputs[0])][0], part))  # type: ignore[arg-type]
+
+    # timm's BatchNorm holds the activation that follows; other subclasses may do anything.
+    kinds = {"BatchNorm2d", "BatchNormAct2d"}
+    parts = [m for m in module.modules() if isinstance(m, nn.Conv2d) or type(m).__name__ in kinds]
+    hooks = [part.register_forward_hook(look) for part in parts]
+    try:
+        features: Tensor = module(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return [pair for pair in pairs if calls[pair[0]] == calls[pair[1]] == 1], features
+
+
+def _fold(convolution: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    """Multiply a BatchNorm into a convolution's weight and bias, in float64."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+
+    def wide(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.double()
+
+    weight, bias = fuse_conv_bn_weights(
+        convolution.weight.double(),
+        wide(convolution.bias),
+        norm.running_mean.double(),
+        norm.running_var.double(),
+        norm.eps,
+        wide(norm.weight),
+        wide(norm.bias),
+    )
+    dtype = convolution.weight.dtype
+    convolution.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    convolution.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
 def mix_seed(*parts: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
-from calm.inference import first_nonfinite_weight
+from calm.inference import first_nonfinite_weight, optimized_for_inference
 from calm.latent import Targets, check_classes
 from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
 
@@ -185,6 +186,25 @@ class CalmModel(nn.Module):
         """
         output: CalmOutput | CamOutput = self.head(self.encode(images))
         return output
+
+    def optimized_for_inference(self) -> CalmModel:
+        """Return a copy for predictions and own maps alone, which are the same but for rounding, and faster on a CPU.
+
+        It is in eval mode, with BatchNorm folded into convolutions, and channels last: not to be trained or saved. The
+        file ``benchmarks/README.md`` says how much faster it is.
+        """
+        size = self.config.in_channels, *self.preprocessing.size
+        image = torch.randn(1, *size, generator=torch.Generator().manual_seed(0))
+        backbone = optimized_for_inference(self.backbone, image.to(self.head.conv_last.weight))
+        head = copy.deepcopy(self.head).requires_grad_(False)
+        return CalmModel(
+            self.config,
+            backbone,
+            head,
+            class_names=self.class_names,
+            preprocessing=self.preprocessing,
+            training_summary=self.training_summary,
+        ).eval()
 
     def loss(
         self,

@@ -8,7 +8,7 @@ from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, Literal
 
-from calm.config import DRAWS, FRACTIONS, REPLICATES, Explain, Fill, Order
+from calm.config import DRAWS, FRACTIONS, REPLICATES, Explain, Fill, Order, Precision
 from calm.data.loading import Layout, SplitName
 from calm.errors import CalmError, unknown
 
@@ -43,6 +43,8 @@ class EvaluateConfig:
         batch_size: images in a forward pass
         workers: processes that read images
         device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one
+        precision: of predictions and the models' own maps: 32-true (float32) or bf16-mixed (bfloat16), which is faster
+            on GPUs and on processors that compute it, and changes figures a little; other methods keep float32
         replicates: bootstrap samples
         seed: of the bootstrap and of random pixels
     """
@@ -70,6 +72,7 @@ class EvaluateConfig:
     batch_size: int = 32
     workers: int = 0
     device: str = "auto"
+    precision: Precision = "32-true"
     replicates: int = REPLICATES
     seed: int = 0
 
@@ -87,11 +90,13 @@ class EvaluateConfig:
                 if getattr(self, name):
                     taken = "maps are taken as they are"
                     raise CalmError(f"--{name} is about models, and {taken}: leave it out, or give --model")
-            if self.workers or self.device != "auto":
-                raise CalmError("--workers and --device are about models: leave them out, or give --model")
+            if self.workers or self.device != "auto" or self.precision != "32-true":
+                raise CalmError("--workers, --device and --precision are about models: leave them out, or give --model")
 
 
-_COMMON = frozenset({"data", "model", "split", "layout", "metadata_root", "out", "batch_size", "workers", "device"})
+_COMMON = frozenset(
+    {"data", "model", "split", "layout", "metadata_root", "out", "batch_size", "workers", "device", "precision"}
+)
 _EVERY = ("replicates", "seed")
 """Options of every benchmark's function."""
 

@@ -124,6 +124,7 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
     unused = set(methods)
     for source in dict.fromkeys(config.model):
         model = load(source, map_location="cpu").to(device).eval()
+        predictor = model.optimized_for_inference()
         family = "cam" if model.config.method == "cam" else "calm"
         cache: dict[Any, Any] = {}
         for method in methods or [model.map_kind()]:
@@ -137,6 +138,8 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
                 about={"model": str(Path(source).resolve()) if Path(source).is_dir() else source},
                 normalization=config.norm,
                 thresholds=config.thresholds,
+                predictor=predictor,
+                precision=config.precision,
                 **{name: value for name, value in options.items() if value is not None},
             )
             numbers = subject.classes(split).tolist()

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from calm import baselines
+from calm.config import Precision
 from calm.data.cues import PROTOCOL_SIZE
 from calm.data.loading import match_classes
 from calm.data.records import Split
@@ -132,6 +133,8 @@ def model_subject(
     about: Mapping[str, Any] | None = None,
     normalization: Normalization | None = None,
     thresholds: Thresholds | None = None,
+    predictor: CalmModel | None = None,
+    precision: Precision = "32-true",
     **options: Any,
 ) -> Subject:
     """Return the subject of a model and one of its explanations.
@@ -144,6 +147,8 @@ def model_subject(
         normalization: None: ``clipping`` for CALM's own maps, which are probabilities, else ``minmax``; and ``minmax``
             for boxes.
         thresholds: None: ``log`` for CALM's own maps, else ``even``; and ``even`` for boxes.
+        predictor: computes predictions and own maps in place of ``model``: its `CalmModel.optimized_for_inference`.
+        precision: of these; baselines and randomised models are always computed in float32.
         options: of the baseline: steps, samples, noise, seed, target_layer, batch_size.
 
     Raises:
@@ -163,17 +168,21 @@ def model_subject(
     model.eval()
     model.check_finite(label or "the model")
 
-    def predict_with(model: CalmModel, images: Tensor) -> Prediction:
+    def predict_with(
+        model: CalmModel, images: Tensor, predictor: CalmModel | None = None, *, half: bool = False
+    ) -> Prediction:
         with torch.no_grad():
-            output: CalmOutput | CamOutput = model(images)
+            with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+                output: CalmOutput | CamOutput = (predictor or model)(images)
             if own:
                 return _OwnMaps(output, name)
             return _BaselineMaps(model, images, output.probs, name, options)
 
+    half = precision == "bf16-mixed"
     probabilities = own and MAP_KINDS[name].families == ("calm",)
     return Subject(
-        label or f"{model.config.method.upper()} {name}",
-        partial(predict_with, model),
+        label or f"{model.config.method.upper()} {name}{', bf16' if half else ''}",
+        partial(predict_with, model, predictor=predictor, half=half),
         model.preprocessing,
         model.device,
         normalization or ("clipping" if probabilities else "minmax"),
@@ -185,6 +194,7 @@ def model_subject(
             "weights": weights_digest(model),
             "method": name,
             "options": {key: value for key, value in options.items() if key != "batch_size"},
+            **({"precision": precision} if half else {}),
             **(about or {}),
         },
         model,
