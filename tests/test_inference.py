@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from calm.backbones import build_backbone
 from calm.errors import CalmError
-from calm.inference import evaluation_mode, optimized_for_inference, resolve_device
+from calm.inference import automatic_precision, evaluation_mode, optimized_for_inference, resolve_device
 
 
 def test_resolve_device_takes_names_and_auto() -> None:
@@ -115,3 +115,15 @@ def test_optimized_for_inference_does_not_fold_what_would_change_the_network(ask
     fast = optimized_for_inference(module, images)
     assert isinstance(fast.norm, nn.BatchNorm2d)
     assert_close(fast(images), module(images))
+
+
+def test_automatic_precision_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    for amx, avx, expected in ((True, False, "bf16-mixed"), (False, True, "bf16-mixed"), (False, False, "32-true")):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda avx=avx: avx)
+        precision, why = automatic_precision(torch.device("cpu"))
+        assert (precision, "this processor" in why) == (expected, True)
+    assert automatic_precision(torch.device("mps"))[0] == "32-true"
+    for supported, expected in ((True, "bf16-mixed"), (False, "32-true")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, yes=supported: yes)
+        assert automatic_precision(torch.device("cuda"))[0] == expected

@@ -31,7 +31,7 @@ from calm.errors import CalmError
 from calm.images import Preprocessing, read_image
 from calm.inference import mix_seed
 from calm.model import CalmModel, create_model, load
-from calm.train import train
+from calm.train import run as run_module, train
 from calm.train.config import (
     DataOptions,
     Hardware,
@@ -42,7 +42,7 @@ from calm.train.config import (
     RunLength,
     TrainConfig,
 )
-from calm.train.folder import check_folder, write_config
+from calm.train.folder import check_folder, is_finished, write_config
 from calm.train.optim import build_scheduler
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
@@ -65,6 +65,7 @@ def trained_by_hand(config: TrainConfig) -> CalmModel:
     split = load_split(config.data, "train")
     torch.manual_seed(mix_seed(config.seed) >> 1)
     model = create_model(tiny_net(), split.num_classes, config.method, preprocessing=PREPROCESSING)
+    model.to(memory_format=torch.channels_last)  # as the default is; it rounds otherwise
     dataset = ImageDataset(split, train_transform(config.augment, PREPROCESSING), seed=config.seed)
     sampler = EpochSampler(dataset, config.batch_size, seed=config.seed, rank=0, world_size=1)
     run = RunLength(config.epochs, sampler.steps)
@@ -168,6 +169,21 @@ def test_train_warns_where_the_maps_stayed_flat(data: Path, tmp_path: Path) -> N
     assert f"warning: {model.caution}" in (tmp_path / "run" / "log.txt").read_text()
     model.training_summary["posterior_entropy_relative"] = 0.6
     assert model.caution == ""
+
+
+def test_train_takes_the_precision_of_the_processor(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "automatic_precision", lambda device: ("bf16-mixed", f"{device} is said to"))
+    config = tiny_config(data, tmp_path / "auto", epochs=1, hardware=Hardware(accelerator="cpu"))
+    config = replace(config, optim=replace(config.optim, warmup_epochs=0.0))
+    train(config, backbone=tiny_net(), quiet=True)
+    assert "precision bf16-mixed: cpu is said to" in (tmp_path / "auto" / "log.txt").read_text()
+    named = replace(config, run_dir=tmp_path / "named", hardware=replace(config.hardware, precision="bf16-mixed"))
+    train(named, backbone=tiny_net(), quiet=True)
+    assert_close(weights_of(tmp_path / "auto"), weights_of(tmp_path / "named"))
+    assert "precision: bf16-mixed" in (tmp_path / "auto" / "config.yaml").read_text()
+    assert is_finished(tmp_path / "auto", named)
 
 
 def test_train_leaves_a_finished_run_alone(rich: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -72,7 +72,7 @@ def tiny_config(data: Path, run_dir: Path, **changes: Any) -> TrainConfig:
         reading=DataOptions(image_size=SIZE, workers=0),
         augment=Augmentation(crop="pad-shift"),
         optim=OptimOptions(schedule="cosine", warmup_epochs=0.5, head_ratio=2.0),
-        hardware=Hardware(accelerator="cpu"),
+        hardware=Hardware(accelerator="cpu", precision="32-true"),  # on every machine the same
         log=LogOptions(panel_images=0),
     )
     return replace(config, **changes)
@@ -140,7 +140,7 @@ def _main(task: dict[str, Any]) -> None:
 
         checkpoints.save_checkpoint = save
     if task["kind"] == "processes":
-        hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp")
+        hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
         run.train(tiny_config(data, run_dir, hardware=hardware), backbone=tiny_net(stateful=False))
     else:
         run.train(rich_config(data, run_dir, workers=1), backbone=tiny_net())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torch.nn.utils.parametrize import is_parametrized
 
+from calm.config import Precision
 from calm.errors import CalmError
 
 
@@ -28,6 +29,19 @@ def resolve_device(name: str = "auto") -> torch.device:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
         raise CalmError(f"device {name!r} cannot be used: {error}") from error
+
+
+def automatic_precision(device: torch.device) -> tuple[Precision, str]:
+    """Return the faster precision of training on a device, in Lightning's words, and why it is chosen."""
+    if device.type == "cuda":
+        computes, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    else:
+        cpu = torch.cpu
+        computes = device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+        what = "this processor" if device.type == "cpu" else device.type
+    if computes:
+        return "bf16-mixed", f"{what} computes bfloat16, which is faster; 32-true is float32"
+    return "32-true", f"{what} does not compute bfloat16 itself"
 
 
 def first_nonfinite_weight(module: nn.Module) -> str | None:

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -35,7 +36,7 @@ from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import summary
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
-from calm.inference import evaluation_mode, mix_seed
+from calm.inference import automatic_precision, evaluation_mode, mix_seed
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
 from calm.train import checkpoints, folder, journal
@@ -70,6 +71,7 @@ def train(
         KeyboardInterrupt: after Ctrl-C; log.txt says after which epoch the same command continues.
         SystemExit: the same after SIGTERM, with code 143.
     """
+    config, precision_line = _with_precision(config)
     run_dir = config.run_dir or folder.default_run_dir(config)
     first = folder.is_first_process()
     log = journal.RunLog(quiet=quiet or not first)
@@ -105,7 +107,7 @@ def train(
             counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
             size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million weights"
             log(f"{config.method} with {config.backbone} ({size}) on {counts} images; run folder {run_dir}")
-            log("\n".join(filter(None, (report.text(most=3), origin))))
+            log("\n".join(filter(None, (report.text(most=3), origin, precision_line))))
         trainer = None
         try:
             with _launched(fabric):
@@ -306,7 +308,7 @@ class Trainer:
 
 
 def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
-    """Measure the classification of a split, over all processes; ``loader`` has this process's share of the images.
+    """Measure the classification of a split in float32, over all processes; ``loader`` has this process's share of the images.
 
     Returns:
         ``accuracy`` and, with more than five classes, ``top5`` (both 0 to 1), ``nll`` (nats) and ``ece``.
@@ -316,8 +318,7 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     with evaluation_mode(model), torch.no_grad():
         for batch in loader:
             images, labels, indices = fabric.to_device(batch)
-            with fabric.autocast():
-                probs = model(images).probs
+            probs = model(images).probs
             measures.update(*(value.to(measures.device) for value in (probs, labels, indices)))
     found = measures.compute()
     top5 = {"top5": found.top5.value} if model.config.num_classes > 5 else {}
@@ -336,6 +337,15 @@ def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
         )
         lines += f" {100 * test['accuracy']:.1f} %, nll {test['nll']:.3f}, calibration error {test['ece']:.3f}\n"
     return f"{lines}done in {result['seconds']:.0f} s of training: {run_dir}"
+
+
+def _with_precision(config: TrainConfig) -> tuple[TrainConfig, str]:
+    """Return the configuration with the precision that ``auto`` stands for here, and a line that says why."""
+    hardware = config.hardware
+    if hardware.precision != "auto":
+        return config, ""
+    precision, why = automatic_precision(_fabric(replace(hardware, precision="32-true")).device)
+    return replace(config, hardware=replace(hardware, precision=precision)), f"precision {precision}: {why}"
 
 
 def _fabric(hardware: Hardware) -> Fabric:
