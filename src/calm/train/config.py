@@ -193,9 +193,9 @@ class Hardware:
         devices: how many per node; ``auto`` is all GPUs, or one process on the CPU.
         nodes: how many machines.
         strategy: ``auto``, ``ddp``, ...
-        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``. ``auto`` is ``bf16-mixed`` where the GPU or the processor
-            (AVX512-BF16, AMX) computes bfloat16, and else ``32-true``; the log says which and why. Probabilities,
-            losses, validation and test are computed in float32 in any case.
+        precision: ``32-true``, ``bf16-mixed`` or ``16-mixed``. ``auto`` is ``bf16-mixed`` where the GPU or the
+            processor (AVX512-BF16, AMX) computes bfloat16, and else ``32-true``; the log says which and why.
+            Probabilities, losses, validation and test are computed in float32 in any case.
         channels_last: store images, features and weights with the channels last, which is faster for convolutions.
         compile: compile the backbone with ``torch.compile``. It takes a C++ compiler and up to a minute at the start.
         deterministic: on GPUs choose algorithms that give the same weights every time (often slower); an operation

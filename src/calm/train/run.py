@@ -308,7 +308,9 @@ class Trainer:
 
 
 def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
-    """Measure the classification of a split in float32, over all processes; ``loader`` has this process's share of the images.
+    """Measure the classification of a split, over all processes, in float32.
+
+    The ``loader`` has this process's share of the images.
 
     Returns:
         ``accuracy`` and, with more than five classes, ``top5`` (both 0 to 1), ``nll`` (nats) and ``ece``.
