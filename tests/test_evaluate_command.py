@@ -135,6 +135,21 @@ def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypat
     assert said.figures == usual.figures
 
 
+def test_evaluate_repeats_that_a_models_maps_are_flat(place, tmp_path, capsys):
+    model = calm.load(place / "calm-em")
+    for spread, name in ((0.99, "flat"), (0.5, "sharp")):
+        model.training_summary = {"posterior_entropy_relative": spread}
+        model.save_pretrained(tmp_path / name)
+    flags = ["--data", str(place / "birds"), "--out", str(tmp_path / "out"), "--replicates", "0", "--model"]
+    for _ in range(2):  # computed, stored
+        evaluate(["localization", *flags, str(tmp_path / "flat"), str(tmp_path / "sharp")])
+        text = " ".join(capsys.readouterr().out.split())
+        assert text.count("its maps are almost flat") == 1
+        assert f"{tmp_path / 'flat'}: its maps are almost flat" in text
+    evaluate(["classification", *flags, str(tmp_path / "flat")])
+    assert "flat:" not in capsys.readouterr().out
+
+
 def test_evaluate_in_bfloat16_is_a_row_of_its_own(place, tmp_path):
     flags = [
         "localization",

@@ -363,8 +363,10 @@ def run(
     path = result_path(name, subject, data, out, options)
     # The first process decides, and reads: another may not see the file, or see it appear in between.
     stored = all_gather(Result.load(path) if is_first() and path.is_file() else None)[0]
+    current: dict[str, Any] = {"subject": dict(subject.about), "data": dict(data.facts)}  # with paths as they are now
+    if isinstance(subject, Subject) and subject.model is not None and not row.per_model:
+        current["caution"] = subject.model.caution
     if stored is not None:
-        current = {"subject": dict(subject.about), "data": dict(data.facts)}  # with paths as they are now
         return replace(stored, label=label, provenance={**stored.provenance, **current})
     began = time.perf_counter()
     roots = [data.root] if row.needs_root else []
@@ -372,9 +374,8 @@ def run(
     result: Result = row.load()(subject, data.split, *roots, **reading, **options)
     provenance = {
         **result.provenance,
-        "subject": dict(subject.about),
+        **current,
         **_protocol(row, subject),
-        "data": dict(data.facts),
         "options": row.values(options),
         "device": str(subject.device) if isinstance(subject, Subject) else None,
         "processes": world_size(),

@@ -134,6 +134,10 @@ def remarks(results: Sequence[Result]) -> list[str]:
     carved = {(d["split"], d["origin"]) for d in data if d.get("origin", "own files") != "own files"}
     lines += [f"split {split} is {origin}; the other images were not looked at" for split, origin in sorted(carved)]
     lines += _protocols(results)
+    cautions = {
+        (r.provenance["subject"].get("model"), r.provenance["caution"]) for r in results if r.provenance.get("caution")
+    }
+    lines += sorted(f"{model}: {caution}" for model, caution in cautions)
     if any(result.details.get("segmented") is False for result in results):
         lines.append(
             "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"
