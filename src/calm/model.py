@@ -354,7 +354,7 @@ def create_model(
     num_classes: int,
     method: Method = "calm-em",
     large_feature_map: bool = True,
-    pretrained: bool = False,
+    pretrained: bool | str | os.PathLike[str] = False,
     *,
     use_bn: bool = True,
     output_stride: int | None = None,
@@ -368,7 +368,9 @@ def create_model(
 
     Args:
         backbone: A name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
-        pretrained: Whether the backbone starts from ImageNet weights (needs a network the first time).
+        pretrained: Whether the backbone starts from published weights (needs a network the first time, or the extra
+            ``offline``); or a file whose weights it starts from, of which the backbone's ``weights_report`` then says
+            how they were matched: see `calm.backbones.load_weights`.
         class_names: The names of the classes, in the order of their indices.
         preprocessing: Input size and normalisation; the default is 224x224, or the size of a timm model that needs
             another, and ImageNet's mean and std (for other channels than 3 the averages of these). Where these are
@@ -384,7 +386,7 @@ def create_model(
     >>> model(torch.zeros(2, 3, 64, 64)).probs.shape
     torch.Size([2, 3])
     """
-    from calm.backbones import adapt_backbone, build_backbone, image_size
+    from calm.backbones import adapt_backbone, build_backbone, image_size, load_weights
 
     default = Preprocessing()
     size = None if preprocessing is None else preprocessing.size
@@ -409,10 +411,13 @@ def create_model(
             output_stride=output_stride,
             in_channels=in_channels,
         )
-    elif pretrained or output_stride is not None:
-        raise CalmError("pretrained and output_stride choose among named backbones: your own module comes as it is")
+    elif pretrained is True or output_stride is not None:
+        fix = "your own module comes as it is, or with pretrained=FILE"
+        raise CalmError(f"pretrained=True and output_stride choose among named backbones: {fix}")
     else:
         body = adapt_backbone(backbone, preprocessing.size, in_channels)
+        if pretrained is not False:
+            load_weights(body, pretrained)
     preprocessing = replace(preprocessing, size=image_size(body, size, in_channels))
     if (preprocessing.mean, preprocessing.std) == (default.mean, default.std):
         published = getattr(body, "normalization", None) if pretrained else None

@@ -26,11 +26,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from calm.backbones.weights import COUNTER, check_state
 from calm.checkpoint import fill
 from calm.config import Method
 from calm.errors import CalmError, shown, unknown
@@ -42,7 +42,6 @@ FILE_NAME = "last_checkpoint.pth.tar"
 
 
 _PLACES = {"conv_last.": "head.conv_last.", "attention.0.": "head.attention.", "": "backbone."}
-_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -119,32 +118,12 @@ def read_released(path: str | os.PathLike[str]) -> ReleasedFile:
         raise unknown("architecture", architecture, ARCHITECTURES, where=str(path))
     if type(epoch) is not int or not 0 <= epoch < 2**31:
         epoch = None
-    state = _check_state(content["state_dict"], path)
+    state = check_state(content["state_dict"], path)
     # The prefix of a parallel model is on all keys; a layer of the user's own could be called "module" as well.
     prefixed = all(key.startswith("module.") for key in state)
     if prefixed:
         state = {key.removeprefix("module."): tensor for key, tensor in state.items()}
     return ReleasedFile(path, architecture, epoch, state, prefixed)
-
-
-def _check_state(state: Any, path: Path) -> dict[str, Tensor]:
-    if not isinstance(state, dict) or not state:
-        raise CalmError(f"{path}: 'state_dict' must be a dict of tensors, and not empty")
-    for key, tensor in state.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor) or not _is_plain(tensor):
-            raise CalmError(f"{path}: 'state_dict' must hold plain tensors by name; not so is {shown(key)}")
-    broken = [key for key, tensor in state.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        count = f"{len(broken)} of {len(state)} tensors hold NaN or infinity, the first is {broken[0]:.200}"
-        raise CalmError(f"{path}: {count}: the training that wrote it had diverged")
-    return dict(state)
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    """Return whether a tensor is dense and stored in full, not a view that makes a large tensor of a few bytes."""
-    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type != "cpu":
-        return False
-    return tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def load_released(
@@ -251,7 +230,7 @@ def load_with_report(
     ignored = dict.fromkeys(prior, "a CAM model has no prior")
     names = {key: _moved(key, _PLACES) for key in file.state if key not in ignored}
     given = {own_key: file.state[key] for key, own_key in names.items()}
-    absent = tuple(key for key in own if key not in given and key.endswith(_COUNTER))
+    absent = tuple(key for key in own if key not in given and key.endswith(COUNTER))
     try:
         fill(model, given | {key: own[key] for key in absent})
     except CalmError as error:
@@ -274,7 +253,7 @@ def _fitting(architecture: str, given: Mapping[str, Tensor], build: Callable[...
 
 
 def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {key: tensor.shape for key, tensor in state.items() if not key.endswith(_COUNTER)}
+    return {key: tensor.shape for key, tensor in state.items() if not key.endswith(COUNTER)}
 
 
 def _moved(key: str, places: Mapping[str, str]) -> str:

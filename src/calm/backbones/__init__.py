@@ -6,6 +6,7 @@ They are built by name (`build_backbone`), or are the user's own module (`adapt_
 from __future__ import annotations
 
 import inspect
+import os
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from calm.backbones.released import VGG16, InceptionV3, ResNet50, initialise
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name, run_on_meta
+from calm.backbones.weights import WeightReport as WeightReport, load_weights as load_weights
 from calm.errors import CalmError
 from calm.inference import evaluation_mode
 
@@ -37,7 +39,7 @@ STEPS = (2, 4, 8, 14, 16, 28, 32, 64)
 def build_backbone(
     name: str,
     *,
-    pretrained: bool = False,
+    pretrained: bool | str | os.PathLike[str] = False,
     large_feature_map: bool = True,
     use_bn: bool = True,
     output_stride: int | None = None,
@@ -48,7 +50,8 @@ def build_backbone(
     Args:
         name: A key of `BACKBONES`, or a timm model's name, with or without ``timm/`` before it, such as
             ``"vit_tiny_patch16_224"``; a dot and the tag of pretrained weights may follow.
-        pretrained: Whether to start from ImageNet weights, cached or downloaded (not for the small networks).
+        pretrained: Whether to start from published weights, cached or downloaded (not for the small networks), or from
+            an installed package (the extra ``offline``); or a file of weights, for any backbone: see `load_weights`.
         large_feature_map: Whether the stride is 8 instead of 16 (``resnet50``, ``vgg16``, ``inception_v3``).
         use_bn: Whether there is BatchNorm where it is optional (``vgg16``, ``inception_v3``).
         output_stride: Pixels per grid cell, 8, 16 or 32, for timm models that can be dilated; None keeps their own.
@@ -65,7 +68,7 @@ def build_backbone(
         raise _unknown(name)
     build = partial(TimmBackbone, name, in_channels=in_channels) if is_timm else BACKBONES[name]
     options = {
-        "pretrained": pretrained,
+        "pretrained": pretrained is True,
         "large_feature_map": large_feature_map,
         "use_bn": use_bn,
         "output_stride": output_stride,
@@ -79,7 +82,9 @@ def build_backbone(
         raise CalmError(f"backbone {name!r} has no option {option}, {given}")
     backbone = build(**chosen)
     if not is_timm and in_channels != 3:
-        _set_channels(backbone, in_channels, pretrained=pretrained)
+        _set_channels(backbone, in_channels, pretrained=pretrained is True)
+    if not isinstance(pretrained, bool):
+        load_weights(backbone, pretrained)
     return backbone
 
 

@@ -6,7 +6,6 @@ They are torchvision's networks with fewer strides, so that 224 x 224 pixels giv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -17,6 +16,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import inception, resnet, vgg
 
+from calm.backbones.weights import load_state, weights_at_hand
 from calm.checkpoint import no_answer
 from calm.errors import CalmError
 
@@ -37,7 +37,7 @@ class ResNet50(resnet.ResNet):  # type: ignore[misc]
             stage[0].conv2.stride = (1, 1)
             stage[0].downsample[0].stride = (1, 1)
         if pretrained:
-            load_pretrained(self, imagenet_weights(models.ResNet50_Weights.IMAGENET1K_V1))
+            load_imagenet(self, models.ResNet50_Weights.IMAGENET1K_V1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 2048, h, w) of normalised images (B, 3, H, W)."""
@@ -55,6 +55,7 @@ class VGG16(nn.Module):
     """
 
     out_channels = 1024
+    new_layers = ("conv6.", "bn6.")
 
     def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
         super().__init__()
@@ -68,21 +69,12 @@ class VGG16(nn.Module):
         initialise(self)
         if pretrained:
             weights = models.VGG16_BN_Weights if use_bn else models.VGG16_Weights
-            state = imagenet_weights(weights.IMAGENET1K_V1)
-            load_pretrained(self, self._renumber(state), new_layers=("conv6.", "bn6."))
+            load_imagenet(self, weights.IMAGENET1K_V1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
         features: Tensor = self.relu(self.bn6(self.conv6(self.features(images))))
         return features
-
-    def _renumber(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return torchvision's ``features.N.name`` under our numbers: layers with weights have the same order."""
-        keys = [key for key in state if key.startswith("features.")]
-        numbered = dict.fromkeys(int(key.split(".")[1]) for key in keys)
-        weighted = [number for number, layer in enumerate(self.features) if any(True for _ in layer.parameters())]
-        numbers = dict(zip(numbered, weighted, strict=True))
-        return {f"features.{numbers[int(key.split('.')[1])]}.{key.split('.')[2]}": state[key] for key in keys}
 
 
 class InceptionV3(inception.Inception3):  # type: ignore[misc]
@@ -95,6 +87,7 @@ class InceptionV3(inception.Inception3):  # type: ignore[misc]
     """
 
     out_channels = 1024
+    new_layers = ("A3_1b.", "A3_2b.")
 
     def __init__(self, *, pretrained: bool = False, large_feature_map: bool = True, use_bn: bool = True) -> None:
         blocks = [inception.BasicConv2d, inception.InceptionA, _UnstridedInceptionB, inception.InceptionC]
@@ -108,8 +101,7 @@ class InceptionV3(inception.Inception3):  # type: ignore[misc]
         self.A3_2b = _new_convolution(self.out_channels, self.out_channels, use_bn)
         initialise(self)
         if pretrained:
-            state = imagenet_weights(models.Inception_V3_Weights.IMAGENET1K_V1)
-            load_pretrained(self, state, new_layers=("A3_1b.", "A3_2b."))
+            load_imagenet(self, models.Inception_V3_Weights.IMAGENET1K_V1)
 
     def forward(self, images: Tensor) -> Tensor:
         """Return features (B, 1024, h, w) of normalised images (B, 3, H, W)."""
@@ -150,8 +142,8 @@ def initialise(module: nn.Module) -> None:
                 nn.init.zeros_(layer.bias)
 
 
-def imagenet_weights(weights: models.WeightsEnum) -> dict[str, Tensor]:
-    """Return the tensors of a torchvision weight set, from torch's hub cache or downloaded into it.
+def load_imagenet(backbone: nn.Module, weights: models.WeightsEnum) -> None:
+    """Load a torchvision weight set, from torch's hub cache or downloaded into it: see `calm.backbones.weights`.
 
     The file is read without executing anything in it, and a download must match its published hash.
     """
@@ -162,21 +154,8 @@ def imagenet_weights(weights: models.WeightsEnum) -> dict[str, Tensor]:
         state: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise CalmError(
-            f"cannot get the pretrained weights {weights.url}: {error}. Connect to the network, or put the "
-            f"file into {file.parent}, or start from random weights with pretrained=False "
+            f"cannot get the pretrained weights {weights.url}: {error}. {weights_at_hand()}, or connect to the "
+            f"network, or put the file into {file.parent}, or start from random weights with pretrained=False "
             "(calm train: --model.pretrained false)"
         ) from error
-    return state
-
-
-def load_pretrained(backbone: nn.Module, state: Mapping[str, Tensor], new_layers: tuple[str, ...] = ()) -> None:
-    """Copy the layers that ``backbone`` has from ``state``; only those named in ``new_layers`` may be missing there."""
-    layers = {name for name, _ in backbone.named_children()}
-    kept = {key: tensor for key, tensor in state.items() if key.partition(".")[0] in layers}
-    try:
-        missing, unexpected = backbone.load_state_dict(kept, strict=False)
-        lost = [key for key in missing if not key.startswith(new_layers)]
-        if lost or unexpected:
-            raise RuntimeError(f"missing {lost or 'nothing'}, unexpected {unexpected or 'nothing'}")
-    except RuntimeError as error:
-        raise CalmError(f"the pretrained weights do not fit {type(backbone).__name__}: {error}") from error
+    load_state(backbone, state, weights.url)

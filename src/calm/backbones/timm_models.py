@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from calm.backbones.weights import load_weights, packaged_weights, weights_at_hand
 from calm.checkpoint import hub_or_cache
 from calm.errors import CalmError, unknown
 
@@ -52,7 +53,13 @@ class TimmBackbone(nn.Module):
         _check_tag(self.name, pretrained)
         options = {"in_chans": in_channels} | ({} if output_stride is None else {"output_stride": output_stride})
         with hub_or_cache() if pretrained else nullcontext("") as silent:
-            self.model = _create(self.name, pretrained, silent, **options)
+            packaged = packaged_weights(self.name) if pretrained else None
+            try:
+                self.model = _create(self.name, pretrained, silent, **options)
+            except CalmError:
+                if packaged is None:
+                    raise
+                self.model, pretrained = _create(self.name, False, "", **options), False
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
@@ -75,6 +82,8 @@ class TimmBackbone(nn.Module):
         gradients = torch.autograd.grad(features.sum(), parameters, allow_unused=True)
         for parameter, gradient in zip(self.parameters(), gradients, strict=True):
             parameter.requires_grad_(parameter.requires_grad and gradient is not None)
+        if packaged is not None and not pretrained:
+            load_weights(self, packaged)
 
     def forward(self, images: Float[Tensor, "b k H W"]) -> Float[Tensor, "b d h w"]:
         """Return the features of normalised images; for sizes that the model does not take, see `check_size`."""
@@ -148,7 +157,8 @@ def _create(name: str, pretrained: bool, silent: str, **options: Any) -> nn.Modu
             fix = "copy the hub's cache (HF_HOME) from a machine that has them, or start from random weights"
             raise CalmError(
                 f"cannot get the pretrained weights of timm model {name!r}: {silent or str(error).rstrip('.')}. "
-                f"Connect to the network, {fix} with pretrained=False (calm train: --model.pretrained false)"
+                f"{weights_at_hand()}, or connect to the network, or {fix} with pretrained=False (calm train: "
+                "--model.pretrained false)"
             ) from error
         return model
     raise AssertionError("the last attempt has no extra keyword that could be refused")

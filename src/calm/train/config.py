@@ -79,7 +79,9 @@ class ModelOptions:
     """The network beside its backbone's name and the method.
 
     Attributes:
-        pretrained: start the backbone from its ImageNet weights.
+        pretrained: start the backbone from its published weights.
+        weights: a file (.safetensors, .pth, ...) whose weights the backbone starts from instead: of torchvision, timm,
+            a DINO-like checkpoint, your own training. The log and weights.json say how they were matched.
         large_feature_map: 28x28 grid for 224x224 images instead of 14x14 (released backbones).
         use_bn: BatchNorm in vgg16 and in the added layers of inception_v3.
         output_stride: image pixels per grid cell, for timm backbones that support it.
@@ -90,6 +92,7 @@ class ModelOptions:
     """
 
     pretrained: bool = True
+    weights: Path | None = None
     large_feature_map: bool = True
     use_bn: bool = True
     output_stride: int | None = None
@@ -99,6 +102,8 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_options(self, "model.", output_stride=(1, 64))
+        if self.weights is not None and self.init_from is not None:
+            raise CalmError("model.weights and model.init_from both say where the backbone starts: give one of them")
 
 
 @dataclass(frozen=True)

@@ -59,12 +59,13 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     and input size; ``backbone`` takes the place of the named one."""
     options, reading = config.model, config.reading
     size = reading.image_size
+    pretrained = options.pretrained and backbone is None and options.init_from is None
     model = create_model(
         config.backbone if backbone is None else backbone,
         split.num_classes,
         config.method,
         options.large_feature_map,
-        options.pretrained and backbone is None and options.init_from is None,
+        options.weights or pretrained,
         use_bn=options.use_bn,
         output_stride=options.output_stride,
         prior_activation=options.prior_activation,
@@ -76,7 +77,9 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view")}
     chosen = {name: value for name, value in given.items() if value is not None}
     model.preprocessing = replace(model.preprocessing, **chosen)
-    origin = "" if options.init_from is None else _initialise(model, options.init_from, config.data.name, backbone)
+    origin = str(getattr(model.backbone, "weights_report", ""))
+    if options.init_from is not None:
+        origin = _initialise(model, options.init_from, config.data.name, backbone)
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.train(), origin  # a backbone that was loaded comes in evaluation mode

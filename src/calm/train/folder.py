@@ -2,7 +2,7 @@
 
 ::
 
-    RUN/config.yaml  versions.json  data.json  log.txt  metrics.csv  result.json
+    RUN/config.yaml  versions.json  data.json  weights.json  log.txt  metrics.csv  result.json
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
 """
 

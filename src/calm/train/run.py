@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -103,6 +103,8 @@ def train(
         if first:
             data = {"fingerprint": fingerprint, "splits": described, "check": report.summary}
             folder.open_folder(run_dir, config, data)
+            if report_of_weights := getattr(model.backbone, "weights_report", None):
+                write_json(run_dir / "weights.json", asdict(report_of_weights))
             log.path = run_dir / "log.txt"
             counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
             size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million weights"
