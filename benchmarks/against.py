@@ -2,9 +2,10 @@
 
 The older commit is checked out and installed, without its dependencies, into an environment of its own below
 ``build/against``, which takes the libraries of the environment that runs this script: what differs is calm alone. Each
-task is prepared once by each side in a process of its own, with what both builds offer; then the sides take turns, the
-first of each round changing, and the ratio is the median over the rounds. Both must compute the same: the script says
-how far the tasks' figures are apart. Commands are whole processes, start-up included.
+task is prepared once by each side in a process of its own, the way that its build's own commands compute; then the
+sides take turns, the first of each round changing, and the ratio is the median over the rounds. Both must compute the
+same: the script says how far the tasks' figures are apart. Commands are whole processes, start-up included. A task in
+bfloat16 is float32 in a build whose commands have no bfloat16.
 
 Run: python benchmarks/against.py COMMIT [TASK ...] [--rounds 5 --threads 2]
 """
@@ -32,7 +33,7 @@ Step = Callable[[], float]
 # --- what is timed: functions that prepare a task in a folder and return it; each gives a figure to compare ----------
 
 
-def forward(backbone: str, batch: int, **options: object) -> Callable[[Path], Step]:
+def forward(backbone: str, batch: int, *, half: bool = False, **options: object) -> Callable[[Path], Step]:
     """Prediction and the map of one class of CALM-EM, 200 classes, of random images of 224x224 pixels."""
 
     def prepare(folder: Path) -> Step:
@@ -41,10 +42,12 @@ def forward(backbone: str, batch: int, **options: object) -> Callable[[Path], St
         torch.manual_seed(0)
         calm.create_model(backbone, 200, "calm-em", **options).save_pretrained(folder / "model")
         model = calm.load(folder / "model").eval()
+        fast = hasattr(model, "optimized_for_inference")
+        model = model.optimized_for_inference() if fast else model
         images = torch.randn(batch, 3, 224, 224)
 
         def step() -> float:
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half and fast):
                 output = model(images)
                 return float(output.attribute(torch.zeros(batch, dtype=torch.long)).sum() + output.probs[:, 0].sum())
 
@@ -53,7 +56,7 @@ def forward(backbone: str, batch: int, **options: object) -> Callable[[Path], St
     return prepare
 
 
-def training(backbone: str, batch: int, **options: object) -> Callable[[Path], Step]:
+def training(backbone: str, batch: int, *, half: bool = False, **options: object) -> Callable[[Path], Step]:
     """A step of CALM-EM with SGD, 200 classes, random images of 224x224 pixels."""
 
     def prepare(folder: Path) -> Step:
@@ -61,12 +64,16 @@ def training(backbone: str, batch: int, **options: object) -> Callable[[Path], S
 
         torch.manual_seed(0)
         model = calm.create_model(backbone, 200, "calm-em", **options).train()
+        fast = hasattr(model, "optimized_for_inference")
+        if fast:
+            model.to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         images, targets = torch.randn(batch, 3, 224, 224), torch.arange(batch)
 
         def step() -> float:
             optimizer.zero_grad()
-            loss = model.loss(images, targets)
+            with torch.autocast("cpu", torch.bfloat16, enabled=half and fast):
+                loss = model.loss(images, targets)
             loss.backward()
             optimizer.step()
             return float(loss.detach())
@@ -107,8 +114,14 @@ def command(*words: str) -> Callable[[Path], Step]:
 TASKS: dict[str, Callable[[Path], Step]] = {
     "resnet50 28x28, forward": forward("resnet50", 4, large_feature_map=True),
     "resnet50 28x28, training step": training("resnet50", 4, large_feature_map=True),
+    "resnet50 28x28, forward, bfloat16": forward("resnet50", 4, half=True, large_feature_map=True),
+    "resnet50 28x28, training step, bfloat16": training("resnet50", 4, half=True, large_feature_map=True),
     "EfficientNet-Lite0 stride 16, forward": forward("tf_efficientnet_lite0", 8, output_stride=16),
     "EfficientNet-Lite0 stride 16, training step": training("tf_efficientnet_lite0", 8, output_stride=16),
+    "EfficientNet-Lite0 stride 16, forward, bfloat16": forward("tf_efficientnet_lite0", 8, half=True, output_stride=16),
+    "EfficientNet-Lite0 stride 16, training step, bfloat16": training(
+        "tf_efficientnet_lite0", 8, half=True, output_stride=16
+    ),
     "resnet18, forward": forward("resnet18", 8),
     "calm train, 1 epoch": command(
         "train", "--preset", "small", "--data", "{data}", "--run_dir", "{out}", "--backbone", "tiny_resnet",
