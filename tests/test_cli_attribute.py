@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 import calm.cli.attribute
 from calm.cli.attribute import attribute_files, find_images
+from calm.config import Precision
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
-from calm.model import CalmModel
+from calm.images import Preprocessing
+from calm.model import CalmModel, create_model
 
 
 @pytest.fixture(params=["calm-em", "cam"])
@@ -231,16 +234,66 @@ def test_attribute_files_splits_batches_of_large_pictures(
     for i in range(5):
         write_picture(tmp_path / "in" / f"{i}.png", seed=i)
     batches: list[int] = []
-    preprocess = calm_model.preprocess
-
-    def counted(pictures: list[np.ndarray]) -> Tensor:
-        batches.append(len(pictures))
-        return preprocess(pictures)
-
-    object.__setattr__(calm_model, "preprocess", counted)
+    calm_model.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
     for limit, expected in ((10_000, [4, 1]), (4_000, [2, 2, 1]), (1, [1] * 5)):
         monkeypatch.setattr(calm.cli.attribute, "BATCH_BYTES", limit)
         batches.clear()
         results = attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out")
         assert batches == expected
         assert len(json.loads(results.read_text())["images"]) == 5
+
+
+def test_attribute_files_keeps_what_was_finished_when_the_disk_is_full(
+    calm_model: CalmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for i in range(40):
+        write_picture(tmp_path / "in" / f"{i:02}.png", seed=i)
+    write = calm.cli.attribute.write_bytes
+
+    def full(path: Path, data: memoryview) -> None:
+        if path.name == "05.joint.npy":
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write(path, data)
+
+    monkeypatch.setattr(calm.cli.attribute, "write_bytes", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out", batch_size=4)
+    assert [line for line in capsys.readouterr().out.split() if line.endswith(".png")] == [
+        str(tmp_path / "in" / f"{i:02}.png") for i in range(5)
+    ]
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {f"{i:02}.joint.{kind}" for i in range(5) for kind in ("png", "npy")} <= written
+    assert len(written) < 80, "what had not begun is left"
+    assert not any("writing" in name for name in written)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_attribute_files_of_many_pictures_uses_the_optimised_model(
+    precision: Precision, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = create_model("tiny_resnet", 7, preprocessing=Preprocessing((32, 32)))
+    model.eval().backbone.apply(lambda part: getattr(part, "running_mean", torch.zeros(1)).normal_(0, 0.1))
+    monkeypatch.setattr(calm.cli.attribute, "_load", lambda source, device: model)
+    files = [write_picture(tmp_path / "in" / f"{i}.png", seed=i) for i in range(5)]
+    called: list[CalmModel] = []
+    encode = CalmModel.encode
+
+    def spied(self: CalmModel, images: Tensor) -> Tensor:
+        called.append(self)
+        return encode(self, images)
+
+    monkeypatch.setattr(CalmModel, "encode", spied)
+    results = attribute_files(
+        [str(tmp_path / "in")], model="m", out=tmp_path / "out", batch_size=2, precision=precision
+    )
+    assert called
+    assert model not in called
+    with torch.no_grad():
+        output = model(model.preprocess(files))
+    grids = [resize_maps(grid, (24, 40)) for grid in output.attribute(output.probs.argmax(dim=1))]
+    half = precision == "bf16-mixed"
+    for i, grid in enumerate(grids):
+        written = torch.from_numpy(np.load(out / f"{i}.joint.npy"))
+        torch.testing.assert_close(written, grid, rtol=0.2 if half else 1e-4, atol=1e-3 if half else 1e-6)
+        assert bool((written != grid).any()) or not half
+    assert json.loads(results.read_text()).get("precision") == ("bf16-mixed" if half else None)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,9 @@ from safetensors.torch import save_file
 from calm import files
 from calm.errors import CalmError
 from calm.files import (
+    ahead,
     atomic_path,
+    in_threads,
     open_regular,
     read_columns,
     read_json,
@@ -293,3 +296,45 @@ def test_use_temporary_caches_sets_nothing_without_a_place_to_write(mine, monkey
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
     use_temporary_caches()
     assert "MPLCONFIGDIR" not in os.environ
+
+
+def test_ahead_keeps_the_order_and_stays_within_depth_and_limit() -> None:
+    """Each item waits for the one before, as far as that is in flight."""
+    started: list[int] = []
+    finished = 0
+
+    def work(item: int) -> int:
+        started.append(item)
+        return -item
+
+    sizes = [1, 1, 1, 5, 1, 9, 1, 1, 1, 1]
+    with ThreadPoolExecutor(2) as pool:
+        results = ahead(pool, work, range(10), depth=3, size=sizes.__getitem__, limit=5)
+        for result in results:
+            assert result == -finished
+            finished += 1
+            # What may have been submitted when this one was given: it, and what fits beside.
+            assert max(started) <= finished - 1 + 3
+            beside = sizes[finished : max(started) + 1]
+            assert len(beside) <= 1 or sum(beside) <= 5
+    assert finished == 10
+    assert sorted(started) == list(range(10))
+
+
+def test_ahead_raises_an_error_in_its_turn() -> None:
+    with ThreadPoolExecutor(2) as pool:
+        results = ahead(pool, lambda item: 1 // item, [1, 1, 0, 1], depth=4, size=lambda _: 0, limit=1)
+        assert [next(results), next(results)] == [1, 1]
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+
+
+def test_atomic_path_in_threads_leaves_the_umask(tmp_path: Path) -> None:
+    before, interval = os.umask(0o027), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # a thread gives way between any two steps
+    try:
+        list(in_threads(lambda i: write_bytes(tmp_path / str(i), b""), range(500), 8))
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}
+    finally:
+        sys.setswitchinterval(interval)
+        assert os.umask(before) == 0o027

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, strategies as st
+from hypothesis.extra.numpy import arrays
+from numpy.typing import NDArray
+from PIL import Image
 
 import calm.render
 from calm.errors import CalmError
@@ -19,6 +24,7 @@ from calm.render import (
     draw_contour,
     draw_peak,
     draw_point,
+    encode_png,
     overlay,
     panel,
     resize_picture,
@@ -214,3 +220,17 @@ def test_render_needs_no_plotting_library() -> None:
         "assert not {'matplotlib', 'cv2', 'captum'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@given(arrays(np.uint8, st.tuples(st.integers(1, 9), st.integers(1, 9), st.just(3))))
+def test_encode_png_keeps_every_pixel(picture: NDArray[np.uint8]) -> None:
+    with Image.open(io.BytesIO(encode_png(picture))) as image:
+        assert (image.format, image.mode) == ("PNG", "RGB")
+        np.testing.assert_array_equal(np.asarray(image), picture)
+
+
+def test_encode_png_takes_pictures_of_any_layout_and_no_grey_ones() -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (3, 30, 20), np.uint8).T[::2, ::-1]
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(encode_png(picture)))), picture)
+    with pytest.raises(CalmError, match="uint8 RGB"):
+        encode_png(picture[..., :1])

@@ -1,7 +1,8 @@
 """Explain pictures of any size with a model: which classes it considered, and where the map of each points.
 
 `resolve_query` turns names of classes, kinds and methods into a `Query`; `explain` answers it for a batch of pictures
-from one forward pass (baselines need more); `draw` makes the overlay of an `Explanation`.
+from one forward pass (baselines need more), `answer` and `complete` in two steps, the second of which threads may take;
+`draw` makes the overlay of an `Explanation`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from calm import latent
 from calm.baselines import BASELINES, attribute, canonical_method
+from calm.config import Precision
 from calm.errors import CalmError
 from calm.heatmaps import Normalization, Place, locate, resize_maps
 from calm.inference import evaluation_mode
@@ -154,15 +156,50 @@ class Explanation:
         return resize_maps(self.grid, self.size)
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What a model says of one picture, before its maps are compared and resized (`complete`)."""
+
+    probs: Float[Tensor, " c"]
+    top: tuple[int, ...]
+    classes: tuple[int, ...]  # of the maps: the target, then ``versus`` if there is one, then ``top`` at no cost
+    maps: Float[Tensor, "k h w"]
+
+
 def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top: int = 5) -> list[Explanation]:
     """Explain pictures, (H, W, channels) uint8 of any sizes, in one batch. The model's state is restored afterwards.
 
     Raises:
         CalmError: If the method does not fit the model.
     """
-    images = model.preprocess(list(pictures))
+    answers = answer(model, model.preprocess(list(pictures)), query, top=top)
+    sizes = [(picture.shape[0], picture.shape[1]) for picture in pictures]
+    return [complete(one, size, query) for one, size in zip(answers, sizes, strict=True)]
+
+
+def answer(
+    model: CalmModel,
+    images: Float[Tensor, "b c H W"],
+    query: Query,
+    *,
+    top: int = 5,
+    predictor: CalmModel | None = None,
+    precision: Precision = "32-true",
+) -> list[Answer]:
+    """Run a model on a batch of its input, and return what it says of each image, on the CPU.
+
+    Args:
+        model: Its state is restored afterwards.
+        images: The model's input on its device.
+        query: What to explain.
+        top: How many of the most probable classes.
+        predictor: Computes predictions and own maps in place of ``model``: its `CalmModel.optimized_for_inference`.
+        precision: Of these; baselines are always computed in float32.
+    """
+    half = precision == "bf16-mixed"
     with evaluation_mode(model), torch.no_grad():
-        output = model(images)
+        with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
+            output = (predictor or model)(images)
         probs = output.probs
         best = probs.topk(min(top, probs.shape[1])).indices
         target = best[:, 0] if query.target is None else torch.full_like(best[:, 0], query.target)
@@ -181,17 +218,19 @@ def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top:
             if not MAP_KINDS[query.method].compares:
                 classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
             maps = output.attribute(classes, query.method, prior_exponent=query.prior_exponent)
-    explanations = []
-    answers = zip(pictures, probs.cpu(), best.cpu(), classes.cpu(), maps.cpu(), strict=True)
-    for picture, prob, most, own, values in answers:
-        size = picture.shape[0], picture.shape[1]
-        signed = values[0] if query.versus is None else values[0] - values[1]
-        grid = signed if query.versus is None or query.signed else signed.abs()
-        alone = query.method in BASELINES or not MAP_KINDS[query.method].compares
-        map_of = (dict(zip(own.tolist(), values, strict=True)) if alone else {}) | {int(own[0]): grid}
-        places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
-        explanations.append(Explanation(prob, int(own[0]), tuple(most.tolist()), places, grid, signed, size))
-    return explanations
+    rows = zip(probs.cpu(), best.tolist(), classes.tolist(), maps.cpu(), strict=True)
+    return [Answer(prob, tuple(most), tuple(own), values) for prob, most, own, values in rows]
+
+
+def complete(answer: Answer, size: tuple[int, int], query: Query) -> Explanation:
+    """Compare the maps of an answer, and find their places in a picture of ``size`` = (height, width)."""
+    values, target = answer.maps, answer.classes[0]
+    signed = values[0] if query.versus is None else values[0] - values[1]
+    grid = signed if query.versus is None or query.signed else signed.abs()
+    alone = query.method in BASELINES or not MAP_KINDS[query.method].compares
+    map_of = (dict(zip(answer.classes, values, strict=True)) if alone else {}) | {target: grid}
+    places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
+    return Explanation(answer.probs, target, answer.top, places, grid, signed, size)
 
 
 def draw(picture: Picture, explanation: Explanation, query: Query, names: Sequence[str] = ()) -> Picture:

@@ -17,9 +17,11 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
@@ -175,6 +177,7 @@ def read_torch(path: Path, what: str) -> Any:
 
 _TEMPORARY_NAME = re.compile(r"\..*\.writing-\w{8}(\.[^.]*)?")
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS}
+_umask = threading.Lock()  # it can only be read by setting it, which two threads must not do at once
 _cleaned: set[Path] = set()  # folders in which this process has looked for abandoned files, which once is enough
 
 
@@ -186,8 +189,9 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     with _temporary(Path(path), folder=False) as temporary:
         yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
+        with _umask:
+            mask = os.umask(0)
+            os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
 
@@ -345,3 +349,27 @@ def in_threads(function: Callable[[S], T], items: Sequence[S], workers: int | No
     with ThreadPoolExecutor(workers or 2 * (os.cpu_count() or 1)) as pool:
         for start in range(0, len(items), 1024):  # which bounds the memory of results that wait
             yield from pool.map(function, items[start : start + 1024])
+
+
+def ahead(
+    pool: ThreadPoolExecutor,
+    function: Callable[[S], T],
+    items: Iterable[S],
+    *,
+    depth: int,
+    size: Callable[[S], int],
+    limit: int,
+) -> Iterator[T]:
+    """Yield ``function`` of each item, in order, computed in a pool's threads before it is asked for.
+
+    At most ``depth`` items are being computed or wait, and of more than one those whose ``size`` sums to ``limit`` at
+    most. What ``function`` raises is raised here in its turn.
+    """
+    waiting: deque[tuple[int, Future[T]]] = deque()
+    for item in items:
+        own = size(item)
+        while waiting and (len(waiting) >= depth or sum(each for each, _ in waiting) + own > limit):
+            yield waiting.popleft()[1].result()
+        waiting.append((own, pool.submit(function, item)))
+    while waiting:
+        yield waiting.popleft()[1].result()

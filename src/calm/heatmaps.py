@@ -126,4 +126,5 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
 
 def _mass(values: Tensor) -> float:
     """Return the sum of the positive values in float64, in parts, since a map may be as large as a photograph."""
-    return sum((float(part.double().clamp(min=0).sum()) for part in torch.split(values.reshape(-1), 2**22)), 0.0)
+    parts = torch.split(values.reshape(-1), 2**22)
+    return sum((float(part.clamp(min=0).sum(dtype=torch.float64)) for part in parts), 0.0)

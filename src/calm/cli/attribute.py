@@ -5,23 +5,32 @@ from __future__ import annotations
 import glob
 import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+from calm.config import Precision
 from calm.errors import CalmError
-from calm.files import atomic_path, write_bytes, write_json
+from calm.files import ahead, atomic_path, write_bytes, write_json
 
 # What a function needs of the rest is imported in it, so that the help page need not wait for PyTorch.
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from rich.console import Console
+    from torch import Tensor
 
-    from calm.explain import Explanation, Query
+    from calm.explain import Answer, Explanation, Query
+    from calm.images import Preprocessing
     from calm.model import CalmModel
     from calm.render import Picture
 
-BATCH_BYTES = 3 * 2**26  # bytes of decoded pictures above which a batch is explained before it has its full number
+BATCH_BYTES = 3 * 2**26  # bytes of decoded pictures above which a batch is explained before it has its full number;
+# as many are read ahead, and as many, with their maps, wait to be written
+MOST_THREADS = 16  # that read, draw and write
 
 UNITS = {"joint": "p(y|x)", "joint-superclass": "p(superclass|x)", "posterior": "p(z|x,y)", "prior": "p(z|x)"}
 """What the values of a map's grid sum to, where that is a probability; for other methods the sum has no name."""
@@ -43,6 +52,7 @@ def attribute_files(
     overwrite: bool = False,
     batch_size: int = 16,
     device: str = "auto",
+    precision: Precision = "32-true",
 ) -> Path:
     """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
 
@@ -76,6 +86,8 @@ def attribute_files(
         overwrite: replace earlier results of the same names instead of numbering the new ones.
         batch_size: images in one pass through the model; fewer if they are very large.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
+        precision: of predictions and the model's own maps: 32-true (float32) or bf16-mixed (bfloat16), which is
+            faster on GPUs and on processors that compute it, and changes them a little; other methods keep float32.
 
     Returns:
         The file results.json, or results-2.json, ...
@@ -87,7 +99,7 @@ def attribute_files(
     from rich.console import Console
 
     from calm.baselines import BASELINES
-    from calm.explain import explain, resolve_query
+    from calm.explain import complete, resolve_query
 
     if batch_size < 1:
         raise CalmError(f"batch size must be at least 1, got {batch_size}")
@@ -113,15 +125,27 @@ def attribute_files(
     console = Console(soft_wrap=True)
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     done: list[dict[str, Any]] = []
-    for batch in _batches(inputs, loaded.preprocessing.read, batch_size, failed):
-        explanations = explain(loaded, [picture for _, picture in batch], query)
-        for (path, picture), explanation in zip(batch, explanations, strict=True):
-            shown = loaded.preprocessing.picture(picture)
-            files = _write(out, names[path], shown, explanation, query, suffixes, loaded.class_names)
+
+    def write(item: tuple[_Input, Answer]) -> tuple[Path, Explanation, dict[str, str]]:
+        source, answer = item
+        explanation = complete(answer, source.size, query)
+        shown = loaded.preprocessing.picture(source.picture)
+        files = _write(out, names[source.path], shown, explanation, query, suffixes, loaded.class_names)
+        return source.path, explanation, files
+
+    with _threads() as pool, _progress(console, len(inputs)) as advance:
+        queue = partial(ahead, pool, depth=batch_size + MOST_THREADS, limit=BATCH_BYTES)
+        read = queue(partial(_read, loaded.preprocessing), inputs, size=partial(_bytes, loaded.preprocessing.channels))
+        batches, several = _batches(read, batch_size, failed), len(inputs) > batch_size
+        answers = _answers(batches, loaded, query, precision, several=several)
+        # Beside picture, map and its file are in memory while one is written.
+        for path, explanation, files in queue(write, answers, size=lambda item: 4 * item[0].picture.size):
             done.append(_record(path, explanation, query, loaded.class_names) | {"files": files})
             _print_explanation(console, path, explanation, query, loaded.class_names)
+            advance()
     results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
     how = {"method": query.method, "signed": query.signed, "prior_exponent": query.prior_exponent}
+    how |= {} if precision == "32-true" else {"precision": precision}
     write_json(results, {"format": 1, "model": model, **how, "images": done, "failed": failed})
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
     if failed:
@@ -226,21 +250,93 @@ def _result_names(
     return names
 
 
+class _Input(NamedTuple):
+    """A picture that was read, and the model's input of it."""
+
+    path: Path
+    picture: Picture
+    image: Float[Tensor, "c H W"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width of the picture."""
+        return self.picture.shape[0], self.picture.shape[1]
+
+
+def _read(preprocessing: Preprocessing, path: Path) -> _Input | tuple[Path, CalmError]:
+    """Read a picture and resize it for the model; return the error of an unreadable one."""
+    try:
+        picture = preprocessing.read(path)
+        return _Input(path, picture, preprocessing.one(picture))
+    except CalmError as error:
+        return path, error
+
+
+def _bytes(channels: int, path: Path) -> int:
+    """Return the size in bytes of a decoded picture by the file's header, or of the file where that says nothing."""
+    from calm.images import image_size
+
+    width, height = image_size(path) or (0, 0)
+    return width * height * channels or (path.stat().st_size if path.is_file() else 0)
+
+
 def _batches(
-    inputs: Iterable[Path], read: Callable[[Path], Picture], batch_size: int, failed: list[dict[str, str]]
-) -> Iterator[list[tuple[Path, Picture]]]:
-    """Read the pictures in batches, smaller ones if the pictures are large; append unreadable ones to ``failed``."""
-    batch: list[tuple[Path, Picture]] = []
-    for path in inputs:
-        try:
-            batch.append((path, read(path)))
-        except CalmError as error:
-            failed.append({"file": str(path), "error": str(error)})
-        if len(batch) == batch_size or sum(picture.size for _, picture in batch) > BATCH_BYTES:
+    inputs: Iterable[_Input | tuple[Path, CalmError]], batch_size: int, failed: list[dict[str, str]]
+) -> Iterator[list[_Input]]:
+    """Collect pictures in batches, smaller ones if the pictures are large; append unreadable ones to ``failed``."""
+    batch: list[_Input] = []
+    for one in inputs:
+        if isinstance(one, _Input):
+            batch.append(one)
+        else:
+            failed.append({"file": str(one[0]), "error": str(one[1])})
+        if len(batch) == batch_size or sum(each.picture.size for each in batch) > BATCH_BYTES:
             yield batch
             batch = []
     if batch:
         yield batch
+
+
+def _answers(
+    batches: Iterable[list[_Input]], model: CalmModel, query: Query, precision: Precision, *, several: bool
+) -> Iterator[tuple[_Input, Answer]]:
+    """Yield the pictures with the model's answers; optimising the model pays for ``several`` batches."""
+    import torch
+
+    from calm.explain import answer
+
+    predictor = model.optimized_for_inference() if several else None
+    for batch in batches:
+        images = torch.stack([each.image for each in batch]).to(model.device)
+        yield from zip(batch, answer(model, images, query, predictor=predictor, precision=precision), strict=True)
+
+
+@contextmanager
+def _threads() -> Iterator[ThreadPoolExecutor]:
+    """Run the block with threads that read, draw and write beside the network; an error stops what has not begun."""
+    import torch
+
+    threads = torch.get_num_threads()
+    # In each, PyTorch computes alone, as in the thread of its DataLoader: the setting is one of the thread.
+    pool = ThreadPoolExecutor(min(MOST_THREADS, threads), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)  # of threads to come, which take the number that was set last
+
+
+@contextmanager
+def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
+    """Show a bar below the answers, if they are printed to a terminal, or else on standard error."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    console = console if console.is_terminal else Console(stderr=True)
+    columns = BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=total < 20 or not console.is_terminal) as bar:
+        task = bar.add_task("", total=total)
+        yield lambda: bar.advance(task)
 
 
 def _write(
@@ -254,14 +350,14 @@ def _write(
 ) -> dict[str, str]:
     """Write the files of one image; return the path in ``out`` of each."""
     import numpy as np
-    from PIL import Image
 
     from calm.explain import draw
+    from calm.render import encode_png
 
     for what, suffix in suffixes.items():
         if what == "overlay":
             with atomic_path(out / (name + suffix)) as temporary:
-                Image.fromarray(draw(picture, explanation, query, class_names)).save(temporary)
+                temporary.write_bytes(encode_png(draw(picture, explanation, query, class_names)))
         else:  # in memory first, since numpy.save does not say why a disk cannot be written
             file = io.BytesIO()
             np.save(file, (explanation.values if what == "map" else explanation.grid).float().numpy())
