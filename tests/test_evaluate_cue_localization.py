@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_metrics_cue_localization import exact_area
 
 import calm
 from calm.data import load_splits
@@ -99,8 +100,9 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
     edges = np.linspace(0, 0.999, 1000) if method == "cam" else 10.0 ** -(np.arange(1000)[::-1] * 0.007)
     got = cue_localization(model_subject(model), split, root, batch_size=4, replicates=20)
     wanted, released, pooled, pointed = {1: [], 2: [], 3: []}, {1: [], 2: [], 3: []}, [], []
+    exact = {"raw": [], "stretched": []}
     for row, (a, b, groups) in zip(got.details["pairs"], slow_pairs(root), strict=True):
-        scores, truths, points = [], [], []
+        scores, truths, points, raw = [], [], [], []
         for record in split.records:
             found = slow_truth(root, record, groups) if record.label in (a, b) else None
             if found is None:
@@ -110,6 +112,7 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
             one, other = (model(image).attribute(torch.tensor([c])).detach() for c in (a, b))
             grid = (one - other).abs()[:, None]
             big = torch.nn.functional.interpolate(grid, size=(224, 224), mode="bilinear")[0, 0].numpy()
+            raw.append(big)
             big = (big - big.min()) / (big.max() - big.min()) if method == "cam" else big.clip(0, 1)
             scores.append(big)
             truths.append(truth)
@@ -125,9 +128,16 @@ def test_cue_localization_equals_the_protocol_pair_by_pair(birds, models, method
             wanted[len(groups)].append(slow_pxap(scores, truths, edges, False))
             released[len(groups)].append(slow_pxap(scores, truths, edges, True))
             pooled.append(truths.mean())
+            stretched = [(one - one.min()) / (one.max() - one.min()) for one in raw]
+            for name, maps in (("raw", raw), ("stretched", stretched)):
+                exact[name].append(exact_area(torch.tensor(np.stack(maps).ravel()), torch.tensor(truths)))
     every = [value for values in wanted.values() for value in values]
     assert len(every) >= 3
     assert got.figures["mpxap"].value == pytest.approx(np.mean(every), abs=2e-5)
+    for name, values in exact.items():
+        assert got.figures[f"mpxap_{name}"].value == pytest.approx(np.mean(values), abs=1e-4), name
+        shown = [row[f"pxap_{name}"] for row in got.details["pairs"] if row["images"]]
+        assert shown == pytest.approx(values, abs=2e-4)
     assert got.figures["chance"].value == pytest.approx(np.mean(pooled))
     assert len(pointed) > 3
     figures = [got.figures[name].value for name in POINTED]
@@ -196,6 +206,45 @@ def test_cue_localization_needs_no_segmentations(birds, models):
     assert (whole >= 0).all()
 
 
+def test_cue_localization_takes_boxes_in_place_of_masks(birds, models):
+    root, split = birds
+    data = read_cue_data(split, root)
+    images = torch.tensor(sorted(data.samples)[:3])
+    regions = data.regions(split.records, images, "box")
+    for image, got in zip(images.tolist(), regions, strict=True):
+        inside = np.zeros((224, 224), bool)
+        (x0, y0, x1, y1), (width, height) = split.records[image].boxes[0], data.sizes[image].tolist()
+        for y, x in np.ndindex(224, 224):  # pixels of the protocol that overlap the box
+            inside[y, x] = (x + 1) * width > x0 * 224 and x * width < (x1 + 1) * 224
+            inside[y, x] &= (y + 1) * height > y0 * 224 and y * height < (y1 + 1) * 224
+        np.testing.assert_array_equal((got >= 0).numpy(), inside)
+    mask, box = (
+        cue_localization(model_subject(models["cam"]), split, root, region=region, replicates=5)
+        for region in ("mask", "box")
+    )
+    assert box.figures["chance"].value > mask.figures["chance"].value
+    bare = replace(split, records=tuple(replace(record, boxes=()) for record in split.records))
+    with pytest.raises(CalmError, match="has no box"):
+        cue_localization(model_subject(models["cam"]), bare, root, region="box", replicates=5)
+
+
+def test_cue_localization_runs_on_some_of_the_classes(birds, models):
+    """By the names of the classes, whatever their numbers; and only on pairs of which both classes have images."""
+    root, split = birds
+    kept = [1, 3, 4]
+    names = tuple(split.class_names[label] for label in kept)
+    records = tuple(replace(r, label=kept.index(r.label)) for r in split.records if r.label in kept)
+    data = read_cue_data(replace(split, records=records, class_names=names), root, range(1, 8))
+    every = {(p.first, p.second): p.groups for p in read_cue_data(split, root, range(1, 8)).pairs}
+    assert {(kept[p.first], kept[p.second]): p.groups for p in data.pairs} == {
+        pair: groups for pair, groups in every.items() if set(pair) <= set(kept)
+    }
+    some = replace(split, records=tuple(record for record in split.records if record.label in kept))
+    result = cue_localization(model_subject(models["cam"]), some, root, counts=range(1, 8), replicates=5)
+    assert len(result.details["pairs"]) == len(data.pairs)
+    assert result.details["pairs_of_absent_classes"] == len(every) - len(data.pairs)
+
+
 def test_cue_localization_names_empty_segmentations(birds, models, tmp_path):
     root, split = birds
     black = tmp_path / "black.png"
@@ -259,6 +308,6 @@ def test_result_survives_its_file(birds, models, tmp_path):
 
 def test_read_cue_data_refuses_a_table_of_other_classes(birds):
     root, split = birds
-    fewer = type(split)(**{**vars(split), "class_names": split.class_names[:4]})
+    fewer = type(split)(**{**vars(split), "class_names": ("another", *split.class_names[:3])})
     with pytest.raises(CalmError, match="describes 5 classes, the data set has 4"):
         read_cue_data(fewer, root)

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from test_metrics_pixels import oracle
 
 from calm.errors import CalmError
@@ -83,3 +84,49 @@ def test_cue_localization_refuses_unknown_pairs(wrong):
     with pytest.raises(CalmError, match=rf"from {min(wrong, 0)} to {max(wrong, 0)}, allowed are 0 to 1"):
         metric.update(maps, truth, torch.tensor([0, wrong]))
     assert not metric.histogram.any()
+
+
+def exact_area(scores: torch.Tensor, truth: torch.Tensor) -> float:
+    """The area with every distinct value as a threshold."""
+    order = scores.argsort(descending=True)
+    hits, last = truth[order].double().cumsum(0), torch.ones(len(scores), dtype=torch.bool)
+    last[:-1] = scores[order].diff() < 0
+    precision, recall = (hits / torch.arange(1, len(hits) + 1))[last], (hits / hits[-1])[last]
+    return float((precision * recall.diff(prepend=recall.new_zeros(1))).sum())
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([1e-12, 1.0, 1e4]), st.floats(0.2, 3))
+def test_cue_localization_exact_is_the_area_by_every_distinct_value(seed, scale, spread):
+    """Values with ten bits of mantissa are bins of their own."""
+    generator = torch.Generator().manual_seed(seed)
+    maps = scale * (spread * torch.randn(6, 8, 9, generator=generator)).exp()
+    maps *= torch.rand(6, 8, 9, generator=generator) < 0.8
+    maps = (maps.view(torch.int32) >> 13 << 13).view(torch.float32)
+    truth = torch.rand(6, 8, 9, generator=generator) < 0.2
+    truth[:2, 0, 0] = True
+    pair = torch.tensor([0, 1, 0, 1, 0, 1])
+    metric = CueLocalization([1, 1], "exact", replicates=0)
+    for chunk in torch.split(torch.arange(6), 4):
+        metric.update(maps[chunk], truth[chunk], pair[chunk])
+    expected = [exact_area(maps[pair == number].flatten(), truth[pair == number].flatten()) for number in (0, 1)]
+    assert metric.compute().per_pair == pytest.approx(tuple(expected), rel=1e-12)
+
+
+@pytest.mark.parametrize("stretched", [False, True])
+def test_cue_localization_exact_is_within_two_hundredths_of_a_point_for_any_values(stretched):
+    generator = torch.Generator().manual_seed(0)
+    grid = torch.randn(8, 1, 14, 14, generator=generator)
+    maps = torch.nn.functional.interpolate(grid.abs(), size=(112, 112), mode="bilinear")[:, 0]
+    maps = (maps - maps.amin((1, 2), keepdim=True)) / maps.amax((1, 2), keepdim=True) if stretched else 1e-5 * maps
+    truth = torch.nn.functional.interpolate(grid + torch.randn(8, 1, 14, 14, generator=generator), (112, 112))[:, 0] > 2
+    metric = CueLocalization([1], "exact", replicates=0)
+    metric.update(maps, truth, torch.zeros(8, dtype=torch.int64))
+    assert metric.compute().mean.value == pytest.approx(exact_area(maps.flatten(), truth.flatten()), abs=2e-4)
+
+
+def test_cue_localization_exact_refuses_what_is_below_zero():
+    metric = CueLocalization([1], "exact")
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(CalmError, match=r"maps must lie in \[0, inf\]"):
+            metric.update(torch.full((1, 2, 2), wrong), torch.ones(1, 2, 2, dtype=torch.bool), torch.tensor([0]))

@@ -55,13 +55,18 @@ def normalize(maps: Float[Tensor, "*n h w"], how: Normalization) -> Float[Tensor
 def resize_and_normalize(
     maps: Float[Tensor, "*n h w"], size: tuple[int, int], how: Normalization
 ) -> Float[Tensor, "*n H W"]:
-    """Resize maps to ``size`` = (height, width) in pixels, then normalise them, as the protocols require.
+    """Resize maps to ``size`` = (height, width) in pixels, then normalise them, as the protocols require."""
+    return normalize(resize_usable(maps, size), how)
 
-    A map that is constant on its grid becomes zeros, as in `normalize`: interpolation would give it differences in the
-    last bit, which ``minmax`` would stretch to [0, 1].
+
+def resize_usable(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[Tensor, "*n H W"]:
+    """Resize maps as `resize_maps` does; a map without information becomes zeros, as in `normalize`.
+
+    That is one with NaN or infinite values, and one that is constant on its grid: interpolation would give it
+    differences in the last bit, which ``minmax`` would stretch to [0, 1].
     """
-    constant = (maps == maps[..., :1, :1]).flatten(-2).all(dim=-1)
-    return normalize(resize_maps(maps.masked_fill(constant[..., None, None], 0), size), how)
+    useless = (maps == maps[..., :1, :1]).flatten(-2).all(dim=-1) | ~maps.isfinite().flatten(-2).all(dim=-1)
+    return resize_maps(maps.masked_fill(useless[..., None, None], 0), size)
 
 
 def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[Tensor, "*n H W"]:

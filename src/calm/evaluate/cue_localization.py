@@ -8,16 +8,18 @@ Source: paper, section 5.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Unpack
+from typing import Any, Literal, NamedTuple, TypeAlias, Unpack, get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from calm.data.cub import read_names
 from calm.data.cues import (
     PROTOCOL_SIZE,
     CuePair,
@@ -32,18 +34,21 @@ from calm.data.cues import (
     read_segmentation,
 )
 from calm.data.records import Record, Split
-from calm.errors import CalmError
+from calm.errors import CalmError, unknown
 from calm.evaluate.distributed import all_gather
 from calm.evaluate.reading import Reading, predictions, scaled_progress
 from calm.evaluate.result import Result
 from calm.evaluate.subject import Subject
 from calm.files import in_threads
-from calm.heatmaps import resize_and_normalize
+from calm.heatmaps import normalize, resize_usable
 from calm.images import image_size
 from calm.metrics.bootstrap import REPLICATES, Estimate, estimate, weights
 from calm.metrics.cue_localization import Accumulation, CueLocalization, CueLocalizationResult
 from calm.metrics.pixels import Counting
 from calm.metrics.pointing import count_pixels, energy_inside, peak_hits
+
+Region: TypeAlias = Literal["mask", "box"]
+"""What the parts of an object are bounded by."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class CueData:
         groups: the part groups.
         points: part points of the split's images, in its order.
         sizes: (width, height) of the images, (n, 2).
+        absent: number of further pairs, one or both of whose classes have no image in the split.
         samples: by an image's position in the split, the pairs it is evaluated for: one class of the pair is the
             image's, and a differing part is visible. Images without such a pair are left out.
     """
@@ -64,12 +70,16 @@ class CueData:
     points: PartPoints
     sizes: Int[Tensor, "n 2"]
     samples: dict[int, tuple[int, ...]]
+    absent: int = 0
 
-    def regions(self, records: Sequence[Record], images: Int[Tensor, " b"]) -> Int[Tensor, "b H W"]:
-        """Return the part group of each pixel of images, -1 outside the object's segmentation (if there is one)."""
+    def regions(
+        self, records: Sequence[Record], images: Int[Tensor, " b"], region: Region = "mask"
+    ) -> Int[Tensor, "b H W"]:
+        """Return the part group of each pixel of images, -1 outside the object: its segmentation, if any, or box."""
         ids = tuple(self.points.ids[image] for image in images.tolist())
         points = PartPoints(ids, self.points.xy[images], self.points.visible[images])
-        masks = list(in_threads(lambda image: _object_mask(records[image], self.sizes[image]), images.tolist()))
+        object_of = _object_box if region == "box" else _object_mask
+        masks = list(in_threads(lambda image: object_of(records[image], self.sizes[image]), images.tolist()))
         return part_regions(points, self.sizes[images], inside=torch.stack(masks), groups=self.groups)
 
     def bits(self, regions: Int[Tensor, "b H W"]) -> Int[Tensor, "b H W"]:
@@ -79,8 +89,11 @@ class CueData:
         return table.index_select(0, (regions + 1).int().flatten()).view(regions.shape)
 
 
-def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -> CueData:
+def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3), *, both_shown: bool = False) -> CueData:
     """Read the pairs of classes that differ in one of ``counts`` part groups, and the part points of a split.
+
+    The split may have some of the classes of the attribute table: they are found by their names in ``classes.txt``.
+    With ``both_shown``, pairs are left out of which one class has no image in the split.
 
     ``attributes/`` and ``parts/`` are below ``root``, and perhaps ``parts/groups.yaml`` (`calm.data.cues`).
 
@@ -90,11 +103,19 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
     groups = read_part_groups(root)
     names, present = read_class_attributes(root)
     if len(present) != split.num_classes:
-        raise CalmError(f"{root / 'attributes'} describes {len(present)} classes, the data set has {split.num_classes}")
+        listed = root / "classes.txt"
+        row_of = {name: row for row, name in enumerate(read_names(listed))} if listed.is_file() else {}
+        if len(row_of) != len(present) or not row_of.keys() >= set(split.class_names):
+            count = f"describes {len(present)} classes, the data set has {split.num_classes}"
+            raise CalmError(f"{root / 'attributes'} {count}, which {listed} does not list among as many names")
+        present = present[[row_of[name] for name in split.class_names]]
     counts = tuple(counts)
     pairs = tuple(class_pairs(present, group_votes(names, groups), counts))
     if not pairs:
         raise CalmError(f"no two classes of {root} differ in {' or '.join(map(str, counts))} part groups")
+    every, shown = len(pairs), {record.label for record in split.records}
+    if both_shown:
+        pairs = tuple(pair for pair in pairs if pair.first in shown and pair.second in shown)
     points = read_part_points(root).select(record.id for record in split.records)
     visible = points.visible_groups(groups)
     samples: dict[int, tuple[int, ...]] = {}
@@ -112,7 +133,11 @@ def read_cue_data(split: Split, root: Path, counts: Iterable[int] = (1, 2, 3)) -
             f" visible (last column 1) in {root / 'parts' / 'part_locs.txt'}?"
         )
     sizes = [record.size or image_size(record.path) or (0, 0) for record in split.records]
-    return CueData(pairs, groups, points, torch.tensor(sizes), samples)
+    return CueData(pairs, groups, points, torch.tensor(sizes), samples, every - len(pairs))
+
+
+def _has_box(record: Record, size: Int[Tensor, " 2"]) -> bool:
+    return bool(record.boxes) and bool(size.all())
 
 
 def _object_mask(record: Record, size: Int[Tensor, " 2"]) -> Bool[Tensor, "H W"]:
@@ -120,6 +145,16 @@ def _object_mask(record: Record, size: Int[Tensor, " 2"]) -> Bool[Tensor, "H W"]
     if not record.masks:
         return torch.ones(PROTOCOL_SIZE, dtype=torch.bool)
     return read_segmentation(record.masks[0], image_size=(int(size[0]), int(size[1])) if size.all() else None)
+
+
+def _object_box(record: Record, size: Int[Tensor, " 2"]) -> Bool[Tensor, "H W"]:
+    """Return the pixels of the protocol that the object's boxes cover in an image of ``size`` (width, height)."""
+    inside = torch.zeros(PROTOCOL_SIZE, dtype=torch.bool)
+    down, across = (side / int(length) for side, length in zip(PROTOCOL_SIZE, (size[1], size[0]), strict=True))
+    for x0, y0, x1, y1 in record.boxes:  # corners inclusive
+        rows, columns = (math.floor(y0 * down), math.ceil((y1 + 1) * down)), (x0 * across, (x1 + 1) * across)
+        inside[max(0, rows[0]) : rows[1], max(0, math.floor(columns[0])) : math.ceil(columns[1])] = True
+    return inside
 
 
 SAMPLES = 64
@@ -133,7 +168,12 @@ COUNTINGS: dict[str, tuple[Counting, Accumulation]] = {
     "_cumulative": ("strict", "cumulative"),
     "_published": ("released", "cumulative"),
 }
-"""Ending of a figure's name, and how its pixels are counted."""
+"""Ending of a figure's name, and how its pixels are counted. These are of the published reading: in the method's own
+normalisation and thresholds."""
+
+READINGS = ("_raw", "_stretched")
+"""Ending of a figure's name, and how all maps alike are read, at exact thresholds: difference maps as they are, or each
+stretched to [0, 1] by its own range."""
 
 
 def cue_localization(
@@ -142,6 +182,7 @@ def cue_localization(
     root: Path | CueData,
     *,
     counts: Sequence[int] = (1, 2, 3),
+    region: Region = "mask",
     replicates: int = REPLICATES,
     seed: int = 0,
     **reading: Unpack[Reading],
@@ -167,9 +208,19 @@ def cue_localization(
     Raises:
         CalmError: see `read_cue_data`.
     """
-    data = root if isinstance(root, CueData) else read_cue_data(split, root, counts)
+    data = root if isinstance(root, CueData) else read_cue_data(split, root, counts, both_shown=True)
+    if region not in get_args(Region):
+        raise unknown("region", region, get_args(Region))
+    if region == "box" and (
+        bare := [image for image in data.samples if not _has_box(split.records[image], data.sizes[image])]
+    ):
+        raise CalmError(
+            f"region box: image {split.records[bare[0]].id!r} has no box or no known size; take region mask"
+        )
     numbers = [len(pair.groups) for pair in data.pairs]
-    metric = CueLocalization(numbers, subject.thresholds, replicates=replicates, seed=seed).to(subject.device)
+    how: dict[str, Any] = {"replicates": replicates, "seed": seed}
+    metric = CueLocalization(numbers, subject.thresholds, **how).to(subject.device)
+    exact = [CueLocalization(numbers, "exact", **how).to(subject.device) for _ in READINGS]
     differing = torch.tensor([sum(1 << group for group in pair.groups) for pair in data.pairs])
     measured: list[_Samples] = []
     at_once = SAMPLES_CPU if subject.device.type == "cpu" else SAMPLES
@@ -179,15 +230,17 @@ def cue_localization(
         positions = keys.cpu()
         plan = _Plan.of(data, positions)
         grid = prediction.maps(model_class[plan.classes].to(subject.device))
-        bits = data.bits(data.regions(split.records, positions)).to(subject.device)
+        bits = data.bits(data.regions(split.records, positions, region)).to(subject.device)
         object_pixels = count_pixels(bits.to(torch.bool))
         parts: list[_Samples] = []
         for chunk in torch.split(torch.arange(len(plan.pair)), at_once):
             row, pair = plan.row[chunk].to(subject.device), plan.pair[chunk]
             first, second = (grid[row, slot[chunk].to(subject.device)] for slot in (plan.first, plan.second))
-            maps = resize_and_normalize((first - second).abs(), PROTOCOL_SIZE, subject.normalization)
+            raw = resize_usable((first - second).abs(), PROTOCOL_SIZE)
+            maps, stretched = normalize(raw, subject.normalization), normalize(raw, "minmax")
             truth = (bits.index_select(0, row) & differing[pair].to(bits)[:, None, None]).to(torch.bool)
-            metric.update(maps, truth, pair.to(subject.device))
+            for one, read in zip((metric, *exact), (maps, raw, stretched), strict=True):
+                one.update(read, truth, pair.to(subject.device))
             parts.append(_Samples.of(maps, truth, object_pixels[row], positions[plan.row[chunk]], pair))
         measured.append(_Samples.concatenate(parts))
     everything = [part for parts in all_gather(measured) for part in parts]
@@ -198,7 +251,7 @@ def cue_localization(
             f"no {split.name} image has a pixel of a part that tells two classes apart: is the object above 0 in the"
             f" segmentations, such as {masks[0] if masks else 'none'}?"
         )
-    return _result(subject, split, data, metric.cpu(), samples, replicates, seed)
+    return _result(subject, split, data, metric.cpu(), [one.cpu() for one in exact], samples, replicates, seed)
 
 
 class _Plan(NamedTuple):
@@ -259,6 +312,7 @@ def _result(
     split: Split,
     data: CueData,
     metric: CueLocalization,
+    exact: Sequence[CueLocalization],
     samples: _Samples,
     replicates: int,
     seed: int,
@@ -268,7 +322,9 @@ def _result(
     for ending, (counting, accumulation) in COUNTINGS.items():
         other = deepcopy(metric)  # the same pixels, counted otherwise
         other.counting, other.accumulation = counting, accumulation
-        results[ending] = result = other.compute()
+        results[ending] = other.compute()
+    results |= {ending: one.compute() for ending, one in zip(READINGS, exact, strict=True)}
+    for ending, result in results.items():
         figures |= {f"mpxap{ending}_{number}": mean for number, mean in result.by_groups.items()}
         figures[f"mpxap{ending}"] = result.mean
     groups = torch.tensor([len(pair.groups) for pair in data.pairs])
@@ -301,6 +357,7 @@ def _result(
             ],
             "pairs_by_groups": {str(n): int((groups == n).sum()) for n in sorted(set(groups.tolist()))},
             "pairs_without_images": results[""].empty,
+            "pairs_of_absent_classes": data.absent,
             "images": len(data.samples),
             "samples": len(samples.pair),
             "segmented": all(bool(split.records[image].masks) for image in data.samples),

@@ -29,6 +29,7 @@ class EvaluateConfig:
         metadata_root: folder of the metadata lists, where they are not with the images
         norm: normalisation of the maps; by default clipping for CALM's own, minmax for others
         thresholds: by default log for CALM's own maps, even for others
+        region: what bounds the parts of an object: its segmentation (without one, nothing), or its box
         steps: points of integrated-gradients, 50 by default
         samples: noisy copies of smoothgrad and its kin, 50 by default
         fill: what erased pixels become
@@ -61,6 +62,7 @@ class EvaluateConfig:
     thresholds: Literal["even", "log"] | None = None
     steps: int | None = None
     samples: int | None = None
+    region: Literal["mask", "box"] = "mask"
     fill: Fill = "zero"
     fractions: tuple[float, ...] = FRACTIONS
     draws: int = DRAWS
@@ -164,6 +166,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         needs_root=True,
         reads=(*_OF_MAPS, "thresholds"),
         masks=True,
+        options=("region",),
     ),
     "remove-and-classify": Benchmark(
         "calm.evaluate.erasing:remove_and_classify",

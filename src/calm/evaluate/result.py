@@ -37,7 +37,9 @@ class FigureSpec:
 
 
 _COUNTINGS = {
-    "": "",
+    "": "; maps in each method's own normalisation and thresholds, as published",
+    "_raw": "; maps as they are, at exact thresholds, whatever the method",
+    "_stretched": "; each map stretched to [0, 1] by its own range, at exact thresholds, whatever the method",
     "_released": "; pixels below the smallest threshold dropped, as the released code does",
     "_cumulative": "; each pair with the pixels of all pairs before it, as the released code does",
     "_published": "; pixels dropped and pairs accumulated as the released code does, as for the published figures",
@@ -51,7 +53,7 @@ def _pxap(parts: int | None, counting: str) -> FigureSpec:
     return FigureSpec(
         f"{title}{counting.replace('_', ' ')}",
         meaning=meaning,
-        main=counting == "" or (parts is None and counting == "_published"),
+        main=counting == "" or (parts is None and counting in ("_raw", "_stretched", "_published")),
     )
 
 

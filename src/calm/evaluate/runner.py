@@ -101,7 +101,7 @@ def _annotated(config: EvaluateConfig, split: Split) -> dict[str, Benchmark]:
     for name in list(rows):
         try:
             if name == "cue-localization":
-                read_cue_data(split, config.data)
+                read_cue_data(split, config.data, both_shown=True)
             if name == "localization":
                 truth_kinds(split)
         except CalmError as error:

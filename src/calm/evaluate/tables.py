@@ -138,6 +138,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
         (r.provenance["subject"].get("model"), r.provenance["caution"]) for r in results if r.provenance.get("caution")
     }
     lines += sorted(f"{model}: {caution}" for model, caution in cautions)
+    details = [result.details for result in results if result.details.get("pairs_of_absent_classes")]
+    for pairs, left in sorted({(len(d["pairs"]), d["pairs_of_absent_classes"]) for d in details}):
+        lines.append(f"cue localization: {pairs} of {pairs + left} pairs of classes have images of both")
     if any(result.details.get("segmented") is False for result in results):
         lines.append(
             "cue localization: not every image has a segmentation; without one, parts reach to the picture's edge"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple, Unpack
 
@@ -15,9 +16,9 @@ from calm.metrics.pixels import (
     COUNTINGS,
     Bucketize,
     Counting,
+    FloatBins,
     Thresholds,
     check_maps,
-    histograms,
     pixel_edges,
     precision_recall,
 )
@@ -54,7 +55,8 @@ class CueLocalization(BootstrapMetric):
 
     Args:
         groups: the number of part groups in which each pair differs, (p,).
-        which: thresholds, see `calm.metrics.pixels`; 1 is added to them, as for `calm.metrics.PixelAP`.
+        which: thresholds, see `calm.metrics.pixels`; 1 is added to them, as for `calm.metrics.PixelAP`. "exact" takes
+            every value as a threshold, to one part in 1,024, and maps of any range at or above 0.
         counting: see `calm.metrics.pixels.COUNTINGS`.
         accumulation: see ``ACCUMULATIONS``.
         bootstrap: see `calm.metrics.bootstrap.Bootstrap`.
@@ -68,7 +70,7 @@ class CueLocalization(BootstrapMetric):
     def __init__(
         self,
         groups: Sequence[int],
-        which: Thresholds | Tensor = "even",
+        which: Thresholds | Tensor | Literal["exact"] = "even",
         counting: Counting = "strict",
         accumulation: Accumulation = "pair",
         **bootstrap: Unpack[Bootstrap],
@@ -81,30 +83,36 @@ class CueLocalization(BootstrapMetric):
         if not groups:
             raise CalmError("no class pair: give the number of differing part groups of at least one")
         self.groups, self.counting, self.accumulation = tuple(groups), counting, accumulation
-        self.bucketize = Bucketize(pixel_edges(which))
-        zeros = torch.zeros(len(groups), len(self.bucketize) + 1, 2, dtype=torch.float64)
+        self.bucketize: FloatBins | Bucketize
+        if isinstance(which, str) and which == "exact":
+            self.highest, self.bucketize = math.inf, FloatBins()
+        else:
+            self.highest, self.bucketize = 1.0, Bucketize(pixel_edges(which))
+        zeros = torch.zeros(len(groups), len(self.bucketize) + 1, 2, dtype=torch.int32)
         self.add_state("histogram", zeros, dist_reduce_fx="sum")
 
     def update(self, maps: Float[Tensor, "s h w"], positive: Bool[Tensor, "s h w"], pair: Int[Tensor, " s"]) -> None:
         """Add samples, each the map of one image for one pair.
 
         Args:
-            maps: normalised difference maps, in [0, 1].
+            maps: normalised difference maps, in [0, 1]; at least 0 if the thresholds are "exact".
             positive: True at the pixels of the parts that differ.
             pair: index of each sample's pair.
 
         Raises:
-            CalmError: a map with NaN or values outside [0, 1], or of another shape than ``positive``; numbers
+            CalmError: a map with NaN or values outside that range, or of another shape than ``positive``; numbers
                 of samples that differ; an index that is no pair's.
         """
-        check_maps(maps, positive, pair)
+        check_maps(maps, positive, pair, highest=self.highest)
         if len(pair) and not 0 <= int(pair.min()) <= int(pair.max()) < len(self.groups):
             raise CalmError(
                 f"indices of pairs go from {int(pair.min())} to {int(pair.max())}, allowed are 0 to"
                 f" {len(self.groups) - 1}: groups has {len(self.groups)} pairs"
             )
-        counts = histograms(maps, positive, self.bucketize).double()
-        self.histogram.index_add_(0, pair.to(self.histogram.device), counts)
+        counts = self.histogram.view(-1)
+        first = pair.to(counts.device) * self.histogram[0].numel()
+        place = self.bucketize(maps).mul_(2).add_(positive) + first[:, None, None]
+        counts.index_add_(0, place.flatten(), counts.new_ones(1).expand(place.numel()))
 
     def compute(self) -> CueLocalizationResult:
         """Return the figures.
@@ -118,9 +126,10 @@ class CueLocalization(BootstrapMetric):
         histogram = self.histogram
         if self.accumulation == "cumulative":
             order = torch.tensor(sorted(range(len(self.groups)), key=lambda pair: self.groups[pair]))
-            histogram = torch.empty_like(histogram)
+            histogram = torch.empty_like(histogram, dtype=torch.int64)
             histogram[order] = self.histogram[order].cumsum(0)
-        per_pair = precision_recall(histogram, self.counting)[2]
+        # Pair by pair, since the exact thresholds of all of them in float64 would be large.
+        per_pair = torch.stack([precision_recall(row.double(), self.counting)[2] for row in histogram])
         per_pair = per_pair.masked_fill(positives == 0, torch.nan)  # in ``cumulative``, others may have some
         groups = torch.tensor(self.groups, device=per_pair.device)
         defined = per_pair.isfinite()

@@ -97,6 +97,24 @@ class Bucketize(nn.Module):
         return below.add_(values >= self.edges.index_select(0, below)).view(scores.shape)
 
 
+class FloatBins(nn.Module):
+    """Thresholds 1,024 to an octave from 2^-64 to 2^32, and 0: nearly every distinct value.
+
+    They are for maps of any range at or above 0, and an alternative to `Bucketize`: the upper bits of a float32 number
+    them. Higher scores reach the last one, lower ones than 2^-64 only the first, which is 0.
+    """
+
+    _SHIFT, _LOWEST, _HIGHEST = 13, (127 - 64) << 10, (127 + 32) << 10
+
+    def __len__(self) -> int:
+        return self._HIGHEST - self._LOWEST
+
+    def forward(self, scores: Float[Tensor, "*n"]) -> Int[Tensor, "*n"]:
+        """Return the number of thresholds t with score >= t, int32; scores, at least 0, are not checked."""
+        bits = scores.detach().float().contiguous().view(torch.int32) >> self._SHIFT
+        return bits.sub_(self._LOWEST).clamp_(0, len(self) - 1).add_(1)
+
+
 class PixelAPResult(NamedTuple):
     """Area and curve, all in [0, 1].
 
@@ -186,11 +204,13 @@ class PixelAP(BootstrapMetric):
         )
 
 
-def check_maps(maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, ignore: Tensor | None = None) -> None:
+def check_maps(
+    maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, ignore: Tensor | None = None, highest: float = 1
+) -> None:
     """Check the arguments of a metric of maps.
 
     Raises:
-        CalmError: a truth that is not boolean; shapes differ; not one key an image; NaN; a value outside [0, 1].
+        CalmError: a truth that is not boolean; shapes differ; not one key an image; NaN; a value outside [0, highest].
     """
     for what, mask in (("truth", truth), ("pixels to ignore", ignore)):
         if mask is not None and mask.dtype != torch.bool:
@@ -208,9 +228,10 @@ def check_maps(maps: Tensor, truth: Tensor | None, keys: Tensor | None = None, i
     if not maps.numel():
         return
     low, high = (float(value) for value in torch.aminmax(maps))
-    if not (low >= 0 and high <= 1):
+    if not (low >= 0 and high <= highest):
         raise CalmError(
-            f"maps must lie in [0, 1], these go from {low:g} to {high:g}: normalise them first (calm.normalize)"
+            f"maps must lie in [0, {highest:g}], these go from {low:g} to {high:g}: normalise them first"
+            " (calm.normalize)"
         )
 
 
