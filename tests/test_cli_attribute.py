@@ -283,9 +283,8 @@ def test_attribute_files_of_many_pictures_uses_the_optimised_model(
         return encode(self, images)
 
     monkeypatch.setattr(CalmModel, "encode", spied)
-    results = attribute_files(
-        [str(tmp_path / "in")], model="m", out=tmp_path / "out", batch_size=2, precision=precision
-    )
+    out = tmp_path / "out"
+    results = attribute_files([str(tmp_path / "in")], model="m", out=out, batch_size=2, precision=precision)
     assert called
     assert model not in called
     with torch.no_grad():
