@@ -322,6 +322,9 @@ def test_evaluate_takes_all_of_a_folder_without_splits(place, tmp_path, capsys):
         ("classification", ["--batch_size", "0"], "--batch_size 0: give at least 1"),
         ("classification", ["--steps", "5"], "classification does not read --steps"),
         ("localization", ["--steps", "5"], "no --method reads --steps"),
+        ("localization", ["--method", "cam", "--prior_exponent", "0.5"], "CALM model reads --prior_exponent"),
+        ("localization", ["--prior_exponent", "-1"], "prior_exponent is -1: give 0"),
+        ("localization", ["--method", "cam", "evidence"], "and evidence only compares two: choose another --method"),
         ("classification", ["--split", "tset"], "unknown value 'tset' in --split: allowed are train, val, test"),
         ("classification", ["--device", "cuda:77"], "cannot be used"),
         ("classification", ["--models", "x"], "unknown flag --models; did you mean --model?"),
@@ -338,6 +341,20 @@ def test_evaluate_tells_a_mistake_in_one_line(place, tmp_path, capsys, benchmark
     assert main(["evaluate", benchmark, *words(place, *more, "--out", str(out))]) == 2
     assert message in capsys.readouterr().err
     assert not out.exists()
+
+
+def test_evaluate_compares_evidence_of_both_families(place, tmp_path):
+    more = ("--method", "evidence", "joint", "--prior_exponent", "0.5", "--region", "box", "--replicates", "5")
+    results = evaluate(["cue-localization", *words(place, *more, "--out", str(tmp_path / "out"))])
+    names = ("CALM-EM evidence prior^0.5", "CALM-EM joint prior^0.5", "CAM evidence")
+    assert [result.label for result in results] == [f"{name}, region box" for name in names]
+    for result, exponent in zip(results, (0.5, 0.5, None), strict=True):
+        assert result.provenance["subject"]["options"] == ({"prior_exponent": exponent} if exponent else {})
+        assert {"mpxap", "mpxap_raw", "mpxap_stretched"} <= result.figures.keys()
+    plain = evaluate(
+        ["cue-localization", *words(place, *more[:3], "--out", str(tmp_path / "out"), models=("calm-em",))]
+    )
+    assert plain[1].figures["mpxap_raw"] != results[1].figures["mpxap_raw"]
 
 
 def test_evaluate_fits_boxes_to_minmax_maps_by_default(place, tmp_path):

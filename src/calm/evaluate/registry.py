@@ -31,6 +31,7 @@ class EvaluateConfig:
         thresholds: by default log for CALM's own maps, even for others
         region: what bounds the parts of an object: its segmentation (without one, nothing), or its box
         steps: points of integrated-gradients, 50 by default
+        prior_exponent: raise the prior of CALM's own maps to this power, normalised; by default 1
         samples: noisy copies of smoothgrad and its kin, 50 by default
         fill: what erased pixels become
         fractions: shares of erased pixels, ascending
@@ -62,6 +63,7 @@ class EvaluateConfig:
     thresholds: Literal["even", "log"] | None = None
     steps: int | None = None
     samples: int | None = None
+    prior_exponent: float | None = None
     region: Literal["mask", "box"] = "mask"
     fill: Fill = "zero"
     fractions: tuple[float, ...] = FRACTIONS
@@ -102,7 +104,7 @@ _COMMON = frozenset(
 _EVERY = ("replicates", "seed")
 """Options of every benchmark's function."""
 
-_OF_MAPS = ("method", "steps", "samples", "norm")
+_OF_MAPS = ("method", "steps", "samples", "prior_exponent", "norm")
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,7 @@ class Benchmark:
             not maps, and run once for each model; with ``maps`` it also scores folders of maps.
         boxes: it fits boxes to maps.
         masks: it compares maps with the masks of the data set.
+        pairs: it compares the maps of two classes; the others leave out map kinds that only compare (evidence).
         options: its own options: fields of `EvaluateConfig`, and parameters of the function.
     """
 
@@ -129,6 +132,7 @@ class Benchmark:
     reads: tuple[str, ...] = ()
     boxes: bool = False
     masks: bool = False
+    pairs: bool = False
     options: tuple[str, ...] = ()
 
     def load(self) -> Callable[..., Any]:
@@ -166,6 +170,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         needs_root=True,
         reads=(*_OF_MAPS, "thresholds"),
         masks=True,
+        pairs=True,
         options=("region",),
     ),
     "remove-and-classify": Benchmark(
@@ -195,7 +200,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "calm.evaluate.randomisation:randomisation",
         "do maps change when the model's weights are drawn anew (sanity check)",
         in_all=False,
-        reads=("method", "steps", "samples"),
+        reads=("method", "steps", "samples", "prior_exponent"),
         options=("images", "order"),
     ),
 }

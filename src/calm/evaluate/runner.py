@@ -68,6 +68,14 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
     thresholds = config.thresholds or "even"
     folders = [open_map_folder(folder, split, thresholds=thresholds) for folder in dict.fromkeys(config.maps)]
     subjects = _distinct_labels([*_model_subjects(config, split), *folders])
+    for name, row in rows.items():
+        kinds = {str(s.about["method"]) for s in subjects} - {str(s.about["method"]) for s in _read_by(row, subjects)}
+        if kinds and not row.per_model:
+            left = f"{name} reads the maps of single classes, and {', '.join(kinds)} only compares two"
+            if config.benchmark != "all":
+                raise CalmError(f"{left}: choose another --method, or cue-localization")
+            if is_first():
+                print(f"{left}: left out", file=sys.stderr)
     single = len(set(config.model)) == 1 and Path(config.model[0]).is_dir()
     out = config.out or (Path(config.model[0]) / "evaluation" if single else Path("evaluation"))
     if out.exists() and not out.is_dir():
@@ -80,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
     with _progress_bars() as bars:
         for name, row in rows.items():
             options = {option: getattr(config, option) for option in ("replicates", "seed", *row.options)}
-            for subject in _first_of_each_model(subjects) if row.per_model else subjects:
+            for subject in _first_of_each_model(subjects) if row.per_model else _read_by(row, subjects):
                 stored = " (stored)" * result_path(name, subject, data, out, options).is_file()
                 task = bars.add_task(f"{name}: {subject.label}{stored}", total=len(split.records))
 
@@ -132,6 +140,8 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
                 continue
             unused.discard(method)
             options = {name: getattr(config, name) for name in ("steps", "samples") if _reads(method, name)}
+            if method in MAP_KINDS and family == "calm" and config.prior_exponent != 1:
+                options["prior_exponent"] = config.prior_exponent
             subject = model_subject(
                 model,
                 method=method,
@@ -146,11 +156,21 @@ def _model_subjects(config: EvaluateConfig, split: Split) -> list[Subject]:
             if numbers != list(range(split.num_classes)):  # results of a matching by number are others
                 subject = replace(subject, about={**subject.about, "classes": numbers})
             subjects.append(replace(subject, cache=cache))
+    if config.prior_exponent is not None and not any(
+        subject.model and subject.model.config.method != "cam" and subject.about["method"] in MAP_KINDS
+        for subject in subjects
+    ):
+        raise CalmError("no --method of a CALM model reads --prior_exponent: leave it out")
     for method in methods:
         if method in unused and config.model:
             needed = MAP_KINDS[method].families[0].upper()
             raise CalmError(f"--method {method} needs a {needed} model, and none of --model is one")
     return subjects
+
+
+def _read_by(row: Benchmark, subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
+    """Return the subjects without those whose maps only compare two classes, unless the benchmark compares."""
+    return [s for s in subjects if row.pairs or not ((kind := MAP_KINDS.get(s.about["method"])) and kind.compares)]
 
 
 def _reads(method: str, option: str) -> bool:

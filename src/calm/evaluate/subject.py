@@ -29,6 +29,7 @@ from calm.errors import CalmError, unknown
 from calm.files import open_regular
 from calm.heatmaps import Normalization
 from calm.images import Preprocessing
+from calm.latent import check_exponent
 from calm.metrics.pixels import Thresholds
 from calm.model import CalmModel
 from calm.output import MAP_KINDS, CalmOutput, CamOutput
@@ -97,6 +98,7 @@ class _OwnMaps:
 
     output: CalmOutput | CamOutput
     kind: str
+    prior_exponent: float = 1.0
 
     @cached_property  # the output computes it anew, over all locations, at each read
     def probs(self) -> Tensor:
@@ -104,7 +106,7 @@ class _OwnMaps:
 
     def maps(self, classes: Tensor) -> Tensor:
         with torch.no_grad():
-            return self.output.attribute(classes, self.kind)
+            return self.output.attribute(classes, self.kind, prior_exponent=self.prior_exponent)
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,8 @@ def model_subject(
         thresholds: None: ``log`` for CALM's own maps, else ``even``; and ``even`` for boxes.
         predictor: computes predictions and own maps in place of ``model``: its `CalmModel.optimized_for_inference`.
         precision: of these; baselines and randomised models are always computed in float32.
-        options: of the baseline: steps, samples, noise, seed, target_layer, batch_size.
+        options: of the baseline: steps, samples, noise, seed, target_layer, batch_size; of CALM's own maps:
+            prior_exponent.
 
     Raises:
         CalmError: an unknown method, one that the model does not have, an option that it does not read, or weights
@@ -161,10 +164,14 @@ def model_subject(
         name = model.map_kind(name)
         if MAP_KINDS[name].over == "superclass":
             raise CalmError(f"map kind {name!r} needs a superclass, and benchmarks ask about single classes")
-    allowed = frozenset() if own else baselines.BASELINES[name].options | {"batch_size"}
+    has_prior = own and model.config.method != "cam"
+    allowed = frozenset({"prior_exponent"} if has_prior else ()) if own else baselines.BASELINES[name].options
+    allowed |= frozenset() if own else {"batch_size"}
     for option in options:
         if option not in allowed:
             raise unknown(f"option of {name!r}", option, sorted(allowed))
+    exponent = float(options.get("prior_exponent", 1.0))
+    check_exponent(exponent)
     model.eval()
     model.check_finite(label or "the model")
 
@@ -175,13 +182,13 @@ def model_subject(
             with torch.autocast(images.device.type, torch.bfloat16, enabled=half):
                 output: CalmOutput | CamOutput = (predictor or model)(images)
             if own:
-                return _OwnMaps(output, name)
+                return _OwnMaps(output, name, exponent)
             return _BaselineMaps(model, images, output.probs, name, options)
 
     half = precision == "bf16-mixed"
     probabilities = own and MAP_KINDS[name].families == ("calm",)
     return Subject(
-        label or f"{model.config.method.upper()} {name}{', bf16' if half else ''}",
+        label or f"{model.config.method.upper()} {name}{f' prior^{exponent:g}' * (exponent != 1)}{', bf16' * half}",
         partial(predict_with, model, predictor=predictor, half=half),
         model.preprocessing,
         model.device,
