@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
 from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
 from calm.files import write_json, write_text
-from calm.metrics.bootstrap import Estimate
+from calm.metrics.bootstrap import Estimate, bootstrap_mean
 
 _WIDTH = 16
 """Width of a column on the terminal, with its border."""
@@ -46,6 +47,27 @@ def _tables(results: Sequence[Result], *, main_only: bool = False) -> list[_Tabl
             rows.append((result.label, cells))
         meanings = [f"{spec.title}: {spec.meaning}" for spec in specs.values() if spec.meaning]
         made.append(_Table(_title(of_benchmark[0]), [_head(spec) for spec in specs.values()], rows, meanings))
+    return made
+
+
+def paired_differences(results: Sequence[Result]) -> list[Result]:
+    """Return mPxAP of each row of cue localization minus that of the first: means over the same pairs, with intervals.
+
+    Pairs differ far more than methods do, so that this interval is much narrower than those of the two figures.
+    """
+    rows = [result for result in results if result.benchmark == "cue-localization" and result.details.get("pairs")]
+    made = []
+    for result in rows[1:]:
+        figures = {}
+        for name in ("pxap", "pxap_raw", "pxap_stretched"):
+            own, other = (
+                torch.tensor([float("nan") if (v := pair.get(name)) is None else v for pair in one.details["pairs"]])
+                for one in (result, rows[0])
+            )
+            if len(own) == len(other) and (shown := (own - other).isfinite()).any():
+                figures[f"m{name}"] = bootstrap_mean((own - other)[shown].double())
+        label, data = f"{result.label} - {rows[0].label}", {"data": result.provenance.get("data")}
+        made.append(Result("cue-localization, paired differences", label, figures, provenance=data))
     return made
 
 
@@ -92,6 +114,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` in ``out``."""
+    results = [*results, *paired_differences(results)]
     rows = figure_rows(results)
     write_json(out / "table.json", rows)
     text = io.StringIO()
@@ -104,6 +127,7 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
     """Print the main figures, each benchmark in as many tables below each other as the terminal's width needs."""
+    results = [*results, *paired_differences(results)]
     for table in _tables(results, main_only=True):
         longest = max(len(label) for label, _ in table.rows)
         columns = max(1, (console.width - longest - 4) // _WIDTH)
