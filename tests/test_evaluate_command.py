@@ -23,7 +23,7 @@ from calm.data.loading import fingerprint, load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
 from calm.evaluate.result import FIGURES, Curve, FigureSpec
-from calm.evaluate.tables import format_estimate, markdown, print_tables, write_tables
+from calm.evaluate.tables import format_estimate, markdown, paired_differences, print_tables, write_tables
 from calm.metrics.bootstrap import Estimate
 from calm.report.found import Group
 from calm.report.gallery import scenes
@@ -490,3 +490,15 @@ def test_evaluate_scores_a_folder_of_maps(place, tmp_path):
     flags = ["--data", str(place / "birds"), "--out", str(tmp_path / "two"), "--replicates", "20"]
     both = evaluate(["localization", "--maps", str(tmp_path / "a/maps"), str(tmp_path / "b/maps"), *flags])
     assert [result.label for result in both] == ["maps (a)", "maps (b)"]
+
+
+def test_paired_differences_are_means_over_the_pairs_that_both_rows_have():
+    """By hand: 0.2 and 0.4 over two pairs; the third has no figure in one row."""
+    rows = [
+        Result("cue-localization", label, {}, details={"pairs": [{"pxap": v, "pxap_raw": v} for v in values]})
+        for label, values in (("a", (0.1, 0.5, float("nan"))), ("b", (0.3, 0.9, 0.7)))
+    ]
+    (apart,) = paired_differences([*rows, Result("classification", "a", {})])
+    assert apart.label == "b - a"
+    assert set(apart.figures) == {"mpxap", "mpxap_raw"}
+    assert apart.figures["mpxap"] == pytest.approx((0.3, 0.2, 0.4), abs=1e-6)
