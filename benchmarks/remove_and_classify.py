@@ -1,4 +1,7 @@
-"""Remove-and-classify: its cost beside that of its forward passes, and beside a loop. Prints a Markdown table.
+"""Remove-and-classify: its cost beside that of its forward passes, and beside a loop. Prints Markdown tables.
+
+Ours computes with the model's copy for inference, as `calm evaluate` does, in float32 and in bfloat16; "plain model" is
+the same with the model as it is, which the loop uses as well.
 
 Everything but reading images is timed, in seconds of the processor (other programs do not count): the map, the orders,
 the erasing, the metric with its bootstrap. The loop sorts every image's map for each share, draws its random pixels
@@ -23,7 +26,7 @@ from calm.images import Preprocessing
 from calm.metrics.erasing import FRACTIONS, RemoveAndClassify, erasing_order, filling, first_pixels, random_order
 from calm.model import create_model
 
-SETTINGS = [("small_resnet", 96, 8), ("resnet50", 224, 2)]
+SETTINGS = [("small_resnet", 96, 8), ("tf_efficientnet_lite0", 224, 8), ("resnet50", 224, 2)]
 
 
 def passes(subject, images, labels):
@@ -94,26 +97,31 @@ def main():
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     print(f"{platform.machine()}, {arguments.threads} thread(s), PyTorch {torch.__version__}\n")
-    print("| model | pixels | batch | 11 passes, ms/image | ours | over the passes | loop | loop / ours |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(
+        "| ms/image | pixels | batch | ours, plain model | ours | its 11 passes | over them | ours, bf16 | loop |",
+        end="",
+    )
+    print(" plain / ours | plain / bf16 | loop / ours |\n|" + "---|" * 12)
     for backbone, size, batch in SETTINGS:
         model = create_model(backbone, 200, preprocessing=Preprocessing(size=(size, size)))
-        subject = model_subject(model)
+        fast = model.optimized_for_inference()
+        plain, subject = model_subject(model), model_subject(model, predictor=fast)
+        half = model_subject(model, predictor=fast, precision="bf16-mixed")
         images, labels = torch.randn(batch, 3, size, size), torch.randint(200, (batch,))
-        times = dict.fromkeys((passes, ours, straightforward), float("inf"))
+        ways = [(ours, plain), (ours, subject), (passes, subject), (ours, half), (straightforward, plain)]
+        times = [float("inf")] * len(ways)
         with torch.no_grad():
             passes(subject, images, labels)
             for _ in range(arguments.rounds):  # in turn, so that a busy moment meets all of them
-                for way in times:
+                for i, (way, whose) in enumerate(ways):
                     start = time.process_time()
-                    way(subject, images, labels)
-                    times[way] = min(times[way], 1000 * (time.process_time() - start) / batch)
-        alone, own, loop = times.values()
-        print(
-            f"| {backbone} | {size}x{size} | {batch} | {alone:.1f} | {own:.1f} | {100 * (own / alone - 1):+.1f} % |"
-            f" {loop:.1f} | {loop / own:.2f} |",
-            flush=True,
-        )
+                    way(whose, images, labels)
+                    times[i] = min(times[i], 1000 * (time.process_time() - start) / batch)
+        before, own, alone, halved, loop = times
+        over = f"{100 * (own / alone - 1):+.1f} %"
+        values = [f"{before:.1f}", f"{own:.1f}", f"{alone:.1f}", over, f"{halved:.1f}", f"{loop:.1f}"]
+        ratios = [f"{value:.2f}" for value in (before / own, before / halved, loop / own)]
+        print("|", " | ".join([backbone, f"{size}x{size}", str(batch), *values, *ratios]), "|", flush=True)
     print("\n| masks of a 224x224 map, five shares | ms/image |\n|---|---|")
     order = erasing_order(torch.rand(16, 224, 224), random_order(torch.arange(16), 224 * 224))
     for name, taken in selection(order, arguments.rounds).items():

@@ -114,6 +114,7 @@ def test_ratio_is_the_median_over_rounds_not_that_of_the_medians(module: Callabl
 
 
 SMALLEST = [
+    "attribute.py --photographs 2 --rounds 1 --backbone tiny_resnet --no-command",
     "training_step.py --backbone tiny_resnet --size 32 --batch 2 --classes 5 200 --rounds 1",
     "explain.py --networks tiny_resnet:32:1 --rounds 1 --steps 2",
     "data.py --images 2 --rounds 1",
