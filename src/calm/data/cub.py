@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
@@ -153,6 +153,8 @@ class CubSource:
                     box = () if box_of is None else _box(box_of.get(number), size, boxes, image, name, log)
                     masks = (segmentations / PurePosixPath(name).with_suffix(".png"),) if has_masks else ()
                     records.append(Record(name, path, label, box, masks, size=size))
+        if not any(mask.exists() for record in records for mask in record.masks):  # segmentations of test alone, say
+            records = [replace(record, masks=()) for record in records]
         return Split(split, tuple(records), self.class_names, self.root / "images", problems=tuple(log.problems))
 
 

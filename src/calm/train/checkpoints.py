@@ -129,9 +129,12 @@ def restore(state: TrainingState, path: Path) -> None:
         ) from error
 
 
-def export(state: TrainingState, run_dir: Path) -> None:
-    """Write the models ``last/`` and, if the last epoch is the best, ``best/`` and ``checkpoints/best.ckpt``."""
-    model, path = state.evaluated, run_dir / CHECKPOINT
+def export(state: TrainingState, run_dir: Path, model: CalmModel) -> None:
+    """Write the models ``last/`` and, if the last epoch is the best, ``best/`` and ``checkpoints/best.ckpt``.
+
+    The model is that of ``state``, or one that shares its head.
+    """
+    path = run_dir / CHECKPOINT
     model.training_summary = {**model.training_summary, "validation": state.last}
     spread = "posterior_entropy_relative"
     model.training_summary |= {name: value for name, value in state.history[-1].items() if name == spread}

@@ -87,6 +87,10 @@ class ModelOptions:
         output_stride: image pixels per grid cell, for timm backbones that support it.
         prior_activation: the activation a of the prior.
         prior_denominator: ``constant`` trains the prior as the released code does.
+        freeze: keep the backbone as it starts, in evaluation mode, and train the head alone, on features that are
+            computed once: a model in a minute (docs/frozen-features.md).
+        views: with ``freeze``: how many times each training image is augmented; the epochs take turns.
+        feature_dropout: with ``freeze``: probability that a channel of an image's features is dropped in training.
         init_from: a run folder, a saved model or a hub id whose weights training starts from. Of the head, the classes
             of the same name come along; the others start anew.
     """
@@ -98,10 +102,15 @@ class ModelOptions:
     output_stride: int | None = None
     prior_activation: PriorActivation = "softplus"
     prior_denominator: PriorDenominator = "differentiated"
+    freeze: bool = False
+    views: int = 2
+    feature_dropout: float = 0.0
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "model.", output_stride=(1, 64))
+        check_options(self, "model.", output_stride=(1, 64), views=(1, 1000), feature_dropout=(0, 0.99))
+        if self.feature_dropout and not self.freeze:
+            raise CalmError("model.feature_dropout is about cached features: set model.freeze true, or leave it at 0")
         if self.weights is not None and self.init_from is not None:
             raise CalmError("model.weights and model.init_from both say where the backbone starts: give one of them")
 
@@ -285,6 +294,8 @@ class TrainConfig:
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
+        if self.model.freeze and self.augment.mixes:
+            raise CalmError("mixup and cutmix mix images, and model.freeze trains on features: set one of them to 0")
 
     def whole_run(self) -> str:
         """Return the setting whose schedule spans the whole run, which more epochs would change; empty if none does."""

@@ -21,7 +21,9 @@ from calm.model import CalmModel, create_model, load
 from calm.train.config import TrainConfig
 
 
-def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool) -> DataLoader[Any]:
+def build_loader(
+    dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool, workers: int
+) -> DataLoader[Any]:
     """Build the loader of this process's share of a split; its batches are (images, labels, indices).
 
     ``batch_size`` images make one optimiser step, over all processes and accumulated parts together: however they are
@@ -46,8 +48,8 @@ def build_loader(dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, 
         dataset,
         batch_size=size,
         sampler=sampler,
-        num_workers=config.reading.workers,
-        persistent_workers=config.reading.workers > 0,
+        num_workers=workers,
+        persistent_workers=workers > 0,
         pin_memory=fabric.device.type == "cuda",
         # A loader draws a seed for its workers whenever it is iterated: not from the generator that dropout uses.
         generator=torch.Generator(),

@@ -43,6 +43,7 @@ from calm.train import checkpoints, folder, journal
 from calm.train.checkpoints import CHECKPOINT, Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
 from calm.train.data import build_datasets, build_loader, build_model
+from calm.train.features import HeadModel, cache_features, remove_features
 from calm.train.step import TrainingStep, check_weights, diagnose
 
 
@@ -115,6 +116,8 @@ def train(
             with _launched(fabric):
                 trainer = Trainer(fabric, model, config, run, datasets, run_dir, log)
                 trainer.fit(loggers)
+                if first:
+                    remove_features(run_dir)
         except Exception:
             if new and (trainer is None or trainer.state.step == 0):  # the corrected command finds no other run there
                 shutil.rmtree(run_dir, ignore_errors=True)
@@ -138,18 +141,53 @@ class Trainer:
     ) -> None:
         self.fabric, self.config, self.run = fabric, config, run
         self.datasets, self.run_dir, self.log = datasets, run_dir, log
-        self.state = TrainingState.start(model.to(fabric.device), config, run, fabric.strategy.precision)
+        self.whole = trained = model.to(fabric.device)  # and what is trained of it
+        read = datasets
+        if config.model.freeze:
+            read, trained = self._cached_features(), HeadModel(model, config.model.feature_dropout)
+        self.state = TrainingState.start(trained, config, run, fabric.strategy.precision)
         if config.hardware.compile:
-            model.backbone.compile()
-        self.step = TrainingStep(model, self.state.averages, config, run)
+            trained.backbone.compile()
+        self.step = TrainingStep(trained, self.state.averages, config, run)
         self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
+        workers = 0 if config.model.freeze else config.reading.workers  # features only have to be copied
         self.loaders = {
-            name: build_loader(dataset, config, fabric, shuffle=name == "train") for name, dataset in datasets.items()
+            name: build_loader(dataset, config, fabric, shuffle=name == "train", workers=workers)
+            for name, dataset in read.items()
         }
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         values = TextColumn("{task.fields[values]}")
         self.bar = Progress(*columns, values, console=log.console, transient=True, disable=not log.interactive)
         self.task = self.bar.add_task("", total=None, values="")
+
+    def _cached_features(self) -> Mapping[str, ImageDataset]:
+        if self.fabric.world_size > 1:
+            raise CalmError("model.freeze trains the head in one process: set hardware.devices 1")
+        columns = TextColumn("features of all images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+        started = time.monotonic()
+        with Progress(*columns, console=self.log.console, transient=True, disable=not self.log.interactive) as bar:
+            task = bar.add_task("", total=None)
+            features = cache_features(
+                self.whole,
+                self.datasets,
+                self.config,
+                self.run_dir,
+                autocast=self.fabric.autocast,
+                progress=lambda done, total: bar.update(task, completed=done, total=total),
+            )
+        height, width, channels = features["train"].features.shape[2:]
+        grid, seconds = f"{channels} on a {height}x{width} grid", time.monotonic() - started
+        self.log(f"features of the frozen backbone, {grid}, in {seconds:.0f} s")
+        return features
+
+    def evaluated(self) -> CalmModel:
+        """Return the whole model as it is evaluated and saved; of a frozen backbone, with the head that is trained."""
+        model = self.state.evaluated
+        if not self.config.model.freeze:
+            return model
+        if model.head is not self.whole.head:  # an average of the weights
+            self.whole.head.load_state_dict(model.head.state_dict())
+        return self.whole
 
     def fit(self, loggers: Iterable[Logger] = ()) -> None:
         """Train from the start, or from the checkpoint in the run folder, and test; see `train` for what it raises."""
@@ -159,7 +197,7 @@ class Trainer:
             checkpoints.restore(state, path)
             self.log(f"continuing after epoch {state.epoch} of {self.config.epochs}")
             if first:  # a kill may have come between the checkpoint and the saved models
-                checkpoints.export(state, self.run_dir)
+                checkpoints.export(state, self.run_dir, self.evaluated())
         saved = state.epoch
         names, more = (self.config.log.loggers, loggers) if first else ((), ())
         try:
@@ -177,7 +215,7 @@ class Trainer:
                         self.report_epoch()
                         checkpoints.save_checkpoint(state.state_dict(), path)
                         saved = state.epoch
-                        checkpoints.export(state, self.run_dir)
+                        checkpoints.export(state, self.run_dir, self.evaluated())
             result = self.result()
         except (KeyboardInterrupt, SystemExit):
             ahead = f"continues after epoch {saved}" if saved else "starts again: no epoch was finished"
@@ -186,7 +224,7 @@ class Trainer:
         if first:
             write_json(self.run_dir / "result.json", result)
             self.log(_closing_lines(result, self.run_dir))
-            if caution := state.evaluated.caution:
+            if caution := self.evaluated().caution:
                 self.log(f"warning: {caution}. {FLAT_REMEDY}")
         self.fabric.barrier()
 
@@ -280,7 +318,7 @@ class Trainer:
         self.fabric.log_dict(numbers, step)
         if self.config.log.panel_images:
             images = journal.choose_images(self.datasets["val"].split, self.config.log.panel_images)
-            picture = journal.draw_maps(state.evaluated, self.datasets["val"], images, title=f"epoch {state.epoch}")
+            picture = journal.draw_maps(self.evaluated(), self.datasets["val"], images, title=f"epoch {state.epoch}")
             with atomic_path(self.run_dir / "panels" / f"epoch_{state.epoch:03d}.png") as temporary:
                 Image.fromarray(picture).save(temporary)
             for logger in self.fabric.loggers:
@@ -298,7 +336,10 @@ class Trainer:
             if name == "best" and measures["epoch"] == state.last["epoch"]:
                 result["best"] = result["last"]
                 continue
-            state.evaluated.load_state_dict(safetensors.torch.load_file(self.run_dir / name / WEIGHTS))
+            weights = safetensors.torch.load_file(self.run_dir / name / WEIGHTS)
+            if self.config.model.freeze:
+                weights = {key: value for key, value in weights.items() if key.startswith("head.")}
+            state.evaluated.load_state_dict(weights)
             test = evaluate(self.fabric, state.evaluated, self.loaders["test"])
             validation = {key: value for key, value in measures.items() if key != "epoch"}
             result[name] = {"epoch": int(measures["epoch"]), "val": validation, "test": test}

@@ -1,0 +1,149 @@
+"""A frozen backbone: its features of every image, computed once and kept in files, and the head that trains on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from calm.data.dataset import ImageDataset
+from calm.data.loading import fingerprint
+from calm.errors import CalmError
+from calm.files import write_json
+from calm.latent import widen
+from calm.model import CalmModel
+from calm.train.config import TrainConfig
+
+FOLDER = "features"
+"""The folder of the feature files in a run's folder, while the run is not finished."""
+
+
+class FeatureDataset(ImageDataset):
+    """The features of a split's images as (features, label, index): float16 (h, w, D), class index, position.
+
+    Epoch t gives the view t modulo V: the image as it is augmented in that epoch. They are read from a memory-mapped
+    file, so that memory does not grow with the number of images.
+
+    Args:
+        images: the images that the features are of.
+        features: (V, N, h, w, D) in float16.
+    """
+
+    def __init__(self, images: ImageDataset, features: NDArray[np.float16]) -> None:
+        super().__init__(images.split, images.transform, seed=images.seed, preprocessing=images.preprocessing)
+        self.features = features
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+        """Return the features of an image in the view of the current epoch."""
+        values = self.features[self.epoch % len(self.features), index]
+        return torch.from_numpy(values.copy()), self.split.records[index].label, index
+
+
+class HeadModel(CalmModel):
+    """A model of cached features (B, h, w, D) with the head of another model, which drops channels in training."""
+
+    def __init__(self, model: CalmModel, dropout: float) -> None:
+        about = {"class_names": model.class_names, "preprocessing": model.preprocessing}
+        super().__init__(model.config, nn.Dropout2d(dropout), model.head, **about)  # type: ignore[arg-type]
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return features as a backbone would, (B, D, h, w), in the precision that the head computes with."""
+        half = torch.is_autocast_enabled(images.device.type)
+        dtype = torch.get_autocast_dtype(images.device.type) if half else self.head.conv_last.weight.dtype
+        dropped: Tensor = self.backbone(images.to(dtype).permute(0, 3, 1, 2))
+        return dropped
+
+
+def cache_features(
+    model: CalmModel,
+    datasets: Mapping[str, ImageDataset],
+    config: TrainConfig,
+    run_dir: Path,
+    *,
+    autocast: Callable[[], AbstractContextManager[Any]],
+    progress: Callable[[int, int], None],
+) -> dict[str, FeatureDataset]:
+    """Compute the frozen backbone's features of all images into files of a run's folder, or take those that are there.
+
+    Args:
+        model: its backbone is in eval mode while it runs.
+        datasets: of train, whose views are the first ``config.model.views`` epochs' augmentations, val and test.
+        config: the run's.
+        run_dir: its folder.
+        autocast: makes the context in which the backbone runs, of the run's precision.
+        progress: called with the images that are done and all of them, views counted.
+
+    Raises:
+        CalmError: the files would not fit on the disk.
+    """
+    backbone = model.optimized_for_inference().backbone
+    folder = run_dir / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    views = {name: config.model.views if name == "train" else 1 for name in datasets}
+    total = sum(count * len(datasets[name]) for name, count in views.items())
+    done = 0
+    found: dict[str, FeatureDataset] = {}
+    for name, dataset in datasets.items():
+        path, key = folder / f"{name}.npy", _key(model, dataset, config, views[name])
+        complete = path.with_suffix(".json")
+        if not (complete.is_file() and json.loads(complete.read_text()) == key):
+            features: NDArray[Any] | None = None
+            loader = DataLoader(dataset, 32, num_workers=config.reading.workers, generator=torch.Generator())
+            for view in range(views[name]):
+                dataset.set_epoch(view)
+                for images, _, indices in loader:
+                    with torch.no_grad(), autocast():
+                        half = widen(backbone(images.to(model.device))).clamp(-65504, 65504).half()
+                    values = half.permute(0, 2, 3, 1).cpu().numpy()
+                    if features is None:
+                        shape = (views[name], len(dataset), *values.shape[1:])
+                        _check_space(folder, total * values[0].nbytes)
+                        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
+                    features[view, indices.numpy()] = values
+                    progress(done := done + len(images), total)
+            dataset.set_epoch(0)
+            assert isinstance(features, np.memmap)
+            features.flush()
+            write_json(complete, key)
+        else:
+            progress(done := done + views[name] * len(dataset), total)
+        found[name] = FeatureDataset(dataset, np.load(path, mmap_mode="r"))
+    return found
+
+
+def remove_features(run_dir: Path) -> None:
+    """Delete the feature files of a finished run."""
+    shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
+
+
+def _key(model: CalmModel, dataset: ImageDataset, config: TrainConfig, views: int) -> dict[str, Any]:
+    """Return what the features depend on, ready for JSON."""
+    digest = hashlib.sha256()
+    for tensor in model.backbone.state_dict().values():
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    about = [asdict(config.augment), asdict(model.preprocessing), config.seed, views, config.hardware.precision]
+    return {
+        "images": fingerprint(dataset.split),
+        "backbone": digest.hexdigest(),
+        "about": json.loads(json.dumps(about)),
+    }
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if needed > 0.9 * free:
+        raise CalmError(
+            f"the features of all images and views need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f}"
+            " GiB free: choose another --run_dir, fewer model.views, or a coarser grid (model.output_stride)"
+        )

@@ -1,0 +1,168 @@
+"""Training of the head on a frozen backbone's cached features."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+from train_cases import checkpoint_of, tiny_config, tiny_net, write_squares
+
+from calm.data.dataset import ImageDataset
+from calm.data.loading import load_split
+from calm.data.transforms import train_transform
+from calm.errors import CalmError
+from calm.images import Preprocessing
+from calm.model import load
+from calm.train import features as features_module, train
+from calm.train.config import Augmentation, LossOptions, ModelOptions, OptimOptions, TrainConfig, preset
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_squares(tmp_path_factory.mktemp("squares"))
+
+
+def frozen_config(data: Path, run_dir: Path, **changes: Any) -> TrainConfig:
+    config = tiny_config(data, run_dir, model=ModelOptions(freeze=True, views=2, feature_dropout=0.1))
+    return replace(config, lr=0.1, optim=OptimOptions(schedule="constant", head_ratio=1.0), **changes)
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    for key, value in checkpoint_of(a)["model"].items():
+        assert torch.equal(value, checkpoint_of(b)["model"][key]), key
+
+
+@pytest.mark.parametrize("method", ["calm-em", "cam"])
+def test_train_frozen_changes_the_head_alone_and_leaves_a_whole_run(method: Any, data: Path, tmp_path: Path) -> None:
+    config = frozen_config(data, tmp_path / "run", method=method, epochs=12)
+    run = train(config, backbone=tiny_net(), quiet=True)
+    start = {name: value.clone() for name, value in tiny_net().state_dict().items()}
+    model = load(run, backbone=tiny_net())
+    for name, value in model.backbone.state_dict().items():
+        assert torch.equal(value, start[name]), name
+    result = json.loads((run / "result.json").read_text())
+    history = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
+    assert float(history[-1]["train_nll"]) < float(history[0]["train_nll"])
+    assert not (run / "features").exists()
+    assert "features of the frozen backbone" in (run / "log.txt").read_text()
+    split = load_split(data, "test")
+    images = model.preprocess([record.path for record in split.records])
+    with torch.no_grad():
+        right = (model(images).probs.argmax(1) == torch.tensor([record.label for record in split.records])).float()
+    last = load(run / "last", backbone=tiny_net())
+    assert_close(last.backbone.state_dict(), model.backbone.state_dict())
+    assert result["best"]["test"]["accuracy"] == pytest.approx(float(right.mean()))
+
+
+def test_cached_features_are_those_of_the_augmented_images_of_each_view(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: list[Any] = []
+    compute = features_module.cache_features
+
+    def keep(*args: Any, **options: Any) -> Any:
+        found.append((args[0], compute(*args, **options)))
+        copies = {name: np.array(dataset.features) for name, dataset in found[0][1].items()}
+        found.append(copies)
+        return found[0][1]
+
+    monkeypatch.setattr("calm.train.run.cache_features", keep)
+    config = frozen_config(data, tmp_path / "run")
+    train(config, backbone=tiny_net(), quiet=True)
+    (model, _), copies = found
+    preprocessing = model.preprocessing
+    images = ImageDataset(load_split(data, "train"), train_transform(config.augment, preprocessing), seed=config.seed)
+    model.eval()
+    assert copies["train"].dtype == np.float16
+    assert [array.shape[0] for array in copies.values()] == [2, 1, 1]
+    for view in (0, 1):
+        images.set_epoch(view)
+        with torch.no_grad():
+            expected = model.backbone(torch.stack([images[i][0] for i in range(len(images))]))
+        assert_close(
+            torch.from_numpy(copies["train"][view]).float(), expected.permute(0, 2, 3, 1), rtol=2e-3, atol=2e-3
+        )
+    assert not np.array_equal(*copies["train"])
+
+
+@contextmanager
+def interrupted(monkeypatch: pytest.MonkeyPatch, what: str, after: int) -> Iterator[None]:
+    """Raise KeyboardInterrupt at the ``after``-th call of a function."""
+    from calm.train import run
+
+    calls: list[int] = []
+    function = getattr(run.Trainer, what)
+
+    def stop(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return function(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run.Trainer, what, stop)
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+def test_train_frozen_continues_to_the_same_weights_without_computing_features_again(
+    average: float, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = frozen_config(data, tmp_path / "whole")
+    config = replace(config, optim=replace(config.optim, ema_decay=average), loss=LossOptions(prior_weight=0.1))
+    whole = train(config, backbone=tiny_net(), quiet=True)
+    again = replace(config, run_dir=tmp_path / "again")
+    with interrupted(monkeypatch, "train_epoch", after=2):
+        train(again, backbone=tiny_net(), quiet=True)
+    assert {path.name for path in (tmp_path / "again" / "features").iterdir()} == {
+        f"{split}.{end}" for split in ("train", "val", "test") for end in ("npy", "json")
+    }
+    monkeypatch.setattr(features_module, "_check_space", None)  # nothing is written anew
+    train(again, backbone=tiny_net(), quiet=True)
+    assert_same_weights(whole, tmp_path / "again")
+    one, two = (load(run, backbone=tiny_net()) for run in (whole, tmp_path / "again"))
+    assert_close(one.state_dict(), two.state_dict(), rtol=0, atol=0)
+
+
+def test_cached_features_of_other_weights_or_images_are_computed_anew(data: Path, tmp_path: Path) -> None:
+    config = frozen_config(data, tmp_path)
+    model = load(train(replace(config, run_dir=tmp_path / "run"), backbone=tiny_net(), quiet=True), backbone=tiny_net())
+    images = ImageDataset(load_split(data, "val"), train_transform(config.augment, Preprocessing(size=(24, 24))))
+    key = features_module._key(model, images, config, 1)
+    assert key == features_module._key(model, images, config, 1)
+    assert key != features_module._key(model, images, config, 2)
+    assert key != features_module._key(model, images, replace(config, augment=Augmentation(flip=0.1)), 1)
+    other = ImageDataset(load_split(data, "test"), images.transform)
+    assert key != features_module._key(model, other, config, 1)
+    next(model.backbone.parameters()).data[0] += 1
+    assert key != features_module._key(model, images, config, 1)
+
+
+def test_train_frozen_refuses_what_needs_images_or_space(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(CalmError, match="mixup and cutmix mix images"):
+        frozen_config(data, tmp_path, augment=Augmentation(mixup=0.2))
+    with pytest.raises(CalmError, match=r"model\.feature_dropout"):
+        ModelOptions(feature_dropout=0.2)
+    usage = type("usage", (), {"free": 1000})
+    monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CalmError, match=r"need 0\.0 GiB.*fewer model\.views"):
+        train(frozen_config(data, tmp_path / "run"), backbone=tiny_net(), quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
+def test_preset_probe_is_the_same_recipe_for_all_methods(tmp_path: Path) -> None:
+    for method, weight in (("calm-em", 0.1), ("calm-ml", 0.1), ("cam", 0.0)):
+        config = preset("probe", f"--data={tmp_path}", f"--method={method}")
+        assert (config.model.freeze, config.loss.prior_weight) == (True, weight)
