@@ -21,7 +21,7 @@ from calm.data.loading import load_split
 from calm.data.transforms import train_transform
 from calm.errors import CalmError
 from calm.images import Preprocessing
-from calm.model import load
+from calm.model import create_model, load
 from calm.train import features as features_module, train
 from calm.train.config import Augmentation, LossOptions, ModelOptions, OptimOptions, TrainConfig, preset
 
@@ -166,3 +166,15 @@ def test_preset_probe_is_the_same_recipe_for_all_methods(tmp_path: Path) -> None
     for method, weight in (("calm-em", 0.1), ("calm-ml", 0.1), ("cam", 0.0)):
         config = preset("probe", f"--data={tmp_path}", f"--method={method}")
         assert (config.model.freeze, config.loss.prior_weight) == (True, weight)
+
+
+@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
+def test_optimized_backbone_of_a_foundation_model_gives_the_grid_of_its_patches(name: str) -> None:
+    patch = 14 if "14" in name else 16
+    with pytest.warns(UserWarning, match="grid of 2 x 3 cells"):
+        model = create_model(name, 3, preprocessing=Preprocessing(size=(2 * patch, 3 * patch))).eval()
+    images = torch.randn(2, 3, 2 * patch, 3 * patch)
+    with torch.no_grad():
+        features = model.encode(images)
+        assert features.shape[2:] == (2, 3)
+        assert_close(model.optimized_for_inference().encode(images), features, rtol=1e-4, atol=1e-4)

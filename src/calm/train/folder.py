@@ -4,6 +4,7 @@
 
     RUN/config.yaml  versions.json  data.json  weights.json  log.txt  metrics.csv  result.json
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
+        features/  (of a frozen backbone, until the run is finished)
 """
 
 from __future__ import annotations
