@@ -1,12 +1,8 @@
-"""One of several processes that run `calm evaluate` together: a script for test_evaluate_processes.py."""
+"""What each of several processes that run `calm evaluate` together does, for test_evaluate_processes.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
-
-import torch
 
 from calm.cli import main
 from calm.evaluate.distributed import all_gather, process_group, rank
@@ -25,9 +21,8 @@ def crash() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    tasks = json.loads(sys.argv[1])  # words of a command line, and where its processes meet
+def run(tasks: list[tuple[list[str], int]]) -> None:
+    """Run command lines, each with the port where its processes meet."""
     codes = []
     for words, port in tasks:
         os.environ["MASTER_PORT"] = str(port)

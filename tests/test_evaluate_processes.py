@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
 import random
 import socket
-import subprocess
-import sys
 import time
 from pathlib import Path
 
+import evaluate_process
 import pytest
 import torch
+from forks import Fork
 from stress import trees
 from stress_counts import FULL, count
 
@@ -27,8 +25,6 @@ from calm.evaluate import distributed
 from calm.evaluate.distributed import all_gather, gather_dict, process_group, share
 from calm_birds import write_birds
 
-SCRIPT = Path(__file__).parent / "evaluate_process.py"
-
 
 def ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
@@ -40,27 +36,18 @@ def ports(count: int) -> list[int]:
     return found
 
 
-def launch(command_lines: list[list[str]], size: int = 2) -> list[subprocess.Popen[str]]:
-    """Start the processes that run the command lines together."""
-    tasks = json.dumps(list(zip(command_lines, ports(len(command_lines)), strict=True)))
-    running = []
-    for rank in range(size):
-        names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
-        environment = os.environ | {name: str(value) for name, value in names.items()} | {"OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-W", "error", str(SCRIPT), tasks]
-        running.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    return running
+def launch(command_lines: list[list[str]], folder: Path, size: int = 2) -> list[Fork]:
+    """Start the processes that run the command lines together; what they say goes to a folder."""
+    tasks = list(zip(command_lines, ports(len(command_lines)), strict=True))
+    return [
+        Fork(folder, evaluate_process.run, tasks, RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=size, MASTER_ADDR="127.0.0.1")
+        for rank in range(size)
+    ]
 
 
-def ends(running: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+def ends(running: list[Fork]) -> list[tuple[str, str]]:
     """What each process said on its two outputs."""
-    try:
-        return [process.communicate(timeout=500) for process in running]
-    finally:
-        for process in running:
-            process.kill()
+    return [fork.end(500)[1:] for fork in running]
 
 
 def stored(out: Path) -> dict[str, dict]:
@@ -126,7 +113,7 @@ def test_evaluate_in_two_processes_gives_the_figures_of_one(place, tmp_path, cap
         words("localization", "wrong", "--fill", "blur"),
         [],  # a crash
     ]
-    said = ends(launch([*command_lines("two"), idle, *wrong]))
+    said = ends(launch([*command_lines("two"), idle, *wrong], tmp_path / "said"))
     assert all("codes [0, 0, 0, 0, 2, 2, 2]" in out for out, _ in said), said
     one, two = (tmp_path / name for name in ("one", "two"))
     for line in command_lines("one"):
@@ -164,21 +151,19 @@ def test_evaluate_killed_keeps_what_it_finished(place, tmp_path, capsys):
     assert main(["evaluate", *words(tmp_path / "alone")]) == 0
     alone = stored(tmp_path / "alone")
     chance = random.Random(0)
-    longest, kept = 20.0, set()
+    longest, kept = 10.0, set()
     for number in range(count(reduced=2, full=30)):
         out = tmp_path / str(number)
-        running = launch([words(out)])
+        running = launch([words(out)], tmp_path / "said")
         began = time.monotonic()
-        after = chance.uniform(0, longest)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running[0].wait(after)
-        if running[0].poll() is not None:
+        running[0].process.join(chance.uniform(0, longest))
+        if running[0].process.exitcode is not None:
             longest = time.monotonic() - began
-        for process in running:  # torchrun, too, ends all where one is lost
-            process.kill()
+        for fork in running:  # torchrun, too, ends all where one is lost
+            fork.process.kill()
         ends(running)
         kept.add(len(stored(out)))  # whole files, or this fails to read them
-        assert all("codes [0]" in text for text, _ in ends(launch([words(out)])))
+        assert all("codes [0]" in text for text, _ in ends(launch([words(out)], tmp_path / "said")))
         for name, ours in alone.items():
             same(ours["figures"], stored(out)[name]["figures"], f"{number}: {name}")
         assert not trees.hidden(out)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
+import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -20,9 +21,21 @@ import pytest
 import tifffile
 import torch
 import yaml
+from forks import Fork
 from torch import nn
-from train_cases import SIZE, checkpoint_of, rich_config, start, tiny_config, tiny_net, weights_of, write_squares
+from train_cases import (
+    SIZE,
+    checkpoint_of,
+    in_two_processes,
+    killed,
+    rich_config,
+    tiny_config,
+    tiny_net,
+    weights_of,
+    write_squares,
+)
 
+from calm.cli import main
 from calm.cli.attribute import attribute_files
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
@@ -442,7 +455,7 @@ def test_train_after_a_kill_ends_as_if_there_had_been_none(
 ) -> None:
     data, alone = uninterrupted
     run = tmp_path / "run"
-    process = start(data=str(data), run_dir=str(run), **task)
+    process = killed(tmp_path / "said", data=data, run_dir=run, **task)
     assert process.returncode == -9, process.stderr
     assert checkpoint_of(run)["last"]["epoch"] == 1
     assert not (run / "result.json").exists()
@@ -466,26 +479,25 @@ def test_train_after_a_kill_after_the_last_epoch_only_measures(
     assert (run / "last" / "model.safetensors").exists()
 
 
+def command_line(words: list[str]) -> None:
+    """Run `calm` as a terminal does, which has Ctrl-C end it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.exit(main(words))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_train_stopped_by_a_signal_says_so_and_continues(tmp_path: Path, sent: signal.Signals, code: int) -> None:
     data, run = write_squares(tmp_path / "data"), tmp_path / "run"
-    command = [sys.executable, "-m", "calm.cli", "train", "--preset", "birds", "--data", str(data)]
-    command += ["--run_dir", str(run), "--backbone", "tiny_resnet", "--batch_size", "8", "--epochs"]
-    process = subprocess.Popen(
-        [*command, "2000"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    assert process.stdout is not None
-    said = ""
-    while "epoch    2/" not in said and process.poll() is None:
-        said += process.stdout.readline()
-    process.send_signal(sent)
-    said += process.communicate(timeout=60)[0]
-    assert process.returncode == code, said
+    words = ["train", "--preset", "birds", "--data", str(data), "--run_dir", str(run), "--backbone", "tiny_resnet"]
+    process = Fork(tmp_path / "said", command_line, [*words, "--batch_size", "8", "--epochs", "2000"])
+    while "epoch    2/" not in process.outputs[0].read_text() and process.process.is_alive():
+        time.sleep(0.02)
+    assert process.process.pid is not None
+    os.kill(process.process.pid, sent)
+    ended = process.end(60)
+    said = ended.stdout + ended.stderr
+    assert ended.returncode == code, said
     assert "Traceback" not in said
     found = re.search(r"interrupted: the same command continues after epoch (\d+)\n", said)
     if found:
@@ -499,7 +511,7 @@ def test_train_stopped_by_a_signal_says_so_and_continues(tmp_path: Path, sent: s
 def test_train_in_two_processes_takes_the_steps_of_one(tmp_path: Path) -> None:
     data = write_squares(tmp_path / "data", train=13, other=3)  # 39 and 9 images: neither divides by two processes
     one, two = tmp_path / "one", tmp_path / "two"
-    process = start(data=str(data), run_dir=str(two), kind="processes")
+    process = in_two_processes(data, two)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("epoch 1/3") == 1
     train(tiny_config(data, one), backbone=tiny_net(stateful=False), quiet=True)

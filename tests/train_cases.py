@@ -1,8 +1,7 @@
-"""A tiny training run for the tests; as a script, the same in a process of its own that may be killed."""
+"""A tiny training run for the tests, also in a process of its own that may be killed; as a script, in two."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from forks import Ended, Fork
 from PIL import Image
 from torch import Tensor, nn
 
@@ -103,10 +103,15 @@ def rich_config(data: Path, run_dir: Path, workers: int = 0) -> TrainConfig:
     )
 
 
-def start(**task: Any) -> subprocess.CompletedProcess[str]:
-    """Run this file as a process with a task for `_main`."""
+def killed(folder: Path, **task: Any) -> Ended:
+    """Run a task of `_train` in a process of its own."""
+    return Fork(folder, _train, task).end()
+
+
+def in_two_processes(data: Path, run_dir: Path) -> subprocess.CompletedProcess[str]:
+    """Run this file, for Fabric starts the second process by the words of the first."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__, json.dumps(task)]
+    command = [sys.executable, "-W", "error", __file__, str(data), str(run_dir)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
@@ -114,10 +119,9 @@ def _kill_myself(*_: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _main(task: dict[str, Any]) -> None:
+def _train(task: dict[str, Any]) -> None:
     from calm.train import checkpoints, run
 
-    torch.set_num_threads(1)
     data, run_dir = Path(task["data"]), Path(task["run_dir"])
     if task["kind"] == "kill in step":
         take_step = run.Trainer.take_step
@@ -139,12 +143,12 @@ def _main(task: dict[str, Any]) -> None:
             save_checkpoint(*args)
 
         checkpoints.save_checkpoint = save
-    if task["kind"] == "processes":
-        hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
-        run.train(tiny_config(data, run_dir, hardware=hardware), backbone=tiny_net(stateful=False))
-    else:
-        run.train(rich_config(data, run_dir, workers=1), backbone=tiny_net())
+    run.train(rich_config(data, run_dir, workers=1), backbone=tiny_net())
 
 
 if __name__ == "__main__":
-    _main(json.loads(sys.argv[1]))
+    from calm.train.run import train
+
+    torch.set_num_threads(1)
+    hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
+    train(tiny_config(Path(sys.argv[1]), Path(sys.argv[2]), hardware=hardware), backbone=tiny_net(stateful=False))
