@@ -280,7 +280,7 @@ def test_gradcam_reads_tokens_of_a_transformer_as_a_grid(images: Tensor) -> None
 
 
 def fits(name: str, model: CalmModel) -> bool:
-    return name in BASELINES or (name.startswith("cam") == (model.config.method == "cam"))
+    return name in BASELINES or name == "evidence" or (name.startswith("cam") == (model.config.method == "cam"))
 
 
 def cheap(name: str) -> dict[str, object]:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from forks import Fork
 from hypothesis import given, settings, strategies as st
 
 from calm.errors import CalmError
@@ -163,11 +163,9 @@ def _process(rank: int, store: str, maps: torch.Tensor, truth: torch.Tensor) -> 
 def test_pixel_ap_of_two_processes_is_that_of_one(tmp_path):
     maps, truth = torch.rand(7, 4, 4), torch.rand(7, 4, 4) < 0.5
     arguments = (str(tmp_path / "store"), maps, truth)
-    other = mp.get_context("spawn").Process(target=_process, args=(1, *arguments))
-    other.start()
+    other = Fork(tmp_path / "said", _process, 1, *arguments)
     two = _process(0, *arguments)
-    other.join()
-    assert other.exitcode == 0
+    assert other.end().returncode == 0
     assert two == _figures(maps, truth, torch.arange(7))
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import inspect
-import subprocess
-import sys
+import io
 
 import numpy as np
 import oracle
 import pytest
 import torch
+from forks import Fork
 from torch import nn
 from torch.testing import assert_close
 
@@ -254,47 +254,34 @@ def test_model_works_with_autocast_and_channels_last(method):
     loss.backward()
 
 
-COMPILED = """
-import torch
-from torch import nn
-from torch.testing import assert_close
-import calm
-from calm import latent
-
-images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
-for method in ("calm-em", "calm-ml", "cam"):
+def patched() -> nn.Module:
     backbone = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.ReLU())
     backbone.out_channels = 6
-    model = calm.create_model(backbone, 5, method)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    assert_close(compiled(images).probs, model(images).probs)
-    parameters = list(model.parameters())
-    loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
-    got = torch.autograd.grad(loss(images, targets), parameters)
-    for one, other in zip(got, torch.autograd.grad(model.loss(images, targets), parameters)):
-        assert_close(one, other)
-print("equal")
-"""
+    return backbone
+
+
+def compile_models() -> None:
+    images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
+    for method in METHODS:
+        model = create_model(patched(), 5, method)
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        assert_close(compiled(images).probs, model(images).probs)
+        parameters = list(model.parameters())
+        loss = torch.compile(model.loss, backend="aot_eager", fullgraph=True)
+        got = torch.autograd.grad(loss(images, targets), parameters)
+        assert_close(got, torch.autograd.grad(model.loss(images, targets), parameters))
 
 
 @pytest.mark.slow
-def test_compiled_model_is_the_same_without_a_graph_break():
+def test_compiled_model_is_the_same_without_a_graph_break(tmp_path):
     # In a process of its own: the shape checks of this suite cannot be traced.
-    run = subprocess.run([sys.executable, "-c", COMPILED], capture_output=True, text=True, check=False)
-    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+    ended = Fork(tmp_path, compile_models).end()
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
-
-EXPORTED = """
-import io
-import sys
-import torch
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.testing import assert_close
-import calm
-from calm import latent
 
 class Plain(nn.Module):
+    """Probabilities and maps as tensors."""
+
     def __init__(self, model):
         super().__init__()
         self.model = model
@@ -303,37 +290,34 @@ class Plain(nn.Module):
         output = self.model(images)
         return output.probs, output.attribute(output.probs.argmax(1)), self.model.attribute(images, 1)
 
-torch.distributed.init_process_group("gloo", init_method="file://" + sys.argv[1], rank=0, world_size=1)
-images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
-batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
-for method in ("calm-em", "cam"):
-    backbone = nn.Sequential(nn.Conv2d(3, 6, 4, stride=4), nn.ReLU())
-    backbone.out_channels = 6
-    model = calm.create_model(backbone, 5, method, prior_activation="exp")
-    file = io.BytesIO()
-    torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), file)
-    file.seek(0)
-    output = torch.export.load(file).module()(images[:1])
-    assert_close(output.probs, model(images[:1]).probs)
-    assert_close(output.attribute(3), model(images[:1]).attribute(3))
-    plain = Plain(model)
-    assert_close(torch.export.export(plain, (images,), dynamic_shapes=batch).module()(images[:1]), plain(images[:1]))
-    want = torch.autograd.grad(model.loss(images, targets), tuple(model.parameters()))
-    wrapped = DistributedDataParallel(model, find_unused_parameters=True)
-    for _ in range(2):
-        model.zero_grad()
-        model.output_loss(wrapped(images), targets).backward()
-    assert_close(tuple(parameter.grad for parameter in model.parameters()), want)
-print("equal")
-"""
+
+def export_models(store: str) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    images, targets = torch.randn(3, 3, 16, 20), torch.tensor([0, 4, 2])
+    batch = ({0: torch.export.Dim("batch", min=1, max=64)},)
+    for method in ("calm-em", "cam"):
+        model = create_model(patched(), 5, method, prior_activation="exp")
+        file = io.BytesIO()
+        torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), file)
+        file.seek(0)
+        output = torch.export.load(file).module()(images[:1])
+        assert_close(output.probs, model(images[:1]).probs)
+        assert_close(output.attribute(3), model(images[:1]).attribute(3))
+        plain = Plain(model)
+        exported = torch.export.export(plain, (images,), dynamic_shapes=batch).module()
+        assert_close(exported(images[:1]), plain(images[:1]))
+        want = torch.autograd.grad(model.loss(images, targets), tuple(model.parameters()))
+        wrapped = torch.nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            model.zero_grad()
+            model.output_loss(wrapped(images), targets).backward()
+        assert_close(tuple(parameter.grad for parameter in model.parameters()), want)
 
 
 @pytest.mark.slow
 def test_model_can_be_exported_with_a_dynamic_batch_and_distributed_with_unused_parameters(tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", EXPORTED, str(tmp_path / "store")], capture_output=True, text=True, check=False
-    )
-    assert run.stdout.strip() == "equal", run.stderr[-2000:]
+    ended = Fork(tmp_path / "said", export_models, str(tmp_path / "store")).end()
+    assert ended.returncode == 0, ended.stderr[-2000:]
 
 
 def test_create_model_with_one_class_and_one_location():

@@ -13,30 +13,43 @@ NEVER = {"matplotlib", "captum", "gradio", "lightning", "torchvision", "torchmet
 HEAVY = NEVER | {"torch", "scipy", "tensorboard", "huggingface_hub", "safetensors"}
 
 
-def imported(code: str) -> set[str]:
-    """The top-level modules of a Python process that has run ``code``."""
-    report = "\nimport sys\nprint(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
-    done = subprocess.run([sys.executable, "-c", code + report], capture_output=True, text=True, timeout=120)
+def imported(*codes: str) -> list[set[str]]:
+    """The top-level modules of a Python process after each of the codes, which it runs one after another."""
+    report = "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    code = "\n".join(["import sys", *(line for code in codes for line in (code, report))])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return set(done.stderr.split())
+    return [set(line.split()) for line in done.stderr.splitlines()]
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_main_help_imports_no_slow_library(name: str) -> None:
-    assert not imported(f"from calm.cli import main\nassert main({[*name.split(), '--help']}) == 0") & HEAVY
+    (found,) = imported(f"from calm.cli import main\nassert main({[*name.split(), '--help']}) == 0")
+    assert not found & HEAVY
 
 
-def test_import_calm_imports_no_library() -> None:
-    assert not imported("import calm") & (HEAVY | {"numpy", "cv2", "PIL", "rich", "jsonargparse"})
-
-
-def test_import_of_models_imports_no_library_of_commands() -> None:
-    found = imported("import calm\ncalm.create_model, calm.load, calm.attribute, calm.normalize")
-    assert "torch" in found
-    assert not found & NEVER
+def test_imports_wait_until_they_are_needed() -> None:
+    """In one process, of which each step may have imported no more than those before it were allowed to."""
+    package, records, datasets, models, created, drawn = imported(
+        "import calm, calm.data",
+        "import calm.data.check, calm.data.augmentation",
+        "import calm.data.dataset, calm.data.transforms",
+        "calm.create_model, calm.load, calm.attribute, calm.normalize",
+        "calm.create_model('small_resnet', 2)",
+        "import numpy as np\nfrom calm.render import *\n"
+        "panel([[Tile(overlay(np.zeros((8, 8, 3), np.uint8), np.eye(4)), 'x')]])",
+    )
+    assert not package & (HEAVY | {"numpy", "cv2", "PIL", "rich", "jsonargparse"})
+    assert "torch" not in records
+    assert not datasets & {"torchvision", "cv2", "rich", "matplotlib"}
+    assert "torch" in models
+    assert not models & NEVER
+    assert not created & {"matplotlib", "captum", "cv2", "lightning", "timm"}
+    assert not drawn & {"matplotlib", "cv2", "captum"}
 
 
 @pytest.mark.parametrize("name", ["all", "remove-and-classify"])
 def test_main_help_of_a_benchmark_imports_no_slow_library(name: str) -> None:
     code = f"from calm.cli import main\nassert main(['evaluate', {name!r}, '--help']) == 0"
-    assert not imported(code) & HEAVY
+    (found,) = imported(code)
+    assert not found & HEAVY
