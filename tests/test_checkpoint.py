@@ -46,7 +46,7 @@ class Tied(nn.Module):
         return self.second(self.first(images).relu())
 
 
-def trained(method="calm-em", backbone="small_resnet", **options):
+def trained(method="calm-em", backbone="tiny_resnet", **options):
     """A model whose weights and BatchNorm statistics are not those of the start."""
     model = create_model(backbone, 3, method, class_names=["a", "b", "c"], **options)
     model.train()
@@ -152,7 +152,7 @@ def test_load_needs_the_users_own_backbone_and_keeps_it_tied(tmp_path):
 
 
 def test_load_refuses_a_superfluous_backbone(folder):
-    with pytest.raises(CalmError, match="has the backbone 'small_resnet': leave backbone= out"):
+    with pytest.raises(CalmError, match="has the backbone 'tiny_resnet': leave backbone= out"):
         load(folder, backbone=Tied())
 
 

@@ -43,7 +43,7 @@ def place(tmp_path_factory):
 def new_model(root, method, *, names=None):
     size = calm.Preprocessing(size=(48, 48))
     names = names or load_split(root / "birds", "test").class_names
-    return calm.create_model("small_resnet", len(names), method, class_names=names, preprocessing=size)
+    return calm.create_model("tiny_resnet", len(names), method, class_names=names, preprocessing=size)
 
 
 def words(place, *more, models=("calm-em", "cam")):

@@ -38,7 +38,7 @@ def models(birds):
     torch.manual_seed(0)
     size = calm.Preprocessing(size=(48, 48))
     known = {"class_names": birds[1].class_names, "preprocessing": size}
-    return {m: calm.create_model("small_resnet", 5, m, **known).eval() for m in ("calm-em", "cam")}
+    return {m: calm.create_model("tiny_resnet", 5, m, **known).eval() for m in ("calm-em", "cam")}
 
 
 def slow_pairs(root):

@@ -82,7 +82,7 @@ def place(tmp_path_factory):
     torch.manual_seed(0)
     size = calm.Preprocessing(size=(48, 48))
     names = load_split(root / "birds", "test").class_names
-    model = calm.create_model("small_resnet", 3, "calm-em", class_names=names, preprocessing=size)
+    model = calm.create_model("tiny_resnet", 3, "calm-em", class_names=names, preprocessing=size)
     model.save_pretrained(root / "model")
     return root
 

@@ -264,7 +264,7 @@ def birds(tmp_path_factory):
     split = load_split(folder / "birds", "test")
     torch.manual_seed(0)
     model = create_model(
-        "small_resnet", split.num_classes, class_names=split.class_names, preprocessing=Preprocessing((64, 64))
+        "tiny_resnet", split.num_classes, class_names=split.class_names, preprocessing=Preprocessing((64, 64))
     )
     model.save_pretrained(folder / "model")
     data = {
