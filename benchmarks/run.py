@@ -7,9 +7,10 @@ arguments it is run, between two comments:
     (replaced by the output, and a line with the command, the day and the machine)
     <!-- end -->
 
-Everything else in the file is left as it is. The file is written anew, whole, after each script that succeeds; a script
-that fails leaves its old tables, and makes the exit status 1 after the others have run. One thread, unless
-OMP_NUM_THREADS says otherwise.
+Ratios that are more than 10 percent worse than in the last tag's README.md (without a tag: in the last commit's) are
+named at the end. Everything else in the file is left as it is. The file is written anew, whole, after each script that
+succeeds; a script that fails leaves its old tables, and makes the exit status 1 after the others have run. One thread,
+unless OMP_NUM_THREADS says otherwise.
 
 Run: python benchmarks/run.py [TOPIC ...]      (TOPIC: boxes, ...; default: all, in the order of the file)
 """
@@ -72,6 +73,48 @@ def replaced(text: str, topic: Topic, output: str) -> str:
     return BLOCK.sub(block, text)
 
 
+def ratios(table: str) -> dict[tuple[str, ...], float]:
+    """Return the ratios in Markdown tables, by the row's words and the column's heading; lower is better.
+
+    They are the values of columns "... over ...", and the inverses of those of columns "... / ...".
+
+    >>> ratios("| way | ms | time over limit |\\n| --- | ---: | ---: |\\n| ours | 617 | 1.44 |\\n")
+    {('ours', 'time over limit'): 1.44}
+    """
+    found: dict[tuple[str, ...], float] = {}
+    headings: list[str] = []
+    rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
+    for cells, following in zip(rows, [*rows[1:], [""]], strict=False):
+        if set(following[0]) == {"-"}:
+            headings = cells
+        numbers = [re.fullmatch(r"([+-]?\d+(?:\.\d+)?)( %)?", cell) for cell in cells]
+        words = [c for i, (c, n) in enumerate(zip(cells, numbers, strict=True)) if i == 0 or (i == 1 and not n)]
+        for heading, number in zip(headings, numbers, strict=False):
+            if number is not None and (" over " in heading or " / " in heading):
+                value = 1 + float(number[1]) / 100 if number[2] else float(number[1])
+                if value > 0:
+                    found[*words, heading] = value if " over " in heading else 1 / value
+    return found
+
+
+def regressions(before: str, after: str) -> list[str]:
+    """Return a line for each ratio of a topic's tables that is more than 10 percent worse than it was."""
+    old = ratios(before)
+    return [
+        f"{', '.join(name)}: {value / old[name]:.2f} times what it was"
+        for name, value in ratios(after).items()
+        if name in old and value > 1.1 * old[name]
+    ]
+
+
+def last_release(folder: Path) -> tuple[str, str]:
+    """Return the last tag, or HEAD if there is none, and README.md as it was then; empty if that cannot be read."""
+    git = ["git", "-C", str(folder)]
+    tag = subprocess.run([*git, "describe", "--tags", "--abbrev=0"], capture_output=True, text=True).stdout.strip()
+    page = subprocess.run([*git, "show", f"{tag or 'HEAD'}:./README.md"], capture_output=True, text=True)
+    return tag or "HEAD", page.stdout if page.returncode == 0 else ""
+
+
 def run(topic: Topic, folder: Path) -> str:
     """Run a topic's script and return its output below a line with command, day, machine and seconds.
 
@@ -110,7 +153,9 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
         print(f"{page}: {error}", file=sys.stderr)
         return 2
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    failed = []
+    failed, worse = [], []
+    release, old_page = last_release(folder)
+    before = {match["command"]: match["output"] for match in BLOCK.finditer(old_page)}
     for topic in every:
         if wanted and topic.name not in wanted:
             continue
@@ -122,8 +167,11 @@ def main(arguments: Sequence[str] | None = None, folder: Path = FOLDER) -> int:
             failed.append(topic.name)
             continue
         print(output + "\n", flush=True)
+        worse += [f"{topic.name}: {line}" for line in regressions(before.get(topic.command, ""), output)]
         # Read again: a script takes minutes, in which somebody may have edited the prose.
         write_text(page, replaced(page.read_text(encoding="utf-8"), topic, output))
+    if worse:
+        print(f"slower than in the tables of {release}, by ratio:", *worse, sep="\n  ", file=sys.stderr)
     if failed:
         print(f"failed: {', '.join(failed)}", file=sys.stderr)
     return 1 if failed else 0

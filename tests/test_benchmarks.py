@@ -7,6 +7,7 @@ import itertools
 import os
 import runpy
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,45 @@ def test_a_mark_without_end_is_an_error(
     page.write_text(PAGE.replace("old, too\n<!-- end -->", "old, too"))
     assert module("run").main(["good"], page.parent) == 2
     assert "1 of 2" in capsys.readouterr().err
+
+
+BEFORE = """
+| classes | way | ms | time over CAM | target | old / new |
+| --- | --- | ---: | ---: | --- | ---: |
+| 200 | ours | 617 | 1.44 | **not met** | 2.0 |
+| 200 | theirs | 429 | +10.0 % |  | 1.0 |
+
+| way | wall | wall over the passes |
+| --- | ---: | ---: |
+| command | 9 | 1.5 |
+"""
+
+
+def test_regressions_names_ratios_that_are_ten_percent_worse(module: Callable[[str], ModuleType]) -> None:
+    run = module("run")
+    found = run.ratios(BEFORE)
+    assert found["200", "ours", "time over CAM"] == 1.44
+    assert found["200", "theirs", "time over CAM"] == pytest.approx(1.1)
+    assert found["200", "ours", "old / new"] == 0.5
+    assert found["command", "wall over the passes"] == 1.5
+    assert len(found) == 5
+    assert run.regressions(BEFORE, BEFORE) == []
+    slower = BEFORE.replace("1.44", "1.60").replace("+10.0 %", "+20.0 %").replace("2.0 |", "1.7 |").replace("617", "9")
+    assert run.regressions(BEFORE, slower) == [
+        "200, ours, time over CAM: 1.11 times what it was",
+        "200, ours, old / new: 1.18 times what it was",
+    ]
+
+
+def test_regressions_against_the_last_tag(module: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    run, page = module("run"), tmp_path / "README.md"
+    assert run.last_release(tmp_path) == ("HEAD", "")
+    for text, *after in (("one", ["tag", "v1"]), ("two",)):
+        page.write_text(text)
+        for words in (["init", "-q"], ["add", "."], ["commit", "-qm", text], *after):
+            subprocess.run([*git, *words], check=True, capture_output=True)
+    assert run.last_release(tmp_path) == ("v1", "one")
 
 
 def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
