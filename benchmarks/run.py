@@ -73,27 +73,35 @@ def replaced(text: str, topic: Topic, output: str) -> str:
     return BLOCK.sub(block, text)
 
 
-def ratios(table: str) -> dict[tuple[str, ...], float]:
-    """Return the ratios in Markdown tables, by the row's words and the column's heading; lower is better.
+LOWER, HIGHER = re.compile(r"\bover\b(?!.*, m?s$)"), re.compile(r" / |faster")
+OTHERS = ("straightforward", ", pytorch-grad-cam", ", Captum")
+"""Rows of other programs, which may become slower."""
 
-    They are the values of columns "... over ...", and the inverses of those of columns "... / ...".
+
+def ratios(table: str) -> dict[tuple[str, ...], float]:
+    """Return the ratios in Markdown tables, by the table's number, the row's words and the column's heading; lower is
+    better.
+
+    They are the values of columns "... over ...", and the inverses of those of columns "... / ..." and "... faster".
 
     >>> ratios("| way | ms | time over limit |\\n| --- | ---: | ---: |\\n| ours | 617 | 1.44 |\\n")
-    {('ours', 'time over limit'): 1.44}
+    {('1', 'ours', 'time over limit'): 1.44}
     """
     found: dict[tuple[str, ...], float] = {}
     headings: list[str] = []
+    number_of_table = 0
     rows = [[cell.strip() for cell in line.strip("| ").split("|")] for line in table.splitlines()]
     for cells, following in zip(rows, [*rows[1:], [""]], strict=False):
         if set(following[0]) == {"-"}:
-            headings = cells
+            headings, number_of_table = cells, number_of_table + 1
         numbers = [re.fullmatch(r"([+-]?\d+(?:\.\d+)?)( %)?", cell) for cell in cells]
         words = [c for i, (c, n) in enumerate(zip(cells, numbers, strict=True)) if i == 0 or (i == 1 and not n)]
         for heading, number in zip(headings, numbers, strict=False):
-            if number is not None and (" over " in heading or " / " in heading):
+            lower = LOWER.search(heading)
+            if number and (lower or HIGHER.search(heading)) and not any(name in " ".join(words) for name in OTHERS):
                 value = 1 + float(number[1]) / 100 if number[2] else float(number[1])
                 if value > 0:
-                    found[*words, heading] = value if " over " in heading else 1 / value
+                    found[str(number_of_table), *words, heading] = value if lower else 1 / value
     return found
 
 
@@ -101,7 +109,7 @@ def regressions(before: str, after: str) -> list[str]:
     """Return a line for each ratio of a topic's tables that is more than 10 percent worse than it was."""
     old = ratios(before)
     return [
-        f"{', '.join(name)}: {value / old[name]:.2f} times what it was"
+        f"{', '.join(name[1:])}: {value / old[name]:.2f} times what it was"
         for name, value in ratios(after).items()
         if name in old and value > 1.1 * old[name]
     ]

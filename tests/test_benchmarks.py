@@ -92,20 +92,26 @@ BEFORE = """
 | 200 | ours | 617 | 1.44 | **not met** | 2.0 |
 | 200 | theirs | 429 | +10.0 % |  | 1.0 |
 
-| way | wall | wall over the passes |
-| --- | ---: | ---: |
-| command | 9 | 1.5 |
+| way | wall | wall over the passes | over both | loop over pairs, s | times faster |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| command | 9 | 1.5 | 3.0 | 7 | 4.0 |
+| straightforward command | 9 | 1.0 | 1.0 | 7 | 1.0 |
+
+| way | wall | wall over the passes | over both | loop over pairs, s | times faster |
+| --- | ---: | ---: | ---: | ---: | ---: |
+| command | 9 | 2.5 | 3.0 | 7 | 4.0 |
 """
 
 
 def test_regressions_names_ratios_that_are_ten_percent_worse(module: Callable[[str], ModuleType]) -> None:
     run = module("run")
     found = run.ratios(BEFORE)
-    assert found["200", "ours", "time over CAM"] == 1.44
-    assert found["200", "theirs", "time over CAM"] == pytest.approx(1.1)
-    assert found["200", "ours", "old / new"] == 0.5
-    assert found["command", "wall over the passes"] == 1.5
-    assert len(found) == 5
+    assert found["1", "200", "ours", "time over CAM"] == 1.44
+    assert found["1", "200", "theirs", "time over CAM"] == pytest.approx(1.1)
+    assert found["1", "200", "ours", "old / new"] == 0.5
+    assert [found[table, "command", "wall over the passes"] for table in ("2", "3")] == [1.5, 2.5]
+    assert [found["2", "command", column] for column in ("over both", "times faster")] == [3.0, 0.25]
+    assert len(found) == 10
     assert run.regressions(BEFORE, BEFORE) == []
     slower = BEFORE.replace("1.44", "1.60").replace("+10.0 %", "+20.0 %").replace("2.0 |", "1.7 |").replace("617", "9")
     assert run.regressions(BEFORE, slower) == [
