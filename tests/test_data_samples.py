@@ -63,10 +63,12 @@ def test_load_splits_reads_27_classes_of_cub() -> None:
     assert min(present.class_counts()) > 0
 
 
-def test_check_misses_only_the_training_masks_of_cub27() -> None:
+def test_check_takes_masks_of_the_test_images_of_cub27_alone() -> None:
     report = check(CUB27, decode=False)
     kinds = Counter(problem.kind for problem in report.problems)
-    assert kinds == {"missing-mask": 810, "empty-class": 2}
+    assert kinds == {"empty-class": 2}
+    splits = load_splits(CUB27, ("train", "test"), val_fraction=0)
+    assert [sum(bool(record.masks) for record in split.records) for split in splits.values()] == [0, 739]
     assert "15 parts in 7 groups, 312 attributes" in str(report)
 
 

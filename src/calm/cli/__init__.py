@@ -64,7 +64,7 @@ COMMANDS: dict[str, Command] = {
         "  calm attribute --model runs/birds bird.jpg\n"
         "  calm attribute --model runs/birds photos/ --out maps --grid\n"
         "  calm attribute --model runs/birds bird.jpg --target 'Painted Bunting' --versus 'Indigo Bunting'\n"
-        "  calm attribute --model runs/birds bird.jpg --kind evidence --versus 'Indigo Bunting'   # for and against\n"
+        "  calm attribute --model runs/birds bird.jpg --kind evidence --versus 'Indigo Bunting'\n"
         "  calm attribute --model runs/birds 'photos/*.jpg' --method integrated-gradients\n",
     ),
     "report": Command(
