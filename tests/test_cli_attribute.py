@@ -66,6 +66,11 @@ def test_attribute_files_writes_what_the_model_computes(
     assert "a.png" in said
     assert f"{float(output.probs[0, best]):.3f}" in said
     assert record["place"]["words"] in said
+    assert "Note" not in said
+    calm_model.training_summary["posterior_entropy_relative"] = 0.99
+    flat = attribute_files([str(file)], model="m", out=tmp_path / "flat")
+    assert f"Note of this model: {calm_model.caution}" in capsys.readouterr().out
+    assert json.loads(flat.read_text())["caution"] == calm_model.caution
 
 
 def test_attribute_files_prints_markup_in_names_as_it_is(

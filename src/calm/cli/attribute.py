@@ -146,8 +146,11 @@ def attribute_files(
     results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
     how = {"method": query.method, "signed": query.signed, "prior_exponent": query.prior_exponent}
     how |= {} if precision == "32-true" else {"precision": precision}
+    how |= {"caution": loaded.caution} if loaded.caution else {}
     write_json(results, {"format": 1, "model": model, **how, "images": done, "failed": failed})
     console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
+    if loaded.caution:
+        console.print(f"Note of this model: {loaded.caution}", markup=False, highlight=False)
     if failed:
         errors = "\n".join(f"  {failure['error']}" for failure in failed)
         raise CalmError(f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{errors}")
