@@ -52,6 +52,8 @@ def _call(
         os.dup2(os.open(path, os.O_WRONLY), stream.fileno())
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     os.environ.update(environment)
+    # A data loader's workers are forked, as in a command: the server's would not see that this process was killed.
+    multiprocessing.set_start_method("fork", force=True)
     import torch
     from torchmetrics.utilities import prints
 

@@ -35,10 +35,11 @@ def automatic_precision(device: torch.device) -> tuple[Precision, str]:
     """Return the faster precision of training on a device, in Lightning's words, and why it is chosen."""
     if device.type == "cuda":
         computes, what = torch.cuda.is_bf16_supported(including_emulation=False), "this GPU"
+    elif device.type == "cpu":
+        computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        what = "this processor"
     else:
-        cpu = torch.cpu
-        computes = device.type == "cpu" and (cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
-        what = "this processor" if device.type == "cpu" else device.type
+        return "32-true", f"bfloat16 was not tried on {device.type}"
     if computes:
         return "bf16-mixed", f"{what} computes bfloat16, which is faster; 32-true is float32"
     return "32-true", f"{what} does not compute bfloat16 itself"
