@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -160,6 +161,24 @@ def test_train_frozen_refuses_what_needs_images_or_space(
     with pytest.raises(CalmError, match=r"need 0\.0 GiB.*fewer model\.views"):
         train(frozen_config(data, tmp_path / "run"), backbone=tiny_net(), quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("share", "fits"), [(1.1, False), (1.2, True)])
+def test_cached_features_are_refused_before_any_is_written_or_fit(
+    share: float, fits: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    disk = share * (2 * 36 + 12 + 12) * 4 * 4 * 6 * 2  # views and images, grid, channels, bytes
+
+    def usage(folder: Path) -> SimpleNamespace:
+        files = list(folder.glob("*.npy"))
+        assert fits or not files
+        return SimpleNamespace(free=disk - sum(file.stat().st_size for file in files))
+
+    monkeypatch.setattr(features_module.shutil, "disk_usage", usage)
+    with nullcontext() if fits else pytest.raises(CalmError, match="fewer model"):
+        train(frozen_config(data, run, epochs=1), backbone=tiny_net(), quiet=True)
+    assert (run / "result.json").exists() == fits
 
 
 def test_preset_probe_is_the_same_recipe_for_all_methods(tmp_path: Path) -> None:

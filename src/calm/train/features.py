@@ -108,7 +108,8 @@ def cache_features(
                     values = half.permute(0, 2, 3, 1).cpu().numpy()
                     if features is None:
                         shape = (views[name], len(dataset), *values.shape[1:])
-                        _check_space(folder, total * values[0].nbytes)
+                        path.unlink(missing_ok=True)  # of an interrupted run
+                        _check_space(folder, (total - done) * values[0].nbytes)  # what is done lies there
                         features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
                     features[view, indices.numpy()] = values
                     progress(done := done + len(images), total)
