@@ -17,7 +17,7 @@ FLOORS = [
     {"latent", "images", "calm_birds"},
     {"heatmaps", "metrics"},
     {"output", "render", "backbones", "checkpoint", "data"},
-    {"model"},
+    {"model", "heads"},
     {"released", "baselines"},
     {"explain", "train", "evaluate"},
     {"report", "released_commands"},

@@ -18,8 +18,9 @@ from calm import latent
 from calm.backbones.timm_models import TimmBackbone
 from calm.config import ModelConfig
 from calm.errors import CalmError
+from calm.heads import CalmHead, PointwiseConv2d
 from calm.images import Preprocessing
-from calm.model import CalmHead, PointwiseConv2d, create_model
+from calm.model import create_model
 from calm.output import CalmOutput
 
 METHODS = ["calm-em", "calm-ml", "cam"]
