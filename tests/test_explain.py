@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from explain_cases import make_model
+from PIL import Image
 
+from calm import render
 from calm.errors import CalmError
-from calm.explain import Query, class_index, draw, explain, resolve_query
+from calm.explain import Query, draw, explain, overlay, resolve_query
 from calm.heatmaps import locate, resize_maps
 from calm.model import create_model
-from calm.render import overlay
 
 
 def test_explain_versus_without_target_takes_the_best_other_class() -> None:
@@ -33,19 +35,19 @@ def test_explain_versus_without_target_takes_the_best_other_class() -> None:
 def test_class_index_takes_numbers_for_names_where_all_names_are_numbers() -> None:
     names = ["0", "1", "10", "11", "7"]
     model = create_model("tiny_resnet", len(names), class_names=names)
-    assert [class_index(model, text) for text in ("10", "7", "1")] == [2, 4, 1]
+    assert [model.class_index(text) for text in ("10", "7", "1")] == [2, 4, 1]
     with pytest.raises(CalmError, match=r"no class '3': give one of the model's 5 names$"):
-        class_index(model, "3")
+        model.class_index("3")
 
 
 def test_class_index_takes_names_and_indices() -> None:
     model = make_model("cam")
     for text in ("1", "002.Blue_Bunting", "blue bunting", " Blue_Bunting "):
-        assert class_index(model, text) == 1
+        assert model.class_index(text) == 1
     with pytest.raises(CalmError, match=r"close are '002.Blue_Bunting'"):
-        class_index(model, "Blue Buntling")
+        model.class_index("Blue Buntling")
     with pytest.raises(CalmError, match="0 to 5"):
-        class_index(model, "6")
+        model.class_index("6")
 
 
 @pytest.mark.parametrize(
@@ -124,7 +126,7 @@ def test_draw_puts_the_ring_of_a_shrunk_overlay_at_the_place() -> None:
     answer = replace(answer, grid=grid, signed=grid, places={answer.target: locate(resize_maps(grid, (2600, 3900)))})
     drawn = draw(picture, answer, Query("joint"))
     assert drawn.shape[:2] == (1633, 2449)
-    ringed = (drawn != overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)
+    ringed = (drawn != render.overlay(picture, answer.grid, size=drawn.shape[:2])).any(axis=-1)
     y, x = (np.flatnonzero(ringed.any(axis=axis)) for axis in (1, 0))
     place = answer.places[answer.target]
     assert abs((y[0] + y[-1]) / 2 - place.y * 1633 / 2600) < 2
@@ -148,3 +150,24 @@ def test_locate_ninths_share_the_whole_map(height: int, width: int) -> None:
 
 def test_locate_gives_no_share_without_positive_mass() -> None:
     assert locate(-torch.ones(4, 4)).share == 0
+
+
+def test_overlay_takes_files_pictures_arrays_and_floats(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    grid = torch.rand(3, 5) - 0.5
+    floats = torch.from_numpy(pixels).permute(2, 0, 1) / 255
+    for signed, colormap in ((False, "heat"), (True, "signed")):
+        want = render.overlay(pixels, grid, colormap=colormap, alpha=0.5)
+        for image in (tmp_path / "a.png", str(tmp_path / "a.png"), Image.fromarray(pixels), pixels, floats):
+            drawn = overlay(image, grid, signed=signed, alpha=0.5)
+            assert (np.asarray(drawn) == want).all()
+    assert overlay(pixels, grid.numpy()).size == (40, 24)
+
+
+def test_overlay_says_how_to_draw_a_model_input() -> None:
+    model = make_model("cam")
+    images = model.preprocessing.normalize(torch.rand(1, 3, 8, 8))
+    with pytest.raises(CalmError, match=r"got \(3, 8, 8\) with values from -.*denormalize"):
+        overlay(images[0], torch.rand(2, 2))
+    overlay(model.preprocessing.denormalize(images)[0], torch.rand(2, 2))

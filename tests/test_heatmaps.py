@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
-from calm.heatmaps import normalize, resize_and_normalize
+from calm.errors import CalmError
+from calm.heatmaps import cell_coverage, normalize, resize_and_normalize
 
 MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
 
@@ -67,3 +70,40 @@ def test_resize_and_normalize_keeps_constant_maps_zero(how, side):
 def test_normalize_passes_gradients(how):
     maps = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda maps: normalize(maps, how), maps)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.data(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12))
+def test_cell_coverage_of_rectangles_and_masks_counts_points(data, rows, columns, height, width):
+    """Against counting: in the common refinement of grid and pixels, each small tile is inside or outside."""
+    x0, x1 = sorted(data.draw(st.lists(st.integers(0, width), min_size=2, max_size=2)))
+    y0, y1 = sorted(data.draw(st.lists(st.integers(0, height), min_size=2, max_size=2)))
+    inside = torch.zeros(height, width, dtype=torch.bool)
+    inside[y0:y1, x0:x1] = True
+    tiles = inside.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    want = tiles.double().view(rows, height, columns, width).mean((1, 3))
+    assert_close(cell_coverage((x0, y0, x1, y1), (rows, columns), (height, width)), want)
+    assert_close(cell_coverage((x0 / width, y0 / height, x1 / width, y1 / height), (rows, columns)), want)
+    assert_close(cell_coverage(inside.numpy(), (rows, columns)), want)
+    both = cell_coverage(torch.stack([inside, ~inside]), (rows, columns))
+    assert_close(both[0], want)
+    assert_close(both.sum(0), torch.ones(rows, columns, dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("region", "size", "message"),
+    [
+        ((10, 10, 50, 50), None, "fractions of the image; give size= for pixels"),
+        ((0.5, 0, 0.4, 1), None, "0 <= x0 <= x1"),
+        ((0, 0, 21, 10), (10, 20), "pixels within 20 x 10"),
+        ((0, 0, float("nan"), 1), None, "0 <= x0 <= x1"),
+        ((0, 0, 1), None, r"got torch\.int64 of shape \(3,\)"),
+        (np.ones((8, 9), np.uint8), None, "a boolean mask"),
+        (np.ones((8, 9), bool), (9, 8), r"size is \(9, 8\), but the mask has \(8, 9\)"),
+        (np.ones((0, 9), bool), None, "a boolean mask"),
+        ("centre", None, "a region is a rectangle .* got 'centre'"),
+    ],
+)
+def test_cell_coverage_refuses_what_is_no_region(region, size, message):
+    with pytest.raises(CalmError, match=message):
+        cell_coverage(region, (2, 2), size)

@@ -64,11 +64,12 @@ def test_model_is_the_formula_on_its_features(activation):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_attribute_maps_have_the_images_size_or_any_other(method):
-    model = tiny(method)
-    assert model.attribute(IMAGES, TARGETS).shape == (3, 16, 20)
+def test_attribute_maps_are_on_the_grid_or_have_any_size(method):
+    model = tiny(method).eval()
+    assert_close(model.attribute(IMAGES, TARGETS), model(IMAGES).attribute(TARGETS).detach(), rtol=0, atol=0)
     assert model.attribute(IMAGES, TARGETS, size=(7, 9)).shape == (3, 7, 9)
-    assert model.attribute(IMAGES, torch.stack([TARGETS, TARGETS], 1)).shape == (3, 2, 16, 20)
+    assert model.attribute(IMAGES, torch.stack([TARGETS, TARGETS], 1)).shape == (3, 2, 4, 5)
+    assert model.difference(IMAGES, TARGETS, 4 - TARGETS).shape == (3, 4, 5)
     assert not model.attribute(IMAGES, TARGETS).requires_grad
 
 
@@ -86,7 +87,23 @@ def test_attribute_takes_one_target_for_all_images_or_a_list(method):
     assert_close(model.difference(IMAGES, [0, 1, 4], 2), model.difference(IMAGES, torch.tensor([0, 1, 4]), every - 2))
 
 
-@pytest.mark.parametrize("wrong", ["albatross", None, True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
+@pytest.mark.parametrize("method", METHODS)
+def test_attribute_takes_names_of_classes_and_by_default_the_prediction(method):
+    model = tiny(method, class_names=["crow", "raven", "jay", "house_wren", "gull"]).eval()
+    best = model(IMAGES).probs.argmax(1)
+    assert_close(model.attribute(IMAGES), model.attribute(IMAGES, best), rtol=0, atol=0)
+    assert_close(model(IMAGES).attribute(), model(IMAGES).attribute(best), rtol=0, atol=0)
+    assert_close(calm.attribute(model, IMAGES), calm.attribute(model, IMAGES, best, batch_size=2))
+    named = (["raven", "Gull", "house wren"], torch.tensor([1, 4, 3]))
+    for attribute in (model.attribute, lambda *args: calm.attribute(model, *args, "gradient")):
+        assert_close(*(attribute(IMAGES, targets) for targets in named), rtol=0, atol=0)
+    assert_close(model.difference(IMAGES, "crow", 1), model.difference(IMAGES, 0, "raven"))
+    assert model.attribute(IMAGES, [["jay", "gull"], ["crow", 0], [1, "raven"]]).shape == (3, 2, 4, 5)
+    with pytest.raises(CalmError, match=r"no class 'gul': .* close are 'gull'"):
+        model.attribute(IMAGES, "gul")
+
+
+@pytest.mark.parametrize("wrong", ["albatross", True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
 def test_attribute_refuses_wrong_targets(wrong):
     with pytest.raises(CalmError, match="targets"):
         tiny()(IMAGES).attribute(wrong)
@@ -170,7 +187,7 @@ def test_difference_is_taken_on_the_grid(method):
     first, second = TARGETS, (TARGETS + 1) % 5
     grid = [model(IMAGES).attribute(t, model.map_kind()) for t in (first, second)]
     want = torch.stack([oracle.bilinear((grid[0] - grid[1]).abs()[b].detach(), (16, 20)) for b in range(3)])
-    assert_close(model.difference(IMAGES, first, second).double(), want, rtol=1e-5, atol=1e-7)
+    assert_close(model.difference(IMAGES, first, second, size=(16, 20)).double(), want, rtol=1e-5, atol=1e-7)
     signed = model.difference(IMAGES, first, second, signed=True, size=(4, 5))
     if grid[0].shape[1:] == (4, 5):
         assert_close(signed, (grid[0] - grid[1]).detach())
@@ -325,7 +342,7 @@ def test_create_model_with_one_class_and_one_location():
     model = create_model(Tiny(), 1).eval()
     images = torch.randn(2, 3, 4, 4)
     assert_close(model(images).probs, torch.ones(2, 1))
-    assert_close(model.attribute(images, torch.tensor([0, 0])), torch.ones(2, 4, 4))
+    assert_close(model.attribute(images, torch.tensor([0, 0])), torch.ones(2, 1, 1))
     assert abs(model.loss(images, torch.tensor([0, 0])).item()) < 1e-6
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import oracle
 import pytest
 import torch
@@ -169,3 +171,55 @@ def test_attribute_of_no_image_is_empty():
     none = CalmOutput(torch.zeros(0, 5, 3, 2), torch.zeros(0, 1, 3, 2))
     for kind, options in (("joint", {}), ("joint-superclass", {"superclass": SUPERCLASS})):
         assert none.attribute(torch.zeros(0, dtype=torch.int64), kind, **options).shape == (0, 3, 2)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, spec in MAP_KINDS.items() if spec.adds])
+def test_mass_adds_the_cells_by_the_share_that_lies_in_the_region(kind):
+    spec = MAP_KINDS[kind]
+    output = CALM if "calm" in spec.families else cam_output()
+    options = {"superclass": SUPERCLASS} if spec.over == "superclass" else {}
+    got = output.mass(TARGETS, (0.125, 0.5, 1, 1), kind=kind, **options)
+    weights = [[0, 0, 0, 0], [0.25, 0.5, 0.5, 0.5], [0.5, 1, 1, 1]]  # of the cells of a 3 x 4 grid
+    for b, target in enumerate(TARGETS.tolist()):
+        grid = expected(kind, b, target)
+        want = sum(weights[i][j] * float(grid[i, j]) for i in range(3) for j in range(4))
+        assert float(got[b]) == pytest.approx(want, rel=1e-12)
+    assert_close(got, output.mass(TARGETS, (50, 30, 400, 60), kind=kind, size=(60, 400), **options))
+
+
+def test_mass_of_everything_is_the_prediction_for_one_or_several_targets():
+    every = torch.arange(5).expand(3, -1)
+    assert_close(CALM.mass(every, (0, 0, 1, 1)), CALM.probs)
+    assert_close(CALM.mass(None, torch.ones(7, 9, dtype=torch.bool)), CALM.probs.amax(1))
+    halves = torch.zeros(3, 6, 8, dtype=torch.bool)
+    halves[0], halves[1, :, :4] = True, True
+    got = CALM.mass(every, halves)
+    assert_close(got[0], CALM.probs[0])
+    assert_close(got[1], CALM.joint[1, :, :, :2].sum((1, 2)))
+    assert not got[2].any()
+    boxes = [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.3, 0.3, 0.3, 0.9)]
+    assert_close(CALM.mass(every, boxes), got)
+
+
+def test_mass_refuses_scores_and_too_many_regions():
+    for kind in (None, "cam-saliency"):
+        with pytest.raises(CalmError, match="do not add up: take kind='evidence'"):
+            cam_output().mass(0, (0, 0, 1, 1), kind=kind)
+    with pytest.raises(CalmError, match="2 regions for 3 images"):
+        CALM.mass(0, [(0, 0, 1, 1), (0, 0, 1, 1)])
+
+
+def test_mass_has_a_gradient():
+    logits, scores = (values.clone().requires_grad_() for values in activations_of((2, 3, 2, 2), 3, 1.0))
+    assert torch.autograd.gradcheck(lambda *args: CalmOutput(*args).mass([0, 2], (0.2, 0, 0.9, 0.7)), (logits, scores))
+
+
+def test_print_of_an_output_says_what_is_in_it():
+    text = str(CALM)
+    assert text.startswith("CalmOutput: 3 images, 5 classes, a grid of 3 x 4\n")
+    for output in (CALM, cam_output()):
+        lines = str(output).splitlines()[1:-1]
+        assert "class scores of each location" in " ".join(lines)
+        for line in lines:
+            name, shape = line.split()[0], re.search(r"\(.*?\)", line).group()
+            assert str(tuple(getattr(output, name).shape)) == shape

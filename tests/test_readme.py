@@ -24,12 +24,14 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def test_readme_python_runs_and_gives_what_it_says(capsys):
     (block,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 16
+    assert len([line for line in block.splitlines() if line.strip()]) <= 17
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
     output, maps = names["output"], names["maps"]
     assert output.probs.allclose(output.joint.sum((2, 3)), atol=1e-6)
-    assert maps.shape == names["why"].shape == names["baseline"].shape == (4, 64, 64)
+    assert maps.shape == names["baseline"].shape == (4, 64, 64)
+    assert names["why"].shape == (4, *output.grid)
+    assert ((names["mass"] > 0) & (names["mass"] < output.probs.gather(1, names["targets"][:, None])[:, 0])).all()
     assert "tensor" in capsys.readouterr().out
 
 

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 from calm.errors import lazy_names
 
 if TYPE_CHECKING:
-    from calm.baselines import attribute as attribute
+    from calm.backbones import list_backbones as list_backbones
+    from calm.baselines import attribute as attribute, list_methods as list_methods
     from calm.cli.convert import convert as convert
     from calm.config import ModelConfig as ModelConfig
     from calm.errors import CalmError as CalmError
+    from calm.explain import overlay as overlay
+    from calm.heads import CalmHead as CalmHead
     from calm.heatmaps import normalize as normalize, resize_maps as resize_maps
     from calm.images import Preprocessing as Preprocessing
     from calm.model import CalmModel as CalmModel, create_model as create_model, load as load
@@ -19,10 +22,13 @@ if TYPE_CHECKING:
     from calm.released import load_released as load_released
 
 _MODULES = {
-    "baselines": "attribute",
+    "backbones": "list_backbones",
+    "baselines": "attribute list_methods",
     "cli.convert": "convert",
     "config": "ModelConfig",
     "errors": "CalmError",
+    "explain": "overlay",
+    "heads": "CalmHead",
     "heatmaps": "normalize resize_maps",
     "images": "Preprocessing",
     "model": "CalmModel create_model load",

@@ -9,21 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import ArrayLike
+from PIL import Image
 from torch import Tensor
 
-from calm import latent
+from calm import latent, render
 from calm.baselines import BASELINES, attribute, canonical_method
 from calm.config import Precision
 from calm.errors import CalmError
 from calm.heatmaps import Normalization, Place, locate, resize_maps
+from calm.images import ImageLike, Preprocessing
 from calm.inference import evaluation_mode
 from calm.model import CalmModel
 from calm.output import MAP_KINDS
-from calm.render import Colormap, Picture, add_legend, draw_point, overlay
+from calm.render import Colormap, Picture, add_legend, draw_point
 
 SMALLEST_PICTURE = 224  # pixels of a shorter side below which overlays are enlarged, by a whole number
 LONGEST_ENLARGED = 2048  # most pixels of the longer side of an enlarged overlay
@@ -65,9 +68,9 @@ def resolve_query(
 ) -> Query:
     """Check names of classes, kinds and methods against a model, and return the query that they mean.
 
-    Classes are given as to `class_index`, those of ``superclass`` with commas between them. Without a kind or method,
-    the kind is the model's main one, or its superclass kind if ``superclass`` is given. If ``signed`` is None, a
-    difference of evidence is signed, and those of other methods are absolute.
+    Classes are given as to `CalmModel.class_index`, those of ``superclass`` with commas between them. Without a kind or
+    method, the kind is the model's main one, or its superclass kind if ``superclass`` is given. If ``signed`` is None,
+    a difference of evidence is signed, and those of other methods are absolute.
 
     Raises:
         CalmError: If a class, kind or method is unknown or does not fit the model, or options exclude each other.
@@ -75,7 +78,7 @@ def resolve_query(
     if kind is not None and method is not None:
         raise CalmError(f"kind {kind!r} and method {method!r} are both given: choose one")
     main = model.map_kind()
-    members = tuple(class_index(model, name) for name in superclass.split(",")) if superclass else ()
+    members = tuple(model.class_index(name) for name in superclass.split(",")) if superclass else ()
     if kind is None:
         kind = f"{main}-superclass" if members else main
     name = model.map_kind(kind) if method is None else canonical_method(method, model)
@@ -86,8 +89,8 @@ def resolve_query(
         raise CalmError("versus compares two classes: leave out superclass")
     if target is not None and members:
         raise CalmError("superclass explains all of its classes together: leave out target")
-    first = None if target is None else class_index(model, target)
-    second = None if versus is None else class_index(model, versus)
+    first = None if target is None else model.class_index(target)
+    second = None if versus is None else model.class_index(versus)
     if second is not None and first == second:
         raise CalmError(f"target and versus are the same class {model.class_names[second]!r}: choose two")
     compares = name in MAP_KINDS and MAP_KINDS[name].compares
@@ -102,28 +105,6 @@ def resolve_query(
             )
         latent.check_exponent(prior_exponent)
     return Query(name, first, second, members, compares if signed is None else signed, prior_exponent)
-
-
-def class_index(model: CalmModel, text: str) -> int:
-    """Return the index of a class that is given by name or index.
-
-    Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted bunting" is
-    "016.Painted_Bunting".
-
-    Raises:
-        CalmError: If there is no such class; the message has the closest names.
-    """
-    wanted, *names = (name.strip().casefold().replace(" ", "_") for name in (text, *model.class_names))
-    short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
-    for spelling in (names, short):
-        if spelling.count(wanted) == 1:
-            return spelling.index(wanted)
-    numbers = "" if all(map(str.isdecimal, names)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
-    if wanted.isdecimal() and int(wanted) < len(names) and numbers:
-        return int(wanted)
-    close = [model.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
-    hint = f"; close are {', '.join(map(repr, close))}" if close else ""
-    raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names{numbers}{hint}")
 
 
 @dataclass(frozen=True)
@@ -243,7 +224,7 @@ def draw(picture: Picture, explanation: Explanation, query: Query, names: Sequen
     is_cam = query.method in MAP_KINDS and MAP_KINDS[query.method].families == ("cam",)
     how: Normalization = "minmax" if is_cam else "max"
     colormap: Colormap = "heat" if query.versus is None else "signed"
-    drawn = overlay(picture, explanation.signed, how=how, colormap=colormap, size=size)
+    drawn = render.overlay(picture, explanation.signed, how=how, colormap=colormap, size=size)
     place = explanation.places[explanation.target]
     x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
     drawn = draw_point(drawn, x, y, radius=max(4, min(size) // 48))
@@ -263,3 +244,27 @@ def drawn_size(height: int, width: int) -> tuple[int, int]:
         return height * factor, width * factor
     scale = min(1.0, (LARGEST_OVERLAY / (height * width)) ** 0.5, LONGEST_OVERLAY / max(height, width))
     return max(1, round(height * scale)), max(1, round(width * scale))
+
+
+def overlay(image: ImageLike, values: Tensor | ArrayLike, *, signed: bool = False, alpha: float = 0.85) -> Image.Image:
+    """Return a picture with a map in colours over it, as a PIL image of the picture's size.
+
+    Args:
+        image: A file, a PIL image, uint8 (H, W, 3), or a float tensor (3, H, W) in [0, 1]: of a model's input,
+            ``model.preprocessing.denormalize(images)[0]``.
+        values: A map (h, w) of any size; it is resized, and its highest value gets the strongest colour.
+        signed: For signed differences: red above 0, blue below.
+        alpha: Opacity of the strongest colour, 0 to 1.
+
+    Raises:
+        CalmError: If the image cannot be read, or an argument is of another form.
+    """
+    if isinstance(image, Tensor) and image.is_floating_point():
+        if image.ndim != 3 or image.shape[0] != 3 or not 0 <= image.amin() <= image.amax() <= 1:
+            given = f"{tuple(image.shape)} with values from {image.amin():.3g} to {image.amax():.3g}"
+            fix = "give one image of model.preprocessing.denormalize(images), or the file"
+            raise CalmError(f"an image of floats is (3, H, W) in [0, 1], got {given}: {fix}")
+        image = (image.detach().cpu() * 255).round().to(torch.uint8).permute(1, 2, 0)
+    picture = np.array(Preprocessing().pixels(image))
+    drawn = render.overlay(picture, values, colormap="signed" if signed else "heat", alpha=alpha)
+    return Image.fromarray(drawn)

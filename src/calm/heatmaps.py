@@ -1,19 +1,21 @@
-"""Heatmaps: normalisation, resizing from the grid to pixels, and the place of the peak in words.
+"""Heatmaps: normalisation, resizing from the grid to pixels, cells in a region, and the place of the peak in words.
 
 Functions take maps of any leading shape, treat each map (the last two axes) separately, and return new tensors.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
-from calm.errors import unknown
+from calm.errors import CalmError, shown, unknown
 from calm.latent import widen
 
 Normalization: TypeAlias = Literal["max", "minmax", "clipping"]
@@ -82,6 +84,61 @@ def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[T
         return maps
     resized = F.interpolate(maps.reshape(-1, 1, *maps.shape[-2:]), size=size, mode="bilinear", align_corners=False)
     return resized.reshape(*maps.shape[:-2], *size)
+
+
+Region: TypeAlias = Tensor | NDArray[Any] | Sequence[Any]
+"""A rectangle x0, y0, x1, y1 (4,), or one per image (B, 4); or a boolean mask (H, W), or each its own (B, H, W)."""
+
+
+def cell_coverage(
+    region: Region, grid: tuple[int, int], size: tuple[int, int] | None = None
+) -> Float[Tensor, "*b h w"]:
+    """Return the share of the area of each grid cell that lies in a region: 0 to 1, in float64, on the CPU.
+
+    The cells of a grid are equal tiles of the image, as in `resize_maps`.
+
+    Args:
+        region: A `Region`. A rectangle's x grows to the right and y downwards, and its sides are places, not indices:
+            the left half of an image is (0, 0, 0.5, 1), its first pixel of 200 x 100 is (0, 0, 1, 1) with ``size``. A
+            box whose corner pixels x1, y1 belong to it ends at x1 + 1, y1 + 1. A mask covers the whole image, at any
+            resolution.
+        grid: (rows, columns).
+        size: (height, width) of the image, for a rectangle in pixels; None is for one in fractions of the image.
+
+    Raises:
+        CalmError: If the region is of another form, or a rectangle is reversed or leaves the image.
+
+    >>> cell_coverage((0, 0, 0.75, 0.5), grid=(1, 2))
+    tensor([[0.5000, 0.2500]], dtype=torch.float64)
+    """
+    try:
+        values = torch.as_tensor(region).detach().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalmError(f"a region is a rectangle x0, y0, x1, y1 or a boolean mask, got {shown(region)}") from error
+    rows, columns = grid
+    if values.dtype == torch.bool and values.ndim in (2, 3) and values.numel():
+        if size not in (None, values.shape[-2:]):
+            raise CalmError(f"size is {size}, but the mask has {tuple(values.shape[-2:])} pixels: leave it out")
+        down, across = (torch.arange(length + 1.0, dtype=torch.float64) / length for length in values.shape[-2:])
+        down, across = _overlap(down[:-1], down[1:], rows), _overlap(across[:-1], across[1:], columns)
+        return torch.einsum("yi,...yx,xj->...ij", down, values.double(), across)
+    if values.dtype == torch.bool or values.ndim not in (1, 2) or values.shape[-1] != 4:
+        given = f"{values.dtype} of shape {tuple(values.shape)}"
+        raise CalmError(f"a region is a rectangle x0, y0, x1, y1 or a boolean mask (H, W), got {given}")
+    height, width = size or (1, 1)
+    x0, y0, x1, y1 = (values.double() / torch.tensor([width, height, width, height])).unbind(-1)
+    ordered = (x0 >= 0) & (x0 <= x1) & (x1 <= 1) & (y0 >= 0) & (y0 <= y1) & (y1 <= 1)
+    if not ordered.all():
+        inside = f"pixels within {width} x {height}" if size else "fractions of the image; give size= for pixels"
+        raise CalmError(f"a rectangle is 0 <= x0 <= x1, 0 <= y0 <= y1 in {inside}: got {shown(values.tolist())}")
+    return _overlap(y0, y1, rows).unsqueeze(-1) * _overlap(x0, x1, columns).unsqueeze(-2)
+
+
+def _overlap(start: Float[Tensor, "*n"], end: Float[Tensor, "*n"], cells: int) -> Float[Tensor, "*n cells"]:
+    """Return how much of each of the equal cells of [0, 1] lies in intervals, in cells."""
+    edges = torch.arange(cells, dtype=torch.float64)
+    start, end = (cells * start).unsqueeze(-1), (cells * end).unsqueeze(-1)
+    return (torch.minimum(end, edges + 1) - torch.maximum(start, edges)).clamp(min=0)
 
 
 _NINTHS = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))

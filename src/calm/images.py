@@ -404,9 +404,10 @@ class Preprocessing:
 
     def one(self, image: ImageLike) -> Float[Tensor, "c H W"]:
         """Return the input of one image, as a call does."""
-        return self.to_tensor(resize_pixels(self._pixels(image), self.size))
+        return self.to_tensor(resize_pixels(self.pixels(image), self.size))
 
-    def _pixels(self, image: ImageLike) -> Pixels:
+    def pixels(self, image: ImageLike) -> Pixels:
+        """Return the pixels of an image as stored (a file: upright), neither resized nor normalised."""
         if isinstance(image, Image.Image) and self.channels in (1, 3):
             colours = to_rgb(image, self.bits or _depth(image))
             return colours if self.channels == 3 else colours.convert("L")

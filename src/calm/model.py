@@ -7,9 +7,10 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -24,6 +25,9 @@ from calm.images import ImageLike, Preprocessing, check_images
 from calm.inference import first_nonfinite_weight, optimized_for_inference
 from calm.latent import Targets, check_classes
 from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
+
+NamedTargets: TypeAlias = "Targets | str | Sequence[str] | Sequence[Sequence[str]]"
+"""Class indices, or names as `CalmModel.class_index` takes them: (B,), (B, K), or one for all images."""
 
 FLAT = 0.97
 """The entropy of the posterior p(z | x, y), over log N, above which a model's maps are called flat: at an 8x8 grid, 57
@@ -199,25 +203,29 @@ class CalmModel(nn.Module):
     def attribute(
         self,
         images: Float[Tensor, "b 3 H W"],
-        targets: Targets,
+        targets: NamedTargets | None = None,
         kind: str | None = None,
         *,
         superclass: Superclass | None = None,
         size: tuple[int, int] | None = None,
         prior_exponent: float = 1.0,
     ) -> Tensor:
-        """Return `CalmOutput.attribute` of images, as for `forward`; ``size`` None is the size of the images."""
+        """Return `CalmOutput.attribute` of images, as for `forward`: on the grid, if no ``size`` is given.
+
+        The targets may be names of classes; None is the most probable class of each image.
+        """
         kind = self.map_kind(kind)
-        output = self(images)
-        maps: Tensor = output.attribute(targets, kind, superclass=superclass, prior_exponent=prior_exponent)
-        return resize_maps(maps, size or (images.shape[-2], images.shape[-1]))
+        indices = None if targets is None else self.class_indices(targets)
+        options = {"superclass": superclass, "size": size, "prior_exponent": prior_exponent}
+        maps: Tensor = self(images).attribute(indices, kind, **options)
+        return maps
 
     @torch.no_grad()
     def difference(
         self,
         images: Float[Tensor, "b 3 H W"],
-        first: Targets,
-        second: Targets,
+        first: NamedTargets,
+        second: NamedTargets,
         kind: str | None = None,
         *,
         size: tuple[int, int] | None = None,
@@ -227,19 +235,52 @@ class CalmModel(nn.Module):
         """Return why class ``first`` and not ``second``: the difference of their maps, from one forward pass.
 
         It is the absolute difference, as published; or ``signed``: above 0 for ``first``, below 0 for ``second``. The
-        difference is taken on the grid and resized as in `attribute`. The classes are (B,), or one for all images.
+        difference is taken on the grid, and resized if a ``size`` is given. The classes, by index or name, are (B,), or
+        one for all images.
         """
         kind = self.map_kind(kind)
         output = self(images)
-        pair = [check_classes(one, output.batch_size, output.num_classes) for one in (first, second)]
+        pair = [
+            check_classes(self.class_indices(one), output.batch_size, output.num_classes) for one in (first, second)
+        ]
         maps: Tensor = output.attribute(torch.stack(pair, dim=1), kind, prior_exponent=prior_exponent)
         difference = maps[:, 0] - maps[:, 1]
-        return resize_maps(difference if signed else difference.abs(), size or (images.shape[-2], images.shape[-1]))
+        difference = difference if signed else difference.abs()
+        return difference if size is None else resize_maps(difference, size)
 
     def map_kind(self, kind: str | None = None) -> str:
         """Return the canonical name of a map kind of this model; None is its default kind."""
         output = CamOutput if self.config.method == "cam" else CalmOutput
         return canonical_kind(output.default_kind if kind is None else kind, output.family)
+
+    def class_index(self, text: str) -> int:
+        """Return the index of a class that is given by name or index.
+
+        Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted bunting"
+        is "016.Painted_Bunting".
+
+        Raises:
+            CalmError: If there is no such class; the message has the closest names.
+        """
+        wanted, *names = (name.strip().casefold().replace(" ", "_") for name in (text, *self.class_names))
+        short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
+        for spelling in (names, short):
+            if spelling.count(wanted) == 1:
+                return spelling.index(wanted)
+        numbers = "" if all(map(str.isdecimal, names)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
+        if wanted.isdecimal() and int(wanted) < len(names) and numbers:
+            return int(wanted)
+        close = [self.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
+        hint = f"; close are {', '.join(map(repr, close))}" if close else ""
+        raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names{numbers}{hint}")
+
+    def class_indices(self, targets: NamedTargets) -> Targets:
+        """Return targets, in which names of classes may stand for their indices, with indices alone."""
+        if isinstance(targets, str):
+            return self.class_index(targets)
+        if isinstance(targets, (list, tuple)):
+            return [self.class_indices(target) for target in targets]  # type: ignore[return-value]
+        return targets  # type: ignore[return-value]
 
     def check_finite(self, where: str = "the model") -> None:
         """Raise a CalmError if a weight or saved buffer is NaN or infinite; ``where`` they are is for the message."""

@@ -1,13 +1,12 @@
 """What a model returns for a batch of images: predictions, losses and attribution maps of one forward pass.
 
-Source: paper, sections 3 (model) and 4 (attribution maps), and the released code's score map processes.
+Source: paper, sections 3 (model) and 4 (attribution maps).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -18,11 +17,15 @@ from torch.utils import _pytree
 from calm import latent
 from calm.config import PriorActivation, PriorDenominator
 from calm.errors import CalmError, unknown
-from calm.heatmaps import normalize, resize_maps
+from calm.heatmaps import Region, cell_coverage, resize_maps
+from calm.kinds import (
+    ALIASES as ALIASES,
+    MAP_KINDS as MAP_KINDS,
+    Superclass as Superclass,
+    canonical_kind as canonical_kind,
+    superclass_members,
+)
 from calm.latent import Targets, check_classes, widen
-
-Superclass: TypeAlias = Mapping[int, Sequence[int]]
-"""For each target class, the classes of its superclass (which normally include the target)."""
 
 
 class _Output:
@@ -30,6 +33,9 @@ class _Output:
 
     family: ClassVar[str]
     default_kind: ClassVar[str]
+    _contents: ClassVar[tuple[tuple[str, str, str], ...]]  # for people: name, letters of the axes, meaning
+    log_probs: Any  # this and the next are properties of each family
+    grid: Any
 
     @property
     def batch_size(self) -> int:
@@ -54,7 +60,7 @@ class _Output:
 
     def attribute(
         self,
-        targets: Targets,
+        targets: Targets | None = None,
         kind: str | None = None,
         *,
         superclass: Superclass | None = None,
@@ -65,7 +71,7 @@ class _Output:
 
         Args:
             targets: Class indices, (B,) for one map per image or (B, K) for K, as a tensor or a list; or one class for
-                all images.
+                all images. None is the most probable class of each image.
             kind: A name in `MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
             superclass: For the ``-superclass`` kinds: the classes that each target is summed over.
             size: (height, width) to resize to; None leaves the maps on the grid.
@@ -83,6 +89,7 @@ class _Output:
             return self._tempered(prior_exponent).attribute(targets, kind, superclass=superclass, size=size)
         kind = self.default_kind if kind is None else kind
         spec = MAP_KINDS[canonical_kind(kind, self.family)]
+        targets = self.log_probs.argmax(dim=1) if targets is None else targets
         targets = check_classes(targets, self.batch_size, self.num_classes).to(self.device)
         classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
         if (spec.over == "superclass") != (superclass is not None):
@@ -94,18 +101,69 @@ class _Output:
             rows = spec.read(self, torch.arange(self.num_classes, device=self.device).expand(self.batch_size, -1))
             members = torch.ones(*classes.shape, self.num_classes).to(rows)
             if superclass is not None:
-                members = _members(classes, superclass, self.num_classes).to(rows)
+                members = superclass_members(classes, superclass, self.num_classes).to(rows)
             maps = torch.einsum("bkc,bchw->bkhw", members, rows)
             maps = maps / members.sum(dim=2)[..., None, None] if spec.mean else maps
         maps = maps if targets.ndim == 2 else maps.squeeze(1)
         return maps if size is None else resize_maps(maps, size)
+
+    def mass(
+        self,
+        targets: Targets | None,
+        region: Region,
+        *,
+        kind: str | None = None,
+        size: tuple[int, int] | None = None,
+        superclass: Superclass | None = None,
+        prior_exponent: float = 1.0,
+    ) -> Float[Tensor, " b"] | Float[Tensor, "b k"]:
+        """Return how much of a map lies in a region: of the joint, p(y, cue in the region | x).
+
+        It is the exact sum over the cells of the grid; a cell that lies partly in the region counts by the share of its
+        area. The whole image gives p(y | x). It is differentiable.
+
+        Args:
+            targets: As for `attribute`.
+            region: A rectangle x0, y0, x1, y1 in fractions of the image (0 to 1, from the upper left corner), or in
+                pixels if ``size`` is given; or a boolean mask of the image (H, W). One for all images, or (B, 4) or
+                (B, H, W). See `calm.heatmaps.cell_coverage`.
+            kind: As for `attribute`. Of CAM's maps only the cells of ``evidence`` add up.
+            size: (height, width) in pixels of the image that a rectangle refers to.
+            superclass: As for `attribute`.
+            prior_exponent: As for `attribute`.
+
+        Returns:
+            (B,) or (B, K), in the unit of the map.
+
+        Raises:
+            CalmError: See `attribute` and `calm.heatmaps.cell_coverage`; or the values of the kind do not add up.
+        """
+        kind = canonical_kind(self.default_kind if kind is None else kind, self.family)
+        if not MAP_KINDS[kind].adds:
+            raise CalmError(f"the cells of a {kind!r} map are scores, which do not add up: take kind='evidence'")
+        maps = self.attribute(targets, kind, superclass=superclass, prior_exponent=prior_exponent)
+        coverage = cell_coverage(region, (maps.shape[-2], maps.shape[-1]), size)
+        if coverage.ndim == 3:
+            if len(coverage) != self.batch_size:
+                raise CalmError(f"{len(coverage)} regions for {self.batch_size} images: give one, or one for each")
+            coverage = coverage.view(-1, *(1,) * (maps.ndim - 3), *coverage.shape[1:])
+        return (maps * coverage.to(maps)).sum(dim=(-2, -1))
+
+    def __repr__(self) -> str:
+        """Say what is in the output, with shapes; the numbers are in its properties."""
+        b, c, (h, w) = self.batch_size, self.num_classes, self.grid
+        sides = {"b": b, "c": c, "h": h, "w": w, "1": 1}
+        rows = [(name, tuple(sides[axis] for axis in axes), what) for name, axes, what in self._contents]
+        rows = [*rows, ("attribute(targets, kind)", (b, h, w), "maps of classes, by name or kind: calm.MAP_KINDS")]
+        lines = [f"  {name:25}{shape!s:20}{what}" for name, shape, what in rows]
+        return "\n".join([f"{type(self).__name__}: {b} images, {c} classes, a grid of {h} x {w}", *lines])
 
     def _tempered(self, exponent: float) -> _Output:
         """Return the output with the prior p(z | x) ** exponent, normalised."""
         raise CalmError(f"prior_exponent is {exponent:g}, but a {self.family.upper()} model has no prior: leave it out")
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CalmOutput(_Output):
     """The output of a CALM model for B images: the activations of its head, and what follows from them.
 
@@ -121,11 +179,25 @@ class CalmOutput(_Output):
 
     family = "calm"
     default_kind = "joint"
+    _contents = (
+        ("probs", "bc", "p(y | x), sums to 1 over the classes; log_probs"),
+        ("joint", "bchw", "p(y, z | x), sums to probs over the grid; log_joint"),
+        ("posterior", "bchw", "p(z | x, y), sums to 1 over the grid; log_posterior"),
+        ("prior", "bhw", "p(z | x), sums to 1 over the grid; log_prior"),
+        ("conditional", "bchw", "p(y | x, z), sums to 1 over the classes; log_conditional"),
+        ("logits", "bchw", "class scores of each location, not of the image"),
+        ("scores", "b1hw", "scores of the locations"),
+    )
 
     logits: Float[Tensor, "b c h w"]
     scores: Float[Tensor, "b 1 h w"]
     activation: PriorActivation = "softplus"
     denominator: PriorDenominator = "differentiated"
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the locations."""
+        return self.logits.shape[2], self.logits.shape[3]
 
     @property
     def log_conditional(self) -> Float[Tensor, "b c h w"]:
@@ -237,7 +309,7 @@ class CalmOutput(_Output):
         return loss + prior_weight * latent.prior_penalty(self.log_prior).mean() if prior_weight else loss
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class CamOutput(_Output):
     """The output of a CAM model for B images: averaged class scores, and class activation maps when they are read.
 
@@ -254,6 +326,11 @@ class CamOutput(_Output):
 
     family = "cam"
     default_kind = "cam"
+    _contents = (
+        ("probs", "bc", "p(y | x), sums to 1 over the classes; log_probs"),
+        ("class_scores", "bc", "logits of the image: the mean of logits over the grid"),
+        ("logits", "bchw", "class scores of each location: the class activation maps"),
+    )
 
     class_scores: Float[Tensor, "b c"]
     features: Float[Tensor, "b d h w"]
@@ -265,6 +342,11 @@ class CamOutput(_Output):
         """Classify the averaged features by a classifier's weight (C, D, 1, 1) and bias (C,)."""
         scores = widen(F.linear(features.mean(dim=(-2, -1)), weight.flatten(1), bias))
         return cls(scores, features, weight.to(features.dtype, copy=True), bias.to(features.dtype, copy=True))
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(rows, columns) of the locations."""
+        return self.features.shape[2], self.features.shape[3]
 
     @property
     def logits(self) -> Float[Tensor, "b c h w"]:
@@ -298,118 +380,6 @@ def _without_autocast(device: torch.device) -> torch.autocast:
     """Return a context for maps that are computed in the dtype of the forward pass, wherever they are read."""
     name = device.type if torch.amp.is_autocast_available(device.type) else "cpu"
     return torch.autocast(name, enabled=False)
-
-
-def _log_conditional(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return log p(y | x, z) of K classes per image."""
-    log_conditional = output.log_conditional
-    return log_conditional.gather(1, classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:]))
-
-
-def _log_joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return log p(y, z | x) of K classes per image."""
-    return latent.log_joint(_log_conditional(output, classes), output.log_prior)
-
-
-def _joint(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return _log_joint(output, classes).exp()
-
-
-def _posterior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return latent.log_posterior(_log_joint(output, classes)).exp()
-
-
-def _prior(output: CalmOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return output.prior.unsqueeze(1).expand(-1, classes.shape[1], -1, -1)
-
-
-def _evidence(output: CalmOutput | CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    if isinstance(output, CamOutput):
-        maps = output.class_logits(classes)
-        return maps / (maps.shape[-2] * maps.shape[-1])
-    return latent.evidence(_log_conditional(output, classes), output.log_prior)
-
-
-def _normalized_cam(output: CamOutput, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return normalize(output.class_logits(classes), "minmax")
-
-
-@dataclass(frozen=True)
-class MapKind:
-    """How a kind of map is computed.
-
-    Attributes:
-        families: The models that have it, ``calm`` and ``cam``; of others, it would show weights never trained.
-        read: From an output and classes (B, K) to their maps (B, K, h, w).
-        over: The classes whose maps are summed: ``target``, ``superclass`` or ``all``.
-        mean: Whether the sum is divided by the number of classes.
-        compares: Whether only the difference of two classes' maps says where: a class alone is highest where the prior
-            is 0.
-    """
-
-    families: tuple[str, ...]
-    read: Callable[[Any, Tensor], Tensor]
-    over: str = "target"
-    mean: bool = False
-    compares: bool = False
-
-
-_CALM, _CAM = ("calm",), ("cam",)
-
-MAP_KINDS: dict[str, MapKind] = {
-    "joint": MapKind(_CALM, _joint),  # p(y, z | x); sums to p(y | x)
-    "joint-superclass": MapKind(_CALM, _joint, over="superclass"),  # p(one of the classes, z | x): sum of their joints
-    "joint-superclass-mean": MapKind(_CALM, _joint, over="superclass", mean=True),  # divided by their number
-    "posterior": MapKind(_CALM, _posterior),  # p(z | x, y); sums to 1
-    "posterior-superclass": MapKind(_CALM, _posterior, over="superclass"),  # sum of the classes' posteriors
-    "posterior-superclass-mean": MapKind(_CALM, _posterior, over="superclass", mean=True),  # their mean; sums to 1
-    "prior": MapKind(_CALM, _prior),  # p(z | x); sums to 1
-    "cam": MapKind(_CAM, CamOutput.class_logits),  # the class logit f[y] at z
-    "cam-saliency": MapKind(_CAM, _normalized_cam, over="all"),  # sum over classes of min-max normalised f
-    "cam-superclass": MapKind(_CAM, _normalized_cam, over="superclass"),  # that sum over the classes of a superclass
-    # p(z | x) * log p(y | x, z) in nats: the difference of two classes sums to their expected log-odds. Of CAM, f[y] at
-    # z over the number of locations, N: the difference sums to log p(y1 | x) - log p(y2 | x).
-    "evidence": MapKind(_CALM + _CAM, _evidence, compares=True),
-}
-"""The kinds of maps, and what a value of each is."""
-
-_RELEASED_WORDS = {"joint": "jointll", "posterior": "gtcond", "prior": "saliency", "cam": "vanilla"}
-ALIASES = {
-    released + name.removeprefix(word): name
-    for name in MAP_KINDS
-    for word, released in _RELEASED_WORDS.items()
-    if name.split("-")[0] == word
-}
-"""The released code's names of the map kinds: ``jointll-superclass`` is joint-superclass, ``saliency`` is prior."""
-
-
-def canonical_kind(kind: str, family: str) -> str:
-    """Return the name under which `MAP_KINDS` holds ``kind``, a name or an alias.
-
-    Raises:
-        CalmError: If there is no such kind, or models of this family ("calm" or "cam") do not have it.
-    """
-    name = ALIASES.get(kind, kind)
-    if name not in MAP_KINDS:
-        raise unknown("map kind", kind, [*MAP_KINDS, *ALIASES])
-    if family not in MAP_KINDS[name].families:
-        allowed = ", ".join(other for other, spec in MAP_KINDS.items() if family in spec.families)
-        raise CalmError(f"map kind {kind!r} cannot be read from a {family.upper()} model: choose one of {allowed}")
-    return name
-
-
-def _members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) -> Bool[Tensor, "b k c"]:
-    """Return which classes are in the superclass of each target."""
-    table = torch.zeros(*targets.shape, classes, dtype=torch.bool, device=targets.device)
-    for row, target in zip(table.flatten(0, 1), targets.flatten().tolist(), strict=True):
-        members = list(superclass.get(target, ()))
-        if not members:
-            raise CalmError(f"superclass has no classes for target {target}: it names {sorted(superclass)}")
-        wrong = [member for member in members if not 0 <= member < classes]
-        if wrong:
-            raise CalmError(f"superclass of target {target} names class {wrong[0]}: allowed are 0 to {classes - 1}")
-        row[members] = True
-    return table
 
 
 # Trees of tensors, so that torch.export and DistributedDataParallel see into them. The public registration of data

@@ -5,12 +5,13 @@ They are built by name (`build_backbone`), or are the user's own module (`adapt_
 
 from __future__ import annotations
 
-import inspect
 import os
 import warnings
 from collections.abc import Callable
 from difflib import get_close_matches
+from fnmatch import fnmatch
 from functools import partial
+from inspect import signature
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +74,11 @@ def build_backbone(
         "use_bn": use_bn,
         "output_stride": output_stride,
     }
-    defaults = inspect.signature(build_backbone).parameters
+    defaults = signature(build_backbone).parameters
     chosen = {option: value for option, value in options.items() if value != defaults[option].default}
-    for option in chosen.keys() - inspect.signature(build).parameters:
+    for option in chosen.keys() - signature(build).parameters:
         builders = {**BACKBONES, "timm models": TimmBackbone}
-        having = ", ".join(known for known in builders if option in inspect.signature(builders[known]).parameters)
+        having = ", ".join(known for known in builders if option in signature(builders[known]).parameters)
         given = f"given {option}={chosen[option]}: leave it out, or choose among {having}"
         raise CalmError(f"backbone {name!r} has no option {option}, {given}")
     backbone = build(**chosen)
@@ -221,3 +222,21 @@ def _set_channels(backbone: nn.Module, channels: int, *, pretrained: bool) -> No
     first.in_channels = channels
     if not pretrained:
         initialise(first)
+
+
+def list_backbones(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Return the names of backbones: this package's own, then timm's models.
+
+    Args:
+        pattern: Shell wildcards, such as ``"*vit*"``.
+        pretrained: Whether to list only those with published weights; timm's then have the tags of their weights.
+
+    >>> list_backbones("*nception_v3")
+    ['inception_v3']
+    """
+    import timm
+
+    own = (name for name, build in BACKBONES.items() if not pretrained or "pretrained" in signature(build).parameters)
+    return list(
+        dict.fromkeys([*(n for n in own if fnmatch(n, pattern)), *timm.list_models(pattern, pretrained=pretrained)])
+    )

@@ -21,11 +21,21 @@ from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.inference import evaluation_mode
-from calm.latent import Targets, check_classes, widen
-from calm.model import CalmModel
+from calm.latent import check_classes, widen
+from calm.model import CalmModel, NamedTargets
 from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass
 
-__all__ = ["ALIASES", "BASELINES", "METHODS", "Baseline", "Options", "attribute", "canonical_method", "class_scores"]
+__all__ = [
+    "ALIASES",
+    "BASELINES",
+    "METHODS",
+    "Baseline",
+    "Options",
+    "attribute",
+    "canonical_method",
+    "class_scores",
+    "list_methods",
+]
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ METHODS: tuple[str, ...] = (*MAP_KINDS, *BASELINES)
 def attribute(
     model: CalmModel,
     images: Float[Tensor, "b 3 h w"],
-    targets: Targets,
+    targets: NamedTargets | None = None,
     method: str = "integrated-gradients",
     *,
     superclass: Superclass | None = None,
@@ -86,7 +96,7 @@ def attribute(
     Args:
         model: A model of this package.
         images: Normalised images, on the model's device.
-        targets: The class to explain in each image, (B,), or one for all.
+        targets: The class to explain in each image by index or name, (B,), or one for all; None is the most probable.
         method: One of ``METHODS``.
         superclass: For the model's ``-superclass`` maps, the classes of each target.
         size: (height, width) of the maps; None is that of the images.
@@ -118,7 +128,10 @@ def attribute(
         raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
-    classes = check_classes(targets, len(images), model.config.num_classes)
+    if targets is None:
+        with evaluation_mode(model), torch.no_grad():
+            targets = torch.cat([model(part).probs.argmax(dim=1) for part in torch.split(images, batch_size)])
+    classes = check_classes(model.class_indices(targets), len(images), model.config.num_classes)
     if classes.ndim != 1:
         raise CalmError(f"targets must be one class per image, got shape {tuple(classes.shape)}")
     size = size or (images.shape[-2], images.shape[-1])
@@ -147,3 +160,14 @@ def canonical_method(method: str, model: CalmModel | None = None) -> str:
     if name not in METHODS:
         raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])
     return name if model is None or name in BASELINES else model.map_kind(name)
+
+
+def list_methods(model: CalmModel | None = None) -> list[str]:
+    """Return the names of all attribution methods, or of those that a model has, its own maps first.
+
+    >>> list_methods()[:3]
+    ['joint', 'joint-superclass', 'joint-superclass-mean']
+    """
+    own = MAP_KINDS.items()
+    family = None if model is None else "cam" if model.config.method == "cam" else "calm"
+    return [*(name for name, kind in own if family is None or family in kind.families), *BASELINES]
