@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import io
+import pickle
 
 import numpy as np
 import oracle
 import pytest
 import torch
+import torchvision
 from forks import Fork
+from PIL import Image
 from torch import nn
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 
 import calm
 from calm import latent
@@ -577,3 +581,53 @@ def test_optimized_for_inference_gives_the_same_maps_and_leaves_the_model(method
     assert_close(fast.attribute(images, [0, 2]), model.attribute(images, [0, 2]), rtol=0, atol=1e-5)
     assert any(isinstance(part, torch.nn.BatchNorm2d) for part in model.modules())
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_predict_takes_files_pictures_arrays_inputs_and_folders(method, tmp_path):
+    names = ["crow", "raven", "jay", "house_wren", "gull"]
+    model = tiny(method, class_names=names, preprocessing=Preprocessing(size=(16, 16))).train()
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 20, 30, 3), np.uint8)
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    (folder / "notes.txt").write_text("no image")
+    files = [folder / "a.png", folder / "b.png", folder / "more" / "c.png"]
+    for file, picture in zip(files, pixels, strict=True):
+        Image.fromarray(picture).save(file)
+    probs = model(model.preprocess(files)).probs.detach()
+    best = probs.topk(5)
+    for given in (files, [str(file) for file in files], list(pixels), pixels, model.preprocess(files), folder):
+        found = model.predict(given, batch_size=2)
+        for b, one in enumerate(found):
+            assert one.names == tuple(names[c] for c in best.indices[b].tolist())
+            assert one.probs == pytest.approx(best.values[b].tolist(), rel=1e-5)
+    assert [one.source for one in found] == list(map(str, files))
+    for given in (files[0], str(files[0]), Image.fromarray(pixels[0]), pixels[0], model.preprocess(files[0])[0]):
+        one = model.predict(given, top=2)
+        assert (one.name, len(one.probs)) == (names[int(probs[0].argmax())], 2)
+        assert one.prob == pytest.approx(float(probs[0].max()), rel=1e-5)
+    assert str(model.predict(files[:1], top=1)[0]) == f"{files[0]}: {one.name} {one.prob:.3f}"
+    assert repr(one) == f"Prediction({one})"
+    assert model.training
+
+
+def test_predict_refuses_nothing_and_inputs_of_several_shapes(tmp_path):
+    model = tiny()
+    for nothing in ([], tmp_path, torch.zeros(0, 3, 8, 8)):
+        with pytest.raises(CalmError, match="no images to predict"):
+            model.predict(nothing)
+    with pytest.raises(CalmError, match=r"shapes \[\(3, 8, 8\), \(3, 9, 8\)\]"):
+        model.predict([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)])
+    with pytest.raises(CalmError, match=r"no\.png"):
+        model.predict(tmp_path / "no.png")
+
+
+def test_transform_feeds_a_data_loader(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (30, 20), "red" if name == "a" else "blue").save(tmp_path / name / "1.png")
+    model = tiny(preprocessing=Preprocessing(size=(16, 16)))
+    data = torchvision.datasets.ImageFolder(tmp_path, transform=pickle.loads(pickle.dumps(model.transform)))
+    images, labels = next(iter(DataLoader(data, batch_size=2)))
+    assert_close(images, model.preprocess([path for path, _ in data.samples]), rtol=0, atol=0)
+    assert labels.tolist() == [0, 1]

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
+from torch.testing import assert_close
 
 import calm
 from calm.cli import COMMANDS, train as train_command
@@ -22,16 +24,33 @@ def blocks(page: Path, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.S | re.M)
 
 
-def test_readme_python_runs_and_gives_what_it_says(capsys):
-    (block,) = blocks(ROOT / "README.md", "python")
-    assert len([line for line in block.splitlines() if line.strip()]) <= 17
+def run_block(block: str, lines: int) -> dict[str, object]:
+    assert len([line for line in block.splitlines() if line.strip()]) <= lines
     names: dict[str, object] = {}
     exec(compile(block, "README.md", "exec"), names)
-    output, maps = names["output"], names["maps"]
-    assert output.probs.allclose(output.joint.sum((2, 3)), atol=1e-6)
-    assert maps.shape == names["baseline"].shape == (4, 64, 64)
-    assert names["why"].shape == (4, *output.grid)
-    assert ((names["mass"] > 0) & (names["mass"] < output.probs.gather(1, names["targets"][:, None])[:, 0])).all()
+    return names
+
+
+def test_readme_python_runs_and_gives_what_it_says(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    calm.create_model("tiny_resnet", 3, class_names=["crow", "raven", "jay"]).save_pretrained("runs/birds")
+    Image.new("RGB", (80, 60), "red").save("photo.jpg")
+    trained, new = blocks(ROOT / "README.md", "python")
+
+    names = run_block(trained, 11)
+    output, joint = names["output"], names["joint"]
+    assert joint.shape == names["odds"].shape == (1, *output.grid)
+    assert_close(joint.sum((1, 2)), output.probs.amax(1))
+    assert ((names["mass"] > 0) & (names["mass"] < output.probs.amax(1))).all()
+    assert names["other"].shape == (1, 224, 224)
+    with Image.open("map.png") as drawn:
+        assert drawn.size == (80, 60)
+    assert "photo.jpg: " in capsys.readouterr().out
+
+    names = run_block(new, 10)
+    output = names["output"]
+    assert_close(output.probs, output.joint.sum((2, 3)))
+    assert names["maps"].shape == (4, 64, 64)
     assert "tensor" in capsys.readouterr().out
 
 

@@ -18,7 +18,12 @@ if TYPE_CHECKING:
     from calm.heatmaps import normalize as normalize, resize_maps as resize_maps
     from calm.images import Preprocessing as Preprocessing
     from calm.model import CalmModel as CalmModel, create_model as create_model, load as load
-    from calm.output import MAP_KINDS as MAP_KINDS, CalmOutput as CalmOutput, CamOutput as CamOutput
+    from calm.output import (
+        MAP_KINDS as MAP_KINDS,
+        CalmOutput as CalmOutput,
+        CamOutput as CamOutput,
+        Prediction as Prediction,
+    )
     from calm.released import load_released as load_released
 
 _MODULES = {
@@ -32,7 +37,7 @@ _MODULES = {
     "heatmaps": "normalize resize_maps",
     "images": "Preprocessing",
     "model": "CalmModel create_model load",
-    "output": "MAP_KINDS CalmOutput CamOutput",
+    "output": "MAP_KINDS CalmOutput CamOutput Prediction",
     "released": "load_released",
 }
 _load, _names, __all__ = lazy_names(__name__, _MODULES)

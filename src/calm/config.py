@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
 from calm.errors import CalmError, shown, unknown
@@ -31,6 +33,31 @@ DRAWS = 3
 
 REPLICATES = 1000
 """The default number of bootstrap samples: 25 of them lie beyond each end of a 95 percent interval."""
+
+
+def class_index(names: Sequence[str], text: str) -> int:
+    """Return the index of the class that ``text`` names, among the names of a model's classes.
+
+    Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted bunting" is
+    "016.Painted_Bunting". A number is an index, unless all names are numbers.
+
+    Raises:
+        CalmError: If there is no such class; the message has the closest names.
+
+    >>> class_index(["015.Lazuli_Bunting", "016.Painted_Bunting"], "painted bunting")
+    1
+    """
+    wanted, *full = (name.strip().casefold().replace(" ", "_") for name in (text, *names))
+    short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in full]
+    for spelling in (full, short):
+        if spelling.count(wanted) == 1:
+            return spelling.index(wanted)
+    numbers = "" if all(map(str.isdecimal, full)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
+    if wanted.isdecimal() and int(wanted) < len(names) and numbers:
+        return int(wanted)
+    close = [names[short.index(name)] for name in get_close_matches(wanted, short, n=3, cutoff=0.4)]
+    hint = f"; close are {', '.join(map(repr, close))}" if close else ""
+    raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names{numbers}{hint}")
 
 
 def check_options(options: Any, group: str, **ranges: tuple[float, float]) -> None:

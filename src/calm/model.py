@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -17,14 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm import checkpoint
-from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator
+from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError
 from calm.heads import CalmHead as CalmHead, CamHead as CamHead
 from calm.heatmaps import resize_maps
 from calm.images import ImageLike, Preprocessing, check_images
-from calm.inference import first_nonfinite_weight, optimized_for_inference
+from calm.inference import evaluation_mode, first_nonfinite_weight, optimized_for_inference
 from calm.latent import Targets, check_classes
-from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
+from calm.output import CalmOutput, CamOutput, Prediction, Superclass, canonical_kind
 
 NamedTargets: TypeAlias = "Targets | str | Sequence[str] | Sequence[Sequence[str]]"
 """Class indices, or names as `CalmModel.class_index` takes them: (B,), (B, K), or one for all images."""
@@ -86,6 +85,51 @@ class CalmModel(nn.Module):
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b 3 H W"]:
         """Return image files, PIL images or uint8 RGB arrays (H, W, 3) as a batch on the model's device."""
         return self.preprocessing(images).to(self.device)
+
+    @property
+    def transform(self) -> Callable[[ImageLike], Tensor]:
+        """What turns one picture into a model's input (3, H, W): the ``transform`` of a torchvision data set."""
+        return self.preprocessing.one
+
+    def predict(
+        self, images: ImageLike | Sequence[ImageLike], *, top: int = 5, batch_size: int = 16
+    ) -> Prediction | list[Prediction]:
+        """Return the most probable classes of pictures. The model runs in eval mode; its own mode is restored.
+
+        Args:
+            images: A file, a PIL image, uint8 (H, W, 3), or a normalised input (3, H, W) as `transform` makes it; or
+                several: a list of these, a batch (B, 3, H, W), or a folder, of which all images are read, sorted.
+            top: How many classes, at most.
+            batch_size: Images in one pass; the memory does not grow with their number.
+
+        Returns:
+            A `Prediction` of one image; a list of several, even if it has one.
+
+        Raises:
+            CalmError: If a file is no image, a folder has none, or tensors do not fit.
+        """
+        if isinstance(images, (str, Path)) and Path(images).is_dir():
+            from calm.data.loading import files_below, is_image
+
+            folder = Path(images)
+            images = sorted(file for file in files_below(folder) if is_image(file, folder))
+        one = not isinstance(images, (list, tuple)) and getattr(images, "ndim", 3) == 3
+        every: Sequence[Any] = [images] if one else images  # type: ignore[assignment]
+        if not len(every):
+            raise CalmError("no images to predict: the list or the folder is empty")
+        found = []
+        with evaluation_mode(self), torch.no_grad():
+            for start in range(0, len(every), batch_size):
+                part = every[start : start + batch_size]
+                ready = (isinstance(image, Tensor) and image.is_floating_point() for image in part)
+                inputs = [im if is_input else self.transform(im) for im, is_input in zip(part, ready, strict=True)]
+                if len(shapes := {tuple(image.shape) for image in inputs}) > 1:
+                    raise CalmError(f"inputs of shapes {sorted(shapes)} make no batch: give tensors of one shape")
+                best = self(torch.stack(inputs).to(self.device)).probs.topk(min(top, self.config.num_classes))
+                for image, probs, classes in zip(part, best.values.tolist(), best.indices.tolist(), strict=True):
+                    source = str(image) if isinstance(image, (str, Path)) else None
+                    found.append(Prediction(tuple(self.class_names[c] for c in classes), tuple(probs), source))
+        return found[0] if one else found
 
     def encode(self, images: Float[Tensor, "b 3 H W"]) -> Float[Tensor, "b d h w"]:
         """Return the backbone's features of images, as for `forward`."""
@@ -254,25 +298,8 @@ class CalmModel(nn.Module):
         return canonical_kind(output.default_kind if kind is None else kind, output.family)
 
     def class_index(self, text: str) -> int:
-        """Return the index of a class that is given by name or index.
-
-        Case does not matter, a space may stand for an underscore, and CUB's number may be left out: "painted bunting"
-        is "016.Painted_Bunting".
-
-        Raises:
-            CalmError: If there is no such class; the message has the closest names.
-        """
-        wanted, *names = (name.strip().casefold().replace(" ", "_") for name in (text, *self.class_names))
-        short = [name.partition(".")[2] if name.split(".")[0].isdecimal() else name for name in names]
-        for spelling in (names, short):
-            if spelling.count(wanted) == 1:
-                return spelling.index(wanted)
-        numbers = "" if all(map(str.isdecimal, names)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
-        if wanted.isdecimal() and int(wanted) < len(names) and numbers:
-            return int(wanted)
-        close = [self.class_names[short.index(n)] for n in get_close_matches(wanted, short, n=3, cutoff=0.4)]
-        hint = f"; close are {', '.join(map(repr, close))}" if close else ""
-        raise CalmError(f"no class {text!r}: give one of the model's {len(names)} names{numbers}{hint}")
+        """Return the index of a class that is given by name or index: `calm.config.class_index`."""
+        return class_index(self.class_names, text)
 
     def class_indices(self, targets: NamedTargets) -> Targets:
         """Return targets, in which names of classes may stand for their indices, with indices alone."""

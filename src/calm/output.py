@@ -28,6 +28,38 @@ from calm.kinds import (
 from calm.latent import Targets, check_classes, widen
 
 
+@dataclass(frozen=True, repr=False)
+class Prediction:
+    """The most probable classes of one image, best first.
+
+    Attributes:
+        names: Their names.
+        probs: p(y | x) of each.
+        source: The image's file, if it was read from one.
+    """
+
+    names: tuple[str, ...]
+    probs: tuple[float, ...]
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the most probable class."""
+        return self.names[0]
+
+    @property
+    def prob(self) -> float:
+        """The probability of the most probable class."""
+        return self.probs[0]
+
+    def __str__(self) -> str:
+        classes = ", ".join(f"{name} {prob:.3f}" for name, prob in zip(self.names, self.probs, strict=True))
+        return f"{self.source}: {classes}" if self.source else classes
+
+    def __repr__(self) -> str:
+        return f"Prediction({self})"
+
+
 class _Output:
     """What the outputs of both families share: sizes, device and attribution maps."""
 
@@ -156,7 +188,9 @@ class _Output:
         rows = [(name, tuple(sides[axis] for axis in axes), what) for name, axes, what in self._contents]
         rows = [*rows, ("attribute(targets, kind)", (b, h, w), "maps of classes, by name or kind: calm.MAP_KINDS")]
         lines = [f"  {name:25}{shape!s:20}{what}" for name, shape, what in rows]
-        return "\n".join([f"{type(self).__name__}: {b} images, {c} classes, a grid of {h} x {w}", *lines])
+        return "\n".join(
+            [f"{type(self).__name__}: {b} image{'s' * (b != 1)}, {c} classes, a grid of {h} x {w}", *lines]
+        )
 
     def _tempered(self, exponent: float) -> _Output:
         """Return the output with the prior p(z | x) ** exponent, normalised."""
