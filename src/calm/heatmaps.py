@@ -141,7 +141,8 @@ def _overlap(start: Float[Tensor, "*n"], end: Float[Tensor, "*n"], cells: int) -
     return (torch.minimum(end, edges + 1) - torch.maximum(start, edges)).clamp(min=0)
 
 
-_NINTHS = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
+NINTHS = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("lower left", "bottom", "lower right"))
+"""The words for the ninths of a picture, in three rows."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +184,7 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
     rows, columns = (slice(-(-third * length // 3), -(-(third + 1) * length // 3)) for third, length in thirds)
     total = _mass(values)
     share = _mass(values[rows, columns]) / total if total > 0 else 0.0
-    return Place(x, y, float(values[y, x]), _NINTHS[row][column], share)
+    return Place(x, y, float(values[y, x]), NINTHS[row][column], share)
 
 
 def _mass(values: Tensor) -> float:

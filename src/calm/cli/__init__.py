@@ -67,6 +67,14 @@ COMMANDS: dict[str, Command] = {
         "  calm attribute --model runs/birds bird.jpg --kind evidence --versus 'Indigo Bunting'\n"
         "  calm attribute --model runs/birds 'photos/*.jpg' --method integrated-gradients\n",
     ),
+    "app": Command(
+        "calm.app:serve",
+        "explore in a browser what a model sees in pictures",
+        "  calm app --model runs/birds --data birds\n"
+        "  calm app --model runs/calm --beside runs/cam --data photos --open_browser\n",
+        flags={"model": "--model"},
+        extras=("app",),
+    ),
     "report": Command(
         "calm.report:write_report",
         "show what calm evaluate measured on one page: tables, curves, images",
