@@ -108,7 +108,9 @@ class Reading:
 
     def mass(self, region: Rectangle) -> float:
         """Return the sum of the grid inside a rectangle; of a cell that is cut, the share of its area inside."""
-        return float((self.grid.double() * cell_coverage(region, self.grid.shape)).sum())
+        rows, columns = self.grid.shape
+        share = cell_coverage(torch.tensor(region, dtype=torch.float64), (rows, columns))
+        return float((self.grid.double() * share).sum())
 
     @property
     def peak_over_uniform(self) -> float:
