@@ -18,7 +18,7 @@ FLOORS = [
     {"heatmaps", "metrics"},
     {"kinds"},
     {"output", "render", "backbones", "checkpoint", "data"},
-    {"model", "heads"},
+    {"model", "heads", "acol"},
     {"released", "baselines"},
     {"explain", "train", "evaluate"},
     {"report", "released_commands", "app"},

@@ -7,7 +7,8 @@ reads and writes the two files and knows no model; `calm.model` builds one from 
       "format": 1,
       "model": {"backbone": "resnet50", "num_classes": 2, "method": "calm-em", "large_feature_map": true,
                 "use_bn": true, "output_stride": null, "prior_activation": "softplus",
-                "prior_denominator": "differentiated", "in_channels": 3},
+                "prior_denominator": "differentiated", "in_channels": 3, "acol_threshold": null,
+                "acol_channels": null},
       "class_names": ["crow", "raven"],
       "preprocessing": {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
                         "bits": null, "view": null},
@@ -205,6 +206,9 @@ def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]
     if rows is None or rows.ndim != 4 or not rows.numel() or len(rows) != card.model.num_classes:
         found = f"{'none' if rows is None else _kind(rows)} for {card.model.num_classes} classes"
         raise CalmError(f"{folder / WEIGHTS} does not fit the model in {CARD}: head.conv_last.weight is {found}")
+    hidden, channels = state.get("head.hidden.0.weight"), card.model.acol_channels
+    if channels is not None and (hidden is None or len(hidden) != channels):
+        raise CalmError(f"{folder / WEIGHTS} does not fit the model in {CARD}, whose acol_channels are {channels}")
     return folder, card, state
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
@@ -12,6 +12,9 @@ from calm.errors import CalmError, shown, unknown
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
 PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
+
+Localizer: TypeAlias = Literal["has", "adl", "acol", "cutmix"]
+"""Training methods of weakly-supervised localization: see `WsolOptions`."""
 
 Fill: TypeAlias = Literal["zero", "mean", "noise", "blur"]
 """How erased pixels are filled: see `calm.metrics.erasing`."""
@@ -87,6 +90,9 @@ class ModelConfig:
         in_channels: The channels of the images: 3 for RGB.
         prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
         prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
+        acol_threshold: For ACoL, which has a second head: where the first head's map, min-max normalised, is as high,
+            features are erased for the second (`calm.acol`); None is one head.
+        acol_channels: For ACoL: the channels of the convolutions before each head; None is 1024, or fewer features.
     """
 
     backbone: str
@@ -98,9 +104,62 @@ class ModelConfig:
     prior_activation: PriorActivation = "softplus"
     prior_denominator: PriorDenominator = "differentiated"
     in_channels: int = 3
+    acol_threshold: float | None = None
+    acol_channels: int | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "")
+        check_options(self, "", acol_threshold=(1e-6, 1), acol_channels=(1, 1e6))
+        if self.acol_channels is not None and self.acol_threshold is None:
+            raise CalmError(f"acol_channels is {self.acol_channels}, but acol_threshold is None: give it, or neither")
         if min(self.num_classes, self.in_channels) < 1:
             given = f"num_classes is {self.num_classes}, in_channels {self.in_channels}"
             raise CalmError(f"{given}: a classifier needs at least 1 of each")
+
+
+@dataclass(frozen=True)
+class WsolOptions:
+    """Training methods of weakly-supervised localization, for either head; several are combined.
+
+    They make the network look at more of the object than its most telling part. The defaults are those of Choe et al.,
+    "Evaluating Weakly Supervised Object Localization Methods Right", CVPR 2020; docs/localization.md has the papers'.
+
+    Attributes:
+        methods: of ``has`` (Hide-and-Seek: random patches of the images are hidden), ``adl`` (attention-based dropout
+            of features), ``acol`` (a second head on what the first head's map leaves) and ``cutmix`` (a window of each
+            image comes from another; alpha is augment.cutmix, 1 if that is 0).
+        has_patches: sides in pixels of the square patches; each image gets one of them at random.
+        has_rate: probability that a patch is hidden.
+        adl_rate: probability that the most attended locations are dropped, instead of all weighted by attention.
+        adl_threshold: share of the attention's maximum from which on a location is dropped.
+        adl_layers: names of the backbone's parts whose outputs are dropped from; by default the published ones of the
+            released backbones, and of others the last two stages.
+        acol_threshold: height of the first head's map, min-max normalised, from which on features are erased.
+        acol_channels: channels of the two convolutions before each head; by default 1024, or the features' if fewer.
+    """
+
+    methods: list[Localizer] = field(default_factory=list)
+    has_patches: list[int] = field(default_factory=lambda: [4])
+    has_rate: float = 0.5
+    adl_rate: float = 0.75
+    adl_threshold: float = 0.9
+    adl_layers: list[str] = field(default_factory=list)
+    acol_threshold: float = 0.7
+    acol_channels: int | None = None
+
+    def __post_init__(self) -> None:
+        rates = dict.fromkeys(("has_rate", "adl_rate", "adl_threshold"), (0, 1))
+        check_options(self, "wsol.", acol_threshold=(1e-6, 1), acol_channels=(1, 1e6), **rates)
+        for given in self.methods:
+            if given not in get_args(Localizer):
+                raise unknown("training method of wsol.methods", given, get_args(Localizer))
+        if not self.has_patches or min(self.has_patches) < 1:
+            raise CalmError(
+                f"wsol.has_patches are {shown(self.has_patches)}: give sides of 1 pixel or more, as [16,32]"
+            )
+        default = {
+            one.name: one.default if one.default_factory is MISSING else one.default_factory() for one in fields(self)
+        }
+        for name, value in default.items():
+            method = name.partition("_")[0]
+            if getattr(self, name) != value and method in get_args(Localizer) and method not in self.methods:
+                raise CalmError(f"wsol.{name} belongs to the method {method}: add it to wsol.methods, as [{method}]")

@@ -53,12 +53,12 @@ def _evidence(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h 
 
 
 def _cam(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    maps: Tensor = output.class_logits(classes)
+    maps: Tensor = output.class_maps(classes)
     return maps
 
 
 def _normalized_cam(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return normalize(output.class_logits(classes), "minmax")
+    return normalize(output.class_maps(classes), "minmax")
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm import checkpoint
+from calm.acol import AcolCalmHead, AcolCamHead
 from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError
 from calm.heads import CalmHead as CalmHead, CamHead as CamHead
@@ -153,12 +154,13 @@ class CalmModel(nn.Module):
             fix = "train on larger images or batches, or take a smaller output_stride"
             raise CalmError(f"BatchNorm cannot normalise a batch of {size}, whose grid is one cell: {fix}") from error
 
-    def forward(self, images: Float[Tensor, "b 3 H W"]) -> CalmOutput | CamOutput:
+    def forward(self, images: Float[Tensor, "b 3 H W"], targets: Tensor | None = None) -> CalmOutput | CamOutput:
         """Classify images and localise the evidence.
 
         Args:
             images: RGB, normalised as `preprocess` does: (value in [0, 1] - mean) / std. They are cast to the dtype of
                 the weights, so that a model in half precision takes what `preprocess` returns.
+            targets: For the training of ACoL alone: the labels, by whose maps it erases (`calm.acol`).
 
         Returns:
             An output with ``log_probs`` and ``probs`` (B, C), losses and maps.
@@ -166,7 +168,11 @@ class CalmModel(nn.Module):
         Raises:
             CalmError: If the images are not floats of shape (B, 3, H, W).
         """
-        output: CalmOutput | CamOutput = self.head(self.encode(images))
+        return self._read(self.encode(images), targets)
+
+    def _read(self, features: Tensor, targets: Tensor | None) -> CalmOutput | CamOutput:
+        output: CalmOutput | CamOutput
+        output = self.head(features) if self.config.acol_threshold is None else self.head(features, targets)
         return output
 
     def optimized_for_inference(self) -> CalmModel:
@@ -202,9 +208,9 @@ class CalmModel(nn.Module):
         The teacher is here the model whose posterior is used (an average of past weights); None is this model.
         """
         with torch.no_grad():
-            teacher_output = None if teacher is None else teacher(images)
+            teacher_output = None if teacher is None else teacher(images, targets)
         return self.output_loss(
-            self(images), targets, temperature=temperature, teacher=teacher_output, prior_weight=prior_weight
+            self(images, targets), targets, temperature=temperature, teacher=teacher_output, prior_weight=prior_weight
         )
 
     def loss_from_features(
@@ -216,7 +222,8 @@ class CalmModel(nn.Module):
         prior_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `loss` for features that `encode` returned."""
-        return self.output_loss(self.head(features), targets, temperature=temperature, prior_weight=prior_weight)
+        output = self._read(features, targets)
+        return self.output_loss(output, targets, temperature=temperature, prior_weight=prior_weight)
 
     def output_loss(
         self,
@@ -363,6 +370,8 @@ def create_model(
     prior_activation: PriorActivation = "softplus",
     prior_denominator: PriorDenominator = "differentiated",
     in_channels: int = 3,
+    acol_threshold: float | None = None,
+    acol_channels: int | None = None,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> CalmModel:
@@ -403,6 +412,8 @@ def create_model(
         prior_activation=prior_activation,
         prior_denominator=prior_denominator,
         in_channels=in_channels,
+        acol_threshold=acol_threshold,
+        acol_channels=acol_channels,
     )
     if isinstance(backbone, str):
         body = build_backbone(
@@ -431,11 +442,10 @@ def create_model(
         given = f"in_channels={in_channels}, but preprocessing has {len(preprocessing.mean)} means"
         raise CalmError(f"{given}: give a mean and a std for each channel")
     channels = int(body.out_channels)  # type: ignore[arg-type]
-    head: CalmHead | CamHead
-    if method == "cam":
-        head = CamHead(channels, num_classes)
-    else:
-        head = CalmHead(channels, num_classes, prior_activation, prior_denominator)
+    kinds = (CamHead, CalmHead) if acol_threshold is None else (AcolCamHead, AcolCalmHead)
+    second: Any = {} if acol_threshold is None else {"threshold": acol_threshold, "channels": acol_channels}
+    prior = () if method == "cam" else (prior_activation, prior_denominator)
+    head = kinds[method != "cam"](channels, num_classes, *prior, **second)
     return CalmModel(config, body, head, class_names=class_names, preprocessing=preprocessing)
 
 

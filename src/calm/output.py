@@ -404,6 +404,10 @@ class CamOutput(_Output):
             maps = torch.einsum("bdhw,bkd->bkhw", self.features, self.weight.flatten(1)[classes])
         return widen(maps) + widen(self.bias)[classes][..., None, None]
 
+    def class_maps(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """Return the maps of the kind ``cam`` of K classes per image: here `class_logits`."""
+        return self.class_logits(classes)
+
     def loss(self, targets: Tensor) -> Float[Tensor, ""]:
         """Return the cross-entropy, mean over the batch, in nats; targets are those of `CalmOutput.loss`."""
         targets = latent.check_targets(targets, self.batch_size, self.num_classes)

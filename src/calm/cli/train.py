@@ -17,6 +17,7 @@ examples:
   calm train --data CUB_200_2011                                    the released recipe: pretrained resnet50, 40 epochs
   calm train --preset small --data DIR --loss.temperature 0.5:1.0   soft E-step, annealed
   calm train --preset small --data DIR --print_config               show every setting; a file for --config
+  calm train --data CUB_200_2011 --method cam --wsol acol           ACoL, a method of weakly-supervised localization
   calm train --resume runs/birds-tiny_resnet-calm-em                continue a run; so does the same command again
   calm train --resume RUN --epochs 60 --data DIR                    more epochs, for data that have moved
 """
@@ -56,11 +57,14 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     first.add_argument("--preset")
     first.add_argument("--resume")
+    first.add_argument("--wsol")
     first.add_argument("--skip-bad", "--skip_bad", action="store_true")
     try:
         chosen, rest = first.parse_known_args(list(arguments))
     except argparse.ArgumentError as error:
         raise CalmError(f"{error.argument_name} needs a value") from error
+    if chosen.wsol is not None:
+        rest.append(f"--wsol.methods=[{chosen.wsol.replace('+', ',')}]")
     if chosen.skip_bad:
         rest.append("--reading.skip_bad=true")
     if chosen.resume is not None:

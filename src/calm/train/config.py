@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from calm.config import Method, PriorActivation, PriorDenominator, check_options
+from calm.config import Method, PriorActivation, PriorDenominator, WsolOptions, check_options
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
 from calm.files import read_yaml
@@ -282,6 +282,7 @@ class TrainConfig:
     reading: DataOptions = field(default_factory=DataOptions)
     augment: Augmentation = field(default_factory=Augmentation)
     model: ModelOptions = field(default_factory=ModelOptions)
+    wsol: WsolOptions = field(default_factory=WsolOptions)
     loss: LossOptions = field(default_factory=LossOptions)
     optim: OptimOptions = field(default_factory=OptimOptions)
     hardware: Hardware = field(default_factory=Hardware)
@@ -297,8 +298,12 @@ class TrainConfig:
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
+        if "cutmix" in self.wsol.methods and not self.augment.cutmix:
+            object.__setattr__(self, "augment", replace(self.augment, cutmix=1.0))
         if self.model.freeze and self.augment.mixes:
             raise CalmError("mixup and cutmix mix images, and model.freeze trains on features: set one of them to 0")
+        if self.model.freeze and {"has", "adl"} & set(self.wsol.methods):
+            raise CalmError("has and adl train the backbone: leave them out of wsol.methods, or set model.freeze false")
 
     def whole_run(self) -> str:
         """Return the setting whose schedule spans the whole run, which more epochs would change; empty if none does."""

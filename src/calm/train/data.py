@@ -19,6 +19,7 @@ from calm.errors import CalmError
 from calm.images import Preprocessing
 from calm.model import CalmModel, create_model, load
 from calm.train.config import TrainConfig
+from calm.train.wsol import add_attention_dropout
 
 
 def build_loader(
@@ -73,6 +74,8 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         prior_activation=options.prior_activation,
         prior_denominator=options.prior_denominator,
         in_channels=reading.channels,
+        acol_threshold=config.wsol.acol_threshold if "acol" in config.wsol.methods else None,
+        acol_channels=config.wsol.acol_channels,
         class_names=split.class_names,
         preprocessing=Preprocessing(size=(size, size)),
     )
@@ -82,6 +85,9 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     origin = str(getattr(model.backbone, "weights_report", ""))
     if options.init_from is not None:
         origin = _initialise(model, options.init_from, config.data.name, backbone)
+    if "adl" in config.wsol.methods:
+        names = add_attention_dropout(model.backbone, config.wsol, (reading.channels, *model.preprocessing.size))
+        origin = "\n".join(filter(None, (origin, f"attention-based dropout after {', '.join(names)}")))
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.train(), origin  # a backbone that was loaded comes in evaluation mode
@@ -102,7 +108,7 @@ def _initialise(model: CalmModel, source: str, data: str, backbone: nn.Module | 
     if not rows or head.keys() != saved.keys():
         return f"started from the backbone of {source}: its head, of other classes or another method, is left out"
     for name, value in saved.items():
-        if name.startswith("conv_last."):
+        if "conv_last." in name:  # of one head or two
             head[name][list(rows)] = value[list(rows.values())]
         else:
             head[name].copy_(value)

@@ -17,11 +17,15 @@ from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 from calm.train.config import RunLength, TrainConfig, temperature_schedule
 from calm.train.optim import Average
+from calm.train.wsol import hide_patches
 
 Output: TypeAlias = CalmOutput | CamOutput
 
 PROBES_PER_EPOCH = 50
 """Batches of an epoch whose predictions and maps are measured; the loss is measured in all of them."""
+
+HIDING = 1
+"""Part of the seed of Hide-and-Seek, whose random numbers are others than those of mixing."""
 
 
 class TrainingMeasures(Metric):
@@ -127,11 +131,14 @@ class TrainingStep(nn.Module):
         """
         if self.mix is not None:
             images, targets = self.mix(images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank)
-        output = self.model(images)
+        if "has" in self.config.wsol.methods:
+            patches, rate = self.config.wsol.has_patches, self.config.wsol.has_rate
+            images = hide_patches(images, patches, rate, self.config.seed, epoch, index, rank, HIDING)
+        output = self.model(images, targets)
         teacher = None
         if "teacher" in self.averages:
             with torch.no_grad():
-                teacher = self.averages["teacher"](images)
+                teacher = self.averages["teacher"](images, targets)
         loss = self.model.output_loss(
             output,
             targets,
