@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
+from pytorch_grad_cam import GradCAM
+from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from calm.baselines import ALIASES, BASELINES, METHODS, attribute
 from calm.errors import CalmError
+from calm.heatmaps import normalize
 from calm.model import CalmHead, CalmModel, CamHead, ModelConfig
 
 CLASSES, CHANNELS = 5, 6
@@ -446,3 +453,83 @@ def test_attribute_without_pytorch_grad_cam_names_the_extra(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "pytorch_grad_cam", None)
     with pytest.raises(CalmError, match=r"pip install 'calm\[baselines\]'"):
         attribute(make("cam"), images, TARGETS, "gradcam")
+
+
+class Foreign(nn.Module):
+    """A classifier of another package: a network, and its logits inside an object, as transformers return them."""
+
+    def __init__(self, wrapped: bool) -> None:
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(inplace=True), nn.Dropout(0.5))
+        self.pool, self.head, self.wrapped = nn.AdaptiveAvgPool2d(1), nn.Linear(6, CLASSES), wrapped
+
+    def forward(self, images: Tensor) -> Any:
+        logits = self.head(self.pool(self.features(images)).flatten(1))
+        return SimpleNamespace(logits=logits) if self.wrapped else logits
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_attribute_explains_classifiers_of_other_packages(wrapped, images):
+    torch.manual_seed(1)
+    foreign = Foreign(wrapped).double()
+    before = images.clone()
+    got = attribute(foreign, images, TARGETS, "gradient")
+    foreign.eval()
+    inputs = images.clone().requires_grad_()
+    features = foreign.features(inputs)
+    logits = foreign.head(features.mean((2, 3)))
+    chosen = logits.gather(1, TARGETS[:, None]).sum()
+    (gradient,) = torch.autograd.grad(chosen, inputs, retain_graph=True)
+    assert_close(got, gradient.abs().amax(1))
+    (weights,) = torch.autograd.grad(chosen, features)
+    want = (weights.mean((2, 3), keepdim=True) * features).sum(1).relu().detach()
+    for layer in (None, "features", foreign.features):  # the last feature map is found
+        grid = attribute(foreign, images, TARGETS, "gradcam", target_layer=layer, size=tuple(want.shape[1:]))
+        assert_close(grid, want.to(grid), rtol=1e-5, atol=1e-8)
+    best = logits.argmax(1)
+    assert_close(attribute(foreign.train(), images, batch_size=2), attribute(foreign, images, best))
+    assert foreign.training
+    assert torch.equal(images, before)
+
+
+SMALL = {
+    "resnet18": {},
+    "convnext_atto": {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
+    "vit_tiny_patch16_224": {"img_size": 64, "depth": 2, "embed_dim": 24},
+    "swin_tiny_patch4_window7_224": {"img_size": 64, "window_size": 2, "embed_dim": 12, "depths": (1, 1, 1, 1)},
+}
+LAYERS = {"vit_tiny_patch16_224": "blocks.1.norm1", "swin_tiny_patch4_window7_224": "norm"}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_attribute_of_timm_models_equals_pytorch_grad_cam(name):
+    torch.manual_seed(2)
+    foreign = timm.create_model(name, num_classes=4, **SMALL[name]).eval()
+    images, classes = torch.randn(2, 3, 64, 64), [1, 3]
+    modules = dict(foreign.named_modules())
+    chosen = {"resnet18": "layer4", "convnext_atto": "stages", **LAYERS}[name]
+    transforms = {
+        "vit_tiny_patch16_224": lambda x: x[:, 1:].mT.reshape(2, 24, 4, 4),
+        "swin_tiny_patch4_window7_224": lambda x: x.permute(0, 3, 1, 2),
+    }
+    with GradCAM(foreign, [modules[chosen]], transforms.get(name)) as cam:
+        want = torch.as_tensor(cam(images, [ClassifierOutputTarget(c) for c in classes]))
+    got = attribute(foreign, images, classes, "gradcam", target_layer=LAYERS.get(name))
+    assert_close(normalize(got, "minmax"), want.to(got), rtol=0, atol=1e-3)
+
+
+def test_attribute_says_what_a_classifier_of_another_package_needs():
+    images = torch.randn(1, 3, 64, 64)
+    vit = timm.create_model("vit_tiny_patch16_224", img_size=64, depth=1, embed_dim=24, num_classes=3)
+    with pytest.raises(CalmError, match=r"of 'norm', have the shape \(1, 17, 24\).* such as 'blocks"):
+        attribute(vit, images, 0, "gradcam")
+    with pytest.raises(CalmError, match="'joint' is a map of this package's models: of a VisionTransformer take grad"):
+        attribute(vit, images, 0, "joint")
+    with pytest.raises(CalmError, match="targets out of range: 3, allowed are 0 to 2"):
+        attribute(vit, images, 3)
+    with pytest.raises(CalmError, match="targets"):
+        attribute(vit, images, "crow")
+    with pytest.raises(CalmError, match=r"returns logits \(B, C\), this one returned shape \(1, 4, 62, 62\)"):
+        attribute(nn.Conv2d(3, 4, 3), images, 0)
+    with pytest.raises(CalmError, match="no layer that returns a feature map"):
+        attribute(nn.Sequential(nn.Flatten(), nn.Linear(12288, 2)), images, 0, "gradcam")

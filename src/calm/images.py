@@ -436,12 +436,12 @@ class Preprocessing:
         return (images * std + mean).clamp(0, 1)
 
 
-def check_images(images: Tensor, channels: int = 3) -> None:
-    """Raise a CalmError unless ``images`` is a floating-point tensor of shape (B, channels, H, W)."""
+def check_images(images: Tensor, channels: int | None = 3) -> None:
+    """Raise a CalmError unless ``images`` are floats of shape (B, channels, H, W); None is any number of channels."""
     from torch import Tensor
 
     if not isinstance(images, Tensor):
         raise CalmError(f"images must be a tensor, got a {type(images).__name__}: model.preprocess makes one of files")
-    if images.ndim != 4 or images.shape[1] != channels or not images.is_floating_point():
+    if images.ndim != 4 or channels not in (None, images.shape[1]) or not images.is_floating_point():
         given = f"{images.dtype} {tuple(images.shape)}"
-        raise CalmError(f"images must be floats of shape (B, {channels}, H, W), got {given}")
+        raise CalmError(f"images must be floats of shape (B, {channels or 'channels'}, H, W), got {given}")

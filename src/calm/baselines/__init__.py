@@ -42,7 +42,7 @@ __all__ = [
 class Baseline:
     """A method of the registry: its function, to maps (B, h, w) of any size, and the names of the options it reads."""
 
-    explain: Callable[[CalmModel, Tensor, Tensor, Options], Tensor]  # of images (B, 3, H, W) and targets (B,)
+    explain: Callable[[nn.Module, Tensor, Tensor, Options], Tensor]  # of images (B, 3, H, W) and targets (B,)
     options: frozenset[str] = frozenset()
 
 
@@ -73,7 +73,7 @@ METHODS: tuple[str, ...] = (*MAP_KINDS, *BASELINES)
 
 
 def attribute(
-    model: CalmModel,
+    model: nn.Module,
     images: Float[Tensor, "b 3 h w"],
     targets: NamedTargets | None = None,
     method: str = "integrated-gradients",
@@ -94,7 +94,8 @@ def attribute(
     gradient; for a differentiable map use ``model(images).attribute``.
 
     Args:
-        model: A model of this package.
+        model: A model of this package; or, for the baselines, any other classifier of images (B, K, H, W) whose output
+            is logits (B, C), such as those of timm, torchvision and transformers. The score is then the logit.
         images: Normalised images, on the model's device.
         targets: The class to explain in each image by index or name, (B,), or one for all; None is the most probable.
         method: One of ``METHODS``.
@@ -122,16 +123,23 @@ def attribute(
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
         raise CalmError(f"method {method!r} does not read the option {min(unread)}: {reads}")
     options = Options(batch_size=batch_size, **given)
-    model.check_finite()
-    check_images(images, model.config.in_channels)
-    if images.device != model.device:
-        raise CalmError(f"images are on {images.device}, the model on {model.device}: move them together")
+    own = model if isinstance(model, CalmModel) else None
+    if own is not None:
+        own.check_finite()
+    elif baseline is None:
+        kind = type(model).__name__
+        raise CalmError(f"method {method!r} is a map of this package's models: of a {kind} take {', '.join(BASELINES)}")
+    check_images(images, None if own is None else own.config.in_channels)
+    device = next((parameter.device for parameter in model.parameters()), images.device)
+    if images.device != device:
+        raise CalmError(f"images are on {images.device}, the model on {device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
-    if targets is None:
-        with evaluation_mode(model), torch.no_grad():
-            targets = torch.cat([model(part).probs.argmax(dim=1) for part in torch.split(images, batch_size)])
-    classes = check_classes(model.class_indices(targets), len(images), model.config.num_classes)
+    with evaluation_mode(model), torch.no_grad():
+        some = images if targets is None else images[:1]
+        scores = torch.cat([class_scores(model(part)) for part in torch.split(some, batch_size)])
+    targets = scores.argmax(dim=1) if targets is None else targets
+    classes = check_classes(targets if own is None else own.class_indices(targets), len(images), scores.shape[1])
     if classes.ndim != 1:
         raise CalmError(f"targets must be one class per image, got shape {tuple(classes.shape)}")
     size = size or (images.shape[-2], images.shape[-1])
@@ -139,13 +147,15 @@ def attribute(
     with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
         # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph. It is wide, so
         # that noise, gradients and their sums are, too, where the model computes in half precision.
-        images, classes = widen(images.detach().clone()), classes.clone().to(images.device)
+        images, classes = images.detach().clone(), classes.clone().to(images.device)
+        images = images if own is None else widen(images)
         for start in range(0, len(images), batch_size):
             part, part_classes = images[start : start + batch_size], classes[start : start + batch_size]
-            if baseline is not None:
+            if own is None or baseline is not None:
+                assert baseline is not None
                 part_maps = baseline.explain(model, part.detach(), part_classes, options)
             else:
-                part_maps = model.attribute(part, part_classes, name, superclass=superclass, size=size)
+                part_maps = own.attribute(part, part_classes, name, superclass=superclass, size=size)
             maps.append(resize_maps(part_maps, size))
     return torch.cat(maps)
 

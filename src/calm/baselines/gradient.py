@@ -13,13 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from calm.errors import CalmError
-from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 
 Images = Float[Tensor, "b 3 h w"]
@@ -39,7 +39,7 @@ class Options:
         seed: Seed of the noise; the same seed gives the same map.
         batch_size: Most images in one pass through the model; it does not change the result.
         target_layer: The layer that the Grad-CAM family reads, a module of the model or its dotted name; it may return
-            a grid (B, D, h, w) or a transformer's tokens (B, T, D). The default is the last feature map.
+            a grid (B, D, h, w) or a transformer's tokens (B, T, D). The default, None, is the last feature map.
 
     Raises:
         CalmError: If a number is out of its range.
@@ -50,7 +50,7 @@ class Options:
     noise: float = 0.25
     seed: int = 0
     batch_size: int = 16
-    target_layer: nn.Module | str = "backbone"
+    target_layer: nn.Module | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "samples", "batch_size"):
@@ -61,25 +61,36 @@ class Options:
             raise CalmError(f"noise must be a number of at least 0, got {self.noise!r}")
 
 
-def class_scores(output: CalmOutput | CamOutput) -> Float[Tensor, "b c"]:
+def class_scores(output: Any) -> Float[Tensor, "b c"]:
     """Return the score that is explained: the logit (mean over locations of f) for CAM, log p(y | x) for CALM.
+
+    The output of any other classifier is its logits (B, C), or an object whose attribute ``logits`` they are.
+
+    Raises:
+        CalmError: If it is something else.
 
     Source: paper, section 4 (comparison with gradient-based methods).
     """
-    return output.class_scores if isinstance(output, CamOutput) else output.log_probs
+    if isinstance(output, CalmOutput):
+        return output.log_probs
+    scores = output.class_scores if isinstance(output, CamOutput) else getattr(output, "logits", output)
+    if not isinstance(scores, Tensor) or scores.ndim != 2:
+        found = f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else f"a {type(output).__name__}"
+        raise CalmError(f"a classifier returns logits (B, C), this one returned {found}: wrap it in one that does")
+    return scores
 
 
-def gradient(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def gradient(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return |d score / d x| (Simonyan et al., 2014)."""
     return _over_colours(_gradients(model, images, targets))
 
 
-def input_x_gradient(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def input_x_gradient(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return |x * d score / d x| (Shrikumar et al., 2017), x in normalised input units."""
     return _over_colours(images * _gradients(model, images, targets))
 
 
-def integrated_gradients(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def integrated_gradients(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return |x * mean of the gradients on the straight line from 0 to x| (Sundararajan et al., 2017).
 
     The baseline 0 is the data set's mean colour, since inputs are normalised. The integral is a Gauss-Legendre
@@ -93,19 +104,19 @@ def integrated_gradients(model: CalmModel, images: Images, targets: Targets, opt
     return _over_colours(explainer.attribute(images, baselines=0, target=targets, **quadrature))
 
 
-def smoothgrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def smoothgrad(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return the |mean| of the gradients at noisy copies of the image (Smilkov et al., 2017)."""
     sums = (part.sum(dim=0) for part in _noisy(model, images, targets, options))
     return _over_colours(sum(sums, torch.zeros_like(images)) / options.samples)
 
 
-def smoothgrad_squared(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def smoothgrad_squared(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return the mean of the squared gradients at noisy copies of the image (Hooker et al., 2019)."""
     sums = (part.square().sum(dim=0) for part in _noisy(model, images, targets, options))
     return _over_colours(sum(sums, torch.zeros_like(images)) / options.samples)
 
 
-def vargrad(model: CalmModel, images: Images, targets: Targets, options: Options) -> Maps:
+def vargrad(model: nn.Module, images: Images, targets: Targets, options: Options) -> Maps:
     """Return the variance (division by n, not n - 1) of the gradients at noisy copies (Adebayo et al., 2018)."""
     first, total, squares = None, torch.zeros_like(images), torch.zeros_like(images)
     for part in _noisy(model, images, targets, options):
@@ -116,7 +127,7 @@ def vargrad(model: CalmModel, images: Images, targets: Targets, options: Options
     return _over_colours(squares / options.samples - (total / options.samples).square())
 
 
-def _gradients(model: CalmModel, images: Images, targets: Targets) -> Images:
+def _gradients(model: nn.Module, images: Images, targets: Targets) -> Images:
     """Return d score / d x with its sign."""
     from captum.attr import Saliency
 
@@ -126,7 +137,7 @@ def _gradients(model: CalmModel, images: Images, targets: Targets) -> Images:
 
 
 def _noisy(
-    model: CalmModel, images: Images, targets: Targets, options: Options
+    model: nn.Module, images: Images, targets: Targets, options: Options
 ) -> Iterator[Float[Tensor, "k b 3 h w"]]:
     """Yield gradients at noisy copies of the images, k copies at a time, ``options.samples`` in all.
 
