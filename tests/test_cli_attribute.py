@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +62,17 @@ def test_attribute_files_writes_what_the_model_computes(
     assert (record["place"]["x"], record["place"]["y"]) == (x, y)
     assert all((out / name).is_file() for name in record["files"].values())
     with Image.open(out / record["files"]["overlay"]) as overlay:
-        assert overlay.size == (400, 240), "enlarged ten times, to 224 pixels or more"
+        assert overlay.width == 400, "enlarged ten times, to 224 pixels or more"
+        assert 240 < overlay.height < 340, "with a legend below"
+    attribute_files([str(file)], model="m", out=tmp_path / "plain", plain=True)
+    with Image.open(tmp_path / "plain" / "a.joint.png") as overlay:
+        assert overlay.size == (400, 240)
     said = capsys.readouterr().out
     assert "a.png" in said
     assert f"{float(output.probs[0, best]):.3f}" in said
     assert record["place"]["words"] in said
     assert "Note" not in said
+    assert f"{record['place']['share']:.0%} (uniform: {record['place']['area']:.0%})" in said
     calm_model.training_summary["posterior_entropy_relative"] = 0.99
     flat = attribute_files([str(file)], model="m", out=tmp_path / "flat")
     assert f"Note of this model: {calm_model.caution}" in capsys.readouterr().out
@@ -125,6 +131,81 @@ def test_attribute_files_superclass_sums_its_classes(calm_model: CalmModel, tmp_
     np.testing.assert_allclose(np.load(out / "a.joint-superclass.grid.npy"), joint[0] + joint[2], rtol=1e-5)
     (record,) = json.loads((out / "results.json").read_text())["images"]
     assert [member["index"] for member in record["superclass"]] == [0, 2]
+
+
+def test_attribute_files_writes_a_gallery(
+    calm_model: CalmModel, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Names of files and classes cannot end the page's data, and the page's links are those of the results."""
+    calm_model.class_names = (*NAMES[:5], "</script><b>Wren")
+    folder = tmp_path / "in" / NAMES[3]
+    for i, name in enumerate(["a", "b <i>&'"]):
+        write_picture(folder / f"{name}.png", (40, 24), seed=i)
+    write_picture(tmp_path / "in" / "elsewhere" / "c.png", (20, 60), seed=5)
+    out = tmp_path / "out"
+    for number in ("", "-2"):
+        results = attribute_files([str(tmp_path / "in")], model="m", out=out, html=True)
+        assert results.name == f"results{number}.json"
+        assert f"open {out / f'gallery{number}.html'} in a browser" in capsys.readouterr().out
+    records = json.loads((out / "results.json").read_text())["images"]
+    assert [record["label"] and record["label"]["index"] for record in records] == [3, 3, None]
+    page = (out / "gallery.html").read_text()
+    data = {}
+    for name in ("names", "rows"):
+        text = page.split(f'<script type="application/json" id="{name}">')[1].split("</script>")[0]
+        assert "<" not in text
+        data[name] = json.loads(text)
+    assert data["names"] == list(calm_model.class_names)
+    assert [row["large"] for row in data["rows"]] == [record["files"]["overlay"] for record in records]
+    for row, record in zip(data["rows"], records, strict=True):
+        assert row["file"] == record["file"]
+        assert row["top"][0] == [record["top"][0]["index"], round(record["top"][0]["probability"], 4)]
+        assert row["flat"] == record["flat"] == (record["peak_over_uniform"] < 2)
+        with Image.open(out / row["small"]) as both, Image.open(record["file"]) as picture:
+            assert max(both.width // 2, both.height) == 224, "enlarged to it: the picture and its map, side by side"
+            assert both.width / 2 / both.height == pytest.approx(picture.width / picture.height, abs=0.01)
+            halves = np.asarray(both.convert("RGB"), dtype=float).reshape(both.height, 2, -1)
+        assert np.abs(halves[:, 0] - halves[:, 1]).mean() > 5
+
+
+def test_the_gallery_sorts_filters_and_takes_keys(calm_model: CalmModel, tmp_path: Path) -> None:
+    """In a browser, if there is one."""
+    sync_api = pytest.importorskip("playwright.sync_api")
+    if (chromium := shutil.which("chromium")) is None:
+        pytest.skip("needs the browser chromium")
+    for i in range(7):
+        write_picture(tmp_path / "in" / NAMES[i % 2] / f"{i} #%.png", (40, 24), seed=i)
+    attribute_files([str(tmp_path / "in")], model="m", out=tmp_path / "out", html=True)
+    records = json.loads((tmp_path / "out" / "results.json").read_text())["images"]
+    sure = [Path(r["file"]).name for r in sorted(records, key=lambda r: -r["top"][0]["probability"])]
+    with sync_api.sync_playwright() as player:
+        browser = player.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 1000, "height": 700})
+        problems: list[object] = []
+        page.on("pageerror", lambda error: problems.append(error))
+        page.on("requestfailed", lambda request: problems.append(request.url))
+        page.goto((tmp_path / "out" / "gallery.html").as_uri(), wait_until="networkidle")
+        names = page.locator(".shot .name")
+        assert names.all_inner_texts() == [Path(record["file"]).name for record in records]
+        page.select_option("#sort", "sure")
+        assert names.all_inner_texts() == sure
+        page.keyboard.press("Tab")
+        page.evaluate("document.activeElement.blur()")
+        for key in ("ArrowRight", "ArrowRight", "Enter"):
+            page.keyboard.press(key)
+        assert page.inner_text("#file").endswith(sure[1])
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#file").endswith(sure[2])
+        assert page.evaluate("document.getElementById('large').decode().then(() => true)")
+        page.keyboard.press("Escape")
+        assert not page.locator("dialog").is_visible()
+        page.check("#wrong")
+        mistakes = {Path(r["file"]).name for r in records if r["label"]["index"] != r["top"][0]["index"]}
+        assert set(names.all_inner_texts()) == mistakes
+        page.fill("#name", "no such file")
+        assert names.count() == 0
+        assert not problems
+        browser.close()
 
 
 def test_attribute_files_batches_pictures_of_any_size(calm_model: CalmModel, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ from PIL import Image
 from stress_counts import FULL
 
 import calm
+from calm.render import table
+
+HEAT = tuple(table("heat")[0].tolist())  # where the bar of colours below an overlay begins
 
 pytestmark = pytest.mark.stress
 
@@ -31,7 +34,10 @@ for picture in pictures:
 
 
 def explained(folder: Path, sizes: dict[str, tuple[int, int]], megabytes: int) -> dict[str, tuple[int, int]]:
-    """The sizes of the overlays of pictures, (width, height), explained with so much memory beyond the libraries'."""
+    """The sizes of the overlays of pictures, (width, height) without the legend.
+
+    They are explained with so much memory beyond the libraries'. The legend begins with its bar of colours.
+    """
     model = calm.create_model("tiny_resnet", 7).save_pretrained(folder / "model")
     for name, size in sizes.items():
         Image.new("RGB", size, (9, 200, 30)).save(folder / f"{name}.png", compress_level=1)
@@ -43,7 +49,8 @@ def explained(folder: Path, sizes: dict[str, tuple[int, int]], megabytes: int) -
         written = np.load(folder / "out" / f"{name}.joint.npy", mmap_mode="r")
         assert (written.shape, written.dtype) == ((height, width), np.float32)
         with Image.open(folder / "out" / f"{name}.joint.png") as overlay:
-            overlays[name] = overlay.size
+            low = [y for y in range(max(0, overlay.height - 150), overlay.height) if overlay.getpixel((0, y)) == HEAT]
+            overlays[name] = overlay.width, low[0] if low else overlay.height
     return overlays
 
 

@@ -12,9 +12,10 @@ import torch
 from explain_cases import make_model
 from PIL import Image
 
+import calm.explain
 from calm import render
 from calm.errors import CalmError
-from calm.explain import Query, draw, explain, overlay, resolve_query
+from calm.explain import Answer, Query, complete, draw, explain, overlay, resolve_query
 from calm.heatmaps import locate, resize_maps
 from calm.model import create_model
 
@@ -98,6 +99,82 @@ def test_explain_keeps_the_sign_of_evidence_and_places_the_target(method: str) -
     assert (named[len(plain) + 12 :] < 100).any(), "with names below"
 
 
+def of_map(grid: list[list[float]], *, method: str = "calm-em", label: str = "Owl", versus: str | None = None) -> Any:
+    """A model, the explanation of a grey picture with a map of our own, and the query."""
+    model, values = make_model(method), torch.tensor(grid)
+    query = resolve_query(model, target=label, versus=versus)
+    maps = torch.stack([values, values.flip(0)]) if versus else values[None]
+    probs = torch.tensor([0.02, 0.7, 0.1, 0.1, 0.05, 0.03])
+    classes = (query.target or 0, *([query.versus] if query.versus else []))
+    answer = Answer(probs, (1, 2, 3), classes, maps, method != "cam")
+    return model, complete(answer, (224, 224), query), query
+
+
+def test_draw_shares_a_scale_of_multiples_of_uniform() -> None:
+    """By hand: the peak is 1.5 times the mean of 0.05; colours end at 4 times, so that the peak is 0.375 of the way."""
+    _, answer, query = of_map([[0.075, 0.025], [0.075, 0.025]])
+    assert answer.uniform == pytest.approx(0.05)
+    assert answer.peak == pytest.approx(1.5)
+    assert answer.flat
+    picture = np.full((224, 224, 3), 99, np.uint8)
+    drawn = draw(picture, answer, query)
+    expected = render.overlay(picture, torch.tensor([[0.375, 0.125]] * 2), how="clipping")
+    far = slice(60, 200)  # from the ring, which is in the upper left corner
+    np.testing.assert_allclose(drawn[far].astype(int), expected[far].astype(int), atol=1)
+    _, sharp, query = of_map([[0.9, 0.0], [0.0, 0.0]], label="Auk")
+    assert (sharp.peak, sharp.flat) == (pytest.approx(4), False)
+
+
+def test_draw_stretches_maps_without_a_unit_and_calls_constant_ones_flat() -> None:
+    _, answer, _ = of_map([[-2.0, 3.0], [0.0, 1.0]], method="cam")
+    assert (answer.uniform, answer.peak, answer.flat) == (None, None, False)
+    _, constant, _ = of_map([[3.0, 3.0], [3.0, 3.0]], method="cam")
+    assert constant.flat
+
+
+def test_complete_compares_a_difference_with_both_maps() -> None:
+    """Two maps of .02 each, so .01 per cell if spread evenly; the difference of their cells is .014."""
+    _, answer, _ = of_map([[0.015, 0.003], [0.001, 0.001]], versus="Auk")
+    assert answer.uniform == pytest.approx(0.01)
+    assert answer.peak == pytest.approx(1.4)
+
+
+@pytest.mark.parametrize(
+    ("options", "label", "said"),
+    [
+        ({}, None, ["0", "4 x uniform", "1 = uniform", "p = 0.100  004.Owl  (joint)", "predicted: p = 0.700", "flat"]),
+        ({"label": "blue bunting"}, 2, ["p = 0.700  002.Blue_Bunting  (joint)", "true class: p = 0.100  003.Green"]),
+        (
+            {"versus": "Auk"},
+            1,
+            ["blue: p = 0.050", "red: p = 0.100", "joint difference, ±4 x", "neither is likely; predicted: p = 0.7"],
+        ),
+        ({"method": "cam"}, None, ["0.003", "0.02", "(cam)"]),
+    ],
+)
+def test_draw_says_class_probability_and_scale(
+    options: dict[str, Any], label: int | None, said: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, answer, query = of_map([[0.02, 0.01], [0.003, 0.02]], **options)
+    texts: list[str] = []
+
+    def legend(image: Any, low: str, high: str, *, colormap: str, mark: Any, notes: list[str]) -> Any:
+        texts.extend([low, high, *notes, *(mark[1:] if mark else ())])
+        return image
+
+    monkeypatch.setattr(calm.explain, "add_legend", legend)
+    draw(np.zeros((224, 224, 3), np.uint8), answer, query, model.class_names, label=label)
+    for part in said:
+        assert any(part in text for text in texts), (part, texts)
+    assert any("true class" in text for text in texts) == (label == 2), "not where the prediction is right or none"
+
+
+def test_draw_puts_no_legend_below_a_line() -> None:
+    model, picture = make_model("calm-em"), np.zeros((400, 1, 3), np.uint8)
+    (answer,) = explain(model, [picture], Query("joint"))
+    assert draw(picture, answer, Query("joint"), model.class_names).shape == draw(picture, answer, Query("joint")).shape
+
+
 def test_explain_reads_the_exponent_of_the_prior() -> None:
     model, pictures = make_model("calm-em"), [np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)]
     (answer,) = explain(model, pictures, resolve_query(model, target="Owl", prior_exponent=0.0))
@@ -150,6 +227,14 @@ def test_locate_ninths_share_the_whole_map(height: int, width: int) -> None:
 
 def test_locate_gives_no_share_without_positive_mass() -> None:
     assert locate(-torch.ones(4, 4)).share == 0
+
+
+def test_locate_area_is_the_share_of_a_uniform_map() -> None:
+    values = torch.ones(7, 9, dtype=torch.float64)
+    values[6, 8] += 1e-9
+    place = locate(values)
+    assert place.area == 2 * 3 / 63  # rows 5 and 6 are the last third of 7
+    assert place.share == pytest.approx(place.area)
 
 
 def test_overlay_takes_files_pictures_arrays_and_floats(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from calm.errors import CalmError
 from calm.render import (
     Colormap,
     Tile,
+    add_legend,
     colorize,
     draw_boxes,
     draw_contour,
@@ -193,6 +194,34 @@ def test_panel_keeps_proportions_and_finds_room_for_words() -> None:
     black = (full == 0).all(axis=2)
     assert black.sum() == 2 * 50 * 100
     assert (full == (255, 0, 0)).all(axis=2).any()
+
+
+def test_overlay_with_a_top_shares_a_scale() -> None:
+    values = torch.tensor([[0.0, 0.5], [0.25, 2.0]])
+    np.testing.assert_array_equal(overlay(GREY, values, top=1.0), overlay(GREY, values.clamp(max=1), how="clipping"))
+    signed = torch.tensor([[0.0, -0.5], [0.25, 2.0]])
+    expected = overlay(GREY, torch.tensor([[0.0, -0.5], [0.25, 1.0]]), colormap="signed")
+    np.testing.assert_array_equal(overlay(GREY, signed, top=1.0, colormap="signed"), expected)
+    none = overlay(GREY, torch.full((2, 2), torch.nan), top=1.0)
+    np.testing.assert_array_equal(none, overlay(GREY, torch.zeros(2, 2)))
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(CalmError, match="top is a finite value above 0"):
+            overlay(GREY, values, top=wrong)
+
+
+@pytest.mark.parametrize(("high", "lines"), [("4 x", 3), ("4" * 60, 4)])
+def test_add_legend_has_a_bar_a_mark_and_lines(high: str, lines: int) -> None:
+    picture = np.full((50, 264, 3), 7, np.uint8)
+    drawn = add_legend(picture, "0", high, colormap="heat", mark=(0.5, "one"), notes=["first", "second " * 99])
+    np.testing.assert_array_equal(drawn[:50], picture)
+    assert len(drawn) == 50 + 5 + lines * 16, "sizes of a font of 11 pixels"
+    assert (drawn[50:55, [0, 263]] == table("heat")[[0, 255]]).all()
+    assert (drawn[50:55, 131] == 255).all(), "the mark"
+    text = drawn[55:].reshape(lines, 16, 264, 3)
+    assert (text.min(axis=(1, 2, 3)) < 150).all(), "every line has text"
+    if lines == 3:
+        assert text[0, :, 120:144].min() < 100, "that of the mark"
+    assert (drawn[55:, 262:] == 255).all(), "long text is cut"
 
 
 def test_panel_cuts_long_words_to_their_cell() -> None:

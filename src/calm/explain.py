@@ -32,6 +32,9 @@ SMALLEST_PICTURE = 224  # pixels of a shorter side below which overlays are enla
 LONGEST_ENLARGED = 2048  # most pixels of the longer side of an enlarged overlay
 LARGEST_OVERLAY = 4_000_000  # overlays of larger pictures are shrunk to about this many pixels
 LONGEST_OVERLAY = 65_535  # most pixels of the longer side of an overlay
+NARROWEST_LEGEND = 64  # pixels of an overlay's width below which no text could be read under it
+FLAT = 2.0  # a map whose highest cell has less than so many times a uniform map's value says little about the place
+LEAST_TOP = 4.0  # the last colour stands for at least so many times uniform, so that flat maps look flat
 
 
 @dataclass(frozen=True)
@@ -121,6 +124,8 @@ class Explanation:
             A difference is absolute, unless the query says signed.
         signed: For a difference, target minus versus on the grid; else the same as ``grid``.
         size: (height, width) of the picture.
+        uniform: The value that each cell would have if the map, or the two maps of a difference together, were spread
+            evenly: what a map without knowledge of the place has. None if the values of the method do not add up.
     """
 
     probs: Float[Tensor, " c"]
@@ -130,6 +135,17 @@ class Explanation:
     grid: Float[Tensor, "h w"]
     signed: Float[Tensor, "h w"]
     size: tuple[int, int]
+    uniform: float | None = None
+
+    @property
+    def peak(self) -> float | None:
+        """The highest value of the map, for a difference the largest absolute one, in multiples of ``uniform``."""
+        return float(self.signed.abs().amax()) / self.uniform if self.uniform else None
+
+    @property
+    def flat(self) -> bool:
+        """Whether the map says little about the place: its peak is below `FLAT`, or it is constant."""
+        return bool(self.signed.amax() == self.signed.amin()) if self.peak is None else self.peak < FLAT
 
     @property
     def values(self) -> Float[Tensor, "H W"]:
@@ -145,6 +161,7 @@ class Answer:
     top: tuple[int, ...]
     classes: tuple[int, ...]  # of the maps: the target, then ``versus`` if there is one, then ``top`` at no cost
     maps: Float[Tensor, "k h w"]
+    calm: bool  # whether the model is a CALM, whose maps add up to probabilities
 
 
 def explain(model: CalmModel, pictures: Sequence[Picture], query: Query, *, top: int = 5) -> list[Explanation]:
@@ -200,7 +217,8 @@ def answer(
                 classes = torch.cat([classes, best], dim=1)  # the maps of the best classes cost no further pass
             maps = output.attribute(classes, query.method, prior_exponent=query.prior_exponent)
     rows = zip(probs.cpu(), best.tolist(), classes.tolist(), maps.cpu(), strict=True)
-    return [Answer(prob, tuple(most), tuple(own), values) for prob, most, own, values in rows]
+    calm = model.config.method != "cam"
+    return [Answer(prob, tuple(most), tuple(own), values, calm) for prob, most, own, values in rows]
 
 
 def complete(answer: Answer, size: tuple[int, int], query: Query) -> Explanation:
@@ -211,26 +229,66 @@ def complete(answer: Answer, size: tuple[int, int], query: Query) -> Explanation
     alone = query.method in BASELINES or not MAP_KINDS[query.method].compares
     map_of = (dict(zip(answer.classes, values, strict=True)) if alone else {}) | {target: grid}
     places = {c: locate(resize_maps(one, size)) for c, one in map_of.items()}
-    return Explanation(answer.probs, target, answer.top, places, grid, signed, size)
+    compared = values[: 1 if query.versus is None else 2]
+    adds_up = query.method in MAP_KINDS and "calm" in MAP_KINDS[query.method].families and answer.calm
+    uniform = float(compared.double().abs().sum()) / grid.numel() if adds_up else None
+    return Explanation(answer.probs, target, answer.top, places, grid, signed, size, uniform)
 
 
-def draw(picture: Picture, explanation: Explanation, query: Query, names: Sequence[str] = ()) -> Picture:
+def draw(
+    picture: Picture, explanation: Explanation, query: Query, names: Sequence[str] = (), *, label: int | None = None
+) -> Picture:
     """Draw the overlay, with a ring around the highest point; see `drawn_size` for its size.
 
-    Below a difference of two classes is a legend, if the ``names`` of the model's classes are given.
+    Where the values of a map add up, colours are multiples of a uniform map's value and end at `LEAST_TOP` of it or, if
+    that is higher, at the peak: a flat map looks flat. Maps of other methods are stretched to their own range.
+
+    Args:
+        picture: The picture, (H, W, 3) uint8.
+        explanation: Of the picture.
+        query: What was asked.
+        names: Of the model's classes: a legend with the colours, the class and its probability is added below. Without
+            them there is none.
+        label: The picture's true class if it is known; the legend names it where the model says another.
     """
     height, width = picture.shape[:2]
     size = drawn_size(height, width)
     is_cam = query.method in MAP_KINDS and MAP_KINDS[query.method].families == ("cam",)
     how: Normalization = "minmax" if is_cam else "max"
     colormap: Colormap = "heat" if query.versus is None else "signed"
-    drawn = render.overlay(picture, explanation.signed, how=how, colormap=colormap, size=size)
+    top = max(explanation.peak, LEAST_TOP) * explanation.uniform if explanation.peak and explanation.uniform else None
+    drawn = render.overlay(picture, explanation.signed, how=how, colormap=colormap, size=size, top=top)
     place = explanation.places[explanation.target]
     x, y = (place.x + 0.5) * size[1] / width, (place.y + 0.5) * size[0] / height
     drawn = draw_point(drawn, x, y, radius=max(4, min(size) // 48))
-    if query.versus is None or not names:
+    if not names or size[1] < NARROWEST_LEGEND:
         return drawn
-    return add_legend(drawn, names[query.versus], names[explanation.target])
+
+    def stated(*classes: int) -> str:
+        p = float(explanation.probs[list(classes)].sum())  # first, since what is too long is cut at the end
+        return f"p = {p:.3f}  {' + '.join(names[c] for c in classes)}"
+
+    best, grid, mark = explanation.top[0], explanation.signed, None
+    classless = query.method in ("prior", "cam-saliency")
+    low = f"{float(grid.amin()) if is_cam else 0:.3g}"
+    high = f"{float(grid.amax()):.3g}"
+    if top is not None and explanation.uniform is not None:
+        ends = top / explanation.uniform
+        low, high, mark = "0", f"{ends:.3g} x uniform", (1 / ends, "1 = uniform")
+    shown = query.superclass or (explanation.target,)
+    notes = [f"{query.method}: the same for all classes" if classless else f"{stated(*shown)}  ({query.method})"]
+    if query.versus is not None:
+        scale = f"{float(grid.abs().amax()):.3g}" if top is None else high
+        low, high, mark = f"blue: {stated(query.versus)}", f"red: {stated(explanation.target)}", None
+        notes = [f"{query.method} difference, ±{scale}"]
+        shown = (explanation.target, query.versus)
+    if classless or best not in shown:
+        notes.append(f"{'neither is likely; ' * (query.versus is not None)}predicted: {stated(best)}")
+    if label is not None and label != best:
+        notes.append(f"true class: {stated(label)}")
+    if explanation.flat:
+        notes.append("nearly flat: the map says little about the place")
+    return add_legend(drawn, low, high, colormap=colormap, mark=mark, notes=notes)
 
 
 def drawn_size(height: int, width: int) -> tuple[int, int]:

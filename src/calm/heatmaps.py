@@ -155,6 +155,7 @@ class Place:
         value: The map's value there, in the map's unit.
         words: The name of the ninth: "upper left", "centre", "bottom", ...
         share: The share of the map's positive mass in that ninth, 0 to 1; 0 for a map without any.
+        area: The share of the pixels in that ninth, 0 to 1: what a uniform map has there.
     """
 
     x: int
@@ -162,6 +163,7 @@ class Place:
     value: float
     words: str
     share: float
+    area: float
 
     def __str__(self) -> str:
         return f"{self.words} ({self.x}, {self.y})"
@@ -182,9 +184,9 @@ def locate(values: Float[Tensor, "h w"]) -> Place:
     # All i with 3 * i // length == third, so that the ninths tile the image.
     thirds = ((row, height), (column, width))
     rows, columns = (slice(-(-third * length // 3), -(-(third + 1) * length // 3)) for third, length in thirds)
-    total = _mass(values)
-    share = _mass(values[rows, columns]) / total if total > 0 else 0.0
-    return Place(x, y, float(values[y, x]), NINTHS[row][column], share)
+    total, ninth = _mass(values), values[rows, columns]
+    share = _mass(ninth) / total if total > 0 else 0.0
+    return Place(x, y, float(values[y, x]), NINTHS[row][column], share, ninth.numel() / values.numel())
 
 
 def _mass(values: Tensor) -> float:

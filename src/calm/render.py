@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
-from math import ceil
+from math import ceil, inf
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -83,6 +83,7 @@ def overlay(
     colormap: Colormap = "heat",
     alpha: float = 0.85,
     size: tuple[int, int] | None = None,
+    top: float | None = None,
 ) -> Picture:
     """Draw a map in colours over its picture; where the map is low, the picture shows through, greyed.
 
@@ -93,15 +94,25 @@ def overlay(
         colormap: ``heat``, or ``signed`` for differences.
         alpha: opacity of the highest value, 0 to 1.
         size: (height, width) of the result; None: that of the picture.
+        top: the value of the last colour, above 0, in place of ``how``: so pictures can share a scale. Colours begin
+            at 0, or for ``signed`` at -top.
 
     Returns:
-        uint8 RGB of ``size``. A constant or NaN map leaves the greyed picture. Wrong arguments are a `CalmError`.
+        uint8 RGB of ``size``. A NaN map, and a constant one without ``top``, leave the greyed picture. Wrong arguments
+        are a `CalmError`.
     """
     if not 0 <= alpha <= 1:
         raise CalmError(f"alpha is an opacity between 0 and 1, got {alpha}")
     height, width = size or image.shape[:2]
     grid = _grid(values)
-    scaled = resize_maps(_signed(grid) if colormap == "signed" else normalize(grid, how), (height, width))
+    if top is not None:
+        if not (0 < top < inf):
+            raise CalmError(f"top is a finite value above 0, got {top}")
+        scaled = (grid / top).clamp(-1.0 if colormap == "signed" else 0.0, 1)
+        scaled = scaled if bool(scaled.isfinite().all()) else torch.zeros_like(scaled)
+    else:
+        scaled = _signed(grid) if colormap == "signed" else normalize(grid, how)
+    scaled = resize_maps(scaled, (height, width))
     strength = scaled.reshape(-1).numpy()
     drawn = resize_picture(_checked(image), (height, width)).reshape(-1, 3).copy()
     for start in range(0, len(drawn), PIXELS_AT_ONCE):
@@ -171,20 +182,47 @@ def draw_peak(image: Picture, values: Tensor | ArrayLike, *, radius: int | None 
     return draw_point(image, x, y, radius=radius or max(4, min(height, width) // 16))
 
 
-def add_legend(image: Picture, low: str, high: str) -> Picture:
-    """Return a new picture with the ``signed`` colours below it: ``low`` names the blue end, ``high`` the red."""
+def add_legend(
+    image: Picture,
+    low: str,
+    high: str,
+    *,
+    colormap: Colormap = "signed",
+    mark: tuple[float, str] | None = None,
+    notes: Sequence[str] = (),
+) -> Picture:
+    """Return a new picture with a bar of colours below it, and lines of text.
+
+    Args:
+        image: the picture, (H, W, 3) uint8.
+        low: what stands below the left end of the bar; below the right end if the two are too long for a line.
+        high: what stands below the right end.
+        colormap: of the bar.
+        mark: a tick on the bar at a share of its width, 0 to 1, and what stands below it where there is room.
+        notes: further lines, the first in ink and the others faded. What is too long for the width is cut.
+    """
     width = image.shape[1]
     size = min(24, max(11, width // 24))
     bar, line, gap, font = size // 2, round(size * 1.5), size // 3, _font(size)
-    names = (f"◀ {low}", f"{high} ▶")
-    lines = 1 if max(map(font.getlength, names)) < width // 2 - 2 * gap else 2  # long names, one below the other
-    canvas = Image.new("RGB", (width, image.shape[0] + bar + lines * line), PAPER)
+    lines = 1 if font.getlength(low) + font.getlength(high) < width - 4 * gap else 2
+    canvas = Image.new("RGB", (width, image.shape[0] + bar + (lines + len(notes)) * line), PAPER)
     canvas.paste(Image.fromarray(_checked(image)), (0, 0))
-    scale = np.broadcast_to(colorize(np.linspace(-1, 1, width), "signed"), (bar, width, 3))
+    scale = np.broadcast_to(colorize(np.linspace(-(colormap == "signed"), 1, width), colormap), (bar, width, 3))
     canvas.paste(Image.fromarray(np.ascontiguousarray(scale)), (0, image.shape[0]))
-    pen, top, bottom = ImageDraw.Draw(canvas), image.shape[0] + bar, canvas.height
-    for x, y, name, anchor in ((gap, top, names[0], "la"), (width - gap, bottom - gap, names[1], "rd")):
-        pen.text((x, y), _cut_to(name, font, width - 2 * gap), INK, font, anchor=anchor)
+    pen, top = ImageDraw.Draw(canvas), image.shape[0] + bar
+
+    def write(x: float, row: int, text: str, anchor: str, colour: Colour = INK) -> None:
+        pen.text((x, top + row * line), _cut_to(text, font, width - 2 * gap), colour, font, anchor=anchor)
+
+    write(gap, 0, low, "la")
+    write(width - gap, lines - 1, high, "ra")
+    if mark is not None:
+        x, half = mark[0] * (width - 1), font.getlength(mark[1]) / 2
+        pen.line((x, image.shape[0], x, top), PAPER, max(1, bar // 4))
+        if x - half > font.getlength(low) + 2 * gap and x + half < width - font.getlength(high) - 2 * gap:
+            write(x, 0, mark[1], "ma")
+    for number, note in enumerate(notes):
+        write(gap, lines + number, note, "la", FADED if number else INK)
     return np.array(canvas)
 
 

@@ -63,6 +63,7 @@ COMMANDS: dict[str, Command] = {
         "show where a trained model sees its evidence in images",
         "  calm attribute --model runs/birds bird.jpg\n"
         "  calm attribute --model runs/birds photos/ --out maps --grid\n"
+        "  calm attribute --model runs/birds photos/ --out maps --html          # and a page to look through\n"
         "  calm attribute --model runs/birds bird.jpg --target 'Painted Bunting' --versus 'Indigo Bunting'\n"
         "  calm attribute --model runs/birds bird.jpg --kind evidence --versus 'Indigo Bunting'\n"
         "  calm attribute --model runs/birds 'photos/*.jpg' --method integrated-gradients\n",

@@ -7,15 +7,15 @@ import io
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from calm.config import Precision
 from calm.errors import CalmError
-from calm.files import ahead, atomic_path, write_bytes, write_json
+from calm.files import ahead, atomic_path, write_bytes
+from calm.report.attributions import collected, print_explanation, record_of, thumbnail, write_gallery, write_results
 
 # What a function needs of the rest is imported in it, so that the help page need not wait for PyTorch.
 if TYPE_CHECKING:
@@ -32,9 +32,6 @@ BATCH_BYTES = 3 * 2**26  # bytes of decoded pictures above which a batch is expl
 # as many are read ahead, and as many, with their maps, wait to be written
 MOST_THREADS = 16  # that read, draw and write
 
-UNITS = {"joint": "p(y|x)", "joint-superclass": "p(superclass|x)", "posterior": "p(z|x,y)", "prior": "p(z|x)"}
-"""What the values of a map's grid sum to, where that is a probability; for other methods the sum has no name."""
-
 
 def attribute_files(
     images: list[str],
@@ -49,6 +46,8 @@ def attribute_files(
     prior_exponent: float = 1.0,
     out: Path = Path("attributions"),
     grid: bool = False,
+    plain: bool = False,
+    html: bool = False,
     overwrite: bool = False,
     batch_size: int = 16,
     device: str = "auto",
@@ -56,12 +55,16 @@ def attribute_files(
 ) -> Path:
     """Show where a model saw the evidence: overlay pictures, raw maps, and the classes it considered.
 
-    For each image NAME it writes NAME.KIND.png (the overlay, with a ring at the map's peak; of the size of the
-    picture, enlarged if that is small, shrunk to 4 megapixels if it is larger; with --versus, a legend below)
-    and NAME.KIND.npy (the map: float32, at the size of the image, in its own unit and not normalised), and at
-    the end results.json. A value of a joint map is p(y, z | x), the probability of one cell of the model's
-    grid; resized to the image it keeps that unit, so it is the map of --grid, not the resized one, that sums
-    to p(y | x).
+    For each image NAME it writes NAME.KIND.png and NAME.KIND.npy, and at the end results.json. The first is the
+    overlay, with a ring at the map's peak: of the size of the picture, enlarged if that is small, shrunk to 4
+    megapixels if it is larger; below it are the scale of the colours, the class and its probability, and the
+    predicted class if that is another. The second is the map: float32, at the size of the image, in its own unit
+    and not normalised. A value of a joint map is p(y, z | x), the probability of one cell of the model's grid;
+    resized to the image it keeps that unit, so it is the map of --grid, not the resized one, that sums to p(y | x).
+
+    The colours of CALM's maps are multiples of uniform, the value of a map that knows nothing of the place, and
+    end at 4 or, if that is higher, at the map's peak: so a flat map looks flat. Other methods have no such unit;
+    their maps are stretched to their own range, which the scale names.
 
     Earlier results are kept: where a file has the name already, the new ones are NAME-2.KIND.png and so on, and
     results-2.json. Pictures are turned upright as their EXIF data says.
@@ -76,13 +79,16 @@ def attribute_files(
         method: instead of a kind, any attribution method: integrated-gradients, smoothgrad, gradcam, ...
         superclass: names or indices of classes with commas between them, to ask for their sum.
         versus: a second class: the map becomes the absolute difference, why the target and not this class; in
-            the overlay red speaks for the target, blue for the other, as the legend below it says.
+            the overlay red speaks for the target, blue for the other.
         signed: write the map of --versus with its sign: above 0 for the target, below 0 for the other. Default: true
             for evidence, false for other methods.
         prior_exponent: read CALM's maps with the prior raised to this power, normalised: below 1, more of the
             places that recognise the class show. The predictions stay as they are.
         out: folder for the results. Inputs are never overwritten.
         grid: also write the map on the model's own grid, NAME.KIND.grid.npy.
+        plain: overlays without scale, class and probability below them.
+        html: also write gallery.html, a page of all pictures with their maps, to sort and filter, with small pictures
+            for it, NAME.KIND.thumb.jpg. Pictures in folders that are called like classes are compared with these.
         overwrite: replace earlier results of the same names instead of numbering the new ones.
         batch_size: images in one pass through the model; fewer if they are very large.
         device: cpu, cuda, cuda:1, mps; auto takes a GPU if there is one.
@@ -99,7 +105,7 @@ def attribute_files(
     from rich.console import Console
 
     from calm.baselines import BASELINES
-    from calm.explain import complete, resolve_query
+    from calm.explain import complete, draw, resolve_query
 
     if batch_size < 1:
         raise CalmError(f"batch size must be at least 1, got {batch_size}")
@@ -121,39 +127,49 @@ def attribute_files(
     suffixes = {"overlay": f".{label}.png", "map": f".{label}.npy"}
     if grid:
         suffixes["grid"] = f".{label}.grid.npy"
+    if html:
+        suffixes["thumbnail"] = f".{label}.thumb.jpg"
     names = _result_names(inputs, out, suffixes, overwrite)
     console = Console(soft_wrap=True)
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
-    done: list[dict[str, Any]] = []
+    classes = loaded.class_names
+    label_of = {name: index for index, name in enumerate(classes)}.get
 
     def write(item: tuple[_Input, Answer]) -> tuple[Path, Explanation, dict[str, str]]:
         source, answer = item
         explanation = complete(answer, source.size, query)
         shown = loaded.preprocessing.picture(source.picture)
-        files = _write(out, names[source.path], shown, explanation, query, suffixes, loaded.class_names)
+        drawn = draw(
+            shown, explanation, query, () if plain else classes, label=label_of(source.path.resolve().parent.name)
+        )
+        files = _write(out, names[source.path], shown, drawn, explanation, suffixes)
         return source.path, explanation, files
 
-    with _threads() as pool, _progress(console, len(inputs)) as advance:
+    with collected() as done, _threads() as pool, _progress(console, len(inputs)) as advance:
         queue = partial(ahead, pool, depth=batch_size + MOST_THREADS, limit=BATCH_BYTES)
         read = queue(partial(_read, loaded.preprocessing), inputs, size=partial(_bytes, loaded.preprocessing.channels))
         batches, several = _batches(read, batch_size, failed), len(inputs) > batch_size
         answers = _answers(batches, loaded, query, precision, several=several)
         # Beside picture, map and its file are in memory while one is written.
         for path, explanation, files in queue(write, answers, size=lambda item: 4 * item[0].picture.size):
-            done.append(_record(path, explanation, query, loaded.class_names) | {"files": files})
-            _print_explanation(console, path, explanation, query, loaded.class_names)
+            about = path, explanation, query, classes, label_of(path.resolve().parent.name)
+            done.append(record_of(*about) | {"files": files})
+            print_explanation(console, *about)
             advance()
-    results = out / f"{_numbered('results', lambda name: not overwrite and (out / f'{name}.json').exists())}.json"
-    how = {"method": query.method, "signed": query.signed, "prior_exponent": query.prior_exponent}
-    how |= {} if precision == "32-true" else {"precision": precision}
-    how |= {"caution": loaded.caution} if loaded.caution else {}
-    write_json(results, {"format": 1, "model": model, **how, "images": done, "failed": failed})
-    console.print(f"{len(done)} explained, written to {out}", markup=False, highlight=False)
+        how = {"model": model, "method": query.method, "signed": query.signed, "prior_exponent": query.prior_exponent}
+        how |= {} if precision == "32-true" else {"precision": precision}
+        how |= {"caution": loaded.caution} if loaded.caution else {}
+        results = out / _free("results.json", out, overwrite)
+        write_results(results, how, done, failed)
+        console.print(f"{done.count} explained, written to {out}", markup=False, highlight=False)
+        if html:
+            page = write_gallery(out / _free("gallery.html", out, overwrite), how, done, classes)
+            console.print(f"open {page} in a browser", markup=False, highlight=False)
     if loaded.caution:
         console.print(f"Note of this model: {loaded.caution}", markup=False, highlight=False)
     if failed:
         errors = "\n".join(f"  {failure['error']}" for failure in failed)
-        raise CalmError(f"{len(failed)} of {len(failed) + len(done)} images could not be explained:\n{errors}")
+        raise CalmError(f"{len(failed)} of {len(failed) + done.count} images could not be explained:\n{errors}")
     return results
 
 
@@ -227,6 +243,12 @@ def _is_image(file: Path, folder: Path, out: Path) -> bool:
 def _numbered(name: str, taken: Callable[[str], bool]) -> str:
     """Return ``name``, or name-2, name-3, ... if it is taken."""
     return next(word for word in chain([name], (f"{name}-{n}" for n in count(2))) if not taken(word))
+
+
+def _free(name: str, out: Path, overwrite: bool) -> str:
+    """Return a file's name, or with -2, -3, ... in it if it is taken in ``out`` and may not be overwritten."""
+    stem, _, suffix = name.partition(".")
+    return f"{_numbered(stem, lambda stem: not overwrite and (out / f'{stem}.{suffix}').exists())}.{suffix}"
 
 
 def _result_names(
@@ -343,91 +365,22 @@ def _progress(console: Console, total: int) -> Iterator[Callable[[], None]]:
 
 
 def _write(
-    out: Path,
-    name: str,
-    picture: Picture,
-    explanation: Explanation,
-    query: Query,
-    suffixes: dict[str, str],
-    class_names: Sequence[str],
+    out: Path, name: str, picture: Picture, drawn: Picture, explanation: Explanation, suffixes: dict[str, str]
 ) -> dict[str, str]:
-    """Write the files of one image; return the path in ``out`` of each."""
+    """Write the files of one image, ``drawn`` its overlay; return the path in ``out`` of each."""
     import numpy as np
 
-    from calm.explain import draw
+    from calm.explain import drawn_size
     from calm.render import encode_png
 
     for what, suffix in suffixes.items():
         if what == "overlay":
             with atomic_path(out / (name + suffix)) as temporary:
-                temporary.write_bytes(encode_png(draw(picture, explanation, query, class_names)))
+                temporary.write_bytes(encode_png(drawn))
+        elif what == "thumbnail":
+            write_bytes(out / (name + suffix), thumbnail(picture, drawn[: drawn_size(*explanation.size)[0]]))
         else:  # in memory first, since numpy.save does not say why a disk cannot be written
             file = io.BytesIO()
             np.save(file, (explanation.values if what == "map" else explanation.grid).float().numpy())
             write_bytes(out / (name + suffix), file.getbuffer())
     return {what: name + suffix for what, suffix in suffixes.items()}
-
-
-def _record(source: Path, explanation: Explanation, query: Query, names: Sequence[str]) -> dict[str, Any]:
-    """Return the record of one image in results.json. Places are in the picture's pixels."""
-
-    def of_class(c: int) -> dict[str, Any]:
-        return {"index": c, "name": names[c], "probability": min(1.0, float(explanation.probs[c]))}
-
-    def place_of(c: int) -> dict[str, Any]:
-        return {"place": asdict(explanation.places[c])} if c in explanation.places else {}
-
-    height, width = explanation.size
-    return {
-        "file": str(source),
-        "width": width,
-        "height": height,
-        "target": of_class(explanation.target),
-        "versus": None if query.versus is None else of_class(query.versus),
-        "superclass": [of_class(c) for c in query.superclass],
-        **place_of(explanation.target),
-        "grid": list(explanation.grid.shape),
-        "grid_sum": float(explanation.grid.double().sum()),
-        "top": [of_class(c) | place_of(c) for c in explanation.top],
-    }
-
-
-def _print_explanation(
-    console: Console, source: Path, explanation: Explanation, query: Query, names: Sequence[str]
-) -> None:
-    """Print the most probable classes and the target, with where the map of each points."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    share = f"share of {UNITS.get(query.method, 'the map') if query.prior_exponent == 1 else 'the map'} there"
-    console.print(str(source), style="bold", markup=False, highlight=False)
-    marks = dict.fromkeys(query.superclass, "+") or {explanation.target: "→"}
-    if query.versus is not None:
-        marks[query.versus] = "≠"
-    one_map = query.versus is not None or bool(query.superclass)  # for several classes
-    table = Table(box=None, pad_edge=False)
-    for heading in ("", "class", "p(y|x)", *(() if one_map else ("where (x, y)", share))):
-        right = heading in ("p(y|x)", share)
-        table.add_column(heading, justify="right" if right else "left", header_style="dim")
-    for c in dict.fromkeys([*explanation.top, *marks]):
-        place = None if one_map else explanation.places.get(c)
-        table.add_row(
-            marks.get(c, ""),
-            escape(names[c]),
-            f"{float(explanation.probs[c]):.3f}",
-            *([str(place), f"{place.share:.0%}"] if place else []),
-            style="bold" if c in marks and c != query.versus else None,
-        )
-    console.print(table, soft_wrap=False)
-    if one_map:
-        place = explanation.places[explanation.target]
-        if query.versus is None:
-            text = f"{' + '.join(names[c] for c in query.superclass)}: {place}, {share}: {place.share:.0%}"
-        else:
-            pair = f"{names[explanation.target]} against {names[query.versus]}"
-            whole = f"what speaks for {names[explanation.target]}" if query.signed else "the difference"
-            text = f"{pair}: {place}, {place.share:.0%} of {whole}"
-            if query.method == "evidence" and query.signed:
-                text += f"; expected log-odds {float(explanation.grid.double().sum()):+.2f} nats"
-        console.print(text, markup=False, highlight=False)
-    console.print()

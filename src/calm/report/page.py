@@ -24,7 +24,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from PIL import Image
 
-from calm.files import write_text
+from calm.files import atomic_path, write_text
 from calm.render import Picture, table
 
 JPEG_QUALITY = 88
@@ -195,6 +195,13 @@ class Page:
 def render(page: Page) -> str:
     """Return the page as one HTML document, which needs no other file."""
     return _environment().get_template("page.html").render(page=page)
+
+
+def stream(template: str, values: Mapping[str, Any], path: Path) -> Path:
+    """Write a template to ``path``, whole or not at all, piece by piece: values may be iterators of any length."""
+    with atomic_path(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        file.writelines(_environment().get_template(f"{template}.html").generate(values))
+    return path
 
 
 def write(page: Page, path: Path) -> Path:
