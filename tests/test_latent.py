@@ -9,6 +9,7 @@ import re
 import oracle
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import ACTIVATIONS, activations_of, shapes
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
@@ -288,6 +289,23 @@ def test_loss_with_prior_weight_adds_the_mean_of_minus_log_prior(shape, seed, we
     want = out.loss(targets, method=method).item() - weight * sum(map(math.log, priors)) / len(priors)
     got = out.loss(targets, method=method, prior_weight=weight).item()
     assert got == pytest.approx(want, rel=1e-9, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(shape=shapes, seed=st.integers(0, 10_000), weight=st.floats(0, 10), soft=st.booleans())
+def test_loss_with_cam_weight_adds_the_cross_entropy_of_the_mean_logits(shape, seed, weight, soft):
+    logits, scores = activations_of(shape, seed, 2.0)
+    b, c = shape[:2]
+    targets = torch.arange(b) % c
+    rows = F.one_hot(targets, c).double() * 0.7 + 0.3 / c if soft else F.one_hot(targets, c).double()
+    want = 0.0
+    for image, row in zip(logits.flatten(2).tolist(), rows.tolist(), strict=True):
+        means = [sum(values) / len(values) for values in image]
+        log_sum = math.log(sum(math.exp(mean) for mean in means))
+        want += sum(share * (log_sum - mean) for share, mean in zip(row, means, strict=True)) / b
+    out, given_targets = CalmOutput(logits, scores), rows if soft else targets
+    got = out.loss(given_targets, cam_weight=weight).item() - out.loss(given_targets).item()
+    assert got == pytest.approx(weight * want, rel=1e-9, abs=1e-9)
 
 
 def test_loss_with_prior_weight_refuses_a_prior_of_zeros():

@@ -21,7 +21,7 @@ from calm.train.config import (
     TrainConfig,
     load_config,
     preset,
-    temperature_schedule,
+    schedule_of,
 )
 from calm.train.folder import check_folder, config_dict, default_run_dir, differences, write_config
 
@@ -115,6 +115,10 @@ def test_parse_resumes_a_run_where_it_lies_now(tmp_path: Path) -> None:
         (["--loss.temperature=hot"], "hot"),
         (["--method=cam", "--loss.prior_weight=0.1"], "a CAM model has no prior"),
         (["--model.prior_activation=relu", "--loss.prior_weight=0.1"], "a ReLU prior"),
+        (["--method=cam", "--loss.cam_weight=0.5"], "this is CAM"),
+        (["--loss.cam_weight=much"], "loss.cam_weight 'much'"),
+        (["--model.unfreeze_after=3"], "needs the name of a part"),
+        (["--model.freeze=layer3", "--model.unfreeze_after=40"], "leaves nothing of 40 epochs"),
         (["--augment.crop=middle"], "middle"),
         (["--config=nowhere.yaml"], "nowhere"),
         (["--preset"], "needs a value"),
@@ -163,21 +167,21 @@ def test_default_run_dir_is_the_same_for_the_same_command(tmp_path: Path) -> Non
     assert default_run_dir(config) == Path("runs/birds-timm-resnet18-cam")
 
 
-def test_temperature_schedule_reaches_its_end_with_the_last_step() -> None:
+def test_schedule_of_reaches_its_end_with_the_last_step() -> None:
     for text in ("0.5:1.5", "0.5:1.5:linear", "0.5:1.5:cosine"):
-        at = temperature_schedule(text, steps=9)
+        at = schedule_of(text, steps=9)
         assert [at(0), at(4), at(8)] == pytest.approx([0.5, 1.0, 1.5])
-    assert temperature_schedule("0.5:1.5:cosine", 9)(1) < temperature_schedule("0.5:1.5", 9)(1)
-    assert temperature_schedule(2, steps=9)(3) == 2.0
+    assert schedule_of("0.5:1.5:cosine", 9)(1) < schedule_of("0.5:1.5", 9)(1)
+    assert schedule_of(2, steps=9)(3) == 2.0
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [("warm", "neither a number"), ("1:2:sine", "did you mean"), ("-1", "0 or more"), ("0:inf", "finite")],
 )
-def test_temperature_schedule_refuses_unreadable_text(text: str, message: str) -> None:
+def test_schedule_of_refuses_unreadable_text(text: str, message: str) -> None:
     with pytest.raises(CalmError, match=message):
-        temperature_schedule(text, steps=1)
+        schedule_of(text, steps=1)
 
 
 def test_check_folder_says_which_settings_of_an_earlier_version_are_gone(tmp_path):

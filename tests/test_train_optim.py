@@ -12,7 +12,15 @@ from train_cases import tiny_net
 from calm.errors import CalmError
 from calm.model import create_model
 from calm.train.config import OptimOptions, RunLength, is_new
-from calm.train.optim import Average, build_optimizer, build_scheduler, parameter_groups
+from calm.train.optim import (
+    Average,
+    backbone_parts,
+    build_optimizer,
+    build_scheduler,
+    freeze_norm,
+    freeze_until,
+    parameter_groups,
+)
 
 
 def test_parameter_groups_hold_every_parameter_once() -> None:
@@ -47,6 +55,48 @@ def test_parameter_groups_leave_out_frozen_parameters() -> None:
     model.backbone.requires_grad_(False)
     (group,) = parameter_groups(model, "custom", 0.1, OptimOptions())
     assert len(group["params"]) == 4
+
+
+def test_parameter_groups_lower_the_rate_from_part_to_part() -> None:
+    model = create_model(tiny_net(), 3)
+    assert list(backbone_parts(model)[1]) == ["0", "1", "4"]  # convolution, BatchNorm, convolution
+    groups = parameter_groups(model, "custom", 1.0, OptimOptions(head_ratio=10, layer_decay=0.5))
+    rates = {id(p): group["lr"] for group in groups for p in group["params"]}
+    layers = model.backbone.get_submodule("layers")
+    for part, rate in (("0", 0.125), ("1", 0.25), ("4", 0.5)):
+        assert {rates[id(p)] for p in layers.get_submodule(part).parameters()} == {rate}
+    assert {rates[id(p)] for p in model.head.parameters()} == {10.0}
+    assert len({group["name"] for group in groups}) == len(groups)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "first", "count"), [("resnet50", "conv1", 18), ("vit_tiny_patch16_224", "cls_token", 16)]
+)
+def test_backbone_parts_are_blocks_in_their_order(backbone: str, first: str, count: int) -> None:
+    prefix, parts = backbone_parts(model := create_model(backbone, 3))
+    assert (next(iter(parts)), len(parts)) == (first, count)
+    assert sum(map(len, parts.values())) == len(list(model.backbone.parameters()))
+    assert all(name.startswith(prefix + part) for part, names in parts.items() for name in names)
+
+
+def test_freeze_until_stops_a_part_and_all_before_it() -> None:
+    model = create_model("small_resnet", 3).train()
+    freeze_until(model, "stages")
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad} == {"head"}
+    freeze_until(model, "stages", frozen=False)
+    assert all(p.requires_grad for p in model.parameters())
+    assert all(module.training for module in model.modules())
+    freeze_until(model, "stages.1")
+    trained = {
+        ".".join(name.split(".")[1:3]) for name, p in model.backbone.named_parameters(prefix="b") if p.requires_grad
+    }
+    assert trained == {"stages.2", "stages.3"}
+    batch_norms = {m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d) and m.training}
+    assert batch_norms == {m for m in model.backbone.stages[2:].modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    freeze_norm(model)
+    assert not any(m.training for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d))
+    with pytest.raises(CalmError, match=r"'stage'.*model.freeze.*stages"):
+        freeze_until(model, "stage")
 
 
 def test_is_new_reproduces_the_released_rates() -> None:

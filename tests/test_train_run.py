@@ -294,6 +294,30 @@ def test_train_more_epochs_end_as_if_asked_for_at_first(data: Path, tmp_path: Pa
         train(replace(longer, epochs=2), backbone=tiny_net(), quiet=True)
 
 
+def test_train_freezes_a_part_and_its_statistics_until_it_is_asked_not_to(data: Path, tmp_path: Path) -> None:
+    start = create_model(tiny_net(), 3).state_dict()
+    optim = OptimOptions(schedule="constant", layer_decay=0.8)
+
+    def moved(run: Path) -> set[str]:
+        weights = weights_of(run)
+        return {key.removeprefix("backbone.layers.") for key in start if not torch.equal(start[key], weights[key])}
+
+    def run(name: str, epochs: int, **options: Any) -> Path:
+        model = ModelOptions(pretrained=False, **options)
+        config = tiny_config(data, tmp_path / name, epochs=epochs, optim=optim, model=model)
+        return train(config, backbone=tiny_net(), quiet=True)
+
+    first = {"0.weight", "0.bias", "1.weight", "1.bias"}
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    of_backbone = {*first, *statistics, "4.weight", "4.bias"}
+    assert moved(run("part", 1, freeze="1")) & of_backbone == {"4.weight", "4.bias"}
+    assert moved(run("norm", 1, freeze_norm=True)) & of_backbone == of_backbone - statistics
+    whole = run("whole", 2, freeze="1", unfreeze_after=1)
+    assert moved(whole) >= of_backbone
+    longer = run("whole", 3, freeze="1", unfreeze_after=1)  # continues
+    assert_same(checkpoint_of(longer), checkpoint_of(run("at once", 3, freeze="1", unfreeze_after=1)))
+
+
 @pytest.mark.parametrize(
     ("changes", "whole"),
     [
@@ -399,7 +423,7 @@ def test_train_prints_what_the_check_found(data: Path, tmp_path: Path, capsys: p
     [
         {"hardware": Hardware(accelerator="cpu", precision="bf16-mixed", channels_last=True)},
         {"method": "calm-ml", "optim": OptimOptions(name="adamw", schedule="one-cycle", decay="weights")},
-        {"loss": LossOptions(temperature=0.5), "log": LogOptions(every_n_steps=1, panel_images=2)},
+        {"loss": LossOptions(temperature=0.5, cam_weight="1:0"), "log": LogOptions(every_n_steps=1, panel_images=2)},
     ],
 )
 def test_train_learns_with_these_options(changes: dict[str, Any], data: Path, tmp_path: Path) -> None:

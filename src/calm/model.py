@@ -202,6 +202,7 @@ class CalmModel(nn.Module):
         temperature: float = 1.0,
         teacher: CalmModel | None = None,
         prior_weight: float = 0.0,
+        cam_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `CalmOutput.loss` of images, as for `forward`, by the model's method.
 
@@ -210,7 +211,12 @@ class CalmModel(nn.Module):
         with torch.no_grad():
             teacher_output = None if teacher is None else teacher(images, targets)
         return self.output_loss(
-            self(images, targets), targets, temperature=temperature, teacher=teacher_output, prior_weight=prior_weight
+            self(images, targets),
+            targets,
+            temperature=temperature,
+            teacher=teacher_output,
+            prior_weight=prior_weight,
+            cam_weight=cam_weight,
         )
 
     def loss_from_features(
@@ -220,10 +226,13 @@ class CalmModel(nn.Module):
         *,
         temperature: float = 1.0,
         prior_weight: float = 0.0,
+        cam_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `loss` for features that `encode` returned."""
         output = self._read(features, targets)
-        return self.output_loss(output, targets, temperature=temperature, prior_weight=prior_weight)
+        return self.output_loss(
+            output, targets, temperature=temperature, prior_weight=prior_weight, cam_weight=cam_weight
+        )
 
     def output_loss(
         self,
@@ -233,21 +242,26 @@ class CalmModel(nn.Module):
         temperature: float = 1.0,
         teacher: CalmOutput | CamOutput | None = None,
         prior_weight: float = 0.0,
+        cam_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return `loss` from an output, so that one forward pass serves the loss, the prediction and the maps.
 
         Raises:
-            CalmError: If a temperature or teacher is given but the method has no E-step, or a prior's weight but no
-                prior.
+            CalmError: If a temperature or teacher is given but the method has no E-step, or a weight but no prior.
         """
         if isinstance(output, CalmOutput) and not isinstance(teacher, CamOutput):
             return output.loss(
-                targets, method=self.config.method, temperature=temperature, teacher=teacher, prior_weight=prior_weight
+                targets,
+                method=self.config.method,
+                temperature=temperature,
+                teacher=teacher,
+                prior_weight=prior_weight,
+                cam_weight=cam_weight,
             )
         if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
             raise CalmError("temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'")
-        if prior_weight:
-            raise CalmError(f"prior_weight is {prior_weight:g}, but a CAM model has no prior: leave it out")
+        if prior_weight or cam_weight:
+            raise CalmError("prior_weight and cam_weight belong to CALM's losses, not to CAM's: leave them out")
         return output.loss(targets)
 
     @torch.no_grad()

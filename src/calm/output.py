@@ -64,6 +64,7 @@ class _Output:
     """What the outputs of both families share: sizes, device and attribution maps."""
 
     family: ClassVar[str]
+    _first: ClassVar[str]  # name of a field whose shape begins with (B, C)
     default_kind: ClassVar[str]
     _contents: ClassVar[tuple[tuple[str, str, str], ...]]  # for people: name, letters of the axes, meaning
     log_probs: Any  # this and the next are properties of each family
@@ -86,9 +87,8 @@ class _Output:
 
     @property
     def _scores_of_classes(self) -> Tensor:
-        """The first field, whose shape begins with (B, C)."""
-        first: Tensor = next(iter(vars(self).values()))
-        return first
+        scores: Tensor = getattr(self, self._first)
+        return scores
 
     def attribute(
         self,
@@ -212,6 +212,7 @@ class CalmOutput(_Output):
     """
 
     family = "calm"
+    _first = "logits"
     default_kind = "joint"
     _contents = (
         ("probs", "bc", "p(y | x), sums to 1 over the classes; log_probs"),
@@ -305,6 +306,7 @@ class CalmOutput(_Output):
         temperature: float = 1.0,
         teacher: CalmOutput | None = None,
         prior_weight: float = 0.0,
+        cam_weight: float = 0.0,
     ) -> Float[Tensor, ""]:
         """Return the mean loss over the batch, in nats.
 
@@ -315,6 +317,8 @@ class CalmOutput(_Output):
             temperature: EM only: beta of the E-step (`calm.latent.e_step`).
             teacher: EM only: the output, for the same images, that the posterior is taken from; None is this one.
             prior_weight: lambda, the weight of `calm.latent.prior_penalty`. Above 0 it keeps the prior from collapsing.
+            cam_weight: Weight of CAM's loss with the same class scores, the cross-entropy of their mean over the grid,
+                which teaches all locations at once.
 
         Raises:
             CalmError: If the targets do not fit the output (on a GPU their values are asserted by the device, see
@@ -340,7 +344,11 @@ class CalmOutput(_Output):
         loss = ((targets * losses).sum(dim=1) if soft else losses).mean()
         if prior_weight and self.activation == "relu":
             raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
-        return loss + prior_weight * latent.prior_penalty(self.log_prior).mean() if prior_weight else loss
+        if prior_weight:
+            loss = loss + prior_weight * latent.prior_penalty(self.log_prior).mean()
+        if cam_weight:
+            loss = loss + cam_weight * F.cross_entropy(widen(self.logits).mean(dim=(-2, -1)), targets)
+        return loss
 
 
 @dataclass(eq=False, repr=False)
@@ -359,6 +367,7 @@ class CamOutput(_Output):
     """
 
     family = "cam"
+    _first = "class_scores"
     default_kind = "cam"
     _contents = (
         ("probs", "bc", "p(y | x), sums to 1 over the classes; log_probs"),

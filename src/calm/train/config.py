@@ -87,10 +87,13 @@ class ModelOptions:
         output_stride: image pixels per grid cell, for timm backbones that support it.
         prior_activation: the activation a of the prior.
         prior_denominator: ``constant`` trains the prior as the released code does.
-        freeze: keep the backbone as it starts, in evaluation mode, and train the head alone, on features that are
-            computed once: a model in a minute (docs/frozen-features.md).
-        views: with ``freeze``: how many times each training image is augmented; the epochs take turns.
-        feature_dropout: with ``freeze``: probability that a channel of an image's features is dropped in training.
+        freeze: ``true`` keeps the backbone as it starts, in evaluation mode, and trains the head alone, on features
+            that are computed once: a model in a minute (docs/frozen-features.md). The name of a part of the backbone
+            (``layer3``, ``blocks.4``) keeps that part and all before it so, without such features.
+        unfreeze_after: epochs after which the parts that ``freeze`` names are trained, too. 0: never.
+        freeze_norm: use BatchNorm's statistics as they start, and do not update them: for fine-tuning on few images.
+        views: with ``freeze true``: how many times each training image is augmented; the epochs take turns.
+        feature_dropout: with ``freeze true``: probability that a channel of an image's features is dropped in training.
         init_from: a run folder, a saved model or a hub id whose weights training starts from. Of the head, the classes
             of the same name come along; the others start anew.
     """
@@ -102,17 +105,28 @@ class ModelOptions:
     output_stride: int | None = None
     prior_activation: PriorActivation = "softplus"
     prior_denominator: PriorDenominator = "differentiated"
-    freeze: bool = False
+    freeze: bool | str = False
+    unfreeze_after: int = 0
+    freeze_norm: bool = False
     views: int = 2
     feature_dropout: float = 0.0
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(self, "model.", output_stride=(1, 64), views=(1, 1000), feature_dropout=(0, 0.99))
-        if self.feature_dropout and not self.freeze:
+        check_options(
+            self, "model.", output_stride=(1, 64), views=(1, 1000), feature_dropout=(0, 0.99), unfreeze_after=(0, MOST)
+        )
+        if self.unfreeze_after and not isinstance(self.freeze, str):
+            raise CalmError("model.unfreeze_after needs the name of a part of the backbone as model.freeze")
+        if self.feature_dropout and not self.caches:
             raise CalmError("model.feature_dropout is about cached features: set model.freeze true, or leave it at 0")
         if self.weights is not None and self.init_from is not None:
             raise CalmError("model.weights and model.init_from both say where the backbone starts: give one of them")
+
+    @property
+    def caches(self) -> bool:
+        """Whether the head alone is trained, on features that are computed once."""
+        return self.freeze is True
 
 
 @dataclass(frozen=True)
@@ -126,16 +140,24 @@ class LossOptions:
             ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
         prior_weight: weight of -mean over z of log p(z | x), which keeps the prior from collapsing on few locations.
             0 is the published loss.
+        cam_weight: weight of CAM's loss with the same class scores, for both CALMs: a number or a change over the run,
+            as for ``temperature``. It teaches all locations while the prior is still forming. 0 is the published loss.
     """
 
     posterior: Literal["current", "ema"] = "current"
     teacher_decay: float = 0.999
     temperature: float | str = 1.0
     prior_weight: float = 0.0
+    cam_weight: float | str = 0.0
 
     def __post_init__(self) -> None:
         check_options(self, "loss.", teacher_decay=(0, 1), prior_weight=(0, LARGEST))
-        temperature_schedule(self.temperature, steps=1)
+        schedule_of(self.temperature, steps=1)
+        schedule_of(self.cam_weight, steps=1, name="loss.cam_weight")
+
+    def without_e_step(self) -> LossOptions:
+        """Return the options that CALM-ML has, too."""
+        return LossOptions(prior_weight=self.prior_weight, cam_weight=self.cam_weight)
 
 
 @dataclass(frozen=True)
@@ -152,6 +174,8 @@ class OptimOptions:
         head_ratio: learning rate of the new layers, as a multiple of ``lr``.
         prior_ratio: learning rate of the layer that scores the prior, as a multiple of the other new layers'. Below 1
             the prior follows the classes' scores instead of leading them.
+        layer_decay: learning rate of each part of the backbone, as a multiple of that of the part after it, down from
+            the head's side. 1: the same for all; 0.65 to 0.9 is usual in fine-tuning transformers.
         grouping: which layers are new: ``head`` is CALM's head; ``released`` splits by name as the released code
             does, which also gives the higher rate to most of resnet's layer4 and to the stem's BatchNorm.
         schedule: ``step`` multiplies the rate by ``step_factor`` every ``step_epochs``; ``released-step`` does so one
@@ -176,6 +200,7 @@ class OptimOptions:
     decay: Literal["all", "weights"] = "all"
     head_ratio: float = 10.0
     prior_ratio: float = 1.0
+    layer_decay: float = 1.0
     grouping: Grouping = "head"
     schedule: Schedule = "step"
     step_epochs: int = 30
@@ -186,7 +211,7 @@ class OptimOptions:
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        shares = dict.fromkeys(("momentum", "step_factor", "ema_decay"), (0, 1))
+        shares = dict.fromkeys(("momentum", "step_factor", "ema_decay", "layer_decay"), (0, 1))
         counts = dict.fromkeys(("step_epochs", "accumulate"), (1, MOST))
         open_ended = dict.fromkeys(
             ("weight_decay", "head_ratio", "prior_ratio", "warmup_epochs", "clip_norm"), (0, LARGEST)
@@ -290,27 +315,31 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_options(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
-        if self.method != "calm-em" and replace(self.loss, prior_weight=0.0) != LossOptions():
+        if self.method != "calm-em" and self.loss != self.loss.without_e_step():
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
         if self.loss.prior_weight and (self.method == "cam" or self.model.prior_activation == "relu"):
             which = "a CAM model has no prior" if self.method == "cam" else "a ReLU prior has probabilities of 0"
             raise CalmError(f"loss.prior_weight is {self.loss.prior_weight:g}, but {which}: leave it at 0")
+        if self.loss.cam_weight and self.method == "cam":
+            raise CalmError("loss.cam_weight adds CAM's loss to CALM's, and this is CAM: leave it at 0")
         if self.optim.warmup_epochs >= self.epochs:
             raise CalmError(f"optim.warmup_epochs {self.optim.warmup_epochs} leaves nothing of {self.epochs} epochs")
         is_new("head.", self.backbone, self.optim.grouping)
         if "cutmix" in self.wsol.methods and not self.augment.cutmix:
             object.__setattr__(self, "augment", replace(self.augment, cutmix=1.0))
-        if self.model.freeze and self.augment.mixes:
+        if self.model.caches and self.augment.mixes:
             raise CalmError("mixup and cutmix mix images, and model.freeze trains on features: set one of them to 0")
-        if self.model.freeze and {"has", "adl"} & set(self.wsol.methods):
+        if self.model.caches and {"has", "adl"} & set(self.wsol.methods):
             raise CalmError("has and adl train the backbone: leave them out of wsol.methods, or set model.freeze false")
+        if self.model.unfreeze_after >= self.epochs:
+            raise CalmError(f"model.unfreeze_after {self.model.unfreeze_after} leaves nothing of {self.epochs} epochs")
 
     def whole_run(self) -> str:
         """Return the setting whose schedule spans the whole run, which more epochs would change; empty if none does."""
         if self.optim.schedule in ("cosine", "one-cycle"):
             return f"its schedule {self.optim.schedule}"
-        temperature = str(self.loss.temperature)
-        return f"its temperature {temperature}" if ":" in temperature else ""
+        settings = {"temperature": str(self.loss.temperature), "loss.cam_weight": str(self.loss.cam_weight)}
+        return next((f"its {name} {value}" for name, value in settings.items() if ":" in value), "")
 
 
 # Substrings of the parameter names that the released code trains at the low rate (main.py of the released code).
@@ -353,31 +382,32 @@ class RunLength:
         return self.epochs * self.steps_per_epoch
 
 
-def temperature_schedule(temperature: float | str, steps: int) -> Callable[[int], float]:
-    """Return the temperature of the E-step as a function of the optimiser step.
+def schedule_of(value: float | str, steps: int, name: str = "temperature") -> Callable[[int], float]:
+    """Return a setting that may change over the run, such as a temperature, as a function of the optimiser step.
 
     Args:
-        temperature: a number, or ``START:END``, or ``START:END:linear`` or ``START:END:cosine``.
+        value: a number, or ``START:END``, or ``START:END:linear`` or ``START:END:cosine``.
         steps: optimiser steps of the run; the end value is reached with the last one.
+        name: of the setting, for messages.
 
     Raises:
         CalmError: the text cannot be read, a value is negative or not finite, or the shape is unknown.
 
-    >>> at = temperature_schedule("0.5:1.0", steps=11)
+    >>> at = schedule_of("0.5:1.0", steps=11)
     >>> [at(0), at(5), at(10)]
     [0.5, 0.75, 1.0]
     """
-    start_text, _, rest = str(temperature).partition(":")
+    start_text, _, rest = str(value).partition(":")
     end_text, _, shape = rest.partition(":")
     try:
         start = float(start_text)
         end = float(end_text) if end_text else start
     except ValueError:
-        raise CalmError(f"temperature {temperature!r} is neither a number nor START:END nor START:END:cosine") from None
+        raise CalmError(f"{name} {value!r} is neither a number nor START:END nor START:END:cosine") from None
     if not all(math.isfinite(value) and value >= 0 for value in (start, end)):
-        raise CalmError(f"temperature {temperature!r}: values must be finite and 0 or more")
+        raise CalmError(f"{name} {value!r}: values must be finite and 0 or more")
     if shape not in ("", "linear", "cosine"):
-        raise unknown("shape of the temperature", shape, ["linear", "cosine"], where=f"{temperature!r}")
+        raise unknown(f"shape of the {name}", shape, ["linear", "cosine"], where=f"{value!r}")
     last = max(1, steps - 1)
 
     def at(step: int) -> float:
@@ -456,11 +486,12 @@ def parse_config(
     try:
         values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
         if values["method"] != "calm-em" and e_step:
-            own, weight = values["loss"], 0.0
+            own, kept = values["loss"], LossOptions()
             if values["method"] == "calm-ml":
-                weight, e_step = own.prior_weight, replace(e_step, prior_weight=own.prior_weight)
+                kept = own.without_e_step()
+                e_step = replace(e_step, prior_weight=own.prior_weight, cam_weight=own.cam_weight)
             if own == e_step:
-                values["loss"] = LossOptions(prior_weight=weight)
+                values["loss"] = kept
         return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     except Exception as error:  # on a value of an unexpected type the parser fails in any way
         if isinstance(error, CalmError) and all(path in str(error) for path in paths):

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 from torch.optim.swa_utils import AveragedModel
 
+from calm.errors import unknown
 from calm.train.config import OptimOptions, RunLength, is_new
 
 ONE_CYCLE_RISE = 0.3
@@ -19,24 +20,77 @@ def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOpt
     """Group the parameters that need a gradient by learning rate and weight decay, as ``torch.optim`` takes them.
 
     The backbone gets the rate ``lr``, the new layers, which `is_new` tells by the name of the backbone, that times
-    ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The groups also have a
-    ``name``; parameters shared by two modules appear once.
+    ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The rate of each part of
+    the backbone (`backbone_parts`) is that of the next times ``optim.layer_decay``. The groups also have a ``name``;
+    parameters shared by two modules appear once.
     """
-    groups: dict[tuple[bool, bool, bool], dict[str, Any]] = {}
+    parts = backbone_parts(model)[1] if optim.layer_decay != 1.0 else {}
+    depths = {name: len(parts) - index for index, names in enumerate(parts.values()) for name in names}
+    groups: dict[tuple[int, bool, bool, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         new = is_new(name, backbone, optim.grouping)
         prior = optim.prior_ratio != 1.0 and name.startswith("head.attention.")
         decays = optim.decay == "all" or parameter.ndim > 1
+        depth = depths.get(name, 0)
+        scale = (optim.head_ratio if new else 1.0) * (optim.prior_ratio if prior else 1.0) * optim.layer_decay**depth
+        title = "prior" if prior else "new" if new else "backbone"
         group = {
             "params": [],
-            "lr": lr * (optim.head_ratio if new else 1.0) * (optim.prior_ratio if prior else 1.0),
+            "lr": lr * scale,
             "weight_decay": optim.weight_decay if decays else 0.0,
-            "name": ("prior" if prior else "new" if new else "backbone") + ("" if decays else ", no decay"),
+            "name": title + (f", {depth} from the head" if depth else "") + ("" if decays else ", no decay"),
         }
-        groups.setdefault((new, prior, decays), group)["params"].append(parameter)
+        groups.setdefault((-depth, new, prior, decays), group)["params"].append(parameter)
     return [groups[key] for key in sorted(groups)]
+
+
+def backbone_parts(model: nn.Module) -> tuple[str, dict[str, list[str]]]:
+    """Return the parts of a model's backbone from input to output with the full names of the parameters of each, after
+    the prefix that a part's name needs to be a module of the model.
+
+    A part is a child of the backbone (or of the network that it wraps), or, of a sequence of blocks, one block:
+    ``conv1``, ``bn1``, ``layer1.0`` and so on. Networks register their layers in the order in which they run.
+    """
+    backbone, prefix = model.get_submodule("backbone"), "backbone."
+    while len(children := list(backbone.named_children())) == 1 and not list(backbone.parameters(recurse=False)):
+        prefix, backbone = f"{prefix}{children[0][0]}.", children[0][1]
+    parts: dict[str, list[str]] = {}
+    for name, _ in backbone.named_parameters():
+        first, _, rest = name.partition(".")
+        blocks = isinstance(getattr(backbone, first, None), nn.Sequential | nn.ModuleList)
+        part = f"{first}.{rest.partition('.')[0]}" if blocks else first
+        parts.setdefault(part, []).append(prefix + name)
+    return prefix, parts
+
+
+def freeze_until(model: nn.Module, part: str, frozen: bool = True) -> None:
+    """Freeze a part of the backbone and all before it: no gradients, and evaluation mode; or let them train again.
+
+    Args:
+        part: a name of `backbone_parts`, or of a sequence of them (``layer3``, whose last is ``layer3.5``).
+
+    Raises:
+        CalmError: the backbone has no such part.
+    """
+    prefix, parts = backbone_parts(model)
+    last = [index for index, name in enumerate(parts) if name == part or name.startswith(f"{part}.")]
+    if not last:
+        names = dict.fromkeys(name.partition(".")[0] for name in parts)
+        raise unknown("part of the backbone", part, list(dict.fromkeys([*names, *parts])), where="model.freeze")
+    for name, parameters in list(parts.items())[: last[-1] + 1]:
+        for parameter in parameters:
+            model.get_parameter(parameter).requires_grad_(not frozen)
+        if prefix + name not in parameters:  # a part that is a parameter, such as a class token, has no mode
+            model.get_submodule(prefix + name).train(not frozen)
+
+
+def freeze_norm(model: nn.Module) -> None:
+    """Set the BatchNorm layers of the backbone to evaluation mode: they use and keep the statistics that they have."""
+    for module in model.get_submodule("backbone").modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
 
 
 def build_optimizer(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> torch.optim.Optimizer:

@@ -44,6 +44,7 @@ from calm.train.checkpoints import CHECKPOINT, Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
 from calm.train.data import build_datasets, build_loader, build_model
 from calm.train.features import HeadModel, cache_features, remove_features
+from calm.train.optim import freeze_norm, freeze_until
 from calm.train.step import TrainingStep, check_weights, diagnose
 
 
@@ -143,14 +144,18 @@ class Trainer:
         self.datasets, self.run_dir, self.log = datasets, run_dir, log
         self.whole = trained = model.to(fabric.device)  # and what is trained of it
         read = datasets
-        if config.model.freeze:
+        if config.model.caches:
             read, trained = self._cached_features(), HeadModel(model, config.model.feature_dropout)
+        if config.model.unfreeze_after and fabric.world_size > 1:
+            raise CalmError("model.unfreeze_after works in one process: set hardware.devices 1, or leave it at 0")
+        if not config.model.unfreeze_after:  # the frozen parts are none of the optimiser's
+            self.freeze()
         self.state = TrainingState.start(trained, config, run, fabric.strategy.precision)
         if config.hardware.compile:
             trained.backbone.compile()
         self.step = TrainingStep(trained, self.state.averages, config, run)
         self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
-        workers = 0 if config.model.freeze else config.reading.workers  # features only have to be copied
+        workers = 0 if config.model.caches else config.reading.workers  # features only have to be copied
         self.loaders = {
             name: build_loader(dataset, config, fabric, shuffle=name == "train", workers=workers)
             for name, dataset in read.items()
@@ -180,10 +185,18 @@ class Trainer:
         self.log(f"features of the frozen backbone, {grid}, in {seconds:.0f} s")
         return features
 
+    def freeze(self, epoch: int = 0) -> None:
+        """Freeze, for an epoch, the parts of the backbone and the statistics that are to stay as they are."""
+        options = self.config.model
+        if isinstance(options.freeze, str):
+            freeze_until(self.whole, options.freeze, not options.unfreeze_after or epoch < options.unfreeze_after)
+        if options.freeze_norm:
+            freeze_norm(self.whole)
+
     def evaluated(self) -> CalmModel:
         """Return the whole model as it is evaluated and saved; of a frozen backbone, with the head that is trained."""
         model = self.state.evaluated
-        if not self.config.model.freeze:
+        if not self.config.model.caches:
             return model
         if model.head is not self.whole.head:  # an average of the weights
             self.whole.head.load_state_dict(model.head.state_dict())
@@ -233,6 +246,7 @@ class Trainer:
         config, fabric, state, loader = self.config, self.fabric, self.state, self.loaders["train"]
         assert isinstance(loader.sampler, EpochSampler)
         loader.sampler.set_epoch(state.epoch)
+        self.freeze(state.epoch)
         # What is random inside the network (dropout) is a function of seed, epoch and process.
         torch.manual_seed(mix_seed(config.seed, state.epoch, fabric.global_rank) >> 1)
         title = f"epoch {state.epoch + 1}/{config.epochs}"
@@ -337,7 +351,7 @@ class Trainer:
                 result["best"] = result["last"]
                 continue
             weights = safetensors.torch.load_file(self.run_dir / name / WEIGHTS)
-            if self.config.model.freeze:
+            if self.config.model.caches:
                 weights = {key: value for key, value in weights.items() if key.startswith("head.")}
             state.evaluated.load_state_dict(weights)
             test = evaluate(self.fabric, state.evaluated, self.loaders["test"])

@@ -15,7 +15,7 @@ from calm.errors import CalmError
 from calm.inference import first_nonfinite_weight
 from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
-from calm.train.config import RunLength, TrainConfig, temperature_schedule
+from calm.train.config import RunLength, TrainConfig, schedule_of
 from calm.train.optim import Average
 from calm.train.wsol import hide_patches
 
@@ -114,7 +114,8 @@ class TrainingStep(nn.Module):
     def __init__(self, model: CalmModel, averages: Mapping[str, Average], config: TrainConfig, run: RunLength) -> None:
         super().__init__()
         self.model, self.averages, self.config = model, dict(averages), config
-        self.temperature = temperature_schedule(config.loss.temperature, run.steps)
+        self.temperature = schedule_of(config.loss.temperature, run.steps)
+        self.cam_weight = schedule_of(config.loss.cam_weight, run.steps)
         self.mix = BatchMix(config.augment, model.config.num_classes) if config.augment.mixes else None
         self.measures = TrainingMeasures()
         self.smoothed: dict[str, float] = {}
@@ -145,6 +146,7 @@ class TrainingStep(nn.Module):
             temperature=self.temperature(step),
             teacher=teacher,
             prior_weight=self.config.loss.prior_weight,
+            cam_weight=self.cam_weight(step),
         )
         self.images = images
         if self.is_reported(step, index):
