@@ -213,6 +213,8 @@ def test_packaged_weights_serve_where_the_hub_gives_none(no_hub):
     assert len(report.matched) == 294
     assert report.unused == ("_fc.weight", "_fc.bias")
     assert model.preprocessing.mean == model.preprocessing.std == (0.5, 0.5, 0.5)  # timm's, of that name
+    assert model.preprocessing.interpolation == "bicubic"
+    assert create_model("small_resnet", 3).preprocessing.interpolation == "bilinear"
     state = torch.load(packaged_weights("tf_efficientnet_lite0"), weights_only=True)
     own = model.backbone.model
     assert_close(own.conv_head.weight, state["_conv_head.weight"])

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
+from calm.config import Interpolation
 from calm.data import dataset as dataset_module
 from calm.data.augmentation import Augmentation, Crop
 from calm.data.dataset import EpochSampler, ImageDataset, Remainder
@@ -157,16 +158,18 @@ def test_cache_of_resized_pictures_changes_no_pixel_and_shows_the_original(tmp_p
     assert cached.picture(0).size == (40, 30)
 
 
-@pytest.mark.parametrize("channels", [1, 5])
+@pytest.mark.parametrize(("channels", "how"), [(1, "bicubic"), (5, "bilinear")])
 @pytest.mark.parametrize("crop", get_args(Crop))
-def test_dataset_reads_and_augments_images_of_other_channels(tmp_path: Path, crop: Crop, channels: int) -> None:
+def test_dataset_reads_and_augments_images_of_other_channels(
+    tmp_path: Path, crop: Crop, channels: int, how: Interpolation
+) -> None:
     paths = [tmp_path / f"{number}.tif" for number in range(2)]
     for number, path in enumerate(paths):
         values = np.random.default_rng(number).integers(0, 4096, (40, 30, channels), dtype=np.uint16)
         planes = {"planarconfig": "contig"} if channels > 1 else {}
         tifffile.imwrite(path, values.squeeze(), photometric="minisblack", **planes)
     split = Split("train", tuple(Record(path.name, path, 0) for path in paths), ("a",), tmp_path)
-    prepare = Preprocessing((20, 16), mean=(0.5,) * channels, std=(0.5,) * channels, bits=12)
+    prepare = Preprocessing((20, 16), mean=(0.5,) * channels, std=(0.5,) * channels, bits=12, interpolation=how)
     augmentation = Augmentation(crop=crop, erase=0.5)
     transform, size = train_transform(augmentation, prepare), fixed_size(augmentation, prepare.size)
     augmented = _all(ImageDataset(split, transform, preprocessing=prepare))

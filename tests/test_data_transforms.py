@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch import Tensor
 
+from calm.config import Interpolation
 from calm.data.augmentation import AUGMENTATIONS, Augmentation
 from calm.data.transforms import BatchMix, eval_transform, train_transform
 from calm.errors import CalmError
@@ -39,10 +40,13 @@ def test_eval_transform_is_exactly_the_models_preprocessing() -> None:
     assert torch.equal(eval_transform(preprocessing)(picture()), preprocessing(picture())[0])
 
 
-def test_train_transform_without_augmentation_equals_testing() -> None:
-    preprocessing = Preprocessing((17, 23))
-    found = train_transform(AUGMENTATIONS["none"], preprocessing)(picture())
-    assert torch.equal(found, preprocessing(picture())[0])
+@pytest.mark.parametrize("how", get_args(Interpolation))
+def test_train_transform_without_augmentation_equals_testing(how: Interpolation) -> None:
+    preprocessing = Preprocessing((17, 23), interpolation=how)
+    whole = Augmentation(crop="random-resized-crop", area=(1, 1), aspect=(1, 1), flip=0.0)  # of a square
+    for augmentation, image in ((AUGMENTATIONS["none"], picture()), (whole, picture(40, 40))):
+        found = train_transform(augmentation, preprocessing)(image)
+        assert torch.equal(found, preprocessing(image)[0])
 
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)

@@ -357,7 +357,20 @@ def test_preprocessing_of_other_channels_reads_and_shows_them(tmp_path):
             Preprocessing(**options)
 
 
+def test_preprocessing_resizes_by_its_filter_every_band():
+    image = np.random.default_rng(3).integers(0, 256, (37, 51, 3), dtype=np.uint8)
+    prepare = Preprocessing(size=(16, 24), interpolation="bicubic")
+    want = np.asarray(Image.fromarray(image).resize((24, 16), Image.Resampling.BICUBIC))
+    assert_close(prepare(image), prepare.to_tensor(want)[None], rtol=0, atol=0)
+    assert not torch.equal(prepare(image), Preprocessing(size=(16, 24))(image))
+    five = image[..., [0, 1, 2, 0, 1]]
+    bands = Preprocessing((16, 24), (0.5,) * 5, (0.5,) * 5, interpolation="bicubic")
+    assert_close(bands(five), bands.to_tensor(want[..., [0, 1, 2, 0, 1]])[None], rtol=0, atol=0)
+
+
 def test_preprocessing_refuses_wrong_settings():
+    with pytest.raises(CalmError, match=r"preprocessing interpolation 'lanczos': allowed are bilinear, bicubic"):
+        Preprocessing(interpolation="lanczos")
     with pytest.raises(CalmError, match="size"):
         Preprocessing(size=(0, 5))
     with pytest.raises(CalmError, match="positive std"):

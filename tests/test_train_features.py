@@ -21,6 +21,8 @@ from calm.data.dataset import ImageDataset
 from calm.data.loading import load_split
 from calm.data.transforms import train_transform
 from calm.errors import CalmError
+from calm.evaluate.registry import EvaluateConfig
+from calm.evaluate.runner import evaluate
 from calm.images import Preprocessing
 from calm.model import create_model, load
 from calm.train import features as features_module, train
@@ -187,7 +189,31 @@ def test_preset_probe_is_the_same_recipe_for_all_methods(tmp_path: Path) -> None
         assert (config.model.freeze, config.loss.prior_weight) == (True, weight)
 
 
-@pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_base_patch16_siglip_224"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_train_on_imagenet_weights_without_a_network(
+    frozen: bool, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda url: "the hub does not answer")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    words = ["--reading.image_size=80", "--reading.workers=0", "--epochs=2", "--batch_size=12"]
+    words += ["--hardware.precision=32-true", "--hardware.accelerator=cpu", "--log.loggers=[]", "--model.views=1"]
+    start = create_model("tf_efficientnet_lite0", 3, pretrained=True).backbone.state_dict()
+    words += [] if frozen else ["--model.freeze=false", "--model.feature_dropout=0", "--epochs=1"]
+    run = train(preset("probe", f"--data={data}", f"--run_dir={tmp_path / 'run'}", *words), quiet=True)
+    model = load(run)
+    assert model.preprocessing.interpolation == "bicubic"
+    same = [torch.equal(value, start[name]) for name, value in model.backbone.named_parameters()]
+    assert all(same) if frozen else not any(same)
+    config = EvaluateConfig("classification", data=data, model=(str(run),), out=tmp_path / "tables", replicates=50)
+    (result,) = evaluate(config)
+    trained = json.loads((run / "result.json").read_text())["best"]["test"]
+    assert result.figures["top1"].value == pytest.approx(trained["accuracy"])
+    assert trained["accuracy"] > (0.4 if frozen else 0.2)
+
+
+@pytest.mark.parametrize(
+    "name", ["vit_small_patch14_dinov2", "vit_small_patch16_dinov3", "vit_base_patch16_siglip_224"]
+)
 def test_optimized_backbone_of_a_foundation_model_gives_the_grid_of_its_patches(name: str) -> None:
     patch = 14 if "14" in name else 16
     with pytest.warns(UserWarning, match="grid of 2 x 3 cells"):

@@ -11,7 +11,7 @@ reads and writes the two files and knows no model; `calm.model` builds one from 
                 "acol_channels": null},
       "class_names": ["crow", "raven"],
       "preprocessing": {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
-                        "bits": null, "view": null},
+                        "bits": null, "view": null, "interpolation": "bilinear"},
       "training": {"epochs": 40, "test_accuracy": 0.71},
       "versions": {"calm": "0.1.0", "torch": "2.11.0"},
       "weights_sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08"

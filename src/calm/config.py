@@ -11,6 +11,7 @@ from calm.errors import CalmError, shown, unknown
 
 Method: TypeAlias = Literal["calm-em", "calm-ml", "cam"]
 PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
+Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
 
 Localizer: TypeAlias = Literal["has", "adl", "acol", "cutmix"]

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
+from calm.config import Interpolation, check_options
 from calm.errors import CalmError, needs_extra, shown
 from calm.files import open_regular
 
@@ -329,11 +330,13 @@ def as_pixels(array: NDArray[np.uint8]) -> Pixels:
     return Image.fromarray(array.squeeze(2) if array.shape[2] == 1 else array) if array.shape[2] in (1, 3) else array
 
 
-def resize_pixels(pixels: Pixels, size: tuple[int, int]) -> Pixels:
+def resize_pixels(pixels: Pixels, size: tuple[int, int], interpolation: Interpolation = "bilinear") -> Pixels:
     """Resize by `resize_image`, band by band if it is no PIL image."""
+    resample = Image.Resampling[interpolation.upper()]
     if isinstance(pixels, Image.Image):
-        return resize_image(pixels, size)
-    return np.stack([np.asarray(resize_image(Image.fromarray(band), size)) for band in np.moveaxis(pixels, 2, 0)], 2)
+        return resize_image(pixels, size, resample)
+    bands = (Image.fromarray(band) for band in np.moveaxis(pixels, 2, 0))
+    return np.stack([np.asarray(resize_image(band, size, resample)) for band in bands], 2)
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,8 @@ class Preprocessing:
         std: per channel, of values in [0, 1]; the default is ImageNet's.
         bits: see `read_image`: the bits that files of more than 8 bits use, 8 to 32; None: as many as the file says.
         view: the channels that people see as red, green and blue, from 0; None: the first three, or the only one.
+        interpolation: the filter, one of Pillow's antialiased ones, that resizes: ``bilinear`` is the paper's; most
+            weights of timm were trained with ``bicubic``.
     """
 
     size: tuple[int, int] = (224, 224)
@@ -353,8 +358,10 @@ class Preprocessing:
     std: tuple[float, ...] = (0.229, 0.224, 0.225)
     bits: int | None = None
     view: tuple[int, ...] | None = None
+    interpolation: Interpolation = "bilinear"
 
     def __post_init__(self) -> None:
+        check_options(self, "preprocessing ")
         for name in ("size", "mean", "std", "view"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
@@ -386,7 +393,7 @@ class Preprocessing:
         return np.asarray(255 * ((bands - low) / np.maximum(high - low, 1)).clip(0, 1), dtype=np.uint8)
 
     def __call__(self, images: ImageLike | Sequence[ImageLike]) -> Float[Tensor, "b c H W"]:
-        """Return a float32 batch of one or several images, resized by Pillow's antialiased bilinear filter.
+        """Return a float32 batch of one or several images, resized by Pillow's antialiased filter.
 
         Files are read by `read_image`, and turned upright as their EXIF orientation says, as `calm attribute` does. A
         PIL image or an array is taken as it is: give ``PIL.Image.open(file)`` for the stored pixels, which boxes and
@@ -404,7 +411,7 @@ class Preprocessing:
 
     def one(self, image: ImageLike) -> Float[Tensor, "c H W"]:
         """Return the input of one image, as a call does."""
-        return self.to_tensor(resize_pixels(self.pixels(image), self.size))
+        return self.to_tensor(resize_pixels(self.pixels(image), self.size, self.interpolation))
 
     def pixels(self, image: ImageLike) -> Pixels:
         """Return the pixels of an image as stored (a file: upright), neither resized nor normalised."""

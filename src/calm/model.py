@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from calm import checkpoint
 from calm.acol import AcolCalmHead, AcolCamHead
-from calm.config import Method, ModelConfig, PriorActivation, PriorDenominator, class_index
+from calm.config import Interpolation, Method, ModelConfig, PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError
 from calm.heads import CalmHead as CalmHead, CamHead as CamHead
 from calm.heatmaps import resize_maps
@@ -398,8 +398,9 @@ def create_model(
             how they were matched: see `calm.backbones.load_weights`.
         class_names: The names of the classes, in the order of their indices.
         preprocessing: Input size and normalisation; the default is 224x224, or the size of a timm model that needs
-            another, and ImageNet's mean and std (for other channels than 3 the averages of these). Where these are
-            ImageNet's and the pretrained weights of a timm model expect others, theirs are taken.
+            another, and ImageNet's mean and std (for other channels than 3 the averages of these), and the bilinear
+            filter. Where these are the default, and the pretrained weights of a timm model expect others, theirs are
+            taken.
 
     The other arguments are those of `ModelConfig`.
 
@@ -452,6 +453,9 @@ def create_model(
         if in_channels != 3:
             mean, std = ((sum(values) / 3,) * in_channels for values in (mean, std))
         preprocessing = replace(preprocessing, mean=mean, std=std)
+    if pretrained and preprocessing.interpolation == default.interpolation:
+        how: Interpolation = getattr(body, "interpolation", default.interpolation)
+        preprocessing = replace(preprocessing, interpolation=how)
     if len(preprocessing.mean) != in_channels:
         given = f"in_channels={in_channels}, but preprocessing has {len(preprocessing.mean)} means"
         raise CalmError(f"{given}: give a mean and a std for each channel")

@@ -6,7 +6,7 @@ import math
 from contextlib import nullcontext
 from copy import deepcopy
 from itertools import product
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from calm.backbones.weights import load_weights, packaged_weights, weights_at_hand
 from calm.checkpoint import hub_or_cache
+from calm.config import Interpolation
 from calm.errors import CalmError, unknown
 
 # Keywords with which a model accepts other image sizes than its own; they differ between timm's families.
@@ -37,6 +38,7 @@ class TimmBackbone(nn.Module):
         size: (height, width) in pixels of the images that the model is made for.
         grid: (rows, columns) of its features for an image of that size.
         normalization: mean and std per channel that its pretrained weights expect, of RGB in [0, 1].
+        interpolation: the filter that resized the images which they were trained on, bilinear or bicubic.
 
     Raises:
         CalmError: If the tag is unknown, the model cannot have the stride, its features are no grid, or the weights
@@ -63,6 +65,7 @@ class TimmBackbone(nn.Module):
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
+        self.interpolation = card["interpolation"] if card["interpolation"] in get_args(Interpolation) else "bilinear"
         self.size: tuple[int, int] = tuple(card["input_size"][1:])
         self.intermediates = False
         try:

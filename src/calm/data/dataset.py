@@ -170,7 +170,8 @@ class ImageDataset(Dataset[tuple[Tensor, int, int]]):
 
     def _read(self, index: int, size: tuple[int, int] | None = None) -> NDArray[np.uint8]:
         array = self.preprocessing.read(self.split.records[index].path, exif=self.split.exif)
-        return array if size is None else np.atleast_3d(np.asarray(resize_pixels(as_pixels(array), size)))
+        how = self.preprocessing.interpolation
+        return array if size is None else np.atleast_3d(np.asarray(resize_pixels(as_pixels(array), size, how)))
 
     def _decode_all(self) -> list[NDArray[np.uint8]]:
         """Decode all images, if they take at most half of the machine's memory."""

@@ -58,13 +58,15 @@ def train_transform(augmentation: Augmentation, preprocessing: Preprocessing) ->
 def _crop(augmentation: Augmentation, preprocessing: Preprocessing) -> list[nn.Module]:
     from torchvision.transforms import v2
 
-    size = preprocessing.size
-    resized = fixed_size(augmentation, size)
-    steps: list[nn.Module] = [] if resized is None else [v2.Lambda(partial(resize_pixels, size=resized))]
+    size, how = preprocessing.size, preprocessing.interpolation
+    steps: list[nn.Module] = []
+    if resized := fixed_size(augmentation, size):
+        steps.append(v2.Lambda(partial(resize_pixels, size=resized, interpolation=how)))
     if preprocessing.channels not in (1, 3):
         steps.append(v2.ToImage())
     if augmentation.crop == "random-resized-crop":
-        steps.append(v2.RandomResizedCrop(size, scale=augmentation.area, ratio=augmentation.aspect))
+        window = {"scale": augmentation.area, "ratio": augmentation.aspect}
+        steps.append(v2.RandomResizedCrop(size, **window, interpolation=v2.InterpolationMode(how)))
     elif augmentation.crop == "resize-crop":
         steps.append(v2.RandomCrop(size))
     elif augmentation.crop == "pad-shift":

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from calm.config import Method, PriorActivation, PriorDenominator, WsolOptions, check_options
+from calm.config import Interpolation, Method, PriorActivation, PriorDenominator, WsolOptions, check_options
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
 from calm.files import read_yaml
@@ -44,6 +44,8 @@ class DataOptions:
         bits: bits that the values of files of more than 8 bits use; by default as many as the files say.
         mean: mean of each channel in [0, 1], as [0.1,0.2]; by default ImageNet's.
         std: standard deviation of each channel; by default ImageNet's.
+        interpolation: filter that resizes images, ``bilinear`` or ``bicubic``; by default that of the pretrained
+            weights, else bilinear.
         view: the channels, from 0, that overlays show as red, green and blue, as [3,2,1]; by default the first three.
         workers: processes that read images; 0 reads in the training process. The result does not depend on it.
         cache: decode all images once, before training, and keep them in memory, resized already where the
@@ -60,6 +62,7 @@ class DataOptions:
     bits: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
+    interpolation: Interpolation | None = None
     view: tuple[int, ...] | None = None
     workers: int = 4
     cache: bool = False

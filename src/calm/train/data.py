@@ -79,12 +79,12 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         class_names=split.class_names,
         preprocessing=Preprocessing(size=(size, size)),
     )
-    given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view")}
-    chosen = {name: value for name, value in given.items() if value is not None}
-    model.preprocessing = replace(model.preprocessing, **chosen)
+    given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view", "interpolation")}
     origin = str(getattr(model.backbone, "weights_report", ""))
     if options.init_from is not None:
         origin = _initialise(model, options.init_from, config.data.name, backbone)
+    chosen = {name: value for name, value in given.items() if value is not None}
+    model.preprocessing = replace(model.preprocessing, **chosen)
     if "adl" in config.wsol.methods:
         names = add_attention_dropout(model.backbone, config.wsol, (reading.channels, *model.preprocessing.size))
         origin = "\n".join(filter(None, (origin, f"attention-based dropout after {', '.join(names)}")))
@@ -100,6 +100,8 @@ def _initialise(model: CalmModel, source: str, data: str, backbone: nn.Module | 
         model.backbone.load_state_dict(start.backbone.state_dict())
     except RuntimeError as error:
         raise CalmError(f"model.init_from {source!r}: its backbone {start.config.backbone!r} is another one") from error
+    # Its weights were trained on images of this mean, deviation and filter.
+    model.preprocessing = replace(start.preprocessing, size=model.preprocessing.size)
     head, saved, names = model.head.state_dict(), start.head.state_dict(), model.class_names
     try:
         rows = dict(enumerate(match_classes(start.class_names, names, model=source, data=data)))
