@@ -19,7 +19,7 @@ FLOORS = [
     {"kinds"},
     {"output", "render", "backbones", "checkpoint", "data"},
     {"model", "heads", "acol"},
-    {"released", "baselines"},
+    {"released", "baselines", "exporting"},
     {"explain", "train", "evaluate"},
     {"report", "released_commands", "app"},
     {"cli"},

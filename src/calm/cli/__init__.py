@@ -97,6 +97,15 @@ COMMANDS: dict[str, Command] = {
         "  calm convert vgg/ --method cam --large_feature_map=false --use_bn=false --out cub-vgg16\n",
         prints=True,
     ),
+    "export": Command(
+        "calm.cli.export:export_model",
+        "write a model as one file for onnxruntime, torch.export or ExecuTorch",
+        "  calm export --model runs/birds --out birds.onnx\n"
+        "  calm export --model runs/birds --out birds.onnx --preprocess --kind evidence\n"
+        "  calm export --model runs/birds --out birds.pt2 --to torch-export\n",
+        prints=True,
+        flags={"model": "--model", "out": "--out"},
+    ),
     "data birds": Command(
         "calm_birds:write_birds",
         "draw a data set of birds whose species differ by known parts",

@@ -1,0 +1,30 @@
+"""Classify a picture and draw where the evidence is, with onnxruntime, NumPy and Pillow alone: no PyTorch, no calm.
+
+Make the file: calm export --model runs/birds --out birds.onnx --preprocess
+Run it: python examples/onnx_map.py birds.onnx bird.jpg map.png
+"""
+
+import json
+import sys
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+
+
+def explain(model: str, picture: str, out: str, count: int = 3) -> list[tuple[str, float]]:
+    """Draw the map of the most probable class over a picture; return the first classes and their probabilities."""
+    session = onnxruntime.InferenceSession(model)
+    names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
+    image = Image.open(picture).convert("RGB")
+    every = np.arange(len(names))[None]  # maps of all classes: the program computes them for the prediction anyway
+    probs, maps, _ = session.run(None, {"image": np.asarray(image)[None], "classes": every})
+    order = probs[0].argsort()[::-1][:count]
+    joint = maps[0, order[0]]  # p(y, z | x); its sum is probs[0, order[0]]
+    heat = Image.fromarray((255 * joint / joint.max()).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    Image.composite(Image.new("RGB", image.size, "red"), image, heat.point(lambda value: value * 0.7)).save(out)
+    return [(names[index], float(probs[0, index])) for index in order]
+
+
+if __name__ == "__main__":
+    print(*explain(*sys.argv[1:4]), sep="\n")
