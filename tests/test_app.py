@@ -10,6 +10,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
@@ -96,7 +98,10 @@ def test_read_gives_the_maps_of_the_model(explorer: Explorer, seen: Seen, pictur
 
 def test_ninths_add_up_to_the_total(explorer: Explorer, seen: Seen) -> None:
     reading = explorer.read(seen, "evidence", 3, 1)
-    assert sum(value for _, value in reading.ninths()) == pytest.approx(reading.total, rel=1e-9)
+    positive, negative = (sum(value for _, value in reading.ninths(sign)) for sign in (1, -1))
+    assert positive == pytest.approx(float(reading.grid.double().clamp(min=0).sum()), rel=1e-9)
+    assert positive - negative == pytest.approx(reading.total, rel=1e-9)
+    assert min(positive, negative) > 0, "the case has both"
     corner = torch.zeros(4, 4)
     corner[0, 3] = 1
     assert Reading(seen, "joint", 0, None, corner).ninths()[0] == ("upper right", pytest.approx(1.0))
@@ -232,6 +237,17 @@ def test_serve_refuses_before_work_starts(options: dict[str, Any], message: str)
         serve(**{"model": "m"} | options)
 
 
+def test_serve_says_before_it_loads_a_model_that_a_port_is_taken() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(CalmError, match=rf"cannot serve on 127\.0\.0\.1, port {port}: Address already in use"):
+            serve(model="nowhere", port=port)
+    with pytest.raises(CalmError, match=r"cannot serve on 192\.0\.2\.1, port any"):
+        serve(model="nowhere", host="192.0.2.1")
+
+
 # --- the page in a browser ----------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
@@ -245,10 +261,15 @@ def shown(explorer: Explorer) -> Explorer:
 
 
 @pytest.fixture(scope="module")
-def address(shown: Explorer) -> Iterator[str]:
+def served(shown: Explorer) -> Iterator[tuple[str, Any]]:
     title = Path(os.environ.get("CALM_APP_RUN", "a tiny model")).name
-    with running(shown, title, host="127.0.0.1", port=None, max_upload_mb=1) as (url, _):
-        yield url
+    with running(shown, title, host="127.0.0.1", port=None, max_upload_mb=1) as url_and_page:
+        yield url_and_page
+
+
+@pytest.fixture(scope="module")
+def address(served: tuple[str, Any]) -> str:
+    return served[0]
 
 
 @pytest.fixture(scope="module")
@@ -431,14 +452,18 @@ def test_page_says_what_is_wrong_with_an_upload(page: Any, tmp_path: Path) -> No
 
 
 @needs_browser
-def test_another_visitor_sees_nothing_of_the_first(page: Any, browser: Any, address: str) -> None:
+def test_another_visitor_sees_nothing_of_the_first_and_is_forgotten(
+    page: Any, browser: Any, served: tuple[str, Any]
+) -> None:
+    address, sessions = served[0], served[1].state_holder.session_data
+    before = set(sessions)
     context = browser.new_context(viewport={"width": 390, "height": 800}, has_touch=True)
     other = context.new_page()
     outside: list[str] = []
     other.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else outside.append(r.url))
     other.goto(address)
     other.locator(".calm-samples button").first.wait_for()
-    assert other.locator("#calm-look .calm-empty").count() == 1
+    other.locator("#calm-look .calm-empty").wait_for()
     assert other.locator("#calm-look img").count() == 0
     assert other.locator("#calm-files a").count() == 0
     other.locator(".calm-samples button").first.tap()
@@ -446,4 +471,10 @@ def test_another_visitor_sees_nothing_of_the_first(page: Any, browser: Any, addr
     assert source_of(other, "#calm-look") != source_of(page, "#calm-look")
     assert other.evaluate("document.documentElement.scrollWidth") <= 390, "a phone does not scroll sideways"
     assert not outside, "nothing is loaded from elsewhere"
+    (session,) = set(sessions) - before
     context.close()
+    deadline = time.monotonic() + 20
+    while session in sessions and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert session not in sessions
+    assert before <= set(sessions)

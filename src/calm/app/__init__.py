@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import signal
-from contextlib import contextmanager
+import socket
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from calm.model import CalmModel
 
 MOST_SAMPLES = 48
+MOST_VISITORS = 100  # whose pictures are kept at once: the one who has waited longest is forgotten
 
 
 def serve(
@@ -64,8 +66,15 @@ def serve(
         raise CalmError(f"max_upload_mb is {max_upload_mb}: give at least 1")
     if port is not None and not 1 <= port <= 65535:
         raise CalmError(f"port is {port}: give 1 to 65535")
+    with socket.socket() as probe:  # Gradio would say it after the model is loaded, and at length
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port or 0))
+        except OSError as error:
+            raise CalmError(f"cannot serve on {host}, port {port or 'any'}: {error.strerror or error}") from error
     explorer = make_explorer(model, data, [beside] if beside else [], samples, device)
     title = Path(model).resolve().name if Path(model).exists() else model
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: the uploads are deleted
     with running(explorer, title, host=host, port=port, max_upload_mb=max_upload_mb, share=share) as (url, page):
         print(f"calm: serving {title} at {url}; Ctrl-C ends it", flush=True)
         if page.share_url:
@@ -74,8 +83,8 @@ def serve(
             import webbrowser
 
             webbrowser.open(url)
-        signal.signal(signal.SIGTERM, signal.default_int_handler)  # end as after Ctrl-C: the uploads are deleted
-        signal.pause()
+        with suppress(KeyboardInterrupt):
+            signal.pause()
 
 
 def make_explorer(model: str, data: Path | None, beside: Sequence[str], samples: int, device: str) -> Explorer:
@@ -86,7 +95,7 @@ def make_explorer(model: str, data: Path | None, beside: Sequence[str], samples:
 
     place = resolve_device(device)
     loaded = load(model).to(place)
-    others = {Path(name).name: load(name).to(place) for name in beside}
+    others = {f"model {Path(name).name}": load(name).to(place) for name in beside}
     if len(others) < len(beside):
         raise CalmError("two models beside have the same name: copy or rename one of the folders")
     return Explorer(loaded, others, find_samples(data, loaded, samples) if data else ())
@@ -116,7 +125,7 @@ def running(
     """Serve the page while the block runs: yield its address and the Gradio page.
 
     Raises:
-        CalmError: The port is taken, or the address is none of this machine.
+        CalmError: No port is free.
     """
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when Gradio is imported
     from calm.app.page import HERE, Page, theme
@@ -137,11 +146,12 @@ def running(
                 max_file_size=max_upload_mb * 2**20,
                 ssr_mode=False,
                 enable_monitoring=False,
+                state_session_capacity=MOST_VISITORS,
                 theme=theme(),
                 css=(HERE / "page.css").read_text(encoding="utf-8"),
             )
         except (OSError, ValueError) as error:
-            raise CalmError(f"cannot serve on {host}, port {port or 'from 7860'}: {error}") from error
+            raise CalmError(f"cannot serve on {host}: {error}") from error
         try:
             yield url, page
         finally:

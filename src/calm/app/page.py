@@ -138,12 +138,11 @@ class Page:
             return EMPTY
         reading = self.explorer.read(seen, kind, target, versus)
         first, second = self.names[target], self.names[versus]
-        sums = reading.ninths()
         unit = " nats" if kind == "evidence" else ""
-        sides = [(first, [(w, v) for w, v in sums if v > 0]), (second, [(w, -v) for w, v in sums[::-1] if v < 0])]
         likely = max(float(seen.probs[target]), float(seen.probs[versus]))
         lists = ""
-        for name, regions in sides:
+        for name, ninths in ((first, reading.ninths()), (second, reading.ninths(-1))):
+            regions = [(words, value) for words, value in ninths if value > 0]
             total = sum(value for _, value in regions)
             heading = f"<h4>Speaks for {escape(name)}: {total:.3f}{unit}</h4>"
             rows = bars([(words, value / total, False) for words, value in regions[:4]], [v for _, v in regions[:4]])
@@ -182,8 +181,8 @@ class Page:
             for c in classes
         )
         says = (
-            f"<p>{float(mask.float().mean()):.1%} of the pixels are erased: they have the mean colour of the training"
-            f' data.</p><div class="calm-scroll"><table class="calm-table"><tr><th>class</th><th>p before</th>'
+            f"<p>{float(mask.float().mean()):.1%} of the pixels are erased: they are 0 in the model's"
+            f' input.</p><div class="calm-scroll"><table class="calm-table"><tr><th>class</th><th>p before</th>'
             f"<th>p after</th><th>change</th></tr>{rows}</table></div>"
         )
         shown = resize_picture(after.picture, drawn_size(seen.picture.shape[0], seen.picture.shape[1]))
@@ -344,6 +343,12 @@ class Page:
                 lambda: None, None, many, **quiet
             )
             order.input(friendly(self.table), [rows, order], listed, **quiet)
+
+            def end(request: gr.Request) -> None:
+                """Forget a visitor: Gradio itself would keep what it sent to a closed tab."""
+                page.state_holder.session_data.pop(request.session_hash, None)
+
+            page.unload(end)
         return page
 
     def heading(self) -> str:

@@ -128,10 +128,11 @@ class Reading:
         entropy = float(torch.special.entr(shares / shares.sum()).sum()) / math.log(shares.numel())
         return self.versus is None and entropy > FLAT
 
-    def ninths(self) -> list[tuple[str, float]]:
-        """Return the sum of the map in each ninth of the picture, the highest first."""
+    def ninths(self, sign: Literal[1, -1] = 1) -> list[tuple[str, float]]:
+        """Return the sum of the cells above 0 (with ``sign`` -1 below, negated) in each ninth, the highest first."""
+        part = replace(self, grid=(sign * self.grid).clamp(min=0))
         thirds = [(row, column) for row in range(3) for column in range(3)]
-        sums = [(NINTHS[r][c], self.mass((c / 3, r / 3, (c + 1) / 3, (r + 1) / 3))) for r, c in thirds]
+        sums = [(NINTHS[r][c], part.mass((c / 3, r / 3, (c + 1) / 3, (r + 1) / 3))) for r, c in thirds]
         return sorted(sums, key=lambda entry: -entry[1])
 
     def draw(
