@@ -29,6 +29,7 @@ from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import read_image
 from calm.model import create_model
+from calm.render import overlay
 
 CHROMIUM = shutil.which("chromium")
 
@@ -107,13 +108,21 @@ def test_ninths_add_up_to_the_total(explorer: Explorer, seen: Seen) -> None:
     assert Reading(seen, "joint", 0, None, corner).ninths()[0] == ("upper right", pytest.approx(1.0))
 
 
-def test_peak_and_flatness_of_a_map(seen: Seen) -> None:
+def test_colours_of_a_map_are_multiples_of_uniform(seen: Seen) -> None:
     spike = torch.zeros(4, 4)
     spike[1, 1] = 0.5
-    assert Reading(seen, "joint", 0, None, spike).peak_over_uniform == pytest.approx(16)
-    assert not Reading(seen, "joint", 0, None, spike).flat
-    assert Reading(seen, "joint", 0, None, torch.full((4, 4), 0.01)).flat
-    assert np.isnan(Reading(seen, "joint", 0, 1, spike).peak_over_uniform)
+    flat = torch.full((4, 4), 0.01)
+    flat[1, 1] = 0.015
+    sharp, dull = Reading(seen, "joint", 0, None, spike), Reading(seen, "joint", 0, None, flat)
+    assert (sharp.uniform, sharp.top) == pytest.approx((0.5 / 16, 0.5))
+    assert dull.top == pytest.approx(4 * dull.total / 16)
+    assert dull.flat
+    assert not sharp.flat
+    assert Reading(seen, "joint", 0, 1, spike).uniform is None
+    assert not Reading(seen, "joint", 0, 1, spike).flat
+    for reading in (sharp, dull, Reading(seen, "joint", 0, None, torch.full((4, 4), 0.01))):
+        expected = overlay(seen.picture, reading.grid, top=reading.top, size=(240, 400))
+        np.testing.assert_allclose(reading.draw().astype(int), expected.astype(int), atol=1)
 
 
 def test_draw_hides_what_is_below_the_threshold(seen: Seen) -> None:

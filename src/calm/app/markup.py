@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from base64 import b64encode
 from collections.abc import Sequence
 from html import escape
@@ -77,20 +76,19 @@ def scale(reading: Reading, names: Sequence[str], log: bool = False) -> str:
     colormap: Colormap = "heat" if reading.versus is None else "signed"
     colours = ", ".join("rgb({},{},{})".format(*colour) for colour in table(colormap)[::32])
     peak = float(reading.grid.abs().max())
-    low, high = "0", f"{peak:.2g} in a cell"
+    low, high, notes = "0", f"{reading.top:.2g} in a cell", [escape(MEANING[reading.kind])]
     if reading.versus is not None:
         low, high = f"◀ {escape(names[reading.versus])}", f"{escape(names[reading.target])} ▶"
-    elif log:
-        low = f"{peak / 10**DECADES:.1g}"
-    notes = [escape(MEANING[reading.kind])]
-    if reading.versus is not None:
         differs = "red where the map of the one class is higher, blue where that of the other is"
         notes = [MEANING["evidence"] if reading.kind == "evidence" else differs]
-        notes.append("colours grow with the square root of the difference")
-    if not math.isnan(reading.peak_over_uniform):
-        notes.append(f"the highest cell holds {reading.peak_over_uniform:.1f} times the share of a uniform map")
+        notes.append(f"colours grow with the square root of the difference, up to {peak:.2g}")
+    elif reading.uniform is None:
+        low, high = f"{float(reading.grid.min()):.3g}", f"{float(reading.grid.max()):.3g}"
+    else:
+        high += f" ({reading.top / reading.uniform:.3g} times uniform)"
+        low = f"{reading.top / 10**DECADES:.1g}" if log else low
     if reading.flat:
-        notes.append("<b>this map is flat</b>: it says hardly anything about the place")
+        notes.append("<b>this map is nearly flat</b>: it says little about the place")
     bar = f'<i style="background:linear-gradient(90deg,{colours})"></i>'
     return f'<div class="calm-scale">{bar}<span>{low}</span><span>{high}</span></div><p>{"; ".join(notes)}.</p>'
 

@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_map
 
 from calm.baselines import BASELINES, attribute
 from calm.errors import CalmError, unknown
-from calm.explain import drawn_size
+from calm.explain import FLAT, LEAST_TOP, drawn_size
 from calm.heatmaps import NINTHS, cell_coverage, normalize, resize_maps
-from calm.model import FLAT, CalmModel
+from calm.model import CalmModel
 from calm.output import MAP_KINDS, CalmOutput, CamOutput
 from calm.render import Picture, overlay, resize_picture
 
@@ -113,20 +113,20 @@ class Reading:
         return float((self.grid.double() * share).sum())
 
     @property
-    def peak_over_uniform(self) -> float:
-        """The highest cell over what each cell of a map without knowledge would hold; NaN where that means nothing."""
-        if self.versus is not None or MAP_KINDS[self.kind].families == ("cam",) or self.total <= 0:
-            return math.nan
-        return float(self.grid.max()) * self.grid.numel() / self.total
+    def uniform(self) -> float | None:
+        """What each cell of a uniform map of the same sum would hold; None where the sum has no meaning."""
+        adds_up = self.versus is None and MAP_KINDS[self.kind].families != ("cam",)
+        return self.total / self.grid.numel() if adds_up and self.total > 0 else None
+
+    @property
+    def top(self) -> float:
+        """The value of the last colour: the highest, or `LEAST_TOP` times uniform, so that a flat map looks flat."""
+        return max(float(self.grid.abs().max()), LEAST_TOP * (self.uniform or 0.0))
 
     @property
     def flat(self) -> bool:
-        """Whether the map says hardly anything about the place: its entropy is above `FLAT` of a uniform one's."""
-        shares = self.grid.double().abs().flatten()
-        if shares.numel() < 2 or shares.sum() <= 0:
-            return True
-        entropy = float(torch.special.entr(shares / shares.sum()).sum()) / math.log(shares.numel())
-        return self.versus is None and entropy > FLAT
+        """Whether the map says hardly anything about the place: its highest cell is below `FLAT` times uniform."""
+        return self.uniform is not None and float(self.grid.max()) < FLAT * self.uniform
 
     def ninths(self, sign: Literal[1, -1] = 1) -> list[tuple[str, float]]:
         """Return the sum of the cells above 0 (with ``sign`` -1 below, negated) in each ninth, the highest first."""
@@ -150,13 +150,15 @@ class Reading:
         values = resize_maps(self.grid, size)
         if self.versus is not None:
             strength = normalize(values.abs(), "max").sqrt() * values.sign()
+        elif self.uniform is None:
+            strength = normalize(values, "minmax")
         else:
-            strength = normalize(values, "minmax" if MAP_KINDS[self.kind].families == ("cam",) else "max")
+            strength = (values / self.top).clamp(0, 1)
         if log:
             strength = (1 + strength.abs().clamp(min=1e-30).log10() / DECADES).clamp(min=0) * strength.sign()
         colormap: Literal["heat", "signed"] = "heat" if self.versus is None else "signed"
         shown = strength.where(values.abs() >= threshold * values.abs().max(), 0.0)
-        return overlay(self.seen.picture, shown, how="clipping", colormap=colormap, alpha=opacity, size=size)
+        return overlay(self.seen.picture, shown, top=1.0, colormap=colormap, alpha=opacity, size=size)
 
 
 @dataclass(frozen=True)
