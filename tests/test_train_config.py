@@ -117,7 +117,7 @@ def test_parse_resumes_a_run_where_it_lies_now(tmp_path: Path) -> None:
         (["--model.prior_activation=relu", "--loss.prior_weight=0.1"], "a ReLU prior"),
         (["--method=cam", "--loss.cam_weight=0.5"], "this is CAM"),
         (["--loss.cam_weight=much"], "loss.cam_weight 'much'"),
-        (["--model.unfreeze_after=3"], "needs the name of a part"),
+        (["--model.unfreeze_after=3"], r"unfreeze_after needs model\.freeze: true, or the name"),
         (["--model.freeze=layer3", "--model.unfreeze_after=40"], "leaves nothing of 40 epochs"),
         (["--augment.crop=middle"], "middle"),
         (["--config=nowhere.yaml"], "nowhere"),

@@ -163,6 +163,30 @@ def test_train_frozen_refuses_what_needs_images_or_space(
     with pytest.raises(CalmError, match=r"need 0\.0 GiB.*fewer model\.views"):
         train(frozen_config(data, tmp_path / "run"), backbone=tiny_net(), quiet=True)
     assert not (tmp_path / "run").exists()
+    small = frozen_config(data, tmp_path / "run", model=ModelOptions(freeze=True, feature_gib=1e-6))
+    with pytest.raises(CalmError, match=r"and model\.feature_gib allows 1e-06: raise it, fewer"):
+        train(small, backbone=tiny_net(), quiet=True)
+
+
+def test_features_beyond_half_precision_are_clipped_and_said(data: Path, tmp_path: Path) -> None:
+    backbone = tiny_net(stateful=False).requires_grad_(False)
+    backbone.layers[-2].weight *= 1e6
+    config = frozen_config(data, tmp_path / "run", epochs=1)
+    train(replace(config, lr=0.0), backbone=backbone, quiet=True)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "features of 72 of 72 images (train) lie beyond 65504" in log
+
+
+def test_ctrl_c_among_the_features_says_what_the_same_command_does(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("calm.train.run.cache_features", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(frozen_config(data, tmp_path / "run"), backbone=tiny_net(), quiet=True)
+    assert "interrupted: the same command goes on with the features" in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("share", "fits"), [(1.1, False), (1.2, True)])

@@ -86,6 +86,9 @@ def test_freeze_until_stops_a_part_and_all_before_it() -> None:
     freeze_until(model, "stages", frozen=False)
     assert all(p.requires_grad for p in model.parameters())
     assert all(module.training for module in model.modules())
+    assert freeze_until(model, True) == sum(p.numel() for p in model.backbone.parameters())
+    assert not any(module.training for module in model.backbone.stages.modules())
+    freeze_until(model, True, frozen=False)
     freeze_until(model, "stages.1")
     trained = {
         ".".join(name.split(".")[1:3]) for name, p in model.backbone.named_parameters(prefix="b") if p.requires_grad

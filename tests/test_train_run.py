@@ -314,6 +314,11 @@ def test_train_freezes_a_part_and_its_statistics_until_it_is_asked_not_to(data: 
     assert moved(run("norm", 1, freeze_norm=True)) & of_backbone == of_backbone - statistics
     whole = run("whole", 2, freeze="1", unfreeze_after=1)
     assert moved(whole) >= of_backbone
+    lines = (whole / "log.txt").read_text()
+    assert re.search(r"up to 1 \(180 weights\) is frozen.*epoch 1/2.*is trained from now on.*epoch 2/2", lines, re.S)
+    every = run("every", 2, freeze=True, unfreeze_after=1)
+    assert moved(every) >= of_backbone
+    assert not (every / "features").exists()
     longer = run("whole", 3, freeze="1", unfreeze_after=1)  # continues
     assert_same(checkpoint_of(longer), checkpoint_of(run("at once", 3, freeze="1", unfreeze_after=1)))
 

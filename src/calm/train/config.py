@@ -93,10 +93,12 @@ class ModelOptions:
         freeze: ``true`` keeps the backbone as it starts, in evaluation mode, and trains the head alone, on features
             that are computed once: a model in a minute (docs/frozen-features.md). The name of a part of the backbone
             (``layer3``, ``blocks.4``) keeps that part and all before it so, without such features.
-        unfreeze_after: epochs after which the parts that ``freeze`` names are trained, too. 0: never.
+        unfreeze_after: epochs after which what ``freeze`` keeps is trained, too, for which images are read in every
+            epoch. 0: never.
         freeze_norm: use BatchNorm's statistics as they start, and do not update them: for fine-tuning on few images.
         views: with ``freeze true``: how many times each training image is augmented; the epochs take turns.
         feature_dropout: with ``freeze true``: probability that a channel of an image's features is dropped in training.
+        feature_gib: with ``freeze true``: the most GiB that the files of features may take while the run lasts.
         init_from: a run folder, a saved model or a hub id whose weights training starts from. Of the head, the classes
             of the same name come along; the others start anew.
     """
@@ -113,23 +115,24 @@ class ModelOptions:
     freeze_norm: bool = False
     views: int = 2
     feature_dropout: float = 0.0
+    feature_gib: float = 100.0
     init_from: str | None = None
 
     def __post_init__(self) -> None:
-        check_options(
-            self, "model.", output_stride=(1, 64), views=(1, 1000), feature_dropout=(0, 0.99), unfreeze_after=(0, MOST)
-        )
-        if self.unfreeze_after and not isinstance(self.freeze, str):
-            raise CalmError("model.unfreeze_after needs the name of a part of the backbone as model.freeze")
+        ranges = {"views": (1, 1000), "feature_dropout": (0, 0.99), "unfreeze_after": (0, MOST)}
+        check_options(self, "model.", output_stride=(1, 64), feature_gib=(0, LARGEST), **ranges)
+        if self.unfreeze_after and not self.freeze:
+            raise CalmError("model.unfreeze_after needs model.freeze: true, or the name of a part of the backbone")
         if self.feature_dropout and not self.caches:
-            raise CalmError("model.feature_dropout is about cached features: set model.freeze true, or leave it at 0")
+            fix = "set model.freeze true without model.unfreeze_after, or model.feature_dropout 0"
+            raise CalmError(f"model.feature_dropout is {self.feature_dropout:g}, for cached features alone: {fix}")
         if self.weights is not None and self.init_from is not None:
             raise CalmError("model.weights and model.init_from both say where the backbone starts: give one of them")
 
     @property
     def caches(self) -> bool:
         """Whether the head alone is trained, on features that are computed once."""
-        return self.freeze is True
+        return self.freeze is True and not self.unfreeze_after
 
 
 @dataclass(frozen=True)

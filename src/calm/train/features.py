@@ -29,6 +29,10 @@ FOLDER = "features"
 """The folder of the feature files in a run's folder, while the run is not finished."""
 
 
+LARGEST_HALF = 65504
+"""The largest finite number in half precision."""
+
+
 class FeatureDataset(ImageDataset):
     """The features of a split's images as (features, label, index): float16 (h, w, D), class index, position.
 
@@ -73,6 +77,7 @@ def cache_features(
     *,
     autocast: Callable[[], AbstractContextManager[Any]],
     progress: Callable[[int, int], None],
+    log: Callable[[str], None],
 ) -> dict[str, FeatureDataset]:
     """Compute the frozen backbone's features of all images into files of a run's folder, or take those that are there.
 
@@ -83,9 +88,10 @@ def cache_features(
         run_dir: its folder.
         autocast: makes the context in which the backbone runs, of the run's precision.
         progress: called with the images that are done and all of them, views counted.
+        log: called with a warning if features had to be clipped to half precision.
 
     Raises:
-        CalmError: the files would not fit on the disk.
+        CalmError: the files would not fit on the disk, or take more than ``config.model.feature_gib``.
     """
     backbone = model.optimized_for_inference().backbone
     folder = run_dir / FOLDER
@@ -99,23 +105,35 @@ def cache_features(
         complete = path.with_suffix(".json")
         if not (complete.is_file() and json.loads(complete.read_text()) == key):
             features: NDArray[Any] | None = None
+            clipped = 0
             loader = DataLoader(dataset, 32, num_workers=config.reading.workers, generator=torch.Generator())
             for view in range(views[name]):
                 dataset.set_epoch(view)
                 for images, _, indices in loader:
                     with torch.no_grad(), autocast():
-                        half = widen(backbone(images.to(model.device))).clamp(-65504, 65504).half()
+                        wide = widen(backbone(images.to(model.device)))
+                    clipped += int((wide.abs() > LARGEST_HALF).flatten(1).any(dim=1).sum())
+                    half = wide.clamp(-LARGEST_HALF, LARGEST_HALF).half()
                     values = half.permute(0, 2, 3, 1).cpu().numpy()
                     if features is None:
                         shape = (views[name], len(dataset), *values.shape[1:])
                         path.unlink(missing_ok=True)  # of an interrupted run
-                        _check_space(folder, (total - done) * values[0].nbytes)  # what is done lies there
+                        each, limit = values[0].nbytes, config.model.feature_gib
+                        if total * each > limit * 2**30:
+                            raise _too_large(total * each, f"model.feature_gib allows {limit:g}: raise it,")
+                        _check_space(folder, (total - done) * each)  # what is done lies there
                         features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
                     features[view, indices.numpy()] = values
                     progress(done := done + len(images), total)
             dataset.set_epoch(0)
             assert isinstance(features, np.memmap)
             features.flush()
+            if clipped:
+                log(
+                    f"warning: features of {clipped} of {views[name] * len(dataset)} images ({name}) lie beyond "
+                    f"{LARGEST_HALF}, the range of half precision, and were clipped: predictions on images, which "
+                    "are not, will differ; another layer or model.weights may suit better"
+                )
             write_json(complete, key)
         else:
             progress(done := done + views[name] * len(dataset), total)
@@ -144,7 +162,10 @@ def _key(model: CalmModel, dataset: ImageDataset, config: TrainConfig, views: in
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > 0.9 * free:
-        raise CalmError(
-            f"the features of all images and views need {needed / 2**30:.1f} GiB, and {folder} has {free / 2**30:.1f}"
-            " GiB free: choose another --run_dir, fewer model.views, or a coarser grid (model.output_stride)"
-        )
+        raise _too_large(needed, f"{folder} has {free / 2**30:.1f} GiB free: choose another --run_dir,")
+
+
+def _too_large(needed: int, limit: str) -> CalmError:
+    """Return the error for files of ``needed`` bytes; ``limit`` is the start of its second half."""
+    fixes = "fewer model.views, or a coarser grid (model.output_stride, reading.image_size)"
+    return CalmError(f"the features of all images and views need {needed / 2**30:.1f} GiB, and {limit} {fixes}")

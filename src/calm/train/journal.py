@@ -5,7 +5,8 @@ A row of metrics.csv, with the columns of a CALM-EM run::
     epoch,step,seconds,images_per_second,lr,temperature,train_loss,train_accuracy,prior_entropy,...,val_accuracy,...
     1,140,48.1,186.5,0.0021,1.0,2.731,0.188,3.92,0.943,3.20,0.770,0.0,0.241,0.602,2.51,0.031
 
-``lr`` is the backbone's rate of the epoch's last step. Accuracies run from 0 to 1, entropies and nll are in nats.
+``lr`` is the backbone's highest rate in the epoch's last step, or the head's where the backbone is not trained.
+Accuracies run from 0 to 1, entropies and nll are in nats.
 """
 
 from __future__ import annotations

@@ -65,25 +65,31 @@ def backbone_parts(model: nn.Module) -> tuple[str, dict[str, list[str]]]:
     return prefix, parts
 
 
-def freeze_until(model: nn.Module, part: str, frozen: bool = True) -> None:
+def freeze_until(model: nn.Module, part: str | bool, frozen: bool = True) -> int:
     """Freeze a part of the backbone and all before it: no gradients, and evaluation mode; or let them train again.
 
     Args:
-        part: a name of `backbone_parts`, or of a sequence of them (``layer3``, whose last is ``layer3.5``).
+        part: a name of `backbone_parts`, or of a sequence of them (``layer3``, whose last is ``layer3.5``); True is
+            the whole backbone.
+
+    Returns:
+        How many weights these parts have.
 
     Raises:
         CalmError: the backbone has no such part.
     """
     prefix, parts = backbone_parts(model)
-    last = [index for index, name in enumerate(parts) if name == part or name.startswith(f"{part}.")]
+    last = [index for index, name in enumerate(parts) if part is True or f"{name}.".startswith(f"{part}.")]
     if not last:
         names = dict.fromkeys(name.partition(".")[0] for name in parts)
         raise unknown("part of the backbone", part, list(dict.fromkeys([*names, *parts])), where="model.freeze")
+    count = 0
     for name, parameters in list(parts.items())[: last[-1] + 1]:
         for parameter in parameters:
-            model.get_parameter(parameter).requires_grad_(not frozen)
+            count += model.get_parameter(parameter).requires_grad_(not frozen).numel()
         if prefix + name not in parameters:  # a part that is a parameter, such as a class token, has no mode
             model.get_submodule(prefix + name).train(not frozen)
+    return count
 
 
 def freeze_norm(model: nn.Module) -> None:

@@ -170,26 +170,37 @@ class Trainer:
             raise CalmError("model.freeze trains the head in one process: set hardware.devices 1")
         columns = TextColumn("features of all images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
         started = time.monotonic()
-        with Progress(*columns, console=self.log.console, transient=True, disable=not self.log.interactive) as bar:
-            task = bar.add_task("", total=None)
-            features = cache_features(
-                self.whole,
-                self.datasets,
-                self.config,
-                self.run_dir,
-                autocast=self.fabric.autocast,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
-            )
+        bar = Progress(*columns, console=self.log.console, transient=True, disable=not self.log.interactive)
+        task = bar.add_task("", total=None)
+        try:
+            with bar:
+                features = cache_features(
+                    self.whole,
+                    self.datasets,
+                    self.config,
+                    self.run_dir,
+                    autocast=self.fabric.autocast,
+                    progress=lambda done, total: bar.update(task, completed=done, total=total),
+                    log=self.log,
+                )
+        except (KeyboardInterrupt, SystemExit):
+            self.log("interrupted: the same command goes on with the features, and keeps those of the splits it has")
+            raise
         height, width, channels = features["train"].features.shape[2:]
         grid, seconds = f"{channels} on a {height}x{width} grid", time.monotonic() - started
         self.log(f"features of the frozen backbone, {grid}, in {seconds:.0f} s")
         return features
 
-    def freeze(self, epoch: int = 0) -> None:
-        """Freeze, for an epoch, the parts of the backbone and the statistics that are to stay as they are."""
+    def freeze(self, epoch: int = 0, *, changes: bool = False) -> None:
+        """Freeze, for an epoch, the parts of the backbone and the statistics that are to stay as they are; with
+        ``changes``, log which parts are, where that begins or ends."""
         options = self.config.model
-        if isinstance(options.freeze, str):
-            freeze_until(self.whole, options.freeze, not options.unfreeze_after or epoch < options.unfreeze_after)
+        if options.freeze and not options.caches:
+            frozen = not options.unfreeze_after or epoch < options.unfreeze_after
+            count = freeze_until(self.whole, options.freeze, frozen)
+            if changes and epoch in (0, options.unfreeze_after) and self.fabric.is_global_zero:
+                what = "the backbone" if options.freeze is True else f"the backbone up to {options.freeze}"
+                self.log(f"{what} ({count:,} weights) is {'frozen' if frozen else 'trained from now on'}")
         if options.freeze_norm:
             freeze_norm(self.whole)
 
@@ -246,7 +257,7 @@ class Trainer:
         config, fabric, state, loader = self.config, self.fabric, self.state, self.loaders["train"]
         assert isinstance(loader.sampler, EpochSampler)
         loader.sampler.set_epoch(state.epoch)
-        self.freeze(state.epoch)
+        self.freeze(state.epoch, changes=True)
         # What is random inside the network (dropout) is a function of seed, epoch and process.
         torch.manual_seed(mix_seed(config.seed, state.epoch, fabric.global_rank) >> 1)
         title = f"epoch {state.epoch + 1}/{config.epochs}"
@@ -310,12 +321,13 @@ class Trainer:
 
     def row(self, seconds: float, validation: Row) -> Row:
         """Return the epoch's row of metrics.csv; all processes must call this, as they add up what they measured."""
+        rates = self.state.rates
         row: Row = {
             "epoch": self.state.epoch + 1,
             "step": self.state.step,
             "seconds": round(seconds, 3),
             "images_per_second": round(self.run.steps_per_epoch * self.config.batch_size / seconds, 1),
-            "lr": min(self.state.rates.values()),
+            "lr": max([rate for name, rate in rates.items() if name.startswith("backbone")] or rates.values()),
         }
         if self.config.method == "calm-em":
             row["temperature"] = self.step.temperature(self.state.step - 1)
