@@ -19,7 +19,7 @@ FLOORS = [
     {"kinds"},
     {"output", "render", "backbones", "checkpoint", "data"},
     {"model", "heads", "acol"},
-    {"released", "baselines", "exporting"},
+    {"released", "baselines", "exporting", "interop"},
     {"explain", "train", "evaluate"},
     {"report", "released_commands", "app"},
     {"cli"},

@@ -77,3 +77,9 @@ def test_written_maps_give_the_figures_of_their_model(tmp_path):
     assert {"pxap", "maxboxacc_v2"} <= shared
     for name in shared:
         assert list(theirs.figures[name]) == pytest.approx(list(own.figures[name]), nan_ok=True, abs=1e-6), name
+
+
+def test_the_plain_loop_learns(capsys):
+    assert 0 < load_example("plain_loop").main(steps=5) < 1
+    first, last = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines()[:2])
+    assert last < first - 0.3

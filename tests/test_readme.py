@@ -54,6 +54,13 @@ def test_readme_python_runs_and_gives_what_it_says(capsys, tmp_path, monkeypatch
     assert "tensor" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("page", [page for page in PAGES if page.parent.name == "docs" and blocks(page, "python")])
+def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
+    """The blocks of a page are one program."""
+    monkeypatch.chdir(tmp_path)
+    exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {})
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_lead_to_files(page):
     targets = re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8"))

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
     from calm.heads import CalmHead as CalmHead
     from calm.heatmaps import normalize as normalize, resize_maps as resize_maps
     from calm.images import Preprocessing as Preprocessing
+    from calm.interop import (
+        CalmCam as CalmCam,
+        ScoreModel as ScoreModel,
+        em_loss as em_loss,
+        quantus_explain as quantus_explain,
+    )
     from calm.model import CalmModel as CalmModel, create_model as create_model, load as load
     from calm.output import (
         MAP_KINDS as MAP_KINDS,
@@ -38,6 +44,7 @@ _MODULES = {
     "exporting": "export",
     "heatmaps": "normalize resize_maps",
     "images": "Preprocessing",
+    "interop": "CalmAttribution CalmCam CalmClassifier ScoreModel em_loss quantus_explain",
     "model": "CalmModel create_model load",
     "output": "MAP_KINDS CalmOutput CamOutput Prediction",
     "released": "load_released",

