@@ -23,7 +23,7 @@ import torch
 from explain_cases import NAMES, make_model, write_picture
 from PIL import Image
 
-from calm.app import find_samples, make_explorer, running, serve
+from calm.app import find_samples, make_explorer, running, serve, trained_on
 from calm.app.session import Explorer, Reading, Sample, Seen, in_order, numbers, painted, top_pixels
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
@@ -230,6 +230,40 @@ def test_find_samples_takes_turns_and_labels_by_name(tmp_path: Path) -> None:
     samples = find_samples(tmp_path, make_model("calm-em"), 4)
     assert [sample.label for sample in samples] == [0, 2, None, 0]
     assert len({sample.path for sample in samples}) == 4
+
+
+def test_trained_on_is_the_data_of_the_run(tmp_path: Path) -> None:
+    (tmp_path / "run" / "best").mkdir(parents=True)
+    assert trained_on(tmp_path / "run") is None
+    (tmp_path / "run" / "config.yaml").write_text(f"data: {tmp_path / 'pictures'}\n")
+    assert trained_on(tmp_path / "run") is None, "the folder is not there"
+    (tmp_path / "pictures").mkdir()
+    assert trained_on(tmp_path / "run") == trained_on(tmp_path / "run" / "best") == tmp_path / "pictures"
+    (tmp_path / "run" / "config.yaml").write_text("[1]\n")
+    assert trained_on(tmp_path / "run") is None
+
+
+@pytest.mark.parametrize("method", ["calm-em", "cam"])
+def test_page_escapes_what_models_and_visitors_name(method: str, tmp_path: Path) -> None:
+    from calm.app.page import Page
+
+    evil = "<img src=x onerror=alert(1)>"
+    model = make_model(method)
+    model.class_names = tuple(f"{evil}{i}" for i in range(6))
+    path = write_picture(tmp_path / "a.png")
+    explorer = Explorer(model, {f"model {evil}": model}, [Sample(path, f"{evil}.png", 0)])
+    page = Page(explorer, evil)
+    seen, *_ = page.begin(explorer.samples[0])
+    said = [page.heading(), page.sample_buttons()]
+    for kind in explorer.kinds:
+        said += page.map(seen, kind, 0, 0.85, 0.1, True, (0.1, 0.1, 0.5, 0.5), (0.3, 0.3))
+        if kind != "prior":
+            said.append(page.contrast(seen, kind, 0, 1))
+    said += page.erase(seen, explorer.kinds[0], 0, 5, 12, [[(0.1, 0.1), (0.2, 0.3)]])
+    said += [page.beside(seen, 0, [explorer.kinds[0], f"model {evil}"]), page.batch_of_samples("error")[1]]
+    assert all(isinstance(text, str) for text in said)
+    assert not [text for text in said if "<img src=x" in text]
+    assert sum("&lt;img src=x" in text for text in said) > len(explorer.kinds)
 
 
 @pytest.mark.parametrize(

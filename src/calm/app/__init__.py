@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from calm.errors import CalmError
+from calm.files import read_yaml
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -46,7 +47,7 @@ def serve(
     Args:
         model: a run folder of calm train, a saved model, or a hub id.
         data: a folder of pictures, in any layout that calm train reads, to take samples from: of its test split, evenly
-            over the classes, or of all if it has no splits.
+            over the classes, or of all if it has no splits. Default: what the model was trained on, if it is there.
         beside: another model whose map is shown side by side, such as a CAM of the same classes.
         samples: how many pictures of the data, at most 48.
         host: the address to serve on. The default can be reached from this machine alone; 0.0.0.0 from others, all of
@@ -98,7 +99,23 @@ def make_explorer(model: str, data: Path | None, beside: Sequence[str], samples:
     others = {f"model {Path(name).name}": load(name).to(place) for name in beside}
     if len(others) < len(beside):
         raise CalmError("two models beside have the same name: copy or rename one of the folders")
-    return Explorer(loaded, others, find_samples(data, loaded, samples) if data else ())
+    found: Sequence[Sample] = ()
+    if data is not None:
+        found = find_samples(data, loaded, samples)
+    elif (own := trained_on(Path(model))) is not None:
+        with suppress(CalmError):  # data that have moved or changed: nobody asked for them
+            found = find_samples(own, loaded, samples)
+    return Explorer(loaded, others, found)
+
+
+def trained_on(model: Path) -> Path | None:
+    """Return the folder of data that the run of a model names, if it has one and the folder is there."""
+    for file in (model / "config.yaml", model.parent / "config.yaml"):
+        if file.is_file():
+            config = read_yaml(file, "configuration")
+            data = config.get("data") if isinstance(config, dict) else None
+            return Path(data) if isinstance(data, str) and Path(data).is_dir() else None
+    return None
 
 
 def find_samples(data: Path, model: CalmModel, count: int) -> list[Sample]:

@@ -80,8 +80,7 @@ class Page:
         seen = self.explorer.see(sample)
         best, *others = seen.top()
         top = [(f"{self.names[c]}  {seen.probs[c]:.3f}", c) for c in (best, *others)]
-        versus = gr.Dropdown(value=seen.rival(best))
-        return seen, gr.Radio(choices=top, value=best), best, versus, None, None, [], None
+        return seen, gr.Radio(choices=top, value=best), best, seen.rival(best), None, None, [], None
 
     def choose(self, seen: Seen | None, target: int, versus: int) -> tuple[int, int]:
         """Return the class to explain, and another one to compare it with."""
@@ -293,7 +292,7 @@ class Page:
                         clean = gr.Button("Remove the paint")
                         left = gr.HTML(elem_id="calm-left")
                     with gr.Tab("Methods"):
-                        usual = [m for m in (*alone[:1], "gradcam", "integrated-gradients") if m in explorer.methods]
+                        usual = [m for m in (*alone[:1], "gradcam", "gradient") if m in explorer.methods]
                         methods = gr.CheckboxGroup(
                             list(explorer.methods), value=[*usual, *explorer.others], label="Methods"
                         )
