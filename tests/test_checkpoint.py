@@ -11,7 +11,6 @@ import socket
 import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from threading import Thread
-from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
@@ -368,30 +367,6 @@ def test_no_answer_takes_a_refusal_for_an_answer():
 def test_load_says_that_the_hub_cannot_be_reached(hub):
     with pytest.raises(CalmError, match=r"no saved model at owner/none: .*Hub"):
         load("owner/none")
-
-
-def test_push_to_hub_uploads_the_two_files(monkeypatch):
-    calls = {}
-
-    class Hub:
-        def __init__(self, token):
-            calls["token"] = token
-
-        def create_repo(self, repo_id, *, private, exist_ok):
-            calls["repo"] = (repo_id, private, exist_ok)
-
-        def upload_folder(self, *, repo_id, folder_path, commit_message):
-            calls["files"] = sorted(file.name for file in folder_path.iterdir())
-            calls["model"] = load(folder_path)
-            return SimpleNamespace(commit_url="https://hub/commit/1")
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    monkeypatch.setattr("calm.checkpoint.no_answer", lambda _: "")
-    model = trained()
-    assert model.push_to_hub("owner/birds", private=True, token="secret") == "https://hub/commit/1"
-    assert calls["repo"] == ("owner/birds", True, True)
-    assert (calls["token"], calls["files"]) == ("secret", [CARD, WEIGHTS])
-    assert_close(calls["model"].state_dict(), model.state_dict())
 
 
 def test_push_to_hub_says_that_it_was_refused(hub):

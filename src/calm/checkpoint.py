@@ -46,6 +46,7 @@ from calm.images import Preprocessing
 
 CARD = "calm.json"
 WEIGHTS = "model.safetensors"
+README = "README.md"
 
 FORMAT = 1
 """The newest version of the card's format, which is the one that is written."""
@@ -188,18 +189,19 @@ def write(
     return folder
 
 
-def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]:
+def read(source: str | os.PathLike[str], revision: str | None = None) -> tuple[Path, Card, dict[str, Tensor]]:
     """Read a saved model, and return the folder that holds it, its card, and its weights on the CPU.
 
     Args:
         source: A folder that `write` wrote; or the folder of a training run, whose best model is taken, or its last
             if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
+        revision: A branch, tag or commit of the hub's repository; None is its main branch.
 
     Raises:
         CalmError: If there is no saved model, a file is damaged or of a newer release, the weights have another number
             of classes than the card, or the hub cannot be reached.
     """
-    folder = _locate(source)
+    folder = _locate(source, revision)
     card = Card.read(folder / CARD)
     state = _read_weights(folder, card)
     rows = state.get("head.conv_last.weight")
@@ -212,8 +214,13 @@ def read(source: str | os.PathLike[str]) -> tuple[Path, Card, dict[str, Tensor]]
     return folder, card, state
 
 
-def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-    """Upload a saved model to the Hugging Face Hub, and return the address of the commit."""
+def upload(
+    folder: Path, repo_id: str, *, private: bool = False, token: str | None = None, overwrite_card: bool = False
+) -> str:
+    """Upload the files of a folder to the Hugging Face Hub, and return the address of the commit.
+
+    A ``README.md`` that the repository has already stays, since people edit it there, unless ``overwrite_card``.
+    """
     from huggingface_hub import HfApi, constants
 
     api = HfApi(token=token)
@@ -221,10 +228,80 @@ def upload(folder: Path, repo_id: str, *, private: bool = False, token: str | No
         if silent := no_answer(constants.ENDPOINT):  # the client would wait without end
             raise OSError(silent)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload CALM model")
+        kept = [] if overwrite_card or not api.file_exists(repo_id, README) else [README]
+        message = "Upload CALM model"
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, ignore_patterns=kept)
     except Exception as error:  # without a network, that of the client's transport: no OSError (findings/)
         raise CalmError(f"cannot upload to {repo_id!r} on the Hugging Face Hub: {error}") from error
     return str(commit.commit_url)
+
+
+_READING = {
+    "calm": """A model of class activation latent mapping ([CALM](https://arxiv.org/abs/2106.07861), ICCV 2021): where
+the evidence is, is a variable of the model. Its *joint* map is p(y, z | x), the probability that the image shows class
+y *and* that the cue for it is in grid cell z. Cells can be added: over a region they give the probability that the
+image shows y and the cue lies in the region, over the whole grid the predicted probability of y. The *posterior* map,
+p(z | x, y), sums to 1 for each class: where the cue is, if the class is y. The *prior*, p(z | x), is where the model
+looks, whatever the class. A map that is resized to the image is for looking at; sums belong to the grid.""",
+    "cam": """The map of a class (CAM) is its logit at each grid cell; their mean is the class's logit. It is not a
+probability: maps of two images cannot be compared by their values, and pictures show each from its lowest to its
+highest value.""",
+}
+
+
+def readme(card: Card, repo_id: str, figures: str = "", *, example: bool = False) -> str:
+    """Return the text that describes a model on the hub, in Markdown with the hub's header.
+
+    Args:
+        card: What is known of the model.
+        repo_id: ``owner/name``.
+        figures: Tables of its evaluation, in Markdown; empty if there are none.
+        example: Whether there is a picture of an example, ``example.png``.
+    """
+    model, size = card.model, " x ".join(map(str, card.preprocessing.size))
+    head = {"library_name": "calm", "pipeline_tag": "image-classification"}
+    lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "tags: [calm, attribution, interpretability]"]
+    what = f"`{model.backbone}`, trained by {model.method.upper()}, for images of {size} pixels"
+    lines += ["---", "", f"# {repo_id.partition('/')[2]}", ""]
+    lines += [f"An image classifier of {model.num_classes} classes that says where it saw the evidence: {what}.", ""]
+    lines += ["![A picture, and where the model saw the evidence](example.png)", ""] if example else []
+    custom = ", backbone=YOUR_MODULE" if model.backbone == "custom" else ""
+    code = [
+        f'model = calm.load("{repo_id}"{custom})',
+        'images = model.preprocess("photo.jpg")',
+        "output = model(images)",
+    ]
+    code += ["best = output.probs[0].argmax()", "print(model.class_names[best], output.probs[0, best])"]
+    code += ["maps = output.attribute([best])  # on the grid; model.attribute gives the size of the image"]
+    lines += ["## Use", "", "```python", "import calm", "", *code, "```", ""]
+    lines += ["## How to read the maps", "", _READING["cam" if model.method == "cam" else "calm"], ""]
+    none = "None was given. `calm evaluate` makes such tables, and `calm push --evaluation FOLDER` shows them here."
+    lines += ["## Figures", "", figures.strip() or none, ""]
+    known = [f"- {name}: {value}" for name, value in _flat(card.training) if name != "fingerprint"]
+    lines += ["## Training", "", *(known or ["Nothing is recorded."]), ""]
+    lines += ["## Limits", ""]
+    lines += ["- It knows the classes below and no others: a picture of anything else gets one of them, too."]
+    lines += ["- A map shows what the model used, which need not be the object, nor what people would look at."]
+    lines += [
+        "- Its grid is coarse: a cell stands for a patch of the image, and what the network saw of its surroundings."
+    ]
+    lines += ["- Probabilities are as calibrated as the figures above say, on data like those of the training."]
+    names = ", ".join(name.replace("`", "'") for name in card.class_names[:200])
+    more = f", and {len(card.class_names) - 200} more (calm.json)" if len(card.class_names) > 200 else ""
+    lines += ["", "## Classes", "", f"{names}{more}", ""]
+    versions = ", ".join(f"{package} {number}" for package, number in card.versions.items())
+    return "\n".join([*lines, f"*Written by {versions}.*", ""])
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the names and values of nested mappings, as texts of one line."""
+    for key, value in content.items():
+        name = f"{prefix}{key}".replace("_", " ")
+        if isinstance(value, dict):
+            yield from _flat(value, f"{name}, ")
+        else:
+            text = f"{value:.4g}" if isinstance(value, float) else str(value)
+            yield name, " ".join(text.split())[:200]
 
 
 def fill(model: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -284,9 +361,11 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _locate(source: str | os.PathLike[str]) -> Path:
+def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
     """Return the folder that holds the two files, downloaded if need be."""
     path = Path(source)
+    if revision is not None and path.exists():
+        raise CalmError(f"{path} is a folder of this machine, which has no revision {revision!r}: leave revision out")
     if path.is_dir():
         return _model_folder(path)
     if path.exists():
@@ -296,7 +375,7 @@ def _locate(source: str | os.PathLike[str]) -> Path:
     name = os.fspath(source)
     if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):
         raise CalmError(f"no saved model at {name}: no such folder{_beside(path)}, and no hub id either (owner/name)")
-    return _download(name)
+    return _download(name, revision)
 
 
 def _beside(path: Path) -> str:
@@ -318,16 +397,17 @@ def _model_folder(path: Path) -> Path:
     raise CalmError(f"{path} holds no saved model: there is no {CARD}, best/{CARD} or last/{CARD} in it")
 
 
-def _download(repo_id: str) -> Path:
+def _download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
     with hub_or_cache() as silent:
         try:
-            files = [Path(hf_hub_download(repo_id, name)) for name in (WEIGHTS, CARD)]
+            files = [Path(hf_hub_download(repo_id, name, revision=revision)) for name in (WEIGHTS, CARD)]
         except (OSError, ValueError) as error:  # every error class of the hub's client is one of these
             reason = f"{silent}. Without a network, copy the model's folder here" if silent else error
             tried = "there is no such folder, and the Hugging Face Hub gave none"
-            raise CalmError(f"no saved model at {repo_id}: {tried}: {reason}") from error
+            where = repo_id if revision is None else f"{repo_id}, revision {revision}"
+            raise CalmError(f"no saved model at {where}: {tried}: {reason}") from error
     return files[-1].parent
 
 

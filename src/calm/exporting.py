@@ -101,7 +101,7 @@ class Pass(nn.Module):
         """Return uint8 pictures (B, H, W, channels) as `Preprocessing` does, but not rounded to grey levels."""
         settings = self.model.preprocessing
         values = image.permute(0, 3, 1, 2).float()
-        values = F.interpolate(values, settings.size, mode="bilinear", antialias=True)
+        values = F.interpolate(values, settings.size, mode=settings.interpolation, antialias=True)
         return settings.normalize(values / 255)
 
 

@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 
 import torch
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor, nn
 
 from calm import checkpoint
@@ -347,20 +348,40 @@ class CalmModel(nn.Module):
             folder, self.state_dict(), self.config, self.class_names, self.preprocessing, self.training_summary
         )
 
-    def push_to_hub(self, repo_id: str, *, private: bool = False, token: str | None = None) -> str:
-        """Upload the model to the Hugging Face Hub, and return the address of the commit.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = False,
+        token: str | None = None,
+        figures: str = "",
+        example: Image.Image | None = None,
+        overwrite_card: bool = False,
+    ) -> str:
+        """Upload the model to the Hugging Face Hub, with a page about it, and return the address of the commit.
+
+        The page (``README.md``) says how to load the model, how to read its maps, what is known of its training, and
+        its limits. The command ``calm push`` adds the tables of ``calm evaluate`` and draws the example.
 
         Args:
             repo_id: ``owner/name``, under which `load` finds it; created if it does not exist.
             private: Whether a new repository is private.
             token: The token of the hub; None is the one that ``hf auth login`` stored.
+            figures: Tables of its evaluation for the page, in Markdown.
+            example: A picture for the page, such as `calm.overlay` makes. It becomes public with the repository.
+            overwrite_card: Whether to replace a page that the repository has already.
 
         Raises:
             CalmError: If the hub cannot be reached, or refuses.
         """
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model")
-            return checkpoint.upload(folder, repo_id, private=private, token=token)
+            card = checkpoint.Card.read(folder / checkpoint.CARD)
+            text = checkpoint.readme(card, repo_id, figures, example=example is not None)
+            (folder / checkpoint.README).write_text(text, encoding="utf-8")
+            if example is not None:
+                example.save(folder / "example.png")
+            return checkpoint.upload(folder, repo_id, private=private, token=token, overwrite_card=overwrite_card)
 
     @staticmethod
     def from_pretrained(source: str | Path, **options: Any) -> CalmModel:
@@ -468,7 +489,11 @@ def create_model(
 
 
 def load(
-    source: str | os.PathLike[str], *, backbone: nn.Module | None = None, map_location: str | torch.device = "cpu"
+    source: str | os.PathLike[str],
+    *,
+    backbone: nn.Module | None = None,
+    map_location: str | torch.device = "cpu",
+    revision: str | None = None,
 ) -> CalmModel:
     """Load a saved model, in eval mode. The global random state is left as it was.
 
@@ -477,12 +502,13 @@ def load(
             taken, or its last if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
         backbone: The module, for a model whose backbone was the user's own, built as it was then.
         map_location: The device.
+        revision: A branch, tag or commit of a model on the hub; None is its main branch.
 
     Raises:
         CalmError: See `calm.checkpoint.read`; or the weights do not fit or are not finite, or a backbone is missing or
             superfluous.
     """
-    folder, card, state = checkpoint.read(source)
+    folder, card, state = checkpoint.read(source, revision)
     config = card.model
     if (backbone is None) == (config.backbone == "custom"):
         own = "was made with the user's own backbone: build that module as it was, and give it as backbone="

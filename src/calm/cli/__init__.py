@@ -106,6 +106,12 @@ COMMANDS: dict[str, Command] = {
         prints=True,
         flags={"model": "--model", "out": "--out"},
     ),
+    "push": Command(
+        "calm.cli.export:push",
+        "upload a model to the Hugging Face Hub, with a page about it",
+        "  calm push me/birds --model runs/birds --example bird.jpg --private true\n",
+        prints=True,
+    ),
     "data birds": Command(
         "calm_birds:write_birds",
         "draw a data set of birds whose species differ by known parts",

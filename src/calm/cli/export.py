@@ -1,4 +1,4 @@
-"""``calm export``: write a model as one file for another runtime."""
+"""Models for others: ``calm export`` writes one file for another runtime, ``calm push`` uploads to the hub."""
 
 from __future__ import annotations
 
@@ -47,3 +47,51 @@ def export_model(
     from calm.model import load
 
     return export(load(model), out, to, kind=kind, preprocess=preprocess, dynamic_size=dynamic_size)
+
+
+def push(
+    repository: str,
+    *,
+    model: str,
+    evaluation: Path | None = None,
+    example: Path | None = None,
+    private: bool = False,
+    overwrite_card: bool = False,
+) -> str:
+    """Upload a model to the Hugging Face Hub, with a page that describes it.
+
+    The page says how to load the model, how to read its maps, what calm evaluate measured, what is known of its
+    training, and its limits. Log in with `hf auth login` first, or set HF_TOKEN.
+
+    Args:
+        repository: OWNER/NAME on the hub; created if it does not exist.
+        model: a run folder of calm train, or a saved model.
+        evaluation: the folder that calm evaluate wrote. Default: the folder `evaluation` of the run, if there is one.
+        example: a picture to show on the page with the map of its most probable class over it. It becomes public.
+        private: whether a new repository is private.
+        overwrite_card: replace a page that the repository has already; otherwise it stays as it is.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        CalmError: there is no model or result, the picture cannot be read, or the hub cannot be reached or refuses.
+    """
+    from calm.errors import needs_extra
+    from calm.explain import overlay
+    from calm.model import load
+
+    loaded = load(model)
+    folder, figures, drawn = evaluation or Path(model) / "evaluation", "", None
+    if evaluation is not None or folder.is_dir():
+        with needs_extra("the tables of calm evaluate", "evaluate"):
+            from calm.evaluate.tables import markdown
+            from calm.report.found import find_groups
+
+            figures = markdown([result for group in find_groups([folder]) for result in group.results])
+    if example is not None:
+        best = int(loaded(loaded.preprocess(example)).probs.argmax())
+        drawn = overlay(example, loaded.attribute(loaded.preprocess(example), best)[0])
+    return loaded.push_to_hub(
+        repository, private=private, figures=figures, example=drawn, overwrite_card=overwrite_card
+    )
