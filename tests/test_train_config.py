@@ -62,6 +62,16 @@ def test_preset_leaves_calm_ml_its_prior_weight() -> None:
         assert parse(flags).loss.prior_weight == 0.3
 
 
+def test_parse_reads_the_course_of_a_weight_as_it_is_written(tmp_path: Path) -> None:
+    for text, value in (("1:0", "1:0"), ("1:30", "1:30"), ("0.5", 0.5), ("1", 1.0)):
+        assert parse(["--data", "birds", "--loss.cam_weight", text]).loss.cam_weight == value
+        (tmp_path / "quoted.yaml").write_text(f"loss: {{temperature: '{text}'}}")
+        assert parse(["--data", "birds", "--config", str(tmp_path / "quoted.yaml")]).loss.temperature == value
+    (tmp_path / "bare.yaml").write_text("epochs: 3\nloss:\n  temperature: 1:30\n")
+    with pytest.raises(CalmError, match=r"'1:30' in line 3 .*bare|bare.*'1:30' in line 3"):
+        parse(["--data", "birds", "--config", str(tmp_path / "bare.yaml")])
+
+
 def test_parse_skip_bad_is_short_for_its_option() -> None:
     for words in (["--skip-bad"], ["--skip_bad"], ["--reading.skip_bad", "true"]):
         assert parse(["--data", "birds", *words]).reading.skip_bad

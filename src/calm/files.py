@@ -140,6 +140,9 @@ def _yaml_size(node: yaml.Node, sizes: dict[int, float]) -> float:
             raise ValueError(f"{twice[0][:80]!r} is twice in the mapping of line {node.start_mark.line + 1}")
     elif isinstance(node, yaml.SequenceNode):
         members = node.value
+    elif ":" in node.value and node.tag in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float"):
+        line = node.start_mark.line + 1
+        raise ValueError(f"{node.value!r} in line {line} is a number to base 60 in YAML: put it in quotes")
     sizes[id(node)] = 1 + sum(_yaml_size(member, sizes) for member in members)
     return sizes[id(node)]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from pathlib import Path
@@ -144,22 +145,25 @@ class LossOptions:
         teacher_decay: decay per step of that average.
         temperature: exponent of the joint in q: a number, or ``START:END`` for a linear change over the run, or
             ``START:END:cosine``. 1 is the published EM; below 1 spreads q over more locations.
-        prior_weight: weight of -mean over z of log p(z | x), which keeps the prior from collapsing on few locations.
-            0 is the published loss.
-        cam_weight: weight of CAM's loss with the same class scores, for both CALMs: a number or a change over the run,
-            as for ``temperature``. It teaches all locations while the prior is still forming. 0 is the published loss.
+        prior_weight: weight of -mean over z of log p(z | x), which keeps the prior from collapsing on few locations: a
+            number or a change over the run, as for ``temperature``. 0 is the published loss.
+        cam_weight: weight of CAM's loss with the same class scores, for both CALMs: a number or a change. It teaches
+            all locations while the prior is still forming. 0 is the published loss.
     """
 
     posterior: Literal["current", "ema"] = "current"
     teacher_decay: float = 0.999
-    temperature: float | str = 1.0
-    prior_weight: float = 0.0
-    cam_weight: float | str = 0.0
+    temperature: str | float = 1.0  # str first: of 1:0 after a flag YAML makes a number to base 60
+    prior_weight: str | float = 0.0
+    cam_weight: str | float = 0.0
 
     def __post_init__(self) -> None:
-        check_options(self, "loss.", teacher_decay=(0, 1), prior_weight=(0, LARGEST))
-        schedule_of(self.temperature, steps=1)
-        schedule_of(self.cam_weight, steps=1, name="loss.cam_weight")
+        check_options(self, "loss.", teacher_decay=(0, 1))
+        for name in ("temperature", "prior_weight", "cam_weight"):
+            value = getattr(self, name)
+            schedule_of(value, steps=1, name=f"loss.{name}")
+            with suppress(ValueError):
+                object.__setattr__(self, name, float(value))
 
     def without_e_step(self) -> LossOptions:
         """Return the options that CALM-ML has, too."""
@@ -325,7 +329,7 @@ class TrainConfig:
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
         if self.loss.prior_weight and (self.method == "cam" or self.model.prior_activation == "relu"):
             which = "a CAM model has no prior" if self.method == "cam" else "a ReLU prior has probabilities of 0"
-            raise CalmError(f"loss.prior_weight is {self.loss.prior_weight:g}, but {which}: leave it at 0")
+            raise CalmError(f"loss.prior_weight is {self.loss.prior_weight}, but {which}: leave it at 0")
         if self.loss.cam_weight and self.method == "cam":
             raise CalmError("loss.cam_weight adds CAM's loss to CALM's, and this is CAM: leave it at 0")
         if self.optim.warmup_epochs >= self.epochs:
@@ -344,8 +348,8 @@ class TrainConfig:
         """Return the setting whose schedule spans the whole run, which more epochs would change; empty if none does."""
         if self.optim.schedule in ("cosine", "one-cycle"):
             return f"its schedule {self.optim.schedule}"
-        settings = {"temperature": str(self.loss.temperature), "loss.cam_weight": str(self.loss.cam_weight)}
-        return next((f"its {name} {value}" for name, value in settings.items() if ":" in value), "")
+        courses = (f"{name} {getattr(self.loss, name)}" for name in ("temperature", "prior_weight", "cam_weight"))
+        return next((f"its {course}" for course in courses if ":" in course), "")
 
 
 # Substrings of the parameter names that the released code trains at the low rate (main.py of the released code).

@@ -115,6 +115,7 @@ class TrainingStep(nn.Module):
         super().__init__()
         self.model, self.averages, self.config = model, dict(averages), config
         self.temperature = schedule_of(config.loss.temperature, run.steps)
+        self.prior_weight = schedule_of(config.loss.prior_weight, run.steps)
         self.cam_weight = schedule_of(config.loss.cam_weight, run.steps)
         self.mix = BatchMix(config.augment, model.config.num_classes) if config.augment.mixes else None
         self.measures = TrainingMeasures()
@@ -145,7 +146,7 @@ class TrainingStep(nn.Module):
             targets,
             temperature=self.temperature(step),
             teacher=teacher,
-            prior_weight=self.config.loss.prior_weight,
+            prior_weight=self.prior_weight(step),
             cam_weight=self.cam_weight(step),
         )
         self.images = images
