@@ -220,7 +220,7 @@ def test_result_path_does_not_depend_on_the_label(place, tmp_path):
     (first,) = evaluate(alone)
     alone[alone.index("--model") + 1 : alone.index("--data")] = [str(tmp_path / "cam"), str(tmp_path / "other")]
     both = evaluate(alone)
-    assert [result.label for result in both] == ["CAM cam (cam)", "CAM cam (other)"]
+    assert [result.label for result in both] == ["CAM (cam)", "CAM (other)"]
     assert both[0].figures == first.figures
     assert len(list((tmp_path / "out/classification").glob("*.json"))) == 2
 
@@ -452,6 +452,49 @@ def test_markdown_never_marks_a_chance_level(name):
     console = Console(record=True, width=80, file=io.StringIO())
     print_tables(results, console)
     assert console.export_text(styles=True).count("\x1b[1m20.0") == 0
+
+
+@pytest.mark.parametrize(
+    ("width", "first"), [(200, ["method", "mPxAP"]), (80, ["figure", "a"]), (60, ["figure", "method"])]
+)
+def test_print_tables_prints_one_table_that_fits(width, first):
+    figures = {f"mpxap{counting}": Estimate(0.5, 0.25, 0.75) for counting in ("", "_raw", "_stretched", "_published")}
+    figures |= {f"r{k}": Estimate(0.5 + k / 100, 0.25, 0.75) for k in (10, 30, 50, 70)}
+    results = [
+        Result("b", label, figures | {"r10": Estimate(r, math.nan, math.nan)})
+        for label, r in zip("abc", (0.375, 0.125, 0.25), strict=True)
+    ]
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    print_tables(results, console)
+    styled = console.export_text(styles=True, clear=False)
+    assert styled.count("\x1b[1m0.125") == 1, "the lowest R_10 is bold"
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    heads = [line.strip("┃ ").split("┃") for line in text.splitlines() if line.startswith("┃")]
+    assert len(heads) == 1
+    assert [head.split()[0] for head in heads[0][:2]] == first
+    assert text.count("50.0") == 12, "every figure once"
+    assert text.count("R_k: ") == 1
+
+
+def test_print_tables_marks_paired_differences_that_exclude_0():
+    pairs = {"a": (0.1, 0.2, 0.3, 0.4), "b": (0.3, 0.45, 0.5, 0.61), "c": (0.9, 0.1, 0.2, 0.5)}
+    rows = [
+        Result(
+            "cue-localization",
+            label,
+            {"chance": Estimate(0.1, 0.1, 0.1)},
+            details={"pairs": [{"pxap": v} for v in values]},
+        )
+        for label, values in pairs.items()
+    ]
+    console = Console(record=True, width=80, file=io.StringIO(), force_terminal=True)
+    print_tables([*rows, Result("classification", "a", {"top1": Estimate(0.5, 0.4, 0.6)})], console)
+    text = console.export_text(styles=True)
+    assert "\x1b[1m21.5" in text, "b - a"
+    assert "\x1b[1m17.5" not in text, "c - a"
+    assert "17.5" in text
+    assert text.index("paired differences") < text.index("classification"), "behind cue localization"
 
 
 def test_print_tables_escapes_labels():

@@ -258,7 +258,7 @@ def test_classification_agrees_with_the_joint(split):
     labels = [record.label for record in split.records]
     right = [int(row.argmax()) == label for row, label in zip(rows, labels, strict=True)]
     assert found.figures["top1"].value == pytest.approx(sum(right) / 7)
-    assert found.figures["top5"].value == 1
+    assert "top5" not in found.figures, "of two classes it says nothing"
     nll = -sum(float(row[label].log()) for row, label in zip(rows, labels, strict=True)) / 7
     assert found.figures["nll"].value == pytest.approx(nll, rel=1e-4)
     assert found.scores[split.records[3].id] == pytest.approx(float(rows[3][labels[3]]), abs=1e-6)

@@ -124,6 +124,45 @@ def test_main_figure_names_all_that_share_the_best():
     assert shown(0.7, 0.7, 0.7, 0.7, 0.6) == "a, b, c and 1 more; next e, 60.0 %"
 
 
+def test_main_figure_says_which_methods_it_does_not_tell_apart():
+    def result(label, value, low, high):
+        return made(
+            "remove-and-classify", label, figures={"r10": Estimate(0.1, 0.0, 0.2), "r_area": Estimate(value, low, high)}
+        )
+
+    rows = result("a", 0.5, 0.4, 0.6), result("b", 0.7, 0.6, 0.8), result("c", 0.65, 0.55, 0.75)
+    value, title, note = main_figure(group(*rows, result("d", 0.9, 0.85, 0.95)))
+    assert (value, title) == ("0.500", "Remove and classify: R area")
+    assert note == "a; not told apart from c, 0.650, and 1 more"
+    assert main_figure(group(rows[0], result("d", 0.9, 0.85, 0.95)))[2] == "a; next d, 0.900"
+
+
+def test_benchmark_section_bolds_paired_differences_that_exclude_0():
+    """CAM is what the others are compared with, wherever it stands; all four pairs differ alike from it."""
+
+    def result(label, values, method):
+        subject = {"method": method, "model_config": {"method": "cam" if method == "cam" else "calm-em"}}
+        pairs = [{"first": "a", "second": "b", "groups": ["head"], "pxap": v, "pxap_raw": v} for v in values]
+        provenance = {"subject": subject, "data": {"root": "/data", "images": 4, "classes": 4, "fingerprint": "f"}}
+        figures = {name: Estimate(0.5, 0.4, 0.6) for name in ("mpxap_1", "mpxap_raw_1", "mpxap_stretched_1")}
+        return made("cue-localization", label, figures=figures, details={"pairs": pairs}, provenance=provenance)
+
+    rows = [
+        result("CALM-EM joint", (0.2, 0.3, 0.4, 0.5), "joint"),
+        result("CALM-EM evidence", (0.1, 0.3, 0.0, 0.5), "evidence"),
+        result("CAM cam", (0.1, 0.2, 0.3, 0.4), "cam"),
+    ]
+    body = benchmark_section(group(*rows), styles([group(*rows)])).body.replace("\u202f", " ")
+    table = body.split("Minus CAM cam, over the same pairs")[1].split("</table>")[0]
+    joint, evidence = (part.split("</tr>")[0] for part in table.split("<tr>")[2:])
+    assert "CALM-EM joint<" in joint
+    assert joint.count("<b>10.0 %</b>") == 2
+    assert "CALM-EM evidence<" in evidence
+    assert "<b>" not in evidence
+    for reading in ("mPxAP", "mPxAP raw", "mPxAP stretched"):
+        assert f"{reading} by differing parts" in body
+
+
 def test_find_groups_names_missing_and_empty_folders(tmp_path, capsys):
     with pytest.raises(CalmError, match=r"gone: no such folder"):
         find_groups([tmp_path / "gone"])
@@ -139,6 +178,24 @@ def test_find_groups_tells_equal_labels_apart_by_their_runs(tmp_path):
         made(provenance=provenance).save(tmp_path / f"{seed}.json")
     (found,) = find_groups([tmp_path])
     assert [r.label for r in found.results] == ["CALM-EM joint (calm-0)", "CALM-EM joint (calm-1)"]
+
+
+def test_styles_of_a_model_without_maps_are_those_of_its_main_maps():
+    def result(benchmark, label, model, method="joint"):
+        return made(benchmark, label, provenance={"subject": {"model": model, "method": method}, "data": {}})
+
+    rows = [
+        result("localization", "CALM-EM evidence", "/a", "evidence"),
+        result("localization", "CALM-EM joint", "/a"),
+        result("localization", "CAM cam", "/b", "cam"),
+        result("classification", "CALM-EM", "/a"),
+        result("classification", "CAM", "/b", "cam"),
+        result("classification", "CAM (other)", "/c", "cam"),
+    ]
+    looks = styles([group(*rows[:3]), group(*rows[3:])])
+    assert looks["CALM-EM"] == looks["CALM-EM joint"] == ("calm", False)
+    assert looks["CAM"] == looks["CAM cam"] == ("cam", False)
+    assert len({*map(looks.get, ("CALM-EM joint", "CALM-EM evidence", "CAM cam", "CAM (other)"))}) == 4
 
 
 def test_styles_differ_and_calm_and_cam_have_their_own():
@@ -193,7 +250,7 @@ def test_benchmark_section_folds_minor_figures_and_never_bolds_chance():
     assert columns == [["1 part", "mPxAP", "chance"], ["1 part released", "mPxAP released", "part of image"]]
     assert body.count("<b>") == 4  # of CALM-EM: not its chance levels
     notes = Texts(body).of("dt")
-    assert notes == ["mPxAP", "mPxAP released", "part of image", "chance", "1 part, 2 parts, 3 parts"]
+    assert notes == ["1 part, 2 parts, ...", "mPxAP", "mPxAP released", "part of image", "chance"]
 
 
 def test_benchmark_section_draws_cues_by_parts_and_by_pair_but_not_pairs_without_images():

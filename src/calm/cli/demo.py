@@ -65,7 +65,7 @@ def _commands(
     if train_images < 128:  # fewer than four batches of the preset
         trained += f" --batch_size {max(2, train_images // 4)}"
     train = ["train", "--preset", "birds", "--data", birds]
-    methods = ["--method", "joint", "cam", "gradient"]
+    methods = ["--method", "joint", "cam", "evidence", "gradient"]
     return [
         ["data", "birds", birds, *made.split()],
         *([*train, "--method", method, "--run_dir", folder, *trained.split()] for method, folder in runs.items()),

@@ -31,9 +31,9 @@ def classification(
         reading: see `calm.evaluate.reading.Reading`.
 
     Returns:
-        Figures ``top1``, ``top5``, ``nll``, ``ece``; the curve ``reliability``, accuracy over confidence in 15 bins
-        without the empty ones; in ``details`` ``agreement`` (see `agreement`; None for other maps). An image's
-        score is the label's probability.
+        Figures ``top1``, ``top5`` (with more than five classes), ``nll``, ``ece``; the curve ``reliability``, accuracy
+        over confidence in 15 bins without the empty ones; in ``details`` ``agreement`` (see `agreement`; None for other
+        maps). An image's score is the label's probability.
 
     Raises:
         CalmError: a label that the classifier has no class for; unreadable images.
@@ -42,8 +42,10 @@ def classification(
     has_joint = subject.about.get("method") == "joint"
     worst = torch.zeros((), dtype=torch.float64, device=subject.device)
     scores: dict[int, float] = {}
+    num_classes = 0
     for _, labels, keys, prediction in predictions(subject, split, **reading):
         probs = prediction.probs
+        num_classes = probs.shape[1]
         metric.update(probs, labels, keys)
         if has_joint:
             classes = torch.cat([labels[:, None], probs.topk(min(5, probs.shape[1]), dim=1).indices], dim=1)
@@ -51,13 +53,17 @@ def classification(
         of_label = probs.gather(1, labels[:, None]).squeeze(1)
         scores |= dict(zip(keys.tolist(), of_label.tolist(), strict=True))
     scores_of_all, worst_of_all = scores_by_id(split, scores), max(all_gather(float(worst)))
+    num_classes = max(all_gather(num_classes))
     result = metric.cpu().compute()
+    figures = {"top1": result.top1, "top5": result.top5, "nll": result.nll, "ece": result.ece}
+    if num_classes <= 5:
+        del figures["top5"]  # it is 1
     filled = result.bins[result.bins[:, 0] > 0]
     reliability = Curve(filled[:, 1].tolist(), filled[:, 2].tolist(), x_name="confidence", y_name="accuracy")
     return Result(
         "classification",
         subject.label,
-        figures={"top1": result.top1, "top5": result.top5, "nll": result.nll, "ece": result.ece},
+        figures=figures,
         curves={"reliability": reliability},
         scores=scores_of_all,
         details={

@@ -120,9 +120,9 @@ def localization(
     """Compare a subject's maps of the true classes with the boxes or masks of a split.
 
     Boxes, fitted to maps in ``subject.box_normalization``, give ``maxboxacc`` (also called GT-known), ``maxboxacc_v2``
-    and its parts ``maxboxacc_30`` ..., and, of a model, ``top1_localization`` and ``top5_localization``. Masks give
-    ``pxap`` and ``pxap_released``, the two countings of `calm.metrics.pixels`. ``pointing`` and ``energy_inside`` are
-    about the union of the objects: their masks, or else their boxes.
+    and its parts ``maxboxacc_30`` ..., and, of a model, ``top1_localization`` and, with more than five classes,
+    ``top5_localization``. Masks give ``pxap`` and ``pxap_released``, the two countings of `calm.metrics.pixels`.
+    ``pointing`` and ``energy_inside`` are about the union of the objects: their masks, or else their boxes.
 
     Args:
         subject: a model with its explanation, or a folder of maps in [0, 1], which are used as they are.
@@ -196,7 +196,7 @@ def _maps(
         maps = resize_and_normalize(grid, size, subject.normalization)
         same = subject.box_normalization == subject.normalization
         box_maps = maps if same else resize_and_normalize(grid, size, subject.box_normalization)
-        top = probs.topk(min(5, probs.shape[1]), dim=1).indices
+        top = probs.topk(min(6, probs.shape[1]), dim=1).indices  # a sixth says that there are more than five classes
         yield _Maps(maps, box_maps, positions, labels, top)
 
 
@@ -210,8 +210,11 @@ class _Boxes:
     def __init__(self, which: Thresholds, boots: Bootstrap) -> None:
         self.metric = MaxBoxAcc(which, **boots)
         self.x_name = "threshold (log)" if which == "log" else "threshold"
+        self.more_than_five = True
 
     def update(self, maps: _Maps, records: Sequence[Record], size: tuple[int, int]) -> _Updated:
+        if maps.predictions is not None:
+            self.more_than_five = maps.predictions.shape[1] > 5
         boxes = [scaled_boxes(record, size) for record in records]
         labels = None if maps.predictions is None else maps.labels
         self.metric.update(maps.box_maps, boxes, maps.positions, maps.predictions, labels)
@@ -222,8 +225,10 @@ class _Boxes:
         result = self.metric.cpu().compute()
         figures |= {"maxboxacc": result.v1, "maxboxacc_v2": result.v2}
         figures |= {f"maxboxacc_{round(100 * iou)}": figure for iou, figure in result.per_iou.items()}
-        if result.top1 is not None and result.top5 is not None:
-            figures |= {"top1_localization": result.top1, "top5_localization": result.top5}
+        if result.top1 is not None:
+            figures["top1_localization"] = result.top1
+        if result.top5 is not None and self.more_than_five:
+            figures["top5_localization"] = result.top5
         titled = {f"box accuracy V2 at IoU {iou:g}": curve for iou, curve in result.curves.items()}
         for title, curve in {"box accuracy": result.v1_curve, **titled}.items():
             value, low, high = map(list, curve)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,20 +36,20 @@ class FigureSpec:
     main: bool = True
 
 
+_AREA = "area under the pixel precision-recall curve, mean over class pairs"
 _COUNTINGS = {
-    "": "; maps in each method's own normalisation and thresholds, as published",
-    "_raw": "; maps as they are, at exact thresholds, whatever the method",
-    "_stretched": "; each map stretched to [0, 1] by its own range, at exact thresholds, whatever the method",
-    "_released": "; pixels below the smallest threshold dropped, as the released code does",
-    "_cumulative": "; each pair with the pixels of all pairs before it, as the released code does",
-    "_published": "; pixels dropped and pairs accumulated as the released code does, as for the published figures",
+    "": f"{_AREA}; maps in each method's own normalisation and thresholds, as published",
+    "_raw": "the same with maps as they are, at exact thresholds, whatever the method",
+    "_stretched": "the same with each map stretched to its own range, at exact thresholds, whatever the method",
+    "_released": "the same without the pixels below the smallest threshold, as the released code counts",
+    "_cumulative": "the same, each pair with the pixels of all pairs before it, as the released code counts",
+    "_published": "the same in both ways of the released code, pixels dropped and pairs accumulated, as in the paper",
 }
 
 
 def _pxap(parts: int | None, counting: str) -> FigureSpec:
-    which = f" that differ in {parts} part{'s' * (parts > 1)}" if parts else ""
     title = f"{parts} part{'s' * (parts > 1)}" if parts else "mPxAP"
-    meaning = f"area under the pixel precision-recall curve, mean over class pairs{which}{_COUNTINGS[counting]}"
+    meaning = f"mPxAP of the pairs that differ in {title}" if parts else _COUNTINGS[counting]
     return FigureSpec(
         f"{title}{counting.replace('_', ' ')}",
         meaning=meaning,
@@ -122,6 +122,20 @@ def figure_spec(name: str) -> FigureSpec:
     if name not in FIGURES and (percent := _R_K.fullmatch(name)):
         return _ratio(percent[1])
     return FIGURES.get(name) or FigureSpec(name.replace("_", " "))
+
+
+def meanings(names: Iterable[str]) -> list[FigureSpec]:
+    """Return what to say of a table's figures, in their order: those of k percent and of k parts once for all k."""
+    found = []
+    for name in names:
+        spec = figure_spec(name)
+        if _R_K.fullmatch(name):
+            spec = replace(_ratio("k"), main=spec.main)
+        elif re.fullmatch(r"mpxap.*_\d+", name):
+            spec = FigureSpec("1 part, 2 parts, ...", meaning="mPxAP of the pairs that differ in so many parts")
+        if spec.meaning and spec not in found:
+            found.append(spec)
+    return found
 
 
 def figure_order(names: Iterable[str]) -> list[str]:

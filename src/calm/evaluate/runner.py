@@ -32,7 +32,7 @@ from calm.evaluate.cue_localization import read_cue_data
 from calm.evaluate.distributed import all_gather, device_of_process, is_first, process_group, world_size
 from calm.evaluate.localization import truth_kinds
 from calm.evaluate.reading import Progress
-from calm.evaluate.registry import Benchmark, EvaluateConfig, benchmark, chosen_benchmarks
+from calm.evaluate.registry import BENCHMARKS, Benchmark, EvaluateConfig, benchmark, chosen_benchmarks
 from calm.evaluate.result import Result
 from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_folder
 from calm.evaluate.tables import print_tables, write_tables
@@ -88,7 +88,7 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
     with _progress_bars() as bars:
         for name, row in rows.items():
             options = {option: getattr(config, option) for option in ("replicates", "seed", *row.options)}
-            for subject in _first_of_each_model(subjects) if row.per_model else _read_by(row, subjects):
+            for subject in _classifiers(subjects) if row.per_model else _read_by(row, subjects):
                 stored = " (stored)" * result_path(name, subject, data, out, options).is_file()
                 task = bars.add_task(f"{name}: {subject.label}{stored}", total=len(split.records))
 
@@ -99,6 +99,9 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
         write_tables(results, out)
         console = Console()
         print_tables(results, console)
+        if config.benchmark == "all":
+            apart = " and ".join(name for name, row in BENCHMARKS.items() if not row.in_all)
+            console.print(f"not part of all, for they take many passes: {apart}; run them by name", style="dim")
         console.print(f"{out / 'table.md'} (and .csv, .json)", highlight=False, soft_wrap=True)
     return results
 
@@ -191,8 +194,17 @@ def _distinct_labels(subjects: list[Subject | MapFolder]) -> list[Subject | MapF
     ]
 
 
-def _first_of_each_model(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
-    return list({subject.about["model"]: subject for subject in reversed(subjects)}.values())[::-1]
+def _classifiers(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolder]:
+    """Return a subject of each model, with its main maps if they are there, under the model's name."""
+    mine = [s for s in subjects if isinstance(s, Subject) and s.model]
+    mine.sort(key=lambda s: s.model is not None and s.about["method"] == s.model.map_kind())  # the last one counts
+    first = {s.about["model"]: s for s in mine}
+    named = [
+        replace(s, label=s.model.config.method.upper() + ", bf16" * ("precision" in s.about))
+        for s in (first[model] for model in dict.fromkeys(s.about["model"] for s in subjects))
+        if s.model
+    ]
+    return _distinct_labels([*named])
 
 
 def _progress_bars() -> ProgressBars:

@@ -14,21 +14,78 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
-from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec
+from calm.evaluate.result import FigureSpec, Result, figure_order, figure_spec, meanings
 from calm.files import write_json, write_text
 from calm.metrics.bootstrap import Estimate, bootstrap_mean
 
-_WIDTH = 16
-"""Width of a column on the terminal, with its border."""
+_WIDE = 24
+"""The most columns of the terminal that names of rows take, without borders."""
+
+PAIRED = "cue-localization, paired differences"
 
 
 class _Table(NamedTuple):
-    """The results of a benchmark: label and cells of each, cells being a text and whether it is its column's best."""
+    """The results of a benchmark: label and cells of each row, a cell being a text and whether it is bold."""
 
     title: str
+    corner: str
     heads: list[str]
     rows: list[tuple[str, list[tuple[str, bool]]]]
     meanings: list[str]
+
+    def fitted(self, width: int) -> _Table:
+        """Return the first that fits a width: the table, the one with rows for columns, or a row for each figure."""
+        labels = [label for label, _ in self.rows]
+        if self._needs() <= width:
+            return self
+        columns = zip(*(cells for _, cells in self.rows), strict=True)
+        turned = [(head, list(cells)) for head, cells in zip(self.heads, columns, strict=True)]
+        other = _Table(self.title, "figure", labels, turned, self.meanings)
+        if other._needs() <= width:
+            return other
+        single = [
+            (head if not row else "", [(label, False), cell])
+            for head, cells in turned
+            for row, (label, cell) in enumerate(zip(labels, cells, strict=True))
+        ]
+        return _Table(self.title, "figure", ["method", "value"], single, self.meanings)
+
+    def _widths(self, *, whole: bool = False) -> list[int]:
+        """Return the widths of the columns without borders in which no word of a heading is broken, nor a figure.
+
+        Intervals stand below their figures; with ``whole``, headings stay on a line.
+        """
+        columns = zip(self.heads, *([text for text, _ in cells] for _, cells in self.rows), strict=True)
+        names = min(_WIDE, max(len(self.corner), *(len(label) for label, _ in self.rows)))
+        parts = [
+            [*([head] if whole else head.split()), *(part for text in texts for part in _stacked(text).split("\n"))]
+            for head, *texts in columns
+        ]
+        return [names, *(max(map(len, own)) for own in parts)]
+
+    def _needs(self, *, whole: bool = False) -> int:
+        widths = self._widths(whole=whole)
+        return sum(widths) + 3 * len(widths) + 1
+
+    def printed(self, width: int) -> RichTable:
+        """Return the table for a terminal of some width."""
+        listed = self.heads[1:] == ["value"]  # a row for each figure: all on a line
+        printed = RichTable(show_lines=not listed)
+        widths: list[int | None] = [*self._widths(whole=self._needs(whole=True) <= width)]
+        for place, (head, wide) in enumerate(zip([self.corner, *self.heads], widths, strict=True)):
+            left = place <= listed
+            printed.add_column(escape(head), justify="left" if left else "right", width=None if listed else wide)
+        for place, (label, cells) in enumerate(self.rows):
+            texts = [escape(text if listed else _stacked(text)) for text, _ in cells]
+            marked = (f"[bold]{text}[/bold]" if best else text for text, (_, best) in zip(texts, cells, strict=True))
+            last = listed and (place + 1 == len(self.rows) or bool(self.rows[place + 1][0]))
+            printed.add_row(escape(label), *marked, end_section=last)
+        return printed
+
+
+def _stacked(text: str) -> str:
+    """Put an interval below its figure."""
+    return text.replace(" (", "\n(")
 
 
 def _tables(results: Sequence[Result], *, main_only: bool = False) -> list[_Table]:
@@ -38,15 +95,25 @@ def _tables(results: Sequence[Result], *, main_only: bool = False) -> list[_Tabl
         names = figure_order(name for result in of_benchmark for name in result.figures)
         specs = {name: figure_spec(name) for name in names if figure_spec(name).main or not main_only}
         best = {name: _best(name, of_benchmark) for name in specs}
+        paired = of_benchmark[0].benchmark == PAIRED
         rows = []
         for result in of_benchmark:
             found = {name: result.figures.get(name) for name in specs}
             cells = [
-                (format_estimate(e, specs[name]), e is not None and e.value == best[name]) for name, e in found.items()
+                (
+                    format_estimate(e, specs[name]),
+                    e is not None and (e.low > 0 or e.high < 0 if paired else e.value == best[name]),
+                )
+                for name, e in found.items()
             ]
             rows.append((result.label, cells))
-        meanings = [f"{spec.title}: {spec.meaning}" for spec in specs.values() if spec.meaning]
-        made.append(_Table(_title(of_benchmark[0]), [_head(spec) for spec in specs.values()], rows, meanings))
+        said = [
+            f"{spec.title}: {spec.meaning}" + "; lower is better" * (spec.better == "lower") for spec in meanings(specs)
+        ]
+        if paired:
+            said = ["a row's figure minus the first method's, mean over the same pairs; bold where 0 is excluded"]
+        heads = [_head(spec) for spec in specs.values()]
+        made.append(_Table(_title(of_benchmark[0]), "method", heads, rows, said))
     return made
 
 
@@ -67,8 +134,14 @@ def paired_differences(results: Sequence[Result]) -> list[Result]:
             if len(own) == len(other) and (shown := (own - other).isfinite()).any():
                 figures[f"m{name}"] = bootstrap_mean((own - other)[shown].double())
         label, data = f"{result.label} - {rows[0].label}", {"data": result.provenance.get("data")}
-        made.append(Result("cue-localization, paired differences", label, figures, provenance=data))
+        made.append(Result(PAIRED, label, figures, provenance=data))
     return made
+
+
+def _with_differences(results: Sequence[Result]) -> list[Result]:
+    """Add the paired differences behind the results that they are of."""
+    own = [result for result in results if result.benchmark == "cue-localization"]
+    return [*own, *paired_differences(own), *(result for result in results if result.benchmark != "cue-localization")]
 
 
 def figure_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -114,7 +187,7 @@ def markdown(results: Sequence[Result]) -> str:
 
 def write_tables(results: Sequence[Result], out: Path) -> None:
     """Write ``table.json``, ``table.csv`` and ``table.md`` in ``out``."""
-    results = [*results, *paired_differences(results)]
+    results = _with_differences(results)
     rows = figure_rows(results)
     write_json(out / "table.json", rows)
     text = io.StringIO()
@@ -126,21 +199,14 @@ def write_tables(results: Sequence[Result], out: Path) -> None:
 
 
 def print_tables(results: Sequence[Result], console: Console) -> None:
-    """Print the main figures, each benchmark in as many tables below each other as the terminal's width needs."""
-    results = [*results, *paired_differences(results)]
+    """Print the main figures of each benchmark in a table that fits the terminal, and below it what they mean."""
+    results = _with_differences(results)
     for table in _tables(results, main_only=True):
-        longest = max(len(label) for label, _ in table.rows)
-        columns = max(1, (console.width - longest - 4) // _WIDTH)
-        for start in range(0, len(table.heads), columns):
-            shown = slice(start, start + columns)
-            printed = RichTable(title=escape(table.title), title_justify="left", show_lines=True)
-            printed.add_column("method", min_width=min(longest, 24), overflow="fold")
-            for head in table.heads[shown]:
-                printed.add_column(escape(head), justify="right", max_width=_WIDTH - 3)
-            for label, cells in table.rows:
-                texts = (f"[bold]{text}[/bold]" if best else text for text, best in cells[shown])
-                printed.add_row(escape(label), *(text.replace(" (", "\n(") for text in texts))
-            console.print(printed)
+        console.print(table.title, style="bold", markup=False, highlight=False)
+        console.print(table.fitted(console.width).printed(console.width))
+        for meaning in table.meanings:
+            console.print(meaning, style="dim", markup=False, highlight=False)
+        console.print()
     for line in remarks(results):
         console.print(line, style="dim", highlight=False)
 
@@ -149,7 +215,7 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """Return what to know when reading the figures, one sentence each, without capital and full stop."""
     lines = []
     if any(math.isfinite(e.low + e.high) for result in results for e in result.figures.values()):
-        lines.append("in brackets: 95 percent bootstrap interval")
+        lines.append("in brackets: 95 percent bootstrap interval; an arrow ↓ marks figures of which lower is better")
     agreement = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
     if agreement:
         lines.append(f"joint maps sum to p(y | x): the largest difference is {max(agreement):.1g}")
@@ -211,7 +277,7 @@ def _title(result: Result) -> str:
 
 def _head(spec: FigureSpec) -> str:
     unit = {"percent": " %", "nats": " nats", "ratio": ""}[spec.unit]
-    return f"{spec.title}{unit}{' (lower is better)' if spec.better == 'lower' else ''}"
+    return f"{spec.title}{unit}{' ↓' if spec.better == 'lower' else ''}"
 
 
 def _best(name: str, results: Sequence[Result]) -> float | None:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from markupsafe import Markup
 from numpy.typing import NDArray
 
-from calm.evaluate.result import Curve, Result, figure_order, figure_spec
+from calm.evaluate.result import Curve, Result, figure_order, figure_spec, meanings
+from calm.evaluate.tables import paired_differences
 from calm.metrics.bootstrap import Estimate
 from calm.report.charts import Line, chart, dot_chart
-from calm.report.found import PUBLISHED, Group, Published, Style
+from calm.report.found import PUBLISHED, Group, Published, Style, own_maps
 from calm.report.page import Column, Row, Section, Table, species_name
 
 WIDEST = 8  # columns of one table
@@ -29,7 +30,8 @@ CURVE_TITLES = {
     "reliability": "Accuracy by stated confidence",
 }
 """Headings of curves whose names say too little."""
-MAIN = ("mpxap", "r10", "maxboxacc_v2", "pxap")  # the figures that papers compare by
+MAIN = ("mpxap", "r_area", "maxboxacc_v2", "pxap")  # the figures that papers compare by, for all of a curve if there is
+READ_AS = ("mpxap", "mpxap_raw", "mpxap_stretched", "mpxap_published")  # the readings of cue localization
 _FORMS = {"percent": "%", "nats": ".3f", "ratio": ".3f"}
 
 
@@ -54,6 +56,7 @@ def benchmark_section(
         "lines": lines,
         "bands": any(line.band is not None for line in lines),
         "cues": _cue_charts(group, style) if group.benchmark == "cue-localization" else None,
+        "paired": _paired_table(group) if group.benchmark == "cue-localization" else None,
         "gallery": gallery,
         "fold": fold,
     }
@@ -61,7 +64,10 @@ def benchmark_section(
 
 
 def main_figure(group: Group) -> tuple[str, str, str] | None:
-    """Return a benchmark's main figure: its best value, what it is, and which methods have it or come next."""
+    """Return a benchmark's main figure: its best value, what it is, and which methods have it or come next.
+
+    Methods whose intervals overlap that of the best one are not told apart by the figure, and the text says so.
+    """
     names = _figure_names(group)
     name = next((name for name in (*MAIN, *names) if name in names), "")
     spec = figure_spec(name)
@@ -73,7 +79,12 @@ def main_figure(group: Group) -> tuple[str, str, str] | None:
     first = values.count(values[0])
     note = ", ".join(result.label for result in order[:first][:3])
     note += f" and {first - 3} more" if first > 3 else ""
-    note += f"; next {order[first].label}, {values[first]}" if first < len(order) else ""
+    if first < len(order):
+        low, high = (end for end in order[0].figures[name][1:])
+        alike = [r for r in order[first:] if r.figures[name].low <= high and r.figures[name].high >= low]
+        relation = "not told apart from" if order[first] in alike else "next"
+        note += f"; {relation} {order[first].label}, {values[first]}"
+        note += f", and {len(alike) - 1} more" if len(alike) > 1 else ""
     return values[0], f"{group.heading}: {spec.title}", note
 
 
@@ -93,9 +104,7 @@ def _tables(group: Group, names: Sequence[str], paper: Published | None, caption
     for start in range(0, len(names), WIDEST):
         columns = names[start : start + WIDEST]
         rows = []
-        for result in group.results:
-            estimates = [result.figures.get(name, NOTHING) for name in columns]
-            rows.append(Row(result.label, [e.value for e in estimates], [e[1:] for e in estimates]))
+        rows += [Row(result.label, *_estimates(result, columns)) for result in group.results]
         for method, figures in paper.rows.items() if paper else ():
             if any(name in figures for name in columns):
                 rows.append(Row(f"paper: {method}", [figures.get(name) for name in columns], competes=False))
@@ -104,15 +113,29 @@ def _tables(group: Group, names: Sequence[str], paper: Published | None, caption
 
 
 def _notes(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Return what the columns mean, and which way is good; those for 1, 2, ... parts are explained with their mean."""
-    by_parts = [name for name in names if re.fullmatch(r"mpxap.*_\d+", name) and name.rpartition("_")[0] in names]
-    entries = []
-    for spec in (figure_spec(name) for name in names if name not in by_parts):
-        if spec.meaning:
-            way = f"; {spec.better} is better" if spec.better else ""
-            entries.append((spec.title, f"{spec.meaning.rstrip('.')}{way}."))
-    parts = ("1 part, 2 parts, 3 parts", "mPxAP of the pairs that differ in so many parts.")
-    return [*entries, parts] if by_parts else entries
+    """Return what the columns mean, and which way is good."""
+    return [
+        (spec.title, f"{spec.meaning.rstrip('.')}{f'; {spec.better} is better' if spec.better else ''}.")
+        for spec in meanings(names)
+    ]
+
+
+def _paired_table(group: Group) -> Table | None:
+    """Return each method's mPxAP minus that of CAM's maps, or else of the first method, over the same pairs."""
+    rows = sorted(group.results, key=lambda result: own_maps(result) != "cam")
+    differences = paired_differences(rows)
+    names = _figure_names(replace(group, results=tuple(differences)))
+    if not names:
+        return None
+    columns = [replace(_column(name), better="decided") for name in names]
+    table = [Row(r.label.removesuffix(f" - {rows[0].label}"), *_estimates(r, names)) for r in differences]
+    return Table(columns, table, f"Minus {rows[0].label}, over the same pairs; bold where 0 is excluded", "difference")
+
+
+def _estimates(result: Result, names: Sequence[str]) -> tuple[list[float], list[tuple[float, float]]]:
+    """Return the values of figures and their intervals."""
+    found = [result.figures.get(name, NOTHING) for name in names]
+    return [e.value for e in found], [(e.low, e.high) for e in found]
 
 
 def _curves(group: Group, style: Mapping[str, Style]) -> tuple[list[Line], list[Markup]]:
@@ -168,7 +191,7 @@ def _kept(points: NDArray[np.floating]) -> list[int]:
 def _cue_charts(group: Group, style: Mapping[str, Style]) -> dict[str, Any]:
     """Return dots with intervals for each number of differing part groups, and one dot for each pair."""
     return {
-        "charts": list(filter(None, (_by_groups(group, style, stem) for stem in ("mpxap", "mpxap_published")))),
+        "charts": list(filter(None, (_by_groups(group, style, stem) for stem in READ_AS))),
         "lines": [Line([], [], r.label, *style[r.label]) for r in group.results],
         "by_pair": _by_pair(group, style),
     }

@@ -20,7 +20,7 @@ from calm.evaluate.result import Result
 from calm.evaluate.runner import READING
 from calm.files import read_columns, read_json, read_yaml
 from calm.images import Preprocessing
-from calm.output import MAP_KINDS
+from calm.output import MAP_KINDS, CalmOutput, CamOutput
 from calm.report.charts import PALETTE
 
 CUB, IMAGENET, OPENIMAGES = "CUB-200-2011", "ImageNet", "OpenImages30k"
@@ -63,6 +63,7 @@ PUBLISHED = {
 """The paper's tables by benchmark and data set."""
 
 CALM = ("calm-em", "calm-ml")  # training methods, the more important first
+MAIN_KINDS = {CalmOutput.default_kind, CamOutput.default_kind}
 METHODS = (*CALM, "cam")
 
 
@@ -228,14 +229,22 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
 def styles(groups: Sequence[Group]) -> dict[str, Style]:
     """Return how each method is drawn: a CALM and a CAM in their own colours, the others in those that are left."""
     results = sorted((result for group in groups for result in group.results), key=_rank)
-    labels = list(dict.fromkeys(result.label for result in results))
+    of_maps = {r.label: about(r).get("model") for r in results if r.benchmark != "classification"}
+    # A model by itself, without maps, looks like its main maps.
+    same = {
+        r.label: next((label for label, model in of_maps.items() if model == about(r).get("model")), "")
+        for r in results
+        if r.label not in of_maps and about(r).get("model") in of_maps.values()
+    }
+    labels = list(dict.fromkeys([*of_maps, *(result.label for result in results if result.label not in same)]))
     chosen: dict[str, Style] = {}
     for name in ("CALM", "CAM"):
         chosen |= {label: (name.lower(), False) for label in [x for x in labels if x.startswith(name)][:1]}
     taken = {colour for colour, _ in chosen.values()}
     pool = [(c, dashed) for dashed in (False, True) for c in PALETTE if dashed or c not in taken]
     others = [label for label in labels if label not in chosen]
-    return chosen | {label: pool[number % len(pool)] for number, label in enumerate(others)}
+    chosen |= {label: pool[number % len(pool)] for number, label in enumerate(others)}
+    return chosen | {label: chosen[like] for label, like in same.items()}
 
 
 def about(result: Result, what: str = "subject") -> Mapping[str, Any]:
@@ -253,9 +262,10 @@ def own_maps(result: Result) -> str | None:
 _ORDER = ("cue-localization", "remove-and-classify", "localization", "classification")
 
 
-def _rank(result: Result) -> tuple[bool, str]:
-    """Return a sort key: the models' own maps before other explanations of them, each by label."""
-    return about(result).get("method") not in MAP_KINDS, result.label
+def _rank(result: Result) -> tuple[int, str]:
+    """Return a sort key: the models' main maps, then their other own maps, then other explanations; each by label."""
+    method = about(result).get("method")
+    return 2 if method not in MAP_KINDS else method not in MAIN_KINDS, result.label
 
 
 def _is_result(path: Path) -> bool:

@@ -77,7 +77,8 @@ class Column:
 
     title: str  # its heading
     form: str = ".3f"  # how a number is written, as in ``format(value, form)``; ``%`` is a percentage with one decimal
-    better: Literal["higher", "lower", ""] = ""  # which numbers are good; "" for neither: then none is bold
+    better: Literal["higher", "lower", "decided", ""] = ""  # which numbers are bold: the highest, the lowest, those
+    # whose interval excludes 0, or none
 
     def written(self, value: float | str | None) -> str:
         """Write a number as it stands in the table; a dash for None and NaN, strings as they are."""
@@ -104,7 +105,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of numbers, in which the best of each column is bold."""
+    """A table of numbers, in which those that `Column.better` says are bold."""
 
     columns: Sequence[Column]
     rows: Sequence[Row]
@@ -119,7 +120,9 @@ class Table:
             rivals = [row.values[place] for row in self.rows if row.competes]
             numbers = [rival for rival in rivals if isinstance(rival, (int, float)) and math.isfinite(rival)]
             text, best = column.written(value), False
-            if column.better and row.competes and len(numbers) > 1:  # compared as written: what looks equal is
+            if column.better == "decided":
+                best = ends is not None and (ends[0] > 0 or ends[1] < 0)
+            elif column.better and row.competes and len(numbers) > 1:  # compared as written: what looks equal is
                 best = text == column.written(max(numbers) if column.better == "higher" else min(numbers))
             cells.append((text, column.interval(ends) if ends else None, best))
         return cells
