@@ -39,7 +39,7 @@ def unknown(what: str, given: object, allowed: Iterable[str], *, where: str = ""
 
 EXTRAS = {
     "train": {"lightning", "tensorboard", "torchmetrics"},
-    "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "torchmetrics"},
+    "evaluate": {"cv2", "jinja2", "markupsafe", "matplotlib", "numba", "torchmetrics"},
     "baselines": {"captum", "pytorch_grad_cam"},
     "app": {"gradio"},
     "bands": {"tifffile"},

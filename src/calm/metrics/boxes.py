@@ -1,8 +1,8 @@
 """MaxBoxAcc: how well boxes around the foreground of a thresholded map fit the object's boxes.
 
-A map is thresholded as an 8-bit image, so a thousand thresholds give at most 255 different binary images. Contours are
-found once for each of them, within the bounding box of the foreground of the one before; all boxes of a map are then
-compared with the true ones in one call.
+A map is thresholded as an 8-bit image, so a thousand thresholds give at most 255 different binary images. The boxes of
+all their contours are found in one pass over the pixels (`calm.metrics.components`), and compared with the true ones in
+one call.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from torch import Tensor
 
 from calm.errors import CalmError
 from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, band, estimate
+from calm.metrics.components import component_boxes
 from calm.metrics.pixels import Thresholds, check_maps, thresholds
 
 Boxes: TypeAlias = NDArray[np.int64]
 """(n, 4): x0, y0, x1, y1 in pixels of the map, both corners inside the box."""
-
-Areas: TypeAlias = NDArray[np.float64]
 
 
 class MapBoxes(NamedTuple):
@@ -61,16 +60,27 @@ def map_boxes(scores: NDArray[np.floating[Any]], thresholds: NDArray[np.float64]
     levels = (thresholds * int(shades[-1])).astype(np.int64)
     removed = np.searchsorted(shades, levels, side="right")  # how many shades a threshold makes background
     removed, first, level = np.unique(removed, return_index=True, return_inverse=True)
-    boxes, areas, counts = _contour_boxes(grey, levels[first].tolist())
-    if removed[-1] == len(shades):
-        boxes[-1] = 0
+    levels = levels[first]
+    whole = levels if removed[-1] < len(shades) else levels[:-1]  # levels with a foreground
+    boxes, counts, largest = component_boxes(grey, whole)
     height, width = grey.shape
-    boxes[:, 2:] = np.minimum(boxes[:, 2:], [width - 1, height - 1])
-    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    top = np.repeat(np.maximum.reduceat(areas, starts), counts)
-    candidates = np.flatnonzero(areas == top)  # the first of equals is the largest, as Python's max has it
-    largest = candidates[np.searchsorted(candidates, starts)]
+    boxes[:, 2:] = np.minimum(boxes[:, 2:] + 1, [width - 1, height - 1])
+    starts = np.cumsum(counts) - counts
+    for place in np.flatnonzero(largest < 0):
+        own = boxes[starts[place] : starts[place] + counts[place]]
+        largest[place] = starts[place] + (own == _largest_box(grey, int(whole[place]))).all(axis=1).argmax()
+    if len(whole) < len(levels):
+        starts, largest = np.append(starts, len(boxes)), np.append(largest, len(boxes))
+        boxes = np.concatenate([boxes, np.zeros((1, 4), dtype=np.int64)])
     return MapBoxes(boxes, starts, largest, level.reshape(-1))
+
+
+def _largest_box(grey: NDArray[np.uint8], level: int) -> NDArray[np.int64]:
+    """Return the box of the largest contour above a level: of equals the first, in the order of OpenCV."""
+    picture: Any = cv2.threshold(grey, level, 255, cv2.THRESH_BINARY)[1]
+    contours = cv2.findContours(picture, cv2.RETR_TREE, cv2.CHAIN_APPROX_SIMPLE)[0]
+    x, y, width, height = cv2.boundingRect(max(contours, key=cv2.contourArea))
+    return np.array([x, y, min(x + width, grey.shape[1] - 1), min(y + height, grey.shape[0] - 1)])
 
 
 def box_ious(boxes: Boxes, truth: Boxes) -> NDArray[np.float64]:
@@ -103,49 +113,6 @@ def threshold_ious(
     own = map_boxes(scores, thresholds)
     ious = box_ious(own.boxes, truth).max(axis=1)
     return ious[own.largest][own.level], np.maximum.reduceat(ious, own.starts)[own.level]
-
-
-_CHUNK = 4096
-"""Contours whose boxes are computed together: many calls are slow, and a noisy map has a million contours."""
-
-
-def _contour_boxes(grey: NDArray[np.uint8], levels: Sequence[int]) -> tuple[Boxes, Areas, NDArray[np.int64]]:
-    """Return boxes and areas of the contours above each ascending level, a dummy if there is none; and the counts."""
-    measured: list[tuple[Boxes, Areas]] = []
-    waiting: list[NDArray[np.int32]] = []
-    counts: list[int] = []
-    part, left, top = grey, 0, 0
-    for level in levels:
-        picture: Any = cv2.threshold(part, level, 255, cv2.THRESH_BINARY)[1]
-        x, y, width, height = cv2.boundingRect(picture)
-        found: Sequence[Any] = [np.zeros((1, 1, 2), dtype=np.int32)]
-        if width:
-            window = np.s_[y : y + height, x : x + width]
-            part, left, top = part[window], left + x, top + y
-            mode, offset = cv2.RETR_TREE, (left, top)
-            found = cv2.findContours(picture[window], mode, cv2.CHAIN_APPROX_SIMPLE, offset=offset)[0]
-        waiting += found
-        counts.append(len(found))
-        if len(waiting) > _CHUNK:
-            measured.append(_measured(waiting))
-            waiting = []
-    if waiting:
-        measured.append(_measured(waiting))
-    boxes, areas = (np.concatenate(each) for each in zip(*measured, strict=True))
-    return boxes, areas, np.array(counts)
-
-
-def _measured(contours: Sequence[NDArray[np.int32]]) -> tuple[Boxes, Areas]:
-    """Return the boxes (n, 4) and areas (n,) of contours: OpenCV's boundingRect and contourArea, without n calls."""
-    lengths = np.fromiter(map(len, contours), dtype=np.int64, count=len(contours))
-    last = np.cumsum(lengths) - 1
-    first = last - lengths + 1
-    x, y = np.ascontiguousarray(np.concatenate(contours)[:, 0].T, dtype=np.int64)
-    low, high = (np.stack([each.reduceat(v, first) for v in (x, y)], axis=1) for each in (np.minimum, np.maximum))
-    cross = np.zeros_like(x)  # of each point and the next, whose sum is twice the area
-    cross[:-1] = x[:-1] * y[1:] - x[1:] * y[:-1]
-    cross[last] = x[last] * y[first] - x[first] * y[last]
-    return np.concatenate([low, high + 1], axis=1), abs(np.add.reduceat(cross, first)) / 2
 
 
 V1_IOU = 0.5
