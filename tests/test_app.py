@@ -329,7 +329,7 @@ def browser() -> Iterator[Any]:
 def page(browser: Any, address: str) -> Iterator[Any]:
     """One visitor's page, on which the tests below work one after the other."""
     context = browser.new_context(viewport={"width": 1200, "height": 1000})
-    context.set_default_timeout(10_000)
+    context.set_default_timeout(30_000)
     page = context.new_page()
     page.goto(address)
     page.locator(".calm-samples button").first.wait_for()
@@ -365,7 +365,7 @@ def text_matching(page: Any, where: str, pattern: str) -> re.Match[str]:
     page.wait_for_function(
         "([where, pattern]) => new RegExp(pattern).test(document.querySelector(where)?.innerText ?? '')",
         arg=[where, pattern],
-        timeout=10_000,
+        timeout=30_000,
     )
     found = re.search(pattern, page.locator(where).inner_text())
     assert found is not None
@@ -381,7 +381,7 @@ def changed_source(page: Any, where: str, before: str) -> str:
     page.wait_for_function(
         "([where, before]) => (document.querySelector(`${where} img`)?.src ?? before) !== before",
         arg=[where, before],
-        timeout=10_000,
+        timeout=30_000,
     )
     return source_of(page, where)
 
