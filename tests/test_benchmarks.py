@@ -163,6 +163,7 @@ SMALLEST = [
     "attribute.py --photographs 2 --rounds 1 --backbone tiny_resnet --no-command",
     "training_step.py --backbone tiny_resnet --size 32 --batch 2 --classes 5 200 --rounds 1",
     "explain.py --networks tiny_resnet:32:1 --rounds 1 --steps 2",
+    "export.py --networks tiny_resnet:32:1:5 --rounds 1",
     "data.py --images 2 --rounds 1",
     "head.py --classes 5 --channels 8 --grid 4 --batch 2 --rounds 1",
     "startup.py --rounds 1 --commands 'data check' --code 'import calm'",

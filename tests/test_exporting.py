@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,8 +28,8 @@ ort = pytest.importorskip("onnxruntime", reason="needs the extra `export`")
 def small(method="calm-em", *, classes=5, size=(24, 32), backbone=None, **options):
     """A model of one convolution, whose prior and classes differ from cell to cell."""
     body = backbone or nn.Sequential(nn.Conv2d(3, 6, 5, stride=4, padding=2), nn.ReLU())
-    preprocessing = calm.Preprocessing(size=size)
-    model = calm.create_model(body, classes, method, preprocessing=preprocessing, **options)
+    preprocessing = calm.Preprocessing(size=size, **options)
+    model = calm.create_model(body, classes, method, preprocessing=preprocessing)
     for layer in model.head.children():
         nn.init.normal_(layer.weight)
     model.class_names = tuple(f"bird {number} é" for number in range(classes))
@@ -101,7 +104,7 @@ def test_onnx_is_one_file_that_names_its_sides_and_says_what_it_is(exported):
 
 
 def test_onnx_with_preprocessing_takes_pictures_of_any_size_as_the_model_does(tmp_path):
-    model = small("cam", size=(32, 32))
+    model = small("cam", size=(32, 32), interpolation="bicubic")
     found = export(model, tmp_path / "birds.onnx", preprocess=True)
     session = session_of(found.path)
     assert found.metadata["inputs"]["image"] == ["uint8", "batch", "height", "width", 3]
@@ -114,7 +117,7 @@ def test_onnx_with_preprocessing_takes_pictures_of_any_size_as_the_model_does(tm
     np.testing.assert_allclose(maps, expected, atol=0.02 * abs(expected).max())
 
 
-def test_torch_export_gives_the_maps_of_a_kind_and_its_metadata(tmp_path):
+def test_torch_export_gives_the_maps_of_a_kind_and_its_metadata(tmp_path, exported, monkeypatch):
     model = small()
     found = export(model, tmp_path / "birds.pt2", "torch-export", kind="evidence")
     extra = {exporting.METADATA: ""}
@@ -123,6 +126,14 @@ def test_torch_export_gives_the_maps_of_a_kind_and_its_metadata(tmp_path):
     images, classes = torch.randn(4, 3, 40, 28), torch.tensor([[0, 1]] * 4)
     with torch.no_grad():
         torch.testing.assert_close(program(images, classes)[1], model.eval()(images).attribute(classes, "evidence"))
+    monkeypatch.chdir(tmp_path)  # and the page's programs read such files
+    shutil.copy(exported[1].path, "birds.onnx")
+    page = (Path(__file__).parent.parent / "docs" / "export.md").read_text(encoding="utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+        exec(compile(code, "export.md", "exec"), names)
+    assert names["names"] == list(model.class_names)
+    assert names["maps"].shape == (2, 2, 56, 56)
 
 
 def test_a_model_in_half_precision_and_training_mode_is_exported_in_float32_and_left_as_it_was(tmp_path):
