@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
+import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
-from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
 from calm.errors import CalmError, shown, unknown
 
@@ -79,13 +82,74 @@ def check_options(options: Any, group: str, **ranges: tuple[float, float]) -> No
             raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
+class Code(NamedTuple):
+    """The user's own code that builds a backbone, as a name says it: see `parse_code`."""
+
+    module: str
+    function: str
+    arguments: dict[str, Any]
+
+
+def parse_code(name: str) -> Code | None:
+    """Return what ``package.module:function`` or ``package.module:function(width=32)`` means; None for other names.
+
+    Raises:
+        CalmError: If the arguments are not names with plain values (numbers, strings, lists, ...).
+    """
+    module, colon, call = name.partition(":")
+    if not colon or len(name) > 500 or not name.isprintable() or not all(map(str.isidentifier, module.split("."))):
+        return None
+    try:
+        tree = ast.parse(call.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return None
+    function = tree.func if isinstance(tree, ast.Call) else tree
+    if not isinstance(function, ast.Name):
+        return None
+    if not isinstance(tree, ast.Call):
+        return Code(module, function.id, {})
+    try:
+        arguments = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords if word.arg is not None}
+    except (ValueError, TypeError, MemoryError, RecursionError) as error:
+        raise CalmError(
+            f"backbone {name!r}: arguments are plain values, as in nets:small(width=32): {error}"
+        ) from error
+    if tree.args or len(arguments) < len(tree.keywords):
+        raise CalmError(f"backbone {name!r}: give its arguments by name, as in nets:small(width=32)")
+    return Code(module, function.id, arguments)
+
+
+TRUST = "CALM_TRUST"
+"""The environment variable with the names of the code that models may import, one a line."""
+
+
+def trust(name: str) -> None:
+    """Let models that are loaded in this process, and those it starts, import the code ``name``, with its arguments."""
+    os.environ[TRUST] = "\n".join([os.environ.get(TRUST, ""), name]).strip()
+
+
+def check_trusted(name: str, where: str) -> None:
+    """Raise a CalmError if ``name`` is code that nobody has said to trust: whoever wrote a file may name any function.
+
+    Args:
+        name: A backbone's name.
+        where: The file that has it, for the message.
+    """
+    code = parse_code(name)
+    if code is not None and code not in map(parse_code, os.environ.get(TRUST, "").splitlines()):
+        raise CalmError(
+            f"{where} names code to import for its backbone: {name}. If you know that code, trust it: "
+            f"calm --trust {shlex.quote(name)} COMMAND ..., or calm.load(..., backbone={name!r})"
+        )
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """What a model is made of: with the weights, all that loading needs.
 
     Attributes:
         backbone: A released architecture (``resnet50``, ``vgg16``, ``inception_v3``), ``small_resnet``, a timm
-            model's name, or ``custom`` for the user's own module.
+            model's name, code that builds the user's own module (`parse_code`), or ``custom`` for such a module itself.
         num_classes: C, the number of classes.
         method: ``calm-em`` and ``calm-ml`` are one model with two training losses; ``cam`` is the baseline.
         large_feature_map: For released architectures: a 28x28 grid for 224x224 input instead of 14x14.

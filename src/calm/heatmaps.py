@@ -145,6 +145,17 @@ NINTHS = (("upper left", "top", "upper right"), ("left", "centre", "right"), ("l
 """The words for the ninths of a picture, in three rows."""
 
 
+def channels_last(shape: tuple[int, ...], size: tuple[int, int]) -> bool:
+    """Return whether features of four axes are (B, h, w, D): axes 1 and 2, and not 2 and 3, have the image's shape.
+
+    >>> channels_last((1, 7, 7, 96), (224, 224)), channels_last((1, 96, 7, 7), (224, 224))
+    (True, False)
+    """
+    height, width = size
+    first, second = (abs(h * width - w * height) < max(height, width) for h, w in (shape[1:3], shape[2:4]))
+    return first and not second
+
+
 @dataclass(frozen=True)
 class Place:
     """The highest point of a map, and the ninth of the image (in a three by three grid) that contains it.

@@ -18,7 +18,16 @@ from torch import Tensor, nn
 
 from calm import checkpoint
 from calm.acol import AcolCalmHead, AcolCamHead
-from calm.config import Interpolation, Method, ModelConfig, PriorActivation, PriorDenominator, class_index
+from calm.config import (
+    Interpolation,
+    Method,
+    ModelConfig,
+    PriorActivation,
+    PriorDenominator,
+    check_trusted,
+    class_index,
+    parse_code,
+)
 from calm.errors import CalmError
 from calm.heads import CalmHead as CalmHead, CamHead as CamHead
 from calm.heatmaps import resize_maps
@@ -413,7 +422,8 @@ def create_model(
     """Create a classifier. This is the one place that puts backbone, head and preprocessing together.
 
     Args:
-        backbone: A name (see `ModelConfig`), or your own module that returns features (B, D, h, w).
+        backbone: A name (see `ModelConfig`); your own module that returns features (B, D, h, w); or the name of code
+            that builds it, such as ``"nets:small(width=32)"``, which the saved model keeps.
         pretrained: Whether the backbone starts from published weights (needs a network the first time, or the extra
             ``offline``); or a file whose weights it starts from, of which the backbone's ``weights_report`` then says
             how they were matched: see `calm.backbones.load_weights`.
@@ -433,7 +443,7 @@ def create_model(
     >>> model(torch.zeros(2, 3, 64, 64)).probs.shape
     torch.Size([2, 3])
     """
-    from calm.backbones import adapt_backbone, build_backbone, image_size, load_weights
+    from calm.backbones import adapt_backbone, build_backbone, image_size, import_backbone, load_weights
 
     default = Preprocessing()
     size = None if preprocessing is None else preprocessing.size
@@ -451,9 +461,10 @@ def create_model(
         acol_threshold=acol_threshold,
         acol_channels=acol_channels,
     )
-    if isinstance(backbone, str):
+    own = import_backbone(backbone) if isinstance(backbone, str) and parse_code(backbone) else backbone
+    if isinstance(own, str):
         body = build_backbone(
-            backbone,
+            own,
             pretrained=pretrained,
             large_feature_map=large_feature_map,
             use_bn=use_bn,
@@ -464,7 +475,7 @@ def create_model(
         fix = "your own module comes as it is, or with pretrained=FILE"
         raise CalmError(f"pretrained=True and output_stride choose among named backbones: {fix}")
     else:
-        body = adapt_backbone(backbone, preprocessing.size, in_channels)
+        body = adapt_backbone(own, preprocessing.size, in_channels)
         if pretrained is not False:
             load_weights(body, pretrained)
     preprocessing = replace(preprocessing, size=image_size(body, size, in_channels))
@@ -491,7 +502,7 @@ def create_model(
 def load(
     source: str | os.PathLike[str],
     *,
-    backbone: nn.Module | None = None,
+    backbone: nn.Module | str | None = None,
     map_location: str | torch.device = "cpu",
     revision: str | None = None,
 ) -> CalmModel:
@@ -500,7 +511,9 @@ def load(
     Args:
         source: A folder that `CalmModel.save_pretrained` wrote; or the folder of a training run, whose best model is
             taken, or its last if there is no best; or a model on the Hugging Face Hub, ``owner/name``.
-        backbone: The module, for a model whose backbone was the user's own, built as it was then.
+        backbone: For a model whose backbone was the user's own: the module, built as it was then, or the name of the
+            code that builds it, which the model keeps. That code is imported only if it is named here, or trusted
+            (``calm --trust``, the environment variable CALM_TRUST): a model's files may come from anybody.
         map_location: The device.
         revision: A branch, tag or commit of a model on the hub; None is its main branch.
 
@@ -509,11 +522,17 @@ def load(
             superfluous.
     """
     folder, card, state = checkpoint.read(source, revision)
-    config = card.model
-    if (backbone is None) == (config.backbone == "custom"):
-        own = "was made with the user's own backbone: build that module as it was, and give it as backbone="
-        named = f"has the backbone {config.backbone!r}: leave backbone= out"
-        raise CalmError(f"the model in {folder} {own if backbone is None else named}")
+    config, path = card.model, folder / checkpoint.CARD
+    code = parse_code(config.backbone)
+    if isinstance(backbone, str) and backbone != config.backbone:
+        raise CalmError(f"{path} has the backbone {config.backbone!r}, not {backbone!r}")
+    if isinstance(backbone, nn.Module) and code is None and config.backbone != "custom":
+        raise CalmError(f"the model in {folder} has the backbone {config.backbone!r}: leave backbone= out")
+    if backbone is None and config.backbone == "custom":
+        fix = "build that module as it was, and give it as backbone="
+        raise CalmError(f"the model in {folder} was made with the user's own backbone: {fix}")
+    if backbone is None:
+        check_trusted(config.backbone, str(path))
     options = {name: value for name, value in asdict(config).items() if name != "backbone"}
     try:
         with torch.random.fork_rng(devices=[]):
@@ -521,7 +540,8 @@ def load(
                 backbone or config.backbone, class_names=card.class_names, preprocessing=card.preprocessing, **options
             )
     except CalmError as error:
-        raise CalmError(f"{folder / checkpoint.CARD}: {error}") from error
+        raise CalmError(f"{path}: {error}") from error
+    model.config = config
     model.training_summary = card.training
     try:
         checkpoint.fill(model, state)

@@ -6,12 +6,16 @@ They are built by name (`build_backbone`), or are the user's own module (`adapt_
 from __future__ import annotations
 
 import os
+import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from difflib import get_close_matches
 from fnmatch import fnmatch
 from functools import partial
+from importlib import import_module
 from inspect import signature
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +24,9 @@ from calm.backbones.released import VGG16, InceptionV3, ResNet50, initialise
 from calm.backbones.small import SmallResNet, narrow_resnet, tiny_resnet
 from calm.backbones.timm_models import TimmBackbone, is_timm_name, run_on_meta
 from calm.backbones.weights import WeightReport as WeightReport, load_weights as load_weights
+from calm.config import parse_code
 from calm.errors import CalmError
+from calm.heatmaps import channels_last
 from calm.inference import evaluation_mode
 
 BACKBONES: dict[str, Callable[..., nn.Module]] = {
@@ -89,6 +95,33 @@ def build_backbone(
     return backbone
 
 
+def import_backbone(name: str) -> nn.Module:
+    """Build a module by the user's own code, ``package.module:function(...)``: see `calm.config.parse_code`.
+
+    The module is looked for in the current folder, then among the installed ones.
+
+    Raises:
+        CalmError: If there is no such code, it fails, or returns no module.
+    """
+    code = parse_code(name)
+    assert code is not None
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        module = getattr(import_module(code.module), code.function)(**code.arguments)
+    except Exception as error:  # the user's code may raise anything
+        where = f"in {folder} or among the installed packages"
+        kind = type(error).__name__
+        raise CalmError(f"cannot build the backbone {name!r} by code {where}: {kind}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(module, nn.Module):
+        raise CalmError(
+            f"{code.module}:{code.function} must return an nn.Module, it returned a {type(module).__name__}"
+        )
+    return module
+
+
 def _unknown(name: str) -> CalmError:
     import timm
 
@@ -108,7 +141,8 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     as they were. If it does not run on an image of that size, its own ``out_channels`` or ``num_features`` is used.
 
     Args:
-        module: Maps float images (B, in_channels, H, W) to features (B, D, h, w); it is also the result.
+        module: Maps float images (B, in_channels, H, W) to features (B, D, h, w); it is also the result,
+            unless it returns a list or a dict of features: see `FeatureOf`.
         size: (height, width) in pixels of the image.
 
     Raises:
@@ -122,6 +156,10 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     stated = _int_attribute(module, "out_channels")
     try:
         output = _run_on_zeros(module, (in_channels, *size))
+        if isinstance(output, (list, Mapping)):
+            module, output = FeatureOf(module), _feature_of(output)
+    except CalmError:
+        raise
     except Exception as error:  # a user's module may raise anything
         channels = stated or _int_attribute(module, "num_features")
         if channels is None:
@@ -130,13 +168,48 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     else:
         if not (isinstance(output, Tensor) and output.ndim == 4 and output.is_floating_point()):
             found = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-            got = f"for one {where} it returned {found}: take its pooling and classifier out"
+            got = f"for one {where} it returned {found}: {_hint(output)}"
             raise CalmError(f"the backbone {name} must return one float tensor of features (B, D, h, w), but {got}")
+        if channels_last(tuple(output.shape), size):
+            fix = "permute(0, 3, 1, 2) them, or name the timm model instead of giving the module"
+            raise CalmError(f"the backbone {name} returned {tuple(output.shape)}, channels last: {fix}")
         channels = output.shape[1]
         if stated not in (None, channels):
             raise CalmError(f"the backbone {name} says out_channels={stated}, its features have {channels} channels")
     module.out_channels = channels  # type: ignore[assignment]
     return module
+
+
+class FeatureOf(nn.Module):
+    """A module that returns several features, of which the last of a list, or the only one of a dict, is taken.
+
+    Such are timm's ``features_only`` models and torchvision's ``create_feature_extractor``.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features."""
+        return _feature_of(self.module(images))
+
+
+def _feature_of(output: Any) -> Tensor:
+    if isinstance(output, Mapping) and len(output) != 1:
+        names = ", ".join(map(str, output))
+        raise CalmError(f"the backbone returns a dict of {len(output)} features ({names}): let it return one of them")
+    features: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[-1]
+    return features
+
+
+def _hint(output: object) -> str:
+    """Say how a module that returned something else becomes one that returns features."""
+    if isinstance(output, Tensor) and output.ndim == 3:
+        return "tokens. Of a timm model give its name, which lays them out; else reshape those of the patches to a grid"
+    if isinstance(output, Tensor) and output.ndim == 2:
+        return "take its pooling and classifier out; of a timm model by num_classes=0, global_pool=''"
+    return "take its pooling and classifier out"
 
 
 def _run_on_zeros(module: nn.Module, shape: tuple[int, ...]) -> object:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from calm.baselines.gradient import Options, class_scores
 from calm.errors import CalmError
+from calm.heatmaps import channels_last
 from calm.model import CalmModel
 
 
@@ -113,19 +114,12 @@ def _last_feature_map(model: nn.Module, image: Tensor) -> nn.Module:
     if not last:
         raise CalmError("the model has no layer that returns a feature map: give target_layer=")
     name, module, shape = last[0]
-    if len(shape) != 4 or _is_channels_last(shape, image):
+    if len(shape) != 4 or channels_last(shape, (image.shape[-2], image.shape[-1])):
         raise CalmError(
             f"the model's last features, of {name!r}, have the shape {shape}, not (B, D, h, w): give target_layer=; of"
             " a transformer the first norm of its last block, such as 'blocks.11.norm1'"
         )
     return module
-
-
-def _is_channels_last(shape: tuple[int, ...], image: Tensor) -> bool:
-    """Return whether features of four axes are (B, h, w, D): axes 1 and 2 alone have the image's proportions."""
-    height, width = image.shape[-2:]
-    first, second = (abs(h * width - w * height) < max(height, width) for h, w in (shape[1:3], shape[2:4]))
-    return first and not second
 
 
 def _start_graph(module: nn.Module, args: Any, output: Any) -> Tensor:
@@ -141,7 +135,7 @@ def _as_grid(values: Tensor, grid: tuple[int, int] | None, images: Tensor) -> An
 
     Without a grid, that of tokens is the largest that they fill with the proportions of the images.
     """
-    if values.ndim == 4 and _is_channels_last(tuple(values.shape), images):
+    if values.ndim == 4 and channels_last(tuple(values.shape), (images.shape[-2], images.shape[-1])):
         values = values.permute(0, 3, 1, 2)
     if values.ndim == 3:
         ratio = images.shape[-2] / images.shape[-1]

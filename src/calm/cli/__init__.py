@@ -148,12 +148,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success; 1 for success with a finding (`calm data check`); 2 for a mistake of the user,
         which one message on standard error explains; 130 after an interrupt. With ``--debug`` or CALM_DEBUG=1 errors
-        show their traceback.
+        show their traceback. ``--trust CODE`` lets a model's backbone be imported: see `calm.config.check_trusted`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
     debug = os.environ.get("CALM_DEBUG", "") not in ("", "0")
-    if words[:1] == ["--debug"]:
-        debug, words = True, words[1:]
+    while words[:1] in (["--debug"], ["--trust"]):
+        debug = debug or words[0] == "--debug"
+        if words[0] == "--trust":
+            from calm.config import trust
+
+            trust(words.pop(1) if words[1:] else "")
+        words = words[1:]
     if not debug:  # one line without the place in the code
         warnings.formatwarning = lambda message, *place: f"calm: warning: {message}\n"
     try:
@@ -237,6 +242,6 @@ def _output_problem() -> str:
 def _help(prefix: str = "") -> str:
     rows = "\n".join(f"  calm {name:<12} {row.line}" for name, row in COMMANDS.items() if name.startswith(prefix))
     return (
-        "usage: calm [--version] [--debug] COMMAND ...   (calm COMMAND --help says more)\n\n"
+        "usage: calm [--version] [--debug] [--trust CODE] COMMAND ...   (calm COMMAND --help says more)\n\n"
         f"Image classifiers that say where they saw the evidence.\n\ncommands:\n{rows}"
     )

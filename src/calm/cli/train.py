@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from calm.cli import parsing
+from calm.config import check_trusted, trust
 from calm.errors import CalmError
 from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, parse_config, preset
 
@@ -96,6 +97,10 @@ def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
 def main(arguments: Sequence[str]) -> Path:
     """Run `calm train`; returns the run folder."""
     config = parse(arguments)  # before Lightning, whose import takes seconds
+    named = [*arguments, *(word.partition("=")[2] for word in arguments)]
+    if config.backbone in named:  # and not only in a file, which may be anybody's
+        trust(config.backbone)
+    check_trusted(config.backbone, "the configuration")
     from calm.train.run import train
 
     return train(config)

@@ -299,7 +299,8 @@ class TrainConfig:
         run_dir: folder that the run writes to; None: ``runs/DATA-BACKBONE-METHOD``. The same command on the same
             folder continues an unfinished run.
         method: what is trained: CALM by expectation-maximisation or maximum likelihood, or CAM.
-        backbone: ``resnet50``, ``vgg16``, ``inception_v3``, ``small_resnet`` or any timm name.
+        backbone: ``resnet50``, ``vgg16``, ``inception_v3``, ``small_resnet``, any timm name, or your own code:
+            ``package.module:function`` or ``package.module:function(width=32)``.
         epochs: passes over the training images.
         batch_size: images per optimiser step, over all processes together.
         lr: learning rate of the backbone at its highest.

@@ -11,6 +11,7 @@ from lightning.fabric import Fabric
 from torch import nn
 from torch.utils.data import DataLoader
 
+from calm.config import parse_code
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import match_classes
 from calm.data.records import Split, first_of
@@ -62,7 +63,8 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     and input size; ``backbone`` takes the place of the named one."""
     options, reading = config.model, config.reading
     size = reading.image_size
-    pretrained = options.pretrained and backbone is None and options.init_from is None
+    own = backbone is not None or parse_code(config.backbone) is not None  # which starts as it is built
+    pretrained = options.pretrained and not own and options.init_from is None
     model = create_model(
         config.backbone if backbone is None else backbone,
         split.num_classes,

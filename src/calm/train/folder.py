@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import sys
 from dataclasses import asdict
 from importlib.metadata import distributions
@@ -32,7 +33,7 @@ FREE_FIELDS |= {"data", "reading.metadata_root"}  # the data may have moved: `op
 
 def default_run_dir(config: TrainConfig) -> Path:
     """Return ``runs/DATA-BACKBONE-METHOD``, so that the same command finds its run again."""
-    backbone = config.backbone.replace("/", "-")
+    backbone = re.sub(r"[^\w.+-]+", "-", config.backbone).strip("-")
     return Path("runs") / f"{config.data.resolve().name}-{backbone}-{config.method}"
 
 
