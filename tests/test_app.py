@@ -479,6 +479,9 @@ def test_page_shows_methods_and_a_batch(page: Any, shown: Explorer) -> None:
     page.wait_for_function(
         "name => document.querySelector('#calm-batch tr:nth-child(2)').innerText.includes(name)", arg=first
     )
+    page.locator("#calm-batch button").first.click()
+    page.wait_for_function("name => document.querySelector('#calm-look img').alt.includes(name)", arg=first)
+    page.locator("#calm-look .calm-view").wait_for()  # which waits until it is visible: the tab has changed
 
 
 @needs_browser

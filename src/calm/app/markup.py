@@ -24,7 +24,8 @@ MEANING = {
     "posterior": "p(z | x, y): where the cue is, if the picture shows the class; the map sums to 1",
     "prior": "p(z | x): where the model looks, whatever the class; the map sums to 1",
     "cam": "the class score of each cell; no probability",
-    "evidence": "what speaks for one class (red) against another (blue); the map sums to the expected log-odds in nats",
+    "evidence": "what speaks for one class (red) against another (blue); the map sums to their log-odds in nats"
+    " (of CALM, the expected ones)",
 }
 
 Place: TypeAlias = tuple[float, float]

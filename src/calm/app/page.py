@@ -224,8 +224,9 @@ class Page:
             label = escape(record["label"] or "")
             label = f'<span class="calm-wrong">✗ {label}</span>' if record["wrong"] else label
             alt = escape(f"map of {target['name']} over {record['file']}")
+            image = f'<img alt="{alt}" loading="lazy" src="{uri(row.picture)}">'
             cells = [
-                f'<img alt="{alt}" loading="lazy" src="{uri(row.picture)}">',
+                image if row.sample is None else f'<button type="button" data-index="{row.sample}">{image}</button>',
                 escape(record["file"]),
                 escape(target["name"]),
                 f"{target['probability']:.3f}",
@@ -237,7 +238,7 @@ class Page:
         head = "".join(f"<th>{one}</th>" for one in heads)
         content = json.dumps([row.record for row in in_order(rows, order)], indent=1).encode()
         return (
-            f"<p>{len(rows)} pictures. Doubt is the entropy of p(y | x), 1 for a uniform one.</p>"
+            f"<p>{len(rows)} pictures. Doubt is the entropy of p(y | x), at most 1. A click opens a sample.</p>"
             f'<div class="calm-scroll"><table class="calm-table"><tr>{head}</tr>{"".join(lines)}</table></div>'
             f'<p class="calm-downloads">{download("numbers (.json)", "batch.json", content, "application/json")}</p>'
         )
@@ -260,8 +261,8 @@ class Page:
                         samples = gr.HTML(self.sample_buttons(), js_on_load=script)
                     top = gr.Radio([], label="Most probable classes, with p(y | x)")
                     target = gr.Dropdown(self.choices, value=0, label="Class to explain: any")
-                with gr.Column(scale=5, min_width=320), gr.Tabs():
-                    with gr.Tab("Map"):
+                with gr.Column(scale=5, min_width=320), gr.Tabs() as tabs:
+                    with gr.Tab("Map", id="map"):
                         kind = gr.Radio(list(explorer.kinds), value=explorer.kinds[0], label="Map")
                         look = gr.HTML(EMPTY, js_on_load=script, elem_id="calm-look")
                         gr.Markdown(
@@ -304,7 +305,7 @@ class Page:
                             order = gr.Radio(["confidence", "doubt", "error"], value="confidence", label="Sort by")
                             if explorer.samples:
                                 all_samples = gr.Button(f"Take the {len(explorer.samples)} samples")
-                        listed = gr.HTML(elem_id="calm-batch")
+                        listed = gr.HTML(js_on_load=script, elem_id="calm-batch")
 
             map_of, map_to = [seen, kind, target, opacity, threshold, log, region, place], [look, says, files]
             pair_of, erase_of = [seen, pair_kind, target, versus], [seen, order_kind, target, percent, brush, strokes]
@@ -314,6 +315,8 @@ class Page:
             starts = [file.upload(friendly(self.upload), file, begun, **quiet)]
             if explorer.samples:
                 starts.append(samples.pick(friendly(self.pick), None, begun, **quiet))
+                starts.append(listed.pick(friendly(self.pick), None, begun, **quiet))
+                starts[-1].success(lambda: gr.Tabs(selected="map"), None, tabs, **quiet)
                 all_samples.click(friendly(self.batch_of_samples), order, [rows, listed], **slow)
             for start in starts:
                 start.failure(lambda: None, None, file, **quiet)

@@ -167,6 +167,7 @@ class Row:
 
     record: dict[str, Any]
     picture: Picture
+    sample: int | None = None  # its index among the explorer's samples, if it is one
 
 
 class Explorer:
@@ -309,7 +310,7 @@ class Explorer:
             }
             small = replace(seen, picture=_shrunk(seen.picture, SMALL))
             drawn = self.read(small, self.kinds[0], best).draw(size=small.picture.shape[:2])
-            rows.append(Row(record, drawn))
+            rows.append(Row(record, drawn, self.samples.index(sample) if sample in self.samples else None))
         return rows, errors
 
 
