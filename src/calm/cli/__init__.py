@@ -58,6 +58,12 @@ COMMANDS: dict[str, Command] = {
     "train": Command(
         "calm.cli.train:main", "train CALM or CAM on a folder of images", own_parser=True, extras=("train",)
     ),
+    "sweep": Command(
+        "calm.cli.sweep:main",
+        "search hyper-parameters on the validation split, and test once",
+        own_parser=True,
+        extras=("train", "evaluate", "sweep"),
+    ),
     "attribute": Command(
         "calm.cli.attribute:attribute_files",
         "show where a trained model sees its evidence in images",
