@@ -19,6 +19,7 @@ from calm.data import ImageDataset, eval_transform, load_splits
 from calm.errors import CalmError
 from calm.evaluate.result import Result
 from calm.model import load
+from calm.report.page import species_name
 
 SMALL = {"species": 3, "images_per_species": 14, "size": 32, "epochs": 1}
 BENCHMARKS = ["cue-localization", "remove-and-classify", "localization", "classification"]
@@ -107,6 +108,27 @@ def test_demo_page_has_whole_pictures_with_descriptions(page):
             picture.load()
             assert kind == f"data:image/{picture.format.lower()}"
             assert picture.size == (int(attributes["width"]), int(attributes["height"]))
+
+
+def test_demo_page_shows_evidence_beside_the_joint_maps(page, folder):
+    """Captions come in the order of the pictures; the note has the sum of the map, of which one is computed here."""
+    shown = " ".join(page.text.split())
+    for label in (
+        "CALM: evidence",
+        "CALM: joint difference CALM: evidence difference",
+        "CALM joint:",
+        "CALM evidence:",
+    ):
+        assert label in shown
+    model, test = load(folder / "runs" / "calm-em"), load_splits(folder / "birds", ["test"])["test"]
+    with torch.no_grad():
+        output = model.eval()(model.preprocess([record.path for record in test.records]))
+    first, second = output.probs.topk(2).indices.unbind(dim=1)
+    row = next(i for i, record in enumerate(test.records) if int(first[i]) == record.label)
+    first, second = int(first[row]), int(second[row])
+    odds = output.prior[row] * (output.log_conditional[row, first] - output.log_conditional[row, second])
+    name = species_name(test.class_names[second])
+    assert f"{float(odds.sum()):+.1f} nats against {name}" in shown
 
 
 def test_demo_page_has_the_figures_of_the_runs(page, folder):

@@ -451,6 +451,7 @@ def test_report_tells_the_story_of_a_calm_model_without_cam(birds, tmp_path):
     assert texts.of("h1") == ["A classifier that says where it saw the evidence"]
     assert texts.of("dd")[:2] == ["25.0\N{NARROW NO-BREAK SPACE}%", "4"]
     assert "CAM" not in " ".join(texts.of("figcaption") + texts.of("h3"))
+    assert "test accuracy (20.0\N{EN DASH}30.0\N{NARROW NO-BREAK SPACE}%)" in texts.of("dt")
     assert "calm data birds birds --species 4" in html
     assert str(birds[0]) not in html
 

@@ -60,12 +60,13 @@ class DataSet:
         measured = [r.details.get("agreement") for group in self.groups for r in group.results]
         return max((value for value in measured if value is not None), default=None)
 
-    def figure(self, name: str) -> dict[str, float | None]:
-        """Return a figure of the first model of CALM and of CAM, by their own maps."""
+    def figure(self, name: str) -> dict[str, Any]:
+        """Return a figure of the first model of CALM and of CAM, by their main maps, and its interval as written."""
         results = [r for group in reversed(self.groups) for r in reversed(group.results) if name in r.figures]
-        values = {own_maps(r): r.figures[name].value for r in results}
-        ours = next((values[method] for method in CALM if method in values), None)
-        return {"calm": ours, "cam": values.get("cam")}
+        found = {own_maps(r): r.figures[name] for r in results}
+        named = {"calm": next((found[method] for method in CALM if method in found), None), "cam": found.get("cam")}
+        spans = {f"{who}_span": e and Column("", "%").interval(e[1:]) for who, e in named.items()}
+        return {who: e and e.value for who, e in named.items()} | spans
 
     def run(self, methods: Sequence[str]) -> Run | None:
         """Return the first run of one of the methods."""

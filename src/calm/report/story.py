@@ -35,6 +35,7 @@ MOST_IMAGES = 600  # most test images that are predicted for these sections, eve
 BATCH = 64
 SIDE = 192  # width and height of the pictures in the file, in pixels
 PLATE_SIDE, SKETCH_SIDE = 176, 48  # the same of the classes, and of trials for a drawn one
+DIFFERENCES = ("joint", "evidence")  # kinds of CALM's maps whose differences are shown
 POSES = 24  # poses that are tried for drawn birds
 CLASSES_SHOWN, EVIDENCE_SHOWN, MISTAKES_SHOWN, PAIRS_SHOWN, IMAGES_SHOWN = 20, 10, 4, 4, 10
 RING = 10  # radius of the ring around a difference map's peak, in pixels: wide enough to see the peak
@@ -230,6 +231,9 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
         shots = [Shot(_enlarged(picture), f"test image of a {name}", "image")]
         shots += [_shot(picture, m[place], ways.get(label, "clipping"), label, name) for label, m in maps.items()]
         second = int(calm.probs[image].topk(2).indices[1])
+        odds = _difference(study, calm, image, target, second, "evidence")
+        against = f"{float(odds.sum()):+.1f} nats against {study.names[second]}"
+        shots.insert(4, _signed_shot(picture, odds, f"evidence for {name}, {against}", "CALM: evidence", against))
         cards.append({"image": image, "target": target, "second": second, "joint": joint[place], "shots": shots})
     return cards
 
@@ -262,12 +266,13 @@ def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot
     """Return the maps of two classes for one image."""
     picture, names = study.picture(image), (study.names[first], study.names[second])
     joint = _class_maps(study, study.calm, image, first, second)
-    signed = overlay(picture, joint[0] - joint[1], colormap="signed", size=(SIDE, SIDE))
-    signed = draw_peak(signed, (joint[0] - joint[1]).abs())
     shots = [Shot(_enlarged(picture), f"test image {image}", "image")]
     scaled = joint / float(joint.max())
     shots += [_shot(picture, m, "clipping", f"CALM: {name}", name) for m, name in zip(scaled, names, strict=True)]
-    shots.append(Shot(signed, f"difference of CALM's maps of {' and '.join(names)}", "CALM: difference"))
+    for kind in DIFFERENCES:
+        signed = _difference(study, study.calm, image, first, second, kind)
+        alt = f"difference of CALM's {kind} maps of {' and '.join(names)}"
+        shots.append(_signed_shot(picture, signed, alt, f"CALM: {kind} difference"))
     if study.cam:
         cam = _class_maps(study, study.cam, image, first, second)
         shots += [_shot(picture, m, "minmax", f"CAM: {name}", name) for m, name in zip(cam, names, strict=True)]
@@ -275,12 +280,28 @@ def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot
 
 
 @torch.no_grad()
-def _class_maps(study: Study, classifier: Classifier, image: int, *classes: int) -> Float[Tensor, "k h w"]:
-    """Return the model's main maps of some classes for an image, on its grid."""
+def _class_maps(
+    study: Study, classifier: Classifier, image: int, *classes: int, kind: str | None = None
+) -> Float[Tensor, "k h w"]:
+    """Return the model's maps of some classes for an image, on its grid; without a kind its main ones."""
     model = classifier.model
     output = model(model.preprocess([study.split.records[image].path]))
-    maps: Tensor = output.attribute(torch.tensor([classes]), model.map_kind())[0].float().cpu()
+    maps: Tensor = output.attribute(torch.tensor([classes]), kind)[0].float().cpu()
     return maps
+
+
+def _difference(
+    study: Study, classifier: Classifier, image: int, first: int, second: int, kind: str | None = None
+) -> Float[Tensor, "h w"]:
+    """Return the map of one class minus that of another, on the grid."""
+    maps = _class_maps(study, classifier, image, first, second, kind=kind)
+    return maps[0] - maps[1]
+
+
+def _signed_shot(picture: Picture, signed: Tensor, alt: str, label: str, note: str = "") -> Shot:
+    """Draw a difference over its picture, with a ring at its largest absolute value."""
+    drawn = overlay(picture, signed, colormap="signed", size=(SIDE, SIDE))
+    return Shot(draw_peak(drawn, signed.abs()), alt, label, note)
 
 
 def _differences(
@@ -332,14 +353,14 @@ def _difference_maps(study: Study, cues: CueData, image: int, pair: CuePair) -> 
     outlined = draw_contour(_enlarged(picture), truth.float(), 0.5)
     alt = f"test image with the part outlined in which {names} differ"
     shots = [Shot(outlined, alt, "test image", f"a {study.names[int(study.labels[image])]}")]
-    for classifier in filter(None, (study.calm, study.cam)):
-        first, second = _class_maps(study, classifier, image, pair.first, pair.second)
-        signed = first - second
+    models = [(study.calm, kind) for kind in DIFFERENCES] + ([(study.cam, "cam")] if study.cam else [])
+    for classifier, kind in models:
+        signed = _difference(study, classifier, image, pair.first, pair.second, kind)
         y, x = divmod(int(resize_maps(signed.abs(), PROTOCOL_SIZE).argmax()), PROTOCOL_SIZE[1])
         hit, scale = bool(truth[y, x]), SIDE / PROTOCOL_SIZE[0]
         drawn = draw_contour(overlay(picture, signed, colormap="signed", size=(SIDE, SIDE)), truth.float(), 0.5)
         drawn = draw_point(drawn, (x + 0.5) * scale, (y + 0.5) * scale, radius=RING)
-        says, name = classifier.says(image), f"{classifier.name}:"
+        says, name = classifier.says(image), f"{classifier.name} {kind}:" if kind != "cam" else "CAM:"
         note = f"says {study.names[says]}, {classifier.probs[image, says]:.2f}"
         verdict = "in the part" if hit else "elsewhere"
         shots.append(Shot(drawn, f"{name} difference of the maps of {names}", name, note, verdict, good=hit))
