@@ -11,7 +11,10 @@ import pytest
 
 from calm.cli import COMMANDS, main
 from calm.cli.parsing import build_parser, parse
+from calm.cli.train import parse as parse_train
 from calm.errors import CalmError
+from calm.train.config import TrainConfig
+from calm.train.folder import config_dict, flattened
 
 
 def stand_in(
@@ -42,6 +45,14 @@ def stand_in(
         ("attribute", "missing: images, --model; see calm attribute --help"),
         ("attribute a.jpg --model x --batch_size 1.5", "--batch_size is '1.5': give a whole number; see"),
         ("attribute a.jpg --model x --grid perhaps", "--grid is 'perhaps': give true or false; see"),
+        ("train --data d --model resnet18", "unknown flag --model; did you mean --backbone[?]"),
+        ("train --data d --device cpu", "unknown flag --device; did you mean --hardware.accelerator[?]"),
+        ("train --data d --freeze true", "unknown flag --freeze; did you mean --model.freeze[?]"),
+        ("train --data d --class owl", "unknown flag --class; calm attribute --model RUN IMAGE --target CLASS"),
+        ("evaluate all --heatmap joint", "unknown flag --heatmap; calm attribute --model RUN IMAGE --kind KIND"),
+        ("attribute a.jpg --class owl", "unknown flag --class; did you mean --target[?]"),
+        ("attribute a.jpg --heatmap cam", "unknown flag --heatmap; did you mean --kind[?]"),
+        ("attribute a.jpg --run_dir maps", "unknown flag --run_dir; did you mean --out[?]"),
         ("train --metod cam", "unknown flag --metod; did you mean --method[?]"),
         ("train --data x --loss.tempertaure 1", "unknown flag .*; did you mean --loss.temperature[?]"),
         ("train --data x --method caml", "unknown value 'caml' in --method: .*; did you mean 'cam'[?]"),
@@ -117,3 +128,24 @@ def test_parse_reads_lists_of_flags_and_bare_switches() -> None:
     }
     with pytest.raises(CalmError, match="missing: --from; see p --help"):
         parse(parser, ["--out", "c"])
+
+
+def test_train_help_fits_on_a_screen_and_help_all_has_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    first = capsys.readouterr().out.splitlines()
+    assert len(first) <= 45
+    assert max(map(len, first)) <= 120
+    text = "\n".join(first)
+    for part in ("--out", "resnet50", "(0.01)", "probe     A classifier that says where", "--help-all", "--suggest"):
+        assert part in text
+    assert main(["train", "--help-all"]) == 0
+    every = capsys.readouterr().out
+    flags = {f"--{name}" for name in flattened(config_dict(TrainConfig(Path()))) if name != "wsol.methods"}
+    assert not {flag for flag in flags if flag not in every}
+    assert "--loss.prior_weight" in every
+    assert "--loss.prior_weight" not in text
+
+
+@pytest.mark.parametrize("words", [["--out", "here"], ["--out=here"], ["--run_dir", "here"]])
+def test_train_takes_the_other_commands_word_for_its_folder(words: list[str]) -> None:
+    assert parse_train(["--data=d", *words]).run_dir == Path("here")

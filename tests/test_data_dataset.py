@@ -104,6 +104,25 @@ def _epochs(dataset: ImageDataset, workers: int, epochs: int = 3) -> Iterator[tu
     gc.collect()
 
 
+def test_sampler_draws_classes_equally_often_and_alike_in_every_run(tmp_path: Path) -> None:
+    records = tuple(Record(str(number), tmp_path / "x", int(number >= 90)) for number in range(100))
+    dataset = ImageDataset(Split("train", records, ("many", "few"), tmp_path), eval_transform(SMALL))
+    plain, balanced = (EpochSampler(dataset, 10, seed=3, balance=balance) for balance in (False, True))
+    drawn: list[int] = []
+    for epoch in range(40):
+        balanced.set_epoch(epoch)
+        order = list(balanced)
+        assert order == list(balanced)
+        drawn += order
+    assert len(drawn) == 4000
+    assert abs(sum(index >= 90 for index in drawn) / 4000 - 0.5) < 0.04  # five standard errors
+    assert set(drawn) == set(range(100))
+    assert sorted(plain) == list(range(100))
+    parts = [EpochSampler(dataset, 10, seed=3, balance=True, rank=rank, world_size=2) for rank in (0, 1)]
+    halves = [[list(part)[start : start + 5] for start in range(0, 50, 5)] for part in parts]
+    assert [index for pair in zip(*halves, strict=True) for half in pair for index in half] == order
+
+
 @pytest.mark.parametrize("cache", [False, True])
 def test_dataset_is_the_same_for_workers_that_live_across_epochs(split: Split, cache: bool) -> None:
     alone = list(_epochs(_augmented(split), 0))

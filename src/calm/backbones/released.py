@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torchvision import models
 from torchvision.models import inception, resnet, vgg
 
-from calm.backbones.weights import load_state, weights_at_hand
+from calm.backbones.weights import WITHOUT_NETWORK, load_state, weights_at_hand
 from calm.checkpoint import no_answer
 from calm.errors import CalmError
 
@@ -155,7 +155,7 @@ def load_imagenet(backbone: nn.Module, weights: models.WeightsEnum) -> None:
     except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise CalmError(
             f"cannot get the pretrained weights {weights.url}: {error}. {weights_at_hand()}, or connect to the "
-            f"network, or put the file into {file.parent}, or start from random weights with pretrained=False "
-            "(calm train: --model.pretrained false)"
+            f"network, or put the file into {file.parent}, or {WITHOUT_NETWORK}, or begin at random with "
+            "pretrained=False (calm train: --model.pretrained false)"
         ) from error
     load_state(backbone, state, weights.url)

@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm.backbones.weights import load_weights, packaged_weights, weights_at_hand
+from calm.backbones.weights import WITHOUT_NETWORK, load_weights, packaged_weights, weights_at_hand
 from calm.checkpoint import hub_or_cache
 from calm.config import Interpolation
 from calm.errors import CalmError, unknown
@@ -157,11 +157,11 @@ def _create(name: str, pretrained: bool, silent: str, **options: Any) -> nn.Modu
         except (OSError, RuntimeError) as error:
             if not pretrained:
                 raise
-            fix = "copy the hub's cache (HF_HOME) from a machine that has them, or start from random weights"
+            fix = f"copy the hub's cache (HF_HOME) from a machine that has them, or {WITHOUT_NETWORK}, or begin"
             raise CalmError(
                 f"cannot get the pretrained weights of timm model {name!r}: {silent or str(error).rstrip('.')}. "
-                f"{weights_at_hand()}, or connect to the network, or {fix} with pretrained=False (calm train: "
-                "--model.pretrained false)"
+                f"{weights_at_hand()}, or connect to the network, or {fix} at random with pretrained=False "
+                "(calm train: --model.pretrained false)"
             ) from error
         return model
     raise AssertionError("the last attempt has no extra keyword that could be refused")

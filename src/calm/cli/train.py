@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import re
+import textwrap
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 
 from calm.cli import parsing
@@ -13,6 +16,7 @@ from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, 
 
 EXAMPLES = """\
 examples:
+  calm train --data my_folder --suggest                             which settings suit these pictures, and why
   calm train --preset birds --data birds                            small network from scratch, minutes on a CPU
   calm train --preset small --data DIR --method cam                 any small images; CAM, to compare
   calm train --data CUB_200_2011                                    the released recipe: pretrained resnet50, 40 epochs
@@ -24,26 +28,76 @@ examples:
 """
 
 
+FIRST = {
+    "preset": "settings to start from, as below",
+    "suggest": "print a command that suits the data, and why, instead of training",
+    "data": "folder of the pictures: a folder for each class, CUB_200_2011, or WSOL metadata",
+    "out": "folder of the run; the same command continues it (runs/DATA-BACKBONE-METHOD)",
+    "resume": "continue the run in this folder, with its settings",
+    "method": "calm-em, calm-ml or cam",
+    "backbone": "resnet50, vgg16, inception_v3, small_resnet or any name of timm",
+    "epochs": "passes over the training images",
+    "batch_size": "images in a step",
+    "lr": "highest learning rate of the backbone",
+    "seed": "of everything random",
+    "reading.image_size": "pixels of a side that the model sees; more make a finer grid",
+    "reading.balance": "draw all classes equally often",
+    "model.freeze": "train the head alone (true), or the backbone from a part on (layer3)",
+    "hardware.devices": "how many GPUs or processes",
+}
+"""The settings on the first help page, and what they are."""
+
+
 def build_parser() -> parsing.Parser:
     """Make the parser: one flag per field of `TrainConfig`, fields of a group with a dot.
 
-    ``--preset``, ``--resume`` and ``--skip-bad`` are in it for the help page only: `parse` reads them before.
+    ``--preset``, ``--resume``, ``--suggest``, ``--skip-bad`` and ``--out`` are in it for the help page only: `parse`
+    and `main` read them before.
     """
     parser = parsing.Parser(
         prog="calm train",
-        usage="calm train [--preset NAME] --data DIR [--FLAG VALUE ...]",
+        usage="calm train [--preset NAME] --data DIR [--out RUN] [--FLAG VALUE ...]",
         description="Train CALM or CAM on images in any layout that `calm data check` reads.",
         epilog=EXAMPLES,
     )
     hidden = argparse.SUPPRESS  # not in the configuration
     settings = f"settings to start from: {', '.join(PRESETS)}"
     parser.add_argument("--preset", metavar="NAME", help=settings, default=hidden)
+    suggest = "print a command that suits the data, and why, instead of training"
+    parser.add_argument("--suggest", action="store_true", help=suggest, default=hidden)
     run = "continue the run in this folder, with its settings"
     parser.add_argument("--resume", metavar="RUN", help=run, default=hidden)
+    parser.add_argument("--out", metavar="RUN", help="the same as --run_dir", default=hidden)
     skip_bad = "go on without images that the check complains about"
     parser.add_argument("--skip-bad", action="store_true", help=skip_bad, default=hidden)
+    parser.add_argument("--help_all", action="store_true", help="show every setting", default=hidden)
     add_arguments(parser)
     return parser
+
+
+def first_help() -> str:
+    """Return the help page that fits on a screen: the settings of `FIRST`, the presets, and examples."""
+    defaults = {action.dest: action.default for action in build_parser()._actions}
+    silent = (None, False, argparse.SUPPRESS)
+    settings = [
+        f"  --{name:<19} {text}" + ("" if any(defaults[name] is none for none in silent) else f" ({defaults[name]})")
+        for name, text in FIRST.items()
+    ]
+    wrapper = textwrap.TextWrapper(100, initial_indent="  ", subsequent_indent=" " * 12)
+    presets = [wrapper.fill(f"{name:<9} {_about(path)}") for name, path in PRESETS.items()]
+    return "\n".join(
+        (
+            "usage: calm train [--preset NAME] --data DIR [--out RUN] [--FLAG VALUE ...]",
+            "       calm train --help-all   shows every setting; ... --print_config shows their values",
+            *("", "settings (default):", *settings, "", "presets:", *presets, "", EXAMPLES.rstrip()),
+        )
+    )
+
+
+def _about(path: Path) -> str:
+    """Return the first sentence of the comment that a preset begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    return re.split(r"\.(?: |$)", " ".join(line.removeprefix("#").strip() for line in lines))[0]
 
 
 def parse(arguments: Sequence[str]) -> TrainConfig:
@@ -60,8 +114,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     first.add_argument("--resume")
     first.add_argument("--wsol")
     first.add_argument("--skip-bad", "--skip_bad", action="store_true")
+    words = [re.sub("^--out(?==|$)", "--run_dir", word) for word in arguments]  # the other commands' word
     try:
-        chosen, rest = first.parse_known_args(list(arguments))
+        chosen, rest = first.parse_known_args(words)
     except argparse.ArgumentError as error:
         raise CalmError(f"{error.argument_name} needs a value") from error
     if chosen.wsol is not None:
@@ -94,9 +149,18 @@ def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
         raise
 
 
-def main(arguments: Sequence[str]) -> Path:
-    """Run `calm train`; returns the run folder."""
-    config = parse(arguments)  # before Lightning, whose import takes seconds
+def main(arguments: Sequence[str]) -> Path | None:
+    """Run `calm train`; returns the run folder, if it trained."""
+    if {"-h", "--help"} & set(arguments):
+        print(first_help())
+        return None
+    words = ["--help" if word == "--help_all" else word for word in arguments if word != "--suggest"]
+    config = parse(words)  # before Lightning, whose import takes seconds
+    if "--suggest" in arguments:
+        from calm.train.suggest import suggest
+
+        print(suggest(config))
+        return None
     named = [*arguments, *(word.partition("=")[2] for word in arguments)]
     if config.backbone in named:  # and not only in a file, which may be anybody's
         trust(config.backbone)

@@ -36,6 +36,7 @@ class EpochSampler(Sampler[int]):
         batch_size: images of a global batch, over all processes.
         seed: of the order.
         shuffle: a new order each epoch; else always that of the split.
+        balance: with ``shuffle``: draw images with replacement, so that each class comes equally often.
         remainder: last images that fill no global batch are left out in this epoch ("drop", which training in several
             processes needs), or divided as evenly as can be and nothing twice ("keep", for exact counts of a test).
         rank: of this process among ``world_size``; None asks torch.distributed, for either.
@@ -51,6 +52,7 @@ class EpochSampler(Sampler[int]):
         *,
         seed: int = 0,
         shuffle: bool = True,
+        balance: bool = False,
         remainder: Remainder = "drop",
         rank: int | None = None,
         world_size: int | None = None,
@@ -68,6 +70,8 @@ class EpochSampler(Sampler[int]):
             raise CalmError(f"batch_size is {batch_size}, but there are only {len(dataset)} images: no batch is full")
         self.dataset, self.batch_size, self.seed = dataset, batch_size, seed
         self.shuffle, self.remainder, self.epoch = shuffle, remainder, dataset.epoch
+        labels = torch.tensor([record.label for record in dataset.split.records])
+        self.weights = 1 / labels.bincount()[labels].double() if balance and shuffle else None  # of each image
         self.rank, self.world_size = rank, world_size
 
     @property
@@ -90,6 +94,8 @@ class EpochSampler(Sampler[int]):
         """Return all indices of the data set in the order of the current epoch, for any number of processes."""
         generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
         images = len(self.dataset)
+        if self.weights is not None:
+            return list(torch.multinomial(self.weights, images, replacement=True, generator=generator).tolist())
         return list(torch.randperm(images, generator=generator).tolist() if self.shuffle else range(images))
 
     def __iter__(self) -> Iterator[int]:

@@ -28,6 +28,7 @@ Grouping: TypeAlias = Literal["head", "released"]
 
 
 MOST, LARGEST = 1e9, 1e38  # limits of counts and of quantities that have no other: infinity is not allowed
+IMBALANCE = 3.0  # of the largest class's images to the smallest's, from which on it is worth a word
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,8 @@ class DataOptions:
         metadata_root: folder of the metadata lists, where they are not beside the images.
         val_fraction: share of the training images, the same in every class, that becomes the validation split
             where the data has none; a test split of the same size is taken too, where there is none.
+        balance: draw the training images of an epoch at random, so that every class comes equally often, instead of
+            each image once. Probabilities are then those of classes that are equally frequent.
         present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
         image_size: height and width in pixels that the model sees.
         channels: channels of the images that the model sees: 3 for RGB, 1 for grey, else the bands of TIFF files.
@@ -57,6 +60,7 @@ class DataOptions:
     layout: Literal["auto", "cub", "metadata", "folder"] = "auto"
     metadata_root: Path | None = None
     val_fraction: float = 0.1
+    balance: bool = False
     present_classes_only: bool = False
     image_size: int = 224
     channels: int = 3

@@ -38,7 +38,12 @@ def build_loader(
         CalmError: the batch size does not divide into the processes and ``optim.accumulate`` parts.
     """
     sampler = EpochSampler(
-        dataset, config.batch_size, seed=config.seed, shuffle=shuffle, remainder="drop" if shuffle else "keep"
+        dataset,
+        config.batch_size,
+        seed=config.seed,
+        shuffle=shuffle,
+        balance=config.reading.balance,
+        remainder="drop" if shuffle else "keep",
     )
     size, rest = divmod(sampler.local_batch_size, config.optim.accumulate)
     if rest:

@@ -3,17 +3,21 @@
 ::
 
     RUN/config.yaml  versions.json  data.json  weights.json  log.txt  metrics.csv  result.json
+        splits.csv  (where val or test were taken from train)
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
         features/  (of a frozen backbone, until the run is finished)
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import os
 import platform
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
@@ -22,6 +26,7 @@ from typing import Any
 import torch
 import yaml
 
+from calm.data.records import Split
 from calm.errors import CalmError
 from calm.files import read_json, remove_abandoned, write_json, write_text
 from calm.train.config import TrainConfig, read_settings
@@ -132,6 +137,14 @@ def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> Non
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)
+
+
+def write_splits(splits: Mapping[str, Split], run_dir: Path) -> None:
+    """Write splits.csv, which lists the split and the path of every image, for data whose splits were carved."""
+    file = io.StringIO()
+    rows = ((name, record.id) for name, split in splits.items() for record in split.records)
+    csv.writer(file, lineterminator="\n").writerows([("split", "image"), *rows])
+    write_text(run_dir / "splits.csv", file.getvalue())
 
 
 def write_config(config: TrainConfig, run_dir: Path) -> None:

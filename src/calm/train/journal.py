@@ -16,6 +16,7 @@ import hashlib
 import inspect
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +32,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter  # type: ignor
 from torch import Tensor
 from torch.utils.tensorboard import summary
 
+from calm.backbones import grid_size
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
@@ -41,13 +43,14 @@ from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 from calm.train.checkpoints import Row
+from calm.train.config import IMBALANCE
 
 
 class RunLog:
     """Print lines unless ``quiet``, and append them with the time to the file ``path`` if there is one."""
 
     def __init__(self, path: Path | None = None, *, quiet: bool = False) -> None:
-        self.path = path
+        self.path, self.started = path, time.monotonic()
         self.console = Console(quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     def __call__(self, text: str) -> None:
@@ -79,6 +82,63 @@ def epoch_line(row: Row, epochs: int) -> str:
     if row.get("dead_prior"):
         line += f"  dead priors {100 * row['dead_prior']:.1f} %"
     return f"{line}  {row['images_per_second']:.0f} images/s"
+
+
+def imbalance_line(split: Split, balance: bool) -> str:
+    """Return a line about the numbers of training images of the classes, if they differ much; else nothing."""
+    counts = sorted((count, name) for count, name in zip(split.class_counts(), split.class_names, strict=True) if count)
+    (least, rarest), (most, commonest) = counts[0], counts[-1]
+    if most < IMBALANCE * least:
+        return ""
+    how = "drawn equally often" if balance else "--reading.balance true draws all classes equally often"
+    return f"the classes have {least:,} ({rarest}) to {most:,} ({commonest}) training images: {how}"
+
+
+def duration(seconds: float) -> str:
+    """Return a time for people.
+
+    >>> [duration(seconds) for seconds in (4, 119, 121, 4000)]
+    ['4 s', '119 s', '2 min', '1 h 7 min']
+    """
+    minutes = round(seconds / 60)
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def grid_line(model: CalmModel) -> str:
+    """Return a line about the model's grid, if it can be known before a forward pass; else nothing."""
+    height, width = model.preprocessing.size
+    if (grid := grid_size(model.backbone, (height, width), model.config.in_channels)) is None:
+        return ""
+    cells = f"maps have {grid[0]}x{grid[1]} cells for images of {height}x{width} pixels"
+    return f"{cells}; a larger --reading.image_size makes a finer grid"
+
+
+def closing_lines(result: Mapping[str, Any], run_dir: Path, data: Path | None, validated: int, seconds: float) -> str:
+    """Return what came out of a run, how long it took, and the commands that go on from here.
+
+    Args:
+        result: what result.json says.
+        run_dir: the run's folder.
+        data: folder of its data; None if no command can build the model.
+        validated: the number of validation images.
+        seconds: since the run was started.
+    """
+    lines = []
+    abouts = {"best": f"chosen by {validated:,} validation images; --model and calm.load take it", "last": "in last/"}
+    for name, about in abouts.items():
+        epoch, val, test = (result[name][key] for key in ("epoch", "val", "test"))
+        figures = f"validation accuracy {100 * val['accuracy']:.1f} %, test accuracy {100 * test['accuracy']:.1f} %"
+        figures += f", nll {test['nll']:.3f}, calibration error {test['ece']:.3f}"
+        lines.append(f"{name} (epoch {epoch}, {about}): {figures}")
+    lines.append(f"done in {duration(seconds)}, {duration(result['seconds'])} of them for training: {run_dir}")
+    if data is not None:
+        run = shlex.quote(str(run_dir))
+        lines.append(f"next: calm attribute --model {run} IMAGE.jpg   # overlays of its maps")
+        lines.append(f"      calm evaluate all --model {run} --data {shlex.quote(str(data))}   # benchmarks")
+        lines.append(f"      calm report {run}   # all of it on one page")
+    return "\n".join(lines)
 
 
 class TensorBoardLogger(Logger):

@@ -111,7 +111,14 @@ def train(
             counts = ", ".join(f"{len(split.records):,} {name}" for name, split in splits.items())
             size = f"{sum(weight.numel() for weight in model.parameters()) / 1e6:.1f} million weights"
             log(f"{config.method} with {config.backbone} ({size}) on {counts} images; run folder {run_dir}")
-            log("\n".join(filter(None, (report.text(most=3), origin, precision_line))))
+            imbalance = journal.imbalance_line(splits["train"], config.reading.balance)
+            log(
+                "\n".join(
+                    filter(None, (report.text(most=3), imbalance, origin, journal.grid_line(model), precision_line))
+                )
+            )
+            if any(split.origin != "own files" for split in splits.values()):
+                folder.write_splits(splits, run_dir)
         trainer = None
         try:
             with _launched(fabric):
@@ -222,7 +229,7 @@ class Trainer:
             self.log(f"continuing after epoch {state.epoch} of {self.config.epochs}")
             if first:  # a kill may have come between the checkpoint and the saved models
                 checkpoints.export(state, self.run_dir, self.evaluated())
-        saved = state.epoch
+        saved = begun = state.epoch
         names, more = (self.config.log.loggers, loggers) if first else ((), ())
         try:
             with journal.open_loggers(names, self.run_dir, state.step, more) as opened, self.bar:
@@ -231,6 +238,7 @@ class Trainer:
                     with suppress(NotImplementedError):  # Fabric's CSVLogger
                         logger.log_hyperparams(folder.flattened(folder.config_dict(self.config)))
                 while state.epoch < self.config.epochs:
+                    started = time.monotonic()
                     seconds = self.train_epoch()
                     self.check_epoch()
                     validation = evaluate(self.fabric, state.evaluated, self.loaders["val"])
@@ -240,6 +248,9 @@ class Trainer:
                         checkpoints.save_checkpoint(state.state_dict(), path)
                         saved = state.epoch
                         checkpoints.export(state, self.run_dir, self.evaluated())
+                        if state.epoch == begun + 1 < self.config.epochs:
+                            rest = journal.duration((self.config.epochs - state.epoch) * (time.monotonic() - started))
+                            self.log(f"about {rest} to go, for {self.config.epochs - state.epoch} more epochs")
             result = self.result()
         except (KeyboardInterrupt, SystemExit):
             ahead = f"continues after epoch {saved}" if saved else "starts again: no epoch was finished"
@@ -247,7 +258,9 @@ class Trainer:
             raise
         if first:
             write_json(self.run_dir / "result.json", result)
-            self.log(_closing_lines(result, self.run_dir))
+            custom = self.whole.config.backbone == "custom"  # which no command can build
+            data, validated = (None if custom else self.config.data), len(self.datasets["val"])
+            self.log(journal.closing_lines(result, self.run_dir, data, validated, time.monotonic() - self.log.started))
             if caution := self.evaluated().caution:
                 self.log(f"warning: {caution}. {FLAT_REMEDY}")
         self.fabric.barrier()
@@ -397,17 +410,6 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
 
 
 FLAT_REMEDY = "Try --loss.temperature 1.0 (below 1 spreads), more epochs, a smaller loss.prior_weight, or larger images"
-
-
-def _closing_lines(result: dict[str, Any], run_dir: Path) -> str:
-    lines = ""
-    for name in ("best", "last"):
-        val, test = result[name]["val"], result[name]["test"]
-        lines += (
-            f"{name} (epoch {result[name]['epoch']}): validation accuracy {100 * val['accuracy']:.1f} %, test accuracy"
-        )
-        lines += f" {100 * test['accuracy']:.1f} %, nll {test['nll']:.3f}, calibration error {test['ece']:.3f}\n"
-    return f"{lines}done in {result['seconds']:.0f} s of training: {run_dir}"
 
 
 def _with_precision(config: TrainConfig) -> tuple[TrainConfig, str]:
