@@ -85,7 +85,7 @@ def test_parse_accepts_the_examples(name: str) -> None:
     command = COMMANDS[name]
     parser = command.parser(name)
     for line in command.examples.strip().splitlines():
-        words = shlex.split(line)
+        words = shlex.split(line, comments=True)
         assert words[: 1 + len(name.split())] == ["calm", *name.split()]
         parse(parser, words[1 + len(name.split()) :])
 
