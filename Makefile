@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo
 
-.PHONY: help demo test stress oldest wheel bench lint clean
+.PHONY: help demo docs test stress oldest wheel bench lint clean
 help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
@@ -40,6 +40,9 @@ wheel: $(VENV)/.installed  ## build dist/*.whl, install it in a new environment 
 		> $$(build/wheel/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/dependencies.pth
 	@build/wheel/bin/python -m pip install --quiet --no-deps dist/*.whl
 	@.ci/try_installed build/wheel
+
+docs: $(VENV)/.installed  ## build the documentation's site, build/site/index.html; warnings are errors
+	@$(BIN)/mkdocs build --strict --quiet
 
 bench: $(VENV)/.installed  ## time it against other ways, into benchmarks/README.md; TOPIC=explain for one
 	@$(BIN)/python benchmarks/run.py $(TOPIC)

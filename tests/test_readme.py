@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -18,6 +19,11 @@ from calm.cli.parsing import parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+spec = importlib.util.spec_from_file_location("site_pages", ROOT / "docs" / "site_pages.py")
+site_pages = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(site_pages)
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -82,6 +88,17 @@ def test_readme_layout_names_every_room():
     rooms = {path.name for path in (ROOT / "src" / "calm").iterdir() if not path.name.startswith("_")}
     missing = {room for room in rooms if f"(src/calm/{room})" not in text}
     assert missing <= {"config.py", "errors.py", "files.py", "inference.py", "py.typed"}
+
+
+def test_the_site_has_every_page_and_its_links():
+    pages = {file.name for file in (ROOT / "docs").glob("*.md")} | set(site_pages.ELSEWHERE.values())
+    nav = re.findall(r": ([\w-]+\.md)$", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), flags=re.M)
+    assert sorted(nav) == sorted(pages)
+    text = "[a](../README.md#install) [b](../src/calm/model.py) ![c](birds.png) [d](https://d.org) [e](#here)"
+    want = "[a](index.md#install) b ![c](birds.png) [d](https://d.org) [e](#here)"
+    assert site_pages.site_links(text, "docs/reading.md") == want
+    code = "```\n[a](../README.md)\n```"
+    assert site_pages.site_links(code, "docs/reading.md") == code
 
 
 def test_citation_names_the_paper_of_the_readme():
