@@ -50,10 +50,11 @@ def test_preset_says_only_what_it_changes(name: str) -> None:
     assert {field: now for field, (_, now) in differences(default, config).items()}.items() <= written.items()
 
 
-def test_preset_e_step_is_for_calm_em_alone() -> None:
-    for method, temperature in (("calm-em", "0.5:1.0"), ("calm-ml", 1.0), ("cam", 1.0)):
-        config = parse(["--preset", "small", "--data", "birds", "--method", method])
-        assert config.loss.temperature == temperature
+def test_preset_losses_of_calm_are_not_for_cam() -> None:
+    for name, prior_weight in (("small", 0.1), ("birds", "0.1:0")):
+        for method, expected in (("calm-em", (prior_weight, "1:0")), ("calm-ml", (prior_weight, "1:0")), ("cam", (0, 0))):
+            loss = parse(["--preset", name, "--data", "birds", "--method", method]).loss
+            assert (loss.prior_weight, loss.cam_weight) == expected
 
 
 def test_preset_leaves_calm_ml_its_prior_weight() -> None:
