@@ -52,7 +52,8 @@ def test_preset_says_only_what_it_changes(name: str) -> None:
 
 def test_preset_losses_of_calm_are_not_for_cam() -> None:
     for name, prior_weight in (("small", 0.1), ("birds", "0.1:0")):
-        for method, expected in (("calm-em", (prior_weight, "1:0")), ("calm-ml", (prior_weight, "1:0")), ("cam", (0, 0))):
+        calm = prior_weight, "1:0"
+        for method, expected in (("calm-em", calm), ("calm-ml", calm), ("cam", (0, 0))):
             loss = parse(["--preset", name, "--data", "birds", "--method", method]).loss
             assert (loss.prior_weight, loss.cam_weight) == expected
 
