@@ -149,7 +149,7 @@ def export(
     weights = sum(tensor.numel() for tensor in model.state_dict().values()) * 4
     if to == "onnx" and weights > LARGEST_ONNX:
         raise CalmError(f"{weights / 2**30:.1f} GB of weights do not fit into one ONNX file (2 GB): use torch-export")
-    with needs_extra(f"exporting to {to}", "executorch" if to == "executorch" else "export"):
+    with needs_extra(f"exporting to {to}", "executorch" if to == "executorch" else "export"), _quiet():
         if to == "onnx":
             import onnxruntime  # noqa: F401  (what is missing is said before the network is traced)
             import onnxscript  # noqa: F401
@@ -206,11 +206,10 @@ def _written(
         image[0] = classes[0] = Dim.DYNAMIC
     metadata = _metadata(plain, example, dynamic)
     try:
-        with _quiet():
-            program = torch.export.export(plain, example, dynamic_shapes={"image": image, "classes": classes})
-            for node in program.graph.nodes:  # places in files of this machine
-                node.meta.pop("stack_trace", None)
-            run = _WRITERS[to](program, file, metadata)
+        program = torch.export.export(plain, example, dynamic_shapes={"image": image, "classes": classes})
+        for node in program.graph.nodes:  # places in files of this machine
+            node.meta.pop("stack_trace", None)
+        run = _WRITERS[to](program, file, metadata)
     except (ModuleNotFoundError, OSError):
         raise
     except Exception as error:  # whatever tracing a network raises
