@@ -94,9 +94,9 @@ def test_the_bird_renderer_knows_nothing_of_classifiers() -> None:
     assert {room(b) for a, b in ARROWS if room(a) == "calm_birds"} <= {"calm_birds", "errors", "files"}
 
 
-def test_the_library_is_at_most_36_files_and_the_house_110() -> None:
+def test_the_library_is_at_most_37_files_and_the_house_110() -> None:
     assert len(MODULES) <= 110
-    assert sum(room(module) in LIBRARY_ROOMS | {""} for module in MODULES) <= 36
+    assert sum(room(module) in LIBRARY_ROOMS | {""} for module in MODULES) <= 37
 
 
 @pytest.mark.parametrize("code", ["def f():\n    from calm.train import run", "import calm.train.run"])

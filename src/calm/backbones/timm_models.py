@@ -103,7 +103,7 @@ class TimmBackbone(nn.Module):
                 return features
             case (_, _, _, self.out_channels):
                 return features.permute(0, 3, 1, 2)
-            case (batch, tokens, self.out_channels) if grid := _grid(height, width, tokens - prefix):
+            case (batch, tokens, self.out_channels) if grid := grid_of_tokens(height, width, tokens - prefix):
                 return features[:, prefix:].transpose(1, 2).reshape(batch, self.out_channels, *grid)
         raise CalmError(
             f"timm model {self.name!r} gives no grid of locations: its features for an image of {height} x {width} "
@@ -112,7 +112,7 @@ class TimmBackbone(nn.Module):
         )
 
 
-def _grid(height: int, width: int, cells: int) -> tuple[int, int] | None:
+def grid_of_tokens(height: int, width: int, cells: int) -> tuple[int, int] | None:
     """Return (rows, columns) of the square patches of an image; those at the border are cut off or padded."""
     if cells < 2:
         return None

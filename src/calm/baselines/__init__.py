@@ -1,7 +1,8 @@
 """Attribution methods of other papers for the same models, behind the same call as CALM's own maps.
 
-They are the gradient family of the paper's tables (`calm.baselines.gradient`) and the Grad-CAM family
-(`calm.baselines.gradcam`). To add a baseline, write its function and add a line to ``BASELINES``.
+They are the gradient family of the paper's tables (`calm.baselines.gradient`), the Grad-CAM family
+(`calm.baselines.gradcam`), and attention and maps that look at no image (`calm.baselines.attention`). To add a
+baseline, write its function and add a line to ``BASELINES``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm.baselines import gradient
+from calm.baselines import attention, gradient
 from calm.baselines.gradcam import gradcam
 from calm.baselines.gradient import Options, class_scores
 from calm.errors import CalmError, needs_extra, unknown
@@ -64,6 +65,10 @@ BASELINES: dict[str, Baseline] = {
     "scorecam": Baseline(gradcam("ScoreCAM"), _LAYER),
     "eigencam": Baseline(gradcam("EigenCAM"), _LAYER),
     "eigengradcam": Baseline(gradcam("EigenGradCAM"), _LAYER),
+    "attention-rollout": Baseline(attention.attention_rollout),
+    "cls-attention": Baseline(attention.cls_attention),
+    "center": Baseline(attention.center),
+    "whole-image": Baseline(attention.whole_image),
 }
 
 ALIASES = {"vanilla-gradient": "gradient", "grad-cam": "gradcam", "grad-cam++": "gradcam++", "score-cam": "scorecam"}
