@@ -352,7 +352,7 @@ class Breaks(nn.Module):
 
 
 @pytest.mark.parametrize("failing", [False, True])
-@pytest.mark.parametrize("name", [*BASELINES, "joint"])
+@pytest.mark.parametrize("name", [*GRADIENTS, *(name for name in BASELINES if "cam" in name), "joint"])
 def test_attribute_restores_all_state(name: str, failing: bool, images: Tensor) -> None:
     model = make("calm-em")
     breaks = Breaks()
