@@ -172,8 +172,9 @@ def canonical_method(method: str, model: CalmModel | None = None) -> str:
         CalmError: no such method, with the closest name; or a map kind of the other family of models.
     """
     name = ALIASES.get(method, MAP_ALIASES.get(method, method))
-    if name not in METHODS:
-        raise unknown("attribution method", method, [*METHODS, *ALIASES, *MAP_ALIASES])
+    known = {**MAP_KINDS, **BASELINES}  # now, since users add to both
+    if name not in known:
+        raise unknown("attribution method", method, [*known, *ALIASES, *MAP_ALIASES])
     return name if model is None or name in BASELINES else model.map_kind(name)
 
 
