@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 OUT ?= demo
+EXTRAS ?= dev,app
 
 .PHONY: help demo docs test stress oldest wheel bench lint clean
 help:  ## show this list
@@ -14,7 +15,7 @@ $(VENV)/.installed: pyproject.toml
 		{ echo "calm: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $@
 
 demo: $(VENV)/.installed  ## draw birds, train CAM and CALM on them, benchmark both, write demo/report.html
@@ -29,7 +30,8 @@ stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked s
 	@CALM_STRESS=full $(BIN)/python -m pytest -q -m stress
 
 oldest:  ## every test with the oldest versions that pyproject.toml allows, in .venv-oldest (5.5 GB more)
-	@PIP_CONSTRAINT=$(CURDIR)/constraints/oldest.txt $(MAKE) --no-print-directory VENV=.venv-oldest .venv-oldest/.installed
+	@PIP_CONSTRAINT=$(CURDIR)/constraints/oldest.txt $(MAKE) --no-print-directory VENV=.venv-oldest EXTRAS=dev \
+		.venv-oldest/.installed
 	@.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -W default::DeprecationWarning -W default::FutureWarning
 
 wheel: $(VENV)/.installed  ## build dist/*.whl, install it in a new environment and run it outside the repository

@@ -13,7 +13,8 @@ import shutil
 import socket
 import time
 from base64 import b64decode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from calm.model import create_model
 from calm.render import overlay
 
 CHROMIUM = shutil.which("chromium")
+needs_gradio = pytest.mark.skipif(find_spec("gradio") is None, reason="the extra app is not installed")
 
 # Gradio counts its events by what the newest pandas deprecates; as errors these warnings would stop its queue.
 OF_GRADIO = ("'future.no_silent_downcasting'", "The copy keyword is deprecated")
@@ -243,6 +245,7 @@ def test_trained_on_is_the_data_of_the_run(tmp_path: Path) -> None:
     assert trained_on(tmp_path / "run") is None
 
 
+@needs_gradio
 @pytest.mark.parametrize("method", ["calm-em", "cam"])
 def test_page_escapes_what_models_and_visitors_name(method: str, tmp_path: Path) -> None:
     from calm.app.page import Page
@@ -293,7 +296,11 @@ def test_serve_says_before_it_loads_a_model_that_a_port_is_taken() -> None:
 
 # --- the page in a browser ----------------------------------------------------------------------------------
 
-needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+
+def needs_browser(test: Callable[..., None]) -> Callable[..., None]:
+    without = pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed")
+    marked: Callable[..., None] = needs_gradio(without(test))
+    return marked
 
 
 @pytest.fixture(scope="module")
