@@ -21,6 +21,7 @@ from calm.checkpoint import CARD, README, WEIGHTS
 from calm.cli import main
 from calm.errors import CalmError
 from calm.evaluate.result import Result
+from calm.evaluate.subject import weights_digest
 from calm.metrics.bootstrap import Estimate
 
 
@@ -129,23 +130,30 @@ def test_a_model_goes_to_the_hub_with_a_page_and_comes_back_by_revision_and_offl
 
 
 def test_calm_push_shows_figures_with_intervals_and_an_example(hub, tmp_path, capsys):
-    made("cam").save_pretrained(tmp_path / "run")
-    figures = {"top1": Estimate(0.75, 0.7, 0.8)}
-    Result("classification", "CAM", figures, provenance={"data": {"root": "birds"}}).save(
-        tmp_path / "run" / "evaluation" / "classification" / "cam-1.json"
-    )
+    model, folder = made("cam"), tmp_path / "run" / "evaluation" / "classification"
+    model.training_summary["posterior_entropy_relative"] = 0.99
+    model.save_pretrained(tmp_path / "run")
+    for label, value, weights in (("CAM", 0.75, weights_digest(model)), ("ANOTHER", 0.99, "f00")):
+        about = {"data": {"root": "birds"}, "subject": {"weights": weights}}
+        figures = {"top1": Estimate(value, value - 0.05, value + 0.05)}
+        Result("classification", label, figures, provenance=about).save(folder / f"{label}.json")
     Image.new("RGB", (40, 30), "green").save(tmp_path / "bird.png")
     words = ["push", "owner/birds", "--model", str(tmp_path / "run"), "--example", str(tmp_path / "bird.png")]
     assert main(words) == 0
     assert capsys.readouterr().out == "https://huggingface.co/owner/birds/commit/1\n"
     page = hub.files["main"][README].decode()
-    assert re.search(r"75\.0.*70\.0.*80\.0", page)
+    assert re.search(r"### classification .*\n\n.*\n.*\n\| CAM \| .*75\.0.*70\.0.*80\.0", page)
+    assert "ANOTHER" not in page
+    assert "Of this model: its maps are almost flat" in page
     assert "![A picture, and where the model saw the evidence](example.png)" in page
     assert "mean is the class's logit" in page
     with Image.open(io.BytesIO(hub.files["main"]["example.png"])) as example:
         assert example.size == (40, 30)
     assert main([*words, "--evaluation", str(tmp_path / "none")]) == 2
     assert "no such folder" in capsys.readouterr().err
+    (folder / "CAM.json").unlink()
+    assert main(words) == 2
+    assert "is of the weights of" in capsys.readouterr().err
 
 
 def test_the_page_of_many_classes_names_the_first(hub):

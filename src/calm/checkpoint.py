@@ -249,13 +249,14 @@ highest value.""",
 }
 
 
-def readme(card: Card, repo_id: str, figures: str = "", *, example: bool = False) -> str:
+def readme(card: Card, repo_id: str, figures: str = "", caution: str = "", *, example: bool = False) -> str:
     """Return the text that describes a model on the hub, in Markdown with the hub's header.
 
     Args:
         card: What is known of the model.
         repo_id: ``owner/name``.
         figures: Tables of its evaluation, in Markdown; empty if there are none.
+        caution: What a reader of its maps must know first; empty if nothing is known.
         example: Whether there is a picture of an example, ``example.png``.
     """
     model, size = card.model, " x ".join(map(str, card.preprocessing.size))
@@ -279,7 +280,7 @@ def readme(card: Card, repo_id: str, figures: str = "", *, example: bool = False
     lines += ["## Figures", "", figures.strip() or none, ""]
     known = [f"- {name}: {value}" for name, value in _flat(card.training) if name != "fingerprint"]
     lines += ["## Training", "", *(known or ["Nothing is recorded."]), ""]
-    lines += ["## Limits", ""]
+    lines += ["## Limits", "", *([f"- **Of this model: {caution}.**"] if caution else [])]
     lines += ["- It knows the classes below and no others: a picture of anything else gets one of them, too."]
     lines += ["- A map shows what the model used, which need not be the object, nor what people would look at."]
     lines += [

@@ -386,7 +386,7 @@ class CalmModel(nn.Module):
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model")
             card = checkpoint.Card.read(folder / checkpoint.CARD)
-            text = checkpoint.readme(card, repo_id, figures, example=example is not None)
+            text = checkpoint.readme(card, repo_id, figures, self.caution, example=example is not None)
             (folder / checkpoint.README).write_text(text, encoding="utf-8")
             if example is not None:
                 example.save(folder / "example.png")

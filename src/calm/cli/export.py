@@ -66,7 +66,8 @@ def push(
     Args:
         repository: OWNER/NAME on the hub; created if it does not exist.
         model: a run folder of calm train, or a saved model.
-        evaluation: the folder that calm evaluate wrote. Default: the folder `evaluation` of the run, if there is one.
+        evaluation: the folder that calm evaluate wrote; results of other models in it are left out. Default: the
+            folder `evaluation` of the run, if there is one.
         example: a picture to show on the page with the map of its most probable class over it. It becomes public.
         private: whether a new repository is private.
         overwrite_card: replace a page that the repository has already; otherwise it stays as it is.
@@ -75,9 +76,10 @@ def push(
         The address of the commit.
 
     Raises:
-        CalmError: there is no model or result, the picture cannot be read, or the hub cannot be reached or refuses.
+        CalmError: there is no model, no result of its weights, the picture cannot be read, or the hub cannot be
+            reached or refuses.
     """
-    from calm.errors import needs_extra
+    from calm.errors import CalmError, needs_extra
     from calm.explain import overlay
     from calm.model import load
 
@@ -85,10 +87,15 @@ def push(
     folder, figures, drawn = evaluation or Path(model) / "evaluation", "", None
     if evaluation is not None or folder.is_dir():
         with needs_extra("the tables of calm evaluate", "evaluate"):
+            from calm.evaluate.subject import weights_digest
             from calm.evaluate.tables import markdown
-            from calm.report.found import find_groups
+            from calm.report.found import about, find_groups
 
-            figures = markdown([result for group in find_groups([folder]) for result in group.results])
+        weights, found = weights_digest(loaded), [result for group in find_groups([folder]) for result in group.results]
+        own = [result for result in found if about(result, "subject").get("weights") == weights]
+        if not own:
+            raise CalmError(f"no result in {folder} is of the weights of {model}: run calm evaluate for it again")
+        figures = f"\n{markdown(own)}".replace("\n## ", "\n### ")
     if example is not None:
         best = int(loaded(loaded.preprocess(example)).probs.argmax())
         drawn = overlay(example, loaded.attribute(loaded.preprocess(example), best)[0])
