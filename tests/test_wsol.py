@@ -252,6 +252,8 @@ def test_train_wsol_flag_names_one_method_or_several() -> None:
     assert config.wsol.methods == ["has", "cutmix"]
     assert (config.wsol.has_patches, config.augment.cutmix) == ([16, 32], 1.0)
     assert parse(["--data=d", "--wsol=cutmix", "--augment.cutmix=0.5"]).augment.cutmix == 0.5
+    with pytest.raises(CalmError, match="did you mean 'has'"):
+        parse(["--data=d", "--wsol=hass+adl"])
     for flags in (["--wsol", "has"], ["--wsol", "adl"], ["--wsol", "cutmix"]):
         with pytest.raises(CalmError, match=r"model\.freeze"):
             parse(["--data=d", "--model.freeze=true", *flags])

@@ -8,10 +8,11 @@ import textwrap
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
+from typing import get_args
 
 from calm.cli import parsing
-from calm.config import check_trusted, trust
-from calm.errors import CalmError
+from calm.config import Localizer, check_trusted, trust
+from calm.errors import CalmError, unknown
 from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, parse_config, preset
 
 EXAMPLES = """\
@@ -43,6 +44,7 @@ FIRST = {
     "reading.image_size": "pixels of a side that the model sees; more make a finer grid",
     "reading.balance": "draw all classes equally often",
     "model.freeze": "train the head alone (true), or the backbone from a part on (layer3)",
+    "wsol": "methods of weakly-supervised localization: has, adl, acol, cutmix; several as has+adl",
     "hardware.devices": "how many GPUs or processes",
 }
 """The settings on the first help page, and what they are."""
@@ -120,6 +122,9 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     except argparse.ArgumentError as error:
         raise CalmError(f"{error.argument_name} needs a value") from error
     if chosen.wsol is not None:
+        for name in chosen.wsol.split("+"):
+            if name not in get_args(Localizer):
+                raise unknown("method of --wsol", name, get_args(Localizer))
         rest.append(f"--wsol.methods=[{chosen.wsol.replace('+', ',')}]")
     if chosen.skip_bad:
         rest.append("--reading.skip_bad=true")
