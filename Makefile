@@ -44,7 +44,7 @@ wheel: $(VENV)/.installed  ## build dist/*.whl, install it in a new environment 
 	@.ci/try_installed build/wheel
 
 docs: $(VENV)/.installed  ## build the documentation's site, build/site/index.html; warnings are errors
-	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # --quiet would hide the warnings from --strict, too (findings/)
 
 bench: $(VENV)/.installed  ## time it against other ways, into benchmarks/README.md; TOPIC=explain for one
 	@$(BIN)/python benchmarks/run.py $(TOPIC)
