@@ -201,7 +201,8 @@ class Untraceable(nn.Sequential):
     ("options", "message"),
     [
         ({"to": "onxx"}, "unknown export format 'onxx'.*did you mean 'onnx'"),
-        ({"out": "birds.pth"}, r"cannot export to .*birds\.pth: give a file whose name ends in \.onnx"),
+        ({"out": "birds.pth"}, r"cannot export to .*birds\.pth as onnx: give a file whose name ends in \.onnx$"),
+        ({"out": "birds.pt2"}, r"name ends in \.onnx, or to=torch-export$"),
         ({"out": "birds.pte", "to": "executorch", "preprocess": True}, "one size of images: leave preprocess out"),
         ({"kind": "joint-superclass"}, "sums over classes, .*: choose joint, posterior, prior, evidence"),
         ({"kind": "cam"}, "cannot be read from a CALM model"),

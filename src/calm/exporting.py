@@ -137,7 +137,10 @@ def export(
     if to not in get_args(ExportFormat):
         raise unknown("export format", to, get_args(ExportFormat))
     if path.suffix != SUFFIXES[to] or path.is_dir():
-        raise CalmError(f"cannot export to {path}: give a file whose name ends in {SUFFIXES[to]}")
+        other = next(
+            (f", or to={name}" for name, suffix in SUFFIXES.items() if suffix == path.suffix != SUFFIXES[to]), ""
+        )
+        raise CalmError(f"cannot export to {path} as {to}: give a file whose name ends in {SUFFIXES[to]}{other}")
     kind = model.map_kind(kind)
     if MAP_KINDS[kind].over != "target":
         family = "cam" if model.config.method == "cam" else "calm"
