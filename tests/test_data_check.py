@@ -80,6 +80,7 @@ LABELS, BOXES, IDS, SIZES = "class_labels.txt", "localization.txt", "image_ids.t
         (LABELS, "2.png,0", "2.png 0", "malformed-line", 3, "needs 2 fields"),
         (LABELS, "images/train/2.png,0\n", "", "no-label", 3, "images/train/2.png has no line"),
         (LABELS, "2.png,0\n", "2.png,0\nimages/train/2.png,1\n", "contradiction", 4, "line 3 says 0"),
+        (LABELS, "2.png,0\n", "2.png,0, 1\n", "several-labels", 3, "2.png,0,1"),
         (LABELS, "2.png,0\n", "2.png,0\nimages/train/2.png,0\n", "repeated-line", 4, "images/train/2.png,0"),
         (IDS, "images/train/2.png\n", "", "unlisted-id", 3, "images/train/2.png is not in image_ids.txt"),
         (IDS, "2.png\n", "2.png\nimages/train/1.png\n", "duplicate-id", 4, "listed before in line 2"),
@@ -190,6 +191,27 @@ def test_check_finds_images_of_two_splits_through_links_and_copies(tmp_path: Pat
         ("copy", "val", "val/a/copy.png"),
     }
     assert f"is in train, and the same content in test as {tmp_path / 'test/a/copy.png'}" in str(report)
+
+
+def test_train_data_of_several_labels_are_refused_with_the_reason(tmp_path: Path) -> None:
+    for index in range(60):
+        write_image(tmp_path / "train" / "ab"[index % 2] / f"{index}.png", (8, 8), index)
+    for split in ("val", "test"):
+        for name in "ab":
+            write_image(tmp_path / split / name / "0.png", (8, 8), 100 + 2 * (split == "val") + (name == "a"))
+    for index in range(0, 44, 2):
+        shutil.copy(tmp_path / "train" / "a" / f"{index}.png", tmp_path / "train" / "b" / f"copy {index}.png")
+        if index == 2:
+            _, report = load_checked(tmp_path)
+            assert [problem.kind for problem in report.problems] == ["two-classes"] * 2
+            assert f"the same content as {tmp_path / 'train/a/2.png'}" in str(report)
+    with pytest.raises(CalmError, match=r"22 of 82 images of .* several classes.*gives each image one class"):
+        load_checked(tmp_path)
+    (tmp_path / "labels.csv").touch()
+    for split in ("train", "val", "test"):
+        shutil.rmtree(tmp_path / split)
+    with pytest.raises(CalmError, match=r"labels\.csv: such annotations .*gives each image one class"):
+        load_checked(tmp_path)
 
 
 def test_check_finds_a_linked_folder_that_is_a_split_again(tmp_path: Path) -> None:
@@ -322,7 +344,7 @@ def test_check_reports_floating_point_images_but_not_such_masks(tmp_path: Path) 
         for name in "ab":
             (tmp_path / f"{channels}" / "train" / name).mkdir(parents=True)
             path = tmp_path / f"{channels}" / "train" / name / "0.tif"
-            tifffile.imwrite(path, np.zeros(shape, np.float32), photometric="minisblack")
+            tifffile.imwrite(path, np.full(shape, ord(name), np.float32), photometric="minisblack")
         assert _kinds(check(tmp_path / f"{channels}", channels=channels)) == ["floating-point"] * 2
 
 

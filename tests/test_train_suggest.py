@@ -91,7 +91,7 @@ def test_train_on_own_pictures_says_what_a_newcomer_asks(tmp_path: Path, capsys:
     said = capsys.readouterr().out
     assert "the classes have 6 (owl) to 24 (crow) training images: drawn equally often" in said
     assert "maps have 8x8 cells for images of 32x32 pixels; a larger --reading.image_size makes a finer grid" in said
-    assert re.search(r"epoch 1/2.*\nabout \d+ s to go, for 1 more epochs\n.*epoch 2/2", said)
+    assert re.search(r"epoch 1/2.*\nabout \d+ s to go, until epoch 2\n.*epoch 2/2", said)
     assert re.search(r"best \(epoch \d, chosen by 4 validation images; --model and calm\.load take it\): valid", said)
     assert re.search(rf"done in \d+ s, \d+ s of them for training: {run}\n", said)
     assert f"next: calm attribute --model '{run}' IMAGE.jpg" in said

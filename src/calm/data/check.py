@@ -16,7 +16,18 @@ from typing import TypeVar, Unpack
 from PIL import Image
 
 from calm.data.loading import LAYOUTS, FolderSource, ReadingOptions, Source, load_splits, open_source, read_splits
-from calm.data.records import SPLITS, Layout, Problem, ProblemLog, Record, Report, Split, first_of, whole_number
+from calm.data.records import (
+    ONE_CLASS,
+    SPLITS,
+    Layout,
+    Problem,
+    ProblemLog,
+    Record,
+    Report,
+    Split,
+    first_of,
+    whole_number,
+)
 from calm.errors import CalmError
 from calm.files import in_threads, open_regular
 from calm.images import Probe, highest_value, mask_problem, probe
@@ -97,7 +108,8 @@ def load_checked(
         The splits without problems, and the report.
 
     Raises:
-        CalmError: without ``skip_bad``, any error, all in one report; or no image is left.
+        CalmError: without ``skip_bad``, any error, all in one report; no image is left; or many of a folder's images
+            are in several classes.
     """
     splits = load_splits(root, names, strict=False, **options)
     report = check_splits(splits, decode=decode, channels=channels, bits=bits, progress=progress)
@@ -105,6 +117,8 @@ def load_checked(
     report = replace(report, description=_described(source, splits))
     if not skip_bad and not report.ok:
         raise CalmError(f"{report}\n`calm train --skip-bad` goes on without the images named in errors")
+    for split in splits.values():
+        _refuse_several_labels(split, report)
     return {name: drop_bad(split, report) for name, split in splits.items()}, report
 
 
@@ -134,6 +148,7 @@ def check_splits(
 
     listed = list(splits.values() if isinstance(splits, Mapping) else splits)
     problems = _shared_files(listed, workers) if len(listed) > 1 else []
+    problems += [problem for split in listed if split.exif for problem in _several_classes(split, workers)]
     look = partial(probe, decode=decode, channels=channels)
     total = sum(len(split.records) for split in listed)
     # Pillow's warning about large images is ignored: they are reported as problems.
@@ -208,21 +223,25 @@ def _check_depth(depths: Mapping[Path, int], channels: int, log: ProblemLog) -> 
         log.add("other-depth", sample[0], f"{seen}: read them by --reading.bits {needed}")
 
 
-def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:
-    """Return a problem for each image that is in two splits; it should leave train, not val or test."""
-    images: list[tuple[tuple[object, ...], str, Record]]
-    images = [((), split.name, record) for split in splits for record in split.records]
-    groups: dict[tuple[object, ...], list[tuple[str, Record]]] = {}
+def _same_content(images: Iterable[tuple[T, Record]], workers: int | None) -> list[list[tuple[T, Record]]]:
+    """Return the groups of images of the same content that come with two marks or more, such as the names of splits."""
+    keyed: list[tuple[tuple[object, ...], T, Record]] = [((), mark, record) for mark, record in images]
+    groups: dict[tuple[object, ...], list[tuple[T, Record]]] = {}
     for most in (0, 4096, 2**40):  # whole files are read only where two have the same length and end
         groups = defaultdict(list)
-        look, paths = partial(_content, most=most), [record.path for *_, record in images]
+        look, paths = partial(_content, most=most), [record.path for *_, record in keyed]
         contents = in_threads(look, paths, workers) if most else map(look, paths)
-        for (key, name, record), content in zip(images, contents, strict=True):
-            groups[*key, content].append((name, record))
-        groups = {key: members for key, members in groups.items() if len({name for name, _ in members}) > 1}
-        images = [(key, name, record) for key, members in groups.items() for name, record in members]
+        for (key, mark, record), content in zip(keyed, contents, strict=True):
+            groups[*key, content].append((mark, record))
+        groups = {key: members for key, members in groups.items() if len({mark for mark, _ in members}) > 1}
+        keyed = [(key, mark, record) for key, members in groups.items() for mark, record in members]
+    return list(groups.values())
+
+
+def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]:
+    """Return a problem for each image that is in two splits; it should leave train, not val or test."""
     problems = []
-    for members in groups.values():
+    for members in _same_content(((split.name, record) for split in splits for record in split.records), workers):
         members.sort(key=lambda member: SPLITS.index(member[0]), reverse=True)
         kept, copy = members[0]
         first: dict[str, tuple[str, Record]] = {}
@@ -236,6 +255,32 @@ def _shared_files(splits: Iterable[Split], workers: int | None) -> list[Problem]
                 message = f"is in {name}, and the same content in {kept} as {copy.path}"
                 problems.append(Problem("copy", name, record.path, message, record=record.id))
     return sorted(problems, key=lambda problem: (problem.split, problem.record))
+
+
+def _several_classes(split: Split, workers: int | None) -> list[Problem]:
+    """Return a problem for each image of a folder that is in the folder of a second class, too."""
+    problems = []
+    for (_, first), *others in _same_content(((record.label, record) for record in split.records), workers):
+        for _, record in others:
+            message = f"the same content as {first.path}"
+            problems.append(Problem("two-classes", split.name, record.path, message, record=record.id))
+    return problems
+
+
+MOST_SEVERAL = 20, 0.05
+"""Images of a split that may lie in several classes, as a number and as a share; beyond both the data have several
+labels."""
+
+
+def _refuse_several_labels(split: Split, report: Report) -> None:
+    found = [problem for problem in report.problems if (problem.kind, problem.split) == ("two-classes", split.name)]
+    most, share = MOST_SEVERAL
+    if len(found) > max(most, share * len(split.records)):
+        raise CalmError(
+            f"{len(found)} of {len(split.records)} images of {split.root} lie in the folders of several classes, such "
+            f"as {found[0].file} ({found[0].message}). Pictures of several labels cannot be trained, as {ONE_CLASS}: "
+            "keep each in the folder of its main class, or make a folder of each combination"
+        )
 
 
 def _content(path: Path, most: int) -> object:

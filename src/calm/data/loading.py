@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,7 +17,18 @@ from typing import Any, ClassVar, Literal, TypeAlias, TypedDict, Unpack
 
 from calm.data.cub import CUB_FILES, CubSource
 from calm.data.metadata import IMAGE_ROOTS, MetadataSource
-from calm.data.records import SPLITS, Layout as Layout, Problem, Record, Report, Split, first_of, is_text, whole_number
+from calm.data.records import (
+    ONE_CLASS,
+    SPLITS,
+    Layout as Layout,
+    Problem,
+    Record,
+    Report,
+    Split,
+    first_of,
+    is_text,
+    whole_number,
+)
 from calm.errors import CalmError, unknown
 
 SplitName = Literal["train", "val", "test", "all"]
@@ -409,8 +421,16 @@ def detect_layout(root: Path) -> Layout:
     endings = Counter(path.suffix.lower() or "none" for path in islice(files_below(root), 1000)).most_common(5)
     below = f"\nendings of files: {', '.join(f'{ending} ({count:,})' for ending, count in endings)}" if endings else ""
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
+    if not hint and (lists := [path.name for path in entries if _ANNOTATIONS.fullmatch(path.name)]):
+        hint = (
+            f"\n{', '.join(lists)}: such annotations (COCO, Pascal VOC, tables) are not read, and where they give an "
+        )
+        hint += f"image several labels, training is not for it: {ONE_CLASS}. Sort the images into class folders"
     found = f"found: {first_of(names, 12)}{below}{hint}"
     raise CalmError(f"no known data layout in {root}\nlooked for\n{expected}\n{found}")
+
+
+_ANNOTATIONS = re.compile(r"(?i)annotations?|instances.*\.json|.*\.csv|.*coco.*\.json|labels?(\.txt)?")
 
 
 def _lists_below(metadata: Path) -> list[Path]:

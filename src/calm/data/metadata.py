@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,11 @@ def read_ids(path: Path, log: ProblemLog) -> dict[str, int]:
 
 def read_labels(path: Path, log: ProblemLog) -> dict[str, Line[int]]:
     """Read ``class_labels.txt``: id to label, any integer."""
-    return _by_id(path, log, 1, lambda fields: whole_number(*fields), "label-not-integer", "")
+    labels = _by_id(path, log, 1, lambda fields: whole_number(*fields), "label-not-integer", "")
+    for name in [name for name in labels if re.search(r",\s*\d+$", name)]:  # a.jpg,3,7
+        image = re.split(r",\s*\d+(?=,|$)", name)[0]
+        log.add("several-labels", path, f"{name},{labels[name].value}", labels.pop(name).number, image)
+    return labels
 
 
 def read_sizes(path: Path, log: ProblemLog) -> dict[str, Line[tuple[int, int]]]:

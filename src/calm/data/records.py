@@ -101,10 +101,16 @@ class Kind(NamedTuple):
     severity: Literal["error", "warning"] = "error"
 
 
+ONE_CLASS = "a model gives each image one class, and the probabilities of all classes add up to 1"
+"""Why data of several labels are refused."""
+
 _TAKE_OUT = "take its id out of the list"
 KINDS: dict[str, Kind] = {
     "malformed-line": Kind("line of another form", "write the line as shown in the message"),
     "label-not-integer": Kind("label that is no integer", "give the class index, a whole number from 0"),
+    "several-labels": Kind(
+        "image with several labels", f"{ONE_CLASS}: keep the main label, or make a class of each combination"
+    ),
     "label-range": Kind("label out of range", "correct the label, or list the class in classes.txt"),
     "no-label": Kind("image without a label", "add its line to the label file, or take its id out"),
     "contradiction": Kind("two lines that contradict each other", "keep the right one"),
@@ -132,6 +138,7 @@ KINDS: dict[str, Kind] = {
     "repeated-line": Kind("line given twice", "remove one of them", "warning"),
     "not-read": Kind("files that are not read", "turn images among them into JPEG or PNG", "warning"),
     "other-depth": Kind("images with other bits than they use", "give --reading.bits (--bits here)", "warning"),
+    "two-classes": Kind("image in two classes", f"keep it in one: {ONE_CLASS}", "warning"),
     "copy": Kind(
         "image whose copy is in another split", "keep one: a test image seen in training is a leak", "warning"
     ),

@@ -250,7 +250,7 @@ class Trainer:
                         checkpoints.export(state, self.run_dir, self.evaluated())
                         if state.epoch == begun + 1 < self.config.epochs:
                             rest = journal.duration((self.config.epochs - state.epoch) * (time.monotonic() - started))
-                            self.log(f"about {rest} to go, for {self.config.epochs - state.epoch} more epochs")
+                            self.log(f"about {rest} to go, until epoch {self.config.epochs}")
             result = self.result()
         except (KeyboardInterrupt, SystemExit):
             ahead = f"continues after epoch {saved}" if saved else "starts again: no epoch was finished"
