@@ -12,7 +12,6 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from calm.backbones.timm_models import grid_of_tokens
 from calm.baselines.gradient import Options
 from calm.errors import CalmError
 
@@ -76,6 +75,8 @@ def _attentions(model: nn.Module, images: Tensor) -> tuple[list[Float[Tensor, "b
 
 
 def _on_grid(tokens: Float[Tensor, "b t"], prefix: int, images: Tensor) -> Float[Tensor, "b gh gw"]:
+    from calm.backbones.timm_models import grid_of_tokens  # imports torchvision
+
     patches = tokens[:, prefix:]
     grid = grid_of_tokens(images.shape[-2], images.shape[-1], patches.shape[1])
     if grid is None:

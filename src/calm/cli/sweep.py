@@ -329,6 +329,7 @@ class _Sweep:
     def _plot(self, trials: Sequence[Any]) -> None:
         """Draw the measure over each value that was searched, the best trial in another colour."""
         from matplotlib.figure import Figure
+        from matplotlib.ticker import NullFormatter
 
         figure = Figure(figsize=(3.2 * len(self.space), 3), layout="constrained")
         for axes, name in zip(figure.subplots(1, len(self.space), squeeze=False)[0], self.space, strict=True):
@@ -337,6 +338,7 @@ class _Sweep:
                 axes.scatter([trial.params[name]], [100 * trial.value], color=colour, s=28)
             if self.space[name].endswith(":log"):
                 axes.set_xscale("log")
+                axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_xlabel(name)
             axes.set_ylabel(f"validation {self.measure}, %")
         with atomic_path(self.out / "trials.png") as path:
