@@ -456,9 +456,11 @@ def _launched(fabric: Fabric) -> Iterator[None]:
 @contextmanager
 def _process_settings(hardware: Hardware) -> Iterator[None]:
     """Silence Fabric's messages and choose deterministic algorithms, if asked for, while the block runs."""
-    logger = logging.getLogger("lightning.fabric")
-    level, deterministic = logger.level, torch.are_deterministic_algorithms_enabled()
-    logger.setLevel(logging.ERROR)
+    # Importing Fabric imports Lightning's Trainer, whose logger then says what Fabric has to say.
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
+    levels, deterministic = [logger.level for logger in loggers], torch.are_deterministic_algorithms_enabled()
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     if hardware.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -466,4 +468,5 @@ def _process_settings(hardware: Hardware) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
