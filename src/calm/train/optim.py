@@ -52,17 +52,24 @@ def backbone_parts(model: nn.Module) -> tuple[str, dict[str, list[str]]]:
 
     A part is a child of the backbone (or of the network that it wraps), or, of a sequence of blocks, one block:
     ``conv1``, ``bn1``, ``layer1.0`` and so on. Networks register their layers in the order in which they run.
+    Parameters of no layer (a class token, embeddings of positions) belong to the part after them.
     """
     backbone, prefix = model.get_submodule("backbone"), "backbone."
     while len(children := list(backbone.named_children())) == 1 and not list(backbone.parameters(recurse=False)):
         prefix, backbone = f"{prefix}{children[0][0]}.", children[0][1]
     parts: dict[str, list[str]] = {}
+    loose: list[str] = []
     for name, _ in backbone.named_parameters():
         first, _, rest = name.partition(".")
+        if not rest:
+            loose.append(prefix + name)
+            continue
         blocks = isinstance(getattr(backbone, first, None), nn.Sequential | nn.ModuleList)
         part = f"{first}.{rest.partition('.')[0]}" if blocks else first
-        parts.setdefault(part, []).append(prefix + name)
-    return prefix, parts
+        if part not in parts:
+            parts[part], loose = loose, []
+        parts[part].append(prefix + name)
+    return prefix, parts | {name.removeprefix(prefix): [name] for name in loose}
 
 
 def freeze_until(model: nn.Module, part: str | bool, frozen: bool = True) -> int:
@@ -78,8 +85,11 @@ def freeze_until(model: nn.Module, part: str | bool, frozen: bool = True) -> int
     Raises:
         CalmError: the backbone has no such part.
     """
+    if part is True:
+        backbone = model.get_submodule("backbone").requires_grad_(not frozen).train(not frozen)
+        return sum(parameter.numel() for parameter in backbone.parameters())
     prefix, parts = backbone_parts(model)
-    last = [index for index, name in enumerate(parts) if part is True or f"{name}.".startswith(f"{part}.")]
+    last = [index for index, name in enumerate(parts) if f"{name}.".startswith(f"{part}.")]
     if not last:
         names = dict.fromkeys(name.partition(".")[0] for name in parts)
         raise unknown("part of the backbone", part, list(dict.fromkeys([*names, *parts])), where="model.freeze")
@@ -87,7 +97,7 @@ def freeze_until(model: nn.Module, part: str | bool, frozen: bool = True) -> int
     for name, parameters in list(parts.items())[: last[-1] + 1]:
         for parameter in parameters:
             count += model.get_parameter(parameter).requires_grad_(not frozen).numel()
-        if prefix + name not in parameters:  # a part that is a parameter, such as a class token, has no mode
+        if prefix + name not in parameters:  # a parameter of no layer has no mode
             model.get_submodule(prefix + name).train(not frozen)
     return count
 
