@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -185,7 +185,7 @@ class _Watch:
         if isinstance(folder, int) and folder >= 0 and not isinstance(path, int):
             path = Path(f"/proc/self/fd/{folder}").readlink() / _path(path)
         name = _absolute(path)
-        if name == os.devnull:
+        if name == os.devnull or "__pycache__" in Path(name).parts:  # where Numba keeps what it compiled
             return
         if len(self.changes) == self.kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -236,25 +236,32 @@ def _serve() -> None:
             os.close(reader)
             _work(task, watch, writer)
         os.close(writer)
-        status = _wait(pid, reader, None if task["kill_after"] is None else began + task["kill_after"])
+        status, text = _wait(pid, reader, None if task["kill_after"] is None else began + task["kill_after"])
         seconds = time.monotonic() - began
-        with os.fdopen(reader) as stream:
-            text = stream.read()
+        os.close(reader)
         seen = json.loads(text) if text else {"changes": [], "reads": [], "contacts": []}
         code = os.waitstatus_to_exitcode(status)
         print(json.dumps({"code": code, "seconds": seconds, **seen}), file=answers, flush=True)
     os._exit(0)  # taking the libraries down takes seconds
 
 
-def _wait(pid: int, reader: int, deadline: float | None) -> int:
-    """The status of the child when it has ended, which it does at the deadline at the latest."""
+def _wait(pid: int, reader: int, deadline: float | None) -> tuple[int, bytes]:
+    """The status of the child when it has ended, which it does at the deadline at the latest, and what it wrote.
+
+    That is read meanwhile, as a child that writes more than a pipe holds would not end otherwise.
+    """
+    os.set_blocking(reader, False)
+    written = b""
     while True:
         ended, status = os.waitpid(pid, os.WNOHANG)
-        if ended:
-            return status
-        if deadline is not None and time.monotonic() >= deadline:
+        if not ended and deadline is not None and time.monotonic() >= deadline:
             os.kill(pid, signal.SIGKILL)
-            return os.waitpid(pid, 0)[1]
+            ended, status = os.waitpid(pid, 0)
+        with suppress(BlockingIOError):
+            while chunk := os.read(reader, 1 << 16):
+                written += chunk
+        if ended:
+            return status, written
         time.sleep(0.0005)
 
 
