@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import os
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -154,6 +155,7 @@ def export(
         raise CalmError(f"{weights / 2**30:.1f} GB of weights do not fit into one ONNX file (2 GB): use torch-export")
     with needs_extra(f"exporting to {to}", "executorch" if to == "executorch" else "export"), _quiet():
         if to == "onnx":
+            os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read at the import, which else notes the device
             import onnxruntime  # noqa: F401  (what is missing is said before the network is traced)
             import onnxscript  # noqa: F401
         elif to == "executorch":
