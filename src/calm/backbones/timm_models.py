@@ -65,7 +65,8 @@ class TimmBackbone(nn.Module):
         self.out_channels = int(self.model.num_features)  # type: ignore[arg-type]
         card: dict[str, Any] = self.model.pretrained_cfg  # type: ignore[assignment]
         self.normalization = tuple(card["mean"]), tuple(card["std"])
-        self.interpolation = card["interpolation"] if card["interpolation"] in get_args(Interpolation) else "bilinear"
+        own_filter = card.get("interpolation")
+        self.interpolation = own_filter if own_filter in get_args(Interpolation) else "bilinear"
         self.size: tuple[int, int] = tuple(card["input_size"][1:])
         self.intermediates = False
         try:
