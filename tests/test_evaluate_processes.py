@@ -128,7 +128,7 @@ def test_evaluate_in_two_processes_gives_the_figures_of_one(place, tmp_path, cap
             same(ours[part], theirs[part], f"{name}/{part}")
     for name in ("table.csv", "table.md"):
         assert (one / name).read_text() == (two / name).read_text()
-    assert len(json.loads((tmp_path / "idle/table.json").read_text())) == 4
+    assert len(json.loads((tmp_path / "idle/table.json").read_text())) == 3
     capsys.readouterr()
     (first, first_errors), (second, second_errors) = said
     assert first.count("CALM-EM joint") >= 4
