@@ -10,7 +10,7 @@ help:  ## show this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 8
 
 $(VENV)/.installed: pyproject.toml
-	@echo "calm: making the virtual environment in $(VENV) and installing (about 2 minutes, 5.5 GB) ..."
+	@echo "calm: making the virtual environment in $(VENV) and installing (about 2 minutes, 7 GB) ..."
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "calm: Python 3.11 or newer is needed: make PYTHON=python3.11 ..."; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
@@ -29,7 +29,7 @@ test: lint  ## lint, every test, and the share of lines that they run
 stress: $(VENV)/.installed  ## the fault and fuzz suites in full (tests marked stress; 20 minutes)
 	@CALM_STRESS=full $(BIN)/python -m pytest -q -m stress
 
-oldest:  ## every test with the oldest versions that pyproject.toml allows, in .venv-oldest (5.5 GB more)
+oldest:  ## every test with the oldest versions that pyproject.toml allows, in .venv-oldest (7 GB more)
 	@PIP_CONSTRAINT=$(CURDIR)/constraints/oldest.txt $(MAKE) --no-print-directory VENV=.venv-oldest EXTRAS=dev \
 		.venv-oldest/.installed
 	@.venv-oldest/bin/python -m pytest -q -n 2 --dist worksteal -W default::DeprecationWarning -W default::FutureWarning
