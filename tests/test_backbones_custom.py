@@ -226,6 +226,13 @@ def test_commands_train_and_use_own_code(nets, capsys):
     Path("own.yaml").write_text(f"backbone: {name}\n")
     assert main([*words, "--config", "own.yaml", "--run_dir", "run"]) == 2
     assert "the configuration names code to import" in capsys.readouterr().err
+    sweep = ["sweep", "--trials", "1", "--out", "sweep", "--search", "lr=0.01,0.02", *words[1:], "--batch_size", "4"]
+    assert main([*sweep, "--config", "own.yaml"]) == 2
+    said = capsys.readouterr()
+    assert "the configuration names code to import" in said.err
+    assert "imported" not in said.out
+    assert main([*sweep, "--backbone", name]) == 0
+    os.environ["CALM_TRUST"] = ""
     assert main([*words, "--backbone", name, "--run_dir", "run", "--batch_size", "4"]) == 0
     os.environ["CALM_TRUST"] = ""
     attribute = ["attribute", "--model", "run", "pictures/test/red/4.png", "--out", "maps"]

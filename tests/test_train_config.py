@@ -58,6 +58,13 @@ def test_preset_losses_of_calm_are_not_for_cam() -> None:
             assert (loss.prior_weight, loss.cam_weight) == expected
 
 
+def test_preset_losses_are_dropped_one_by_one() -> None:
+    flags = ["--preset", "small", "--data", "birds", "--method", "cam", "--loss.cam_weight"]
+    assert parse([*flags, "0"]).loss.prior_weight == 0
+    with pytest.raises(CalmError, match="this is CAM"):
+        parse([*flags, "1"])
+
+
 def test_preset_leaves_calm_ml_its_prior_weight() -> None:
     for method in ("calm-em", "calm-ml"):
         flags = ["--preset", "small", "--data", "birds", "--method", method, "--loss.prior_weight", "0.3"]

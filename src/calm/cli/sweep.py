@@ -94,6 +94,7 @@ def main(words: Sequence[str]) -> Path:
         if any(given == word or given.startswith(f"{word}=") for given in train_words):
             raise CalmError(f"{word} is for calm train: a sweep trains in folders of its own, in --out")
     config = train_command.parse(train_words)
+    train_command.check_code(config, train_words)
     space = dict(_read_space(text) for text in flags.search) if flags.search else default_space(config)
     return _Sweep(flags.out, config, train_words, space, flags.measure, flags.sampler, flags.prune == "true").run(
         flags.trials
@@ -258,6 +259,7 @@ class _Sweep:
         run_dir = self.out / "runs" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
         trial.set_user_attr("run", run_dir.name)
         config = replace(train_command.parse([*self.words, *flags]), run_dir=run_dir)
+        train_command.check_code(config, [*self.words, *flags])
         try:
             train(config, loggers=[_pruning_logger(trial)] if self.prune else [], quiet=True)
         except optuna.TrialPruned:

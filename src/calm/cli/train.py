@@ -166,10 +166,18 @@ def main(arguments: Sequence[str]) -> Path | None:
 
         print(suggest(config))
         return None
-    named = [*arguments, *(word.partition("=")[2] for word in arguments)]
-    if config.backbone in named:  # and not only in a file, which may be anybody's
-        trust(config.backbone)
-    check_trusted(config.backbone, "the configuration")
+    check_code(config, arguments)
     from calm.train.run import train
 
     return train(config)
+
+
+def check_code(config: TrainConfig, words: Sequence[str]) -> None:
+    """Trust the code of a backbone that the words of a command name, and not only a file, which may be anybody's.
+
+    Raises:
+        CalmError: a file names it, and it is not trusted.
+    """
+    if config.backbone in [*words, *(word.partition("=")[2] for word in words)]:
+        trust(config.backbone)
+    check_trusted(config.backbone, "the configuration")

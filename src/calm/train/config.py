@@ -501,12 +501,10 @@ def parse_config(
     try:
         values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
         if values["method"] != "calm-em" and e_step:
-            own, kept = values["loss"], LossOptions()
-            if values["method"] == "calm-ml":
-                kept = own.without_e_step()
-                e_step = replace(e_step, prior_weight=own.prior_weight, cam_weight=own.cam_weight)
-            if own == e_step:
-                values["loss"] = kept
+            own, shared = values["loss"], ("prior_weight", "cam_weight") if values["method"] == "calm-ml" else ()
+            foreign = {field.name: field.default for field in fields(LossOptions) if field.name not in shared}
+            presets = {name: value for name, value in foreign.items() if getattr(own, name) == getattr(e_step, name)}
+            values["loss"] = replace(own, **presets)
         return TrainConfig(**{field.name: values[field.name] for field in fields(TrainConfig)})
     except Exception as error:  # on a value of an unexpected type the parser fails in any way
         if isinstance(error, CalmError) and all(path in str(error) for path in paths):
