@@ -72,6 +72,10 @@ def test_normalize_passes_gradients(how):
     assert torch.autograd.gradcheck(lambda maps: normalize(maps, how), maps)
 
 
+def test_cell_coverage_of_fractions_is_in_float64():
+    assert float(cell_coverage((0, 0, 0.6, 1), (1, 5))[0, 3]) < 1e-15
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.data(), st.integers(1, 5), st.integers(1, 5), st.integers(1, 12), st.integers(1, 12))
 def test_cell_coverage_of_rectangles_and_masks_counts_points(data, rows, columns, height, width):

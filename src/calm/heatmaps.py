@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -112,7 +113,8 @@ def cell_coverage(
     tensor([[0.5000, 0.2500]], dtype=torch.float64)
     """
     try:
-        values = torch.as_tensor(region).detach().cpu()
+        # Python's floats are float32 to PyTorch, and float64 to NumPy.
+        values = (region if isinstance(region, Tensor) else torch.as_tensor(np.asarray(region))).detach().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
         raise CalmError(f"a region is a rectangle x0, y0, x1, y1 or a boolean mask, got {shown(region)}") from error
     rows, columns = grid
