@@ -396,6 +396,14 @@ def test_attribute_restores_all_state(name: str, failing: bool, images: Tensor) 
 # --- mistakes -----------------------------------------------------------------------------------------------
 
 
+def test_attribute_of_given_classes_takes_the_passes_of_its_method_alone(model: CalmModel, images: Tensor) -> None:
+    passes: list[int] = []
+    hook = model.register_forward_hook(lambda module, inputs, output: passes.append(len(inputs[0])))
+    attribute(model, images, [0] * len(images), method="gradient")
+    hook.remove()
+    assert passes == [len(images)]
+
+
 def test_attribute_names_the_closest_method(model: CalmModel, images: Tensor) -> None:
     with pytest.raises(CalmError, match="did you mean 'integrated-gradients'"):
         attribute(model, images, TARGETS, "integrated-gradient")

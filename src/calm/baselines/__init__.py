@@ -140,11 +140,14 @@ def attribute(
         raise CalmError(f"images are on {images.device}, the model on {device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
-    with evaluation_mode(model), torch.no_grad():
-        some = images if targets is None else images[:1]
-        scores = torch.cat([class_scores(model(part)) for part in torch.split(some, batch_size)])
-    targets = scores.argmax(dim=1) if targets is None else targets
-    classes = check_classes(targets if own is None else own.class_indices(targets), len(images), scores.shape[1])
+    if own is not None and targets is not None:
+        targets, num_classes = own.class_indices(targets), own.config.num_classes
+    else:  # the classifier says what it predicts, or at least how many classes it has
+        with evaluation_mode(model), torch.no_grad():
+            some = images if targets is None else images[:1]
+            scores = torch.cat([class_scores(model(part)) for part in torch.split(some, batch_size)])
+        targets, num_classes = scores.argmax(dim=1) if targets is None else targets, scores.shape[1]
+    classes = check_classes(targets, len(images), num_classes)
     if classes.ndim != 1:
         raise CalmError(f"targets must be one class per image, got shape {tuple(classes.shape)}")
     size = size or (images.shape[-2], images.shape[-1])

@@ -97,8 +97,7 @@ def push(
             raise CalmError(f"no result in {folder} is of the weights of {model}: run calm evaluate for it again")
         figures = f"\n{markdown(own)}".replace("\n## ", "\n### ")
     if example is not None:
-        best = int(loaded(loaded.preprocess(example)).probs.argmax())
-        drawn = overlay(example, loaded.attribute(loaded.preprocess(example), best)[0])
+        drawn = overlay(example, loaded.attribute(loaded.preprocess(example))[0])
     return loaded.push_to_hub(
         repository, private=private, figures=figures, example=drawn, overwrite_card=overwrite_card
     )
