@@ -186,7 +186,7 @@ def test_code_in_a_card_is_imported_only_if_named_or_trusted(nets, capsys, monke
         calm.load("model")
     trust(f"{nets}:small(width=8)")  # other arguments are other code
     trust(f"{nets}:small")
-    with pytest.raises(CalmError, match="names code to import"):
+    with pytest.raises(CalmError, match=f"you trust it with other arguments, {nets}:small, and these count"):
         calm.load("model")
     assert "imported" not in capsys.readouterr().out
     images = torch.randn(2, 3, 224, 224)
@@ -234,10 +234,16 @@ def test_commands_train_and_use_own_code(nets, capsys):
     assert main([*sweep, "--backbone", name]) == 0
     os.environ["CALM_TRUST"] = ""
     assert main([*words, "--backbone", name, "--run_dir", "run", "--batch_size", "4"]) == 0
+    assert f"next: calm --trust '{name}' attribute --model run IMAGE.jpg" in capsys.readouterr().out
     os.environ["CALM_TRUST"] = ""
     attribute = ["attribute", "--model", "run", "pictures/test/red/4.png", "--out", "maps"]
     capsys.readouterr()
     assert main(attribute) == 2
     assert f"calm --trust '{name}' COMMAND" in capsys.readouterr().err
+    for wrong in (["--trust"], ["--trust", "small", *attribute], [*attribute, "--trust="]):
+        assert main(wrong) == 2
+        assert "--trust takes code in quotes" in capsys.readouterr().err
+    assert main([*attribute, "--trust", name]) == 0  # also after the command
+    os.environ["CALM_TRUST"] = ""
     assert main(["--trust", name, *attribute]) == 0
     assert list(Path("maps").rglob("*.npy"))

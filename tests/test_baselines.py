@@ -540,6 +540,10 @@ def test_attribute_says_what_a_classifier_of_another_package_needs():
     with pytest.raises(CalmError, match="targets"):
         attribute(vit, images, "crow")
     with pytest.raises(CalmError, match=r"returns logits \(B, C\), this one returned shape \(1, 4, 62, 62\)"):
-        attribute(nn.Conv2d(3, 4, 3), images, 0)
+        attribute(nn.Conv2d(3, 4, 3), images, 0, "gradient")
+    seen: list[torch.Size] = []
+    vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
+    attribute(vit, images.expand(2, -1, -1, -1), [0, 2], "gradient")
+    assert seen == [(2, 3, 64, 64)]  # no pass to count the classes
     with pytest.raises(CalmError, match="no layer that returns a feature map"):
         attribute(nn.Sequential(nn.Flatten(), nn.Linear(12288, 2)), images, 0, "gradcam")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import oracle
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calm.errors import CalmError
+from calm.model import create_model
 from calm.output import ALIASES, MAP_KINDS, CalmOutput, CamOutput, canonical_kind
 
 LOGITS, SCORES = activations_of((3, 5, 3, 4), 11, 1.5)
@@ -199,6 +201,20 @@ def test_mass_of_everything_is_the_prediction_for_one_or_several_targets():
     assert not got[2].any()
     boxes = [(0, 0, 1, 1), (0, 0, 0.5, 1), (0.3, 0.3, 0.3, 0.9)]
     assert_close(CALM.mass(every, boxes), got)
+
+
+def test_attribute_and_mass_take_names_of_classes_where_the_model_gave_them():
+    names = ["crow", "jay", "tree owl"]
+    for method in ("calm-em", "cam"):
+        output = create_model("small_resnet", 3, method, class_names=names)(torch.randn(2, 3, 64, 64))
+        half: Any = {"region": (0, 0, 0.5, 1), "kind": "evidence"}
+        assert_close(output.mass("tree_owl", **half), output.mass(2, **half))
+        assert_close(output.attribute(["jay", "crow"]), output.attribute([1, 0]))
+        with pytest.raises(CalmError, match="no class 'eagle'"):
+            output.attribute("eagle")
+    assert_close(CALM.attribute([1, 1, 1], prior_exponent=0.5), CALM.attribute(1, prior_exponent=0.5))
+    with pytest.raises(CalmError, match="'jay': this output knows no names"):
+        CALM.mass("jay", (0, 0, 1, 1))
 
 
 def test_mass_refuses_scores_and_too_many_regions():

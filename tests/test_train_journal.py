@@ -6,6 +6,7 @@ import csv
 import errno
 import io
 import resource
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from train_cases import tiny_config, tiny_net, write_squares
 from calm.errors import CalmError
 from calm.train import train
 from calm.train.config import LogOptions
-from calm.train.journal import TensorBoardLogger, logger_class, open_loggers
+from calm.train.journal import TensorBoardLogger, closing_lines, logger_class, open_loggers
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -170,3 +171,14 @@ def test_train_logs_to_weights_and_biases_offline(tmp_path: Path, monkeypatch: p
     assert b"epoch/val_accuracy" in written.read_bytes()
     assert list(written.parent.rglob("panel*.png"))
     assert not (run / "tensorboard").exists()
+
+
+def test_closing_lines_tell_this_start_from_the_epochs_before_and_name_code_to_trust(tmp_path: Path) -> None:
+    figures = {"accuracy": 0.5, "nll": 1.0, "ece": 0.1}
+    result = {"seconds": 130.0, **{name: {"epoch": 3, "val": figures, "test": figures} for name in ("best", "last")}}
+    config = tiny_config(tmp_path, tmp_path / "run", backbone="nets:small(width=3)")
+    lines = closing_lines(result, Path("run"), config, 9, 40.2, 30.0).splitlines()
+    assert "done in 40 s, 30 s of them for training (2 min with the epochs before): run" in lines
+    assert [line[6:].startswith("calm --trust 'nets:small(width=3)' ") for line in lines[-3:]] == [True] * 3
+    lines = closing_lines(result, Path("run"), replace(config, backbone="custom"), 9, 140.0, 130.0).splitlines()
+    assert lines[-1] == "done in 2 min, 2 min of them for training: run"

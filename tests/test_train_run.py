@@ -55,6 +55,7 @@ from calm.train.config import (
     RunLength,
     TrainConfig,
 )
+from calm.train.data import build_model
 from calm.train.folder import check_folder, is_finished, write_config
 from calm.train.optim import build_scheduler
 
@@ -435,6 +436,33 @@ def test_train_learns_with_these_options(changes: dict[str, Any], data: Path, tm
     run = train(tiny_config(data, tmp_path / "run", **changes), backbone=tiny_net(), quiet=True)
     rows = list(csv.DictReader((run / "metrics.csv").read_text().splitlines()))
     assert float(rows[-1]["train_loss"]) < float(rows[0]["train_loss"])
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"freeze_norm": True}, "warning: model.freeze_norm keeps BatchNorm's statistics"),
+        ({"freeze": "stages.0"}, "warning: model.freeze keeps the backbone at its random start"),
+        ({"freeze": True, "freeze_norm": True}, "warning: model.freeze keeps the backbone at its random start"),
+    ],
+)
+def test_build_model_warns_of_a_random_start_that_is_kept(options: dict[str, Any], said: str, data: Path) -> None:
+    config = tiny_config(data, Path("run"), backbone="small_resnet", model=ModelOptions(pretrained=False, **options))
+    split = load_split(data, "train")
+    model, line = build_model(config, split, None)
+    assert line.startswith(said)
+    assert "--model.weights FILE" in line
+    assert build_model(config, split, tiny_net())[1] == ""  # an own module starts as its maker says
+    model.save_pretrained(data.parent / "start")
+    start = ModelOptions(pretrained=False, init_from=str(data.parent / "start"), **options)
+    assert "warning" not in build_model(replace(config, model=start), split, None)[1]
+
+
+def test_build_model_takes_the_size_of_a_network_that_takes_no_other(data: Path) -> None:
+    config = tiny_config(data, Path("run"), backbone="botnet26t_256", model=ModelOptions(pretrained=False))
+    config = replace(config, reading=DataOptions())
+    assert config.reading.processes == min(4, len(os.sched_getaffinity(0)))
+    assert build_model(config, load_split(data, "train"), None)[0].preprocessing.size == (256, 256)
 
 
 def test_train_refuses_impossible_hardware(data: Path, tmp_path: Path) -> None:

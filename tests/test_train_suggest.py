@@ -66,7 +66,7 @@ def test_suggest_takes_pretrained_weights_for_photographs_where_they_are(
         config = suggested(text)
         assert (config.backbone, config.reading.balance, config.batch_size) == (backbone, False, 4)
         assert said in text
-        assert config.reading.workers == (2 if weights else 0)
+        assert config.reading.workers == (None if weights else 0)
     monkeypatch.setattr("calm.train.suggest.resolve_device", lambda: torch.device("cuda"))
     assert suggested(suggest(TrainConfig(data))).backbone == "resnet50"
 

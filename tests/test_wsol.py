@@ -248,8 +248,9 @@ def test_wsol_options_refuse_what_does_not_fit(options: Any, message: str) -> No
 
 def test_train_wsol_flag_names_one_method_or_several() -> None:
     assert parse(["--data=d", "--wsol", "acol"]).wsol.methods == ["acol"]
-    config = parse(["--data=d", "--wsol=has+cutmix", "--wsol.has_patches=[16,32]"])
-    assert config.wsol.methods == ["has", "cutmix"]
+    for both in ("has+cutmix", "has,cutmix", "has, cutmix"):
+        config = parse(["--data=d", "--wsol", both, "--wsol.has_patches=[16,32]"])
+        assert config.wsol.methods == ["has", "cutmix"]
     assert (config.wsol.has_patches, config.augment.cutmix) == ([16, 32], 1.0)
     assert parse(["--data=d", "--wsol=cutmix", "--augment.cutmix=0.5"]).augment.cutmix == 0.5
     with pytest.raises(CalmError, match="did you mean 'has'"):

@@ -135,10 +135,12 @@ def check_trusted(name: str, where: str) -> None:
         name: A backbone's name.
         where: The file that has it, for the message.
     """
-    code = parse_code(name)
-    if code is not None and code not in map(parse_code, os.environ.get(TRUST, "").splitlines()):
+    code, trusted = parse_code(name), os.environ.get(TRUST, "").splitlines()
+    if code is not None and code not in map(parse_code, trusted):
+        alike = [other for other in trusted if (known := parse_code(other)) and known[:2] == code[:2]]
+        but = f" (you trust it with other arguments, {alike[-1]}, and these count, too)" if alike else ""
         raise CalmError(
-            f"{where} names code to import for its backbone: {name}. If you know that code, trust it: "
+            f"{where} names code to import for its backbone: {name}{but}. If you know that code, trust it: "
             f"calm --trust {shlex.quote(name)} COMMAND ..., or calm.load(..., backbone={name!r})"
         )
 

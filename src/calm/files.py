@@ -346,6 +346,11 @@ S = TypeVar("S")
 T = TypeVar("T")
 
 
+def processors() -> int:
+    """Return how many processors this process may use, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def in_threads(function: Callable[[S], T], items: Sequence[S], workers: int | None = None) -> Iterator[T]:
     """Yield ``function`` of each item, in order, computed in threads: by default two per processor.
 

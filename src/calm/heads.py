@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
 
 import torch
 from jaxtyping import Float
@@ -13,11 +12,8 @@ from calm.config import ModelConfig, PriorActivation, PriorDenominator, class_in
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import check_images
-from calm.latent import Targets, check_classes
+from calm.latent import NamedTargets, Targets, check_classes, class_indices
 from calm.output import CalmOutput, CamOutput, Superclass, canonical_kind
-
-NamedTargets: TypeAlias = "Targets | str | Sequence[str] | Sequence[Sequence[str]]"
-"""Class indices, or names as `CalmModel.class_index` takes them: (B,), (B, K), or one for all images."""
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -158,6 +154,8 @@ class Network(nn.Module):
     def _read(self, features: Tensor, targets: Tensor | None) -> CalmOutput | CamOutput:
         output: CalmOutput | CamOutput
         output = self.head(features) if self.config.acol_threshold is None else self.head(features, targets)
+        if not torch.compiler.is_compiling():  # names are no part of a graph
+            output.class_names = self.class_names
         return output
 
     def loss(
@@ -290,8 +288,5 @@ class Network(nn.Module):
 
     def class_indices(self, targets: NamedTargets) -> Targets:
         """Return targets, in which names of classes may stand for their indices, with indices alone."""
-        if isinstance(targets, str):
-            return self.class_index(targets)
-        if isinstance(targets, (list, tuple)):
-            return [self.class_indices(target) for target in targets]  # type: ignore[return-value]
-        return targets  # type: ignore[return-value]
+        indices: Targets = class_indices(targets, self.class_names)
+        return indices

@@ -25,11 +25,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from calm.config import PriorActivation, PriorDenominator
+from calm.config import PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError, shown, unknown
 
 Targets: TypeAlias = "Tensor | Sequence[int] | Sequence[Sequence[int]] | SupportsIndex"
 """Class indices (B,) or (B, K), or one index for all images."""
+
+NamedTargets: TypeAlias = "Targets | str | Sequence[str] | Sequence[Sequence[str]]"
+"""Class indices, or names as `calm.config.class_index` takes them: (B,), (B, K), or one for all images."""
 
 
 def widen(values: Tensor) -> Tensor:
@@ -244,6 +247,21 @@ def check_targets(targets: Tensor, batch: int, classes: int) -> Tensor:
             for image in valid.logical_not().nonzero().flatten()[:1].tolist():
                 given = shown(targets[image].tolist())
                 raise CalmError(f"target {given} of image {image}: it must be {allowed}") from None
+    return targets
+
+
+def class_indices(targets: Any, names: Sequence[str]) -> Any:
+    """Return targets, in which names of classes may stand for their indices (`class_index`), with indices alone.
+
+    Raises:
+        CalmError: If there is no such class, or ``names`` is empty as those of the classes are not known.
+    """
+    if isinstance(targets, str):
+        if not names:
+            raise CalmError(f"target {targets!r}: this output knows no names of classes: give their indices")
+        return class_index(names, targets)
+    if isinstance(targets, (list, tuple)):
+        return [class_indices(target, names) for target in targets]
     return targets
 
 

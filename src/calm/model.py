@@ -20,7 +20,7 @@ from calm import checkpoint
 from calm.acol import AcolCalmHead, AcolCamHead
 from calm.config import Interpolation, Method, ModelConfig, PriorActivation, PriorDenominator, check_trusted, parse_code
 from calm.errors import CalmError
-from calm.heads import CalmHead as CalmHead, CamHead as CamHead, NamedTargets as NamedTargets, Network
+from calm.heads import CalmHead as CalmHead, CamHead as CamHead, Network
 from calm.images import ImageLike, Preprocessing
 from calm.inference import evaluation_mode, first_nonfinite_weight, optimized_for_inference
 from calm.output import Prediction

@@ -25,7 +25,7 @@ from calm.kinds import (
     canonical_kind as canonical_kind,
     superclass_members,
 )
-from calm.latent import Targets, check_classes, widen
+from calm.latent import NamedTargets, check_classes, class_indices, widen
 
 
 @dataclass(frozen=True, repr=False)
@@ -67,6 +67,7 @@ class _Output:
     _first: ClassVar[str]  # name of a field whose shape begins with (B, C)
     default_kind: ClassVar[str]
     _contents: ClassVar[tuple[tuple[str, str, str], ...]]  # for people: name, letters of the axes, meaning
+    class_names: tuple[str, ...] = ()  # of the model; empty if it is unknown, as after torch.compile
     log_probs: Any  # this and the next are properties of each family
     grid: Any
 
@@ -92,7 +93,7 @@ class _Output:
 
     def attribute(
         self,
-        targets: Targets | None = None,
+        targets: NamedTargets | None = None,
         kind: str | None = None,
         *,
         superclass: Superclass | None = None,
@@ -103,7 +104,8 @@ class _Output:
 
         Args:
             targets: Class indices, (B,) for one map per image or (B, K) for K, as a tensor or a list; or one class for
-                all images. None is the most probable class of each image.
+                all images. In lists names of classes may stand for indices. None is the most probable class of each
+                image.
             kind: A name in `MAP_KINDS`; None is ``joint`` for CALM and ``cam`` for CAM.
             superclass: For the ``-superclass`` kinds: the classes that each target is summed over.
             size: (height, width) to resize to; None leaves the maps on the grid.
@@ -118,11 +120,12 @@ class _Output:
                 range, a superclass is missing or not wanted, or the prior's exponent is negative or there is no prior.
         """
         if prior_exponent != 1:
-            return self._tempered(prior_exponent).attribute(targets, kind, superclass=superclass, size=size)
+            indices = None if targets is None else class_indices(targets, self.class_names)
+            return self._tempered(prior_exponent).attribute(indices, kind, superclass=superclass, size=size)
         kind = self.default_kind if kind is None else kind
         spec = MAP_KINDS[canonical_kind(kind, self.family)]
-        targets = self.log_probs.argmax(dim=1) if targets is None else targets
-        targets = check_classes(targets, self.batch_size, self.num_classes).to(self.device)
+        given = self.log_probs.argmax(dim=1) if targets is None else class_indices(targets, self.class_names)
+        targets = check_classes(given, self.batch_size, self.num_classes).to(self.device)
         classes = targets if targets.ndim == 2 else targets.unsqueeze(1)
         if (spec.over == "superclass") != (superclass is not None):
             needs = "needs superclass=, a mapping from target to its classes"
@@ -141,7 +144,7 @@ class _Output:
 
     def mass(
         self,
-        targets: Targets | None,
+        targets: NamedTargets | None,
         region: Region,
         *,
         kind: str | None = None,

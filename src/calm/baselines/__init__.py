@@ -7,8 +7,11 @@ baseline, write its function and add a line to ``BASELINES``.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,8 +25,8 @@ from calm.errors import CalmError, needs_extra, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.inference import evaluation_mode
-from calm.latent import check_classes, widen
-from calm.model import CalmModel, NamedTargets
+from calm.latent import NamedTargets, check_classes, widen
+from calm.model import CalmModel
 from calm.output import ALIASES as MAP_ALIASES, MAP_KINDS, Superclass
 
 __all__ = [
@@ -140,19 +143,20 @@ def attribute(
         raise CalmError(f"images are on {images.device}, the model on {device}: move them together")
     if not len(images):
         raise CalmError("images is empty: give at least one")
-    if own is not None and targets is not None:
-        targets, num_classes = own.class_indices(targets), own.config.num_classes
-    else:  # the classifier says what it predicts, or at least how many classes it has
+    num_classes = sys.maxsize if own is None else own.config.num_classes
+    if targets is None:
         with evaluation_mode(model), torch.no_grad():
-            some = images if targets is None else images[:1]
-            scores = torch.cat([class_scores(model(part)) for part in torch.split(some, batch_size)])
-        targets, num_classes = scores.argmax(dim=1) if targets is None else targets, scores.shape[1]
+            scores = torch.cat([class_scores(model(part)) for part in torch.split(images, batch_size)])
+        targets = scores.argmax(dim=1)
+    elif own is not None:
+        targets = own.class_indices(targets)
     classes = check_classes(targets, len(images), num_classes)
     if classes.ndim != 1:
         raise CalmError(f"targets must be one class per image, got shape {tuple(classes.shape)}")
     size = size or (images.shape[-2], images.shape[-1])
     maps = []
-    with evaluation_mode(model), needs_extra(f"method {name!r}", "baselines"):
+    checked = nullcontext() if own else model.register_forward_hook(partial(_check_range, classes))
+    with evaluation_mode(model), checked, needs_extra(f"method {name!r}", "baselines"):
         # A copy: the caller's tensor keeps its flags, and one made in inference mode can enter a graph. It is wide, so
         # that noise, gradients and their sums are, too, where the model computes in half precision.
         images, classes = images.detach().clone(), classes.clone().to(images.device)
@@ -166,6 +170,11 @@ def attribute(
                 part_maps = own.attribute(part, part_classes, name, superclass=superclass, size=size)
             maps.append(resize_maps(part_maps, size))
     return torch.cat(maps)
+
+
+def _check_range(classes: Tensor, model: nn.Module, inputs: Any, output: Any) -> None:
+    """Check targets when a classifier that is not ours first says how many classes it has: no pass is spent on that."""
+    check_classes(classes, len(classes), class_scores(output).shape[1])
 
 
 def canonical_method(method: str, model: CalmModel | None = None) -> str:

@@ -154,22 +154,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 for success; 1 for success with a finding (`calm data check`); 2 for a mistake of the user,
         which one message on standard error explains; 130 after an interrupt. With ``--debug`` or CALM_DEBUG=1 errors
-        show their traceback. ``--trust CODE`` lets a model's backbone be imported: see `calm.config.check_trusted`.
+        show their traceback. ``--trust CODE``, before or after the command, lets a model's backbone be imported: see
+        `calm.config.check_trusted`.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    debug = os.environ.get("CALM_DEBUG", "") not in ("", "0")
-    while words[:1] in (["--debug"], ["--trust"]):
-        debug = debug or words[0] == "--debug"
-        if words[0] == "--trust":
-            from calm.config import trust
-
-            trust(words.pop(1) if words[1:] else "")
-        words = words[1:]
+    debug = os.environ.get("CALM_DEBUG", "") not in ("", "0") or "--debug" in words
+    words = [word for word in words if word != "--debug"]
     if not debug:  # one line without the place in the code
         warnings.formatwarning = lambda message, *place: f"calm: warning: {message}\n"
     try:
         try:
-            code = run(words)
+            code = run(_trusting(words))
         except SystemExit as stop:  # a parser after --help or --print_config
             code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
         sys.stdout.flush()
@@ -184,6 +179,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print("calm: interrupted", file=sys.stderr)
         return 130
+
+
+def _trusting(words: list[str]) -> list[str]:
+    """Trust the code that ``--trust CODE`` names, and return the other words."""
+    from calm.config import parse_code, trust
+
+    rest: list[str] = []
+    remaining = iter(words)
+    for word in remaining:
+        flag, equals, code = word.partition("=")
+        if flag != "--trust":
+            rest.append(word)
+            continue
+        code = code if equals else next(remaining, "")
+        if parse_code(code) is None:
+            given = f"got {code!r}" if code else "got nothing"
+            raise CalmError(
+                "--trust takes code in quotes, as the model names it, before or after the command: "
+                f"calm --trust 'nets:small(width=32)' COMMAND ...; {given}"
+            )
+        trust(code)
+    return rest
 
 
 def run(words: list[str]) -> int:

@@ -41,10 +41,10 @@ FIRST = {
     "batch_size": "images in a step",
     "lr": "highest learning rate of the backbone",
     "seed": "of everything random",
-    "reading.image_size": "pixels of a side that the model sees; more make a finer grid",
+    "reading.image_size": "pixels of a side that the model sees (224); more make a finer grid",
     "reading.balance": "draw all classes equally often",
     "model.freeze": "train the head alone (true), or the backbone from a part on (layer3)",
-    "wsol": "methods of weakly-supervised localization: has, adl, acol, cutmix; several as has+adl",
+    "wsol": "methods of weakly-supervised localization: has, adl, acol, cutmix; several as has+adl or has,adl",
     "hardware.devices": "how many GPUs or processes",
 }
 """The settings on the first help page, and what they are."""
@@ -122,10 +122,11 @@ def parse(arguments: Sequence[str]) -> TrainConfig:
     except argparse.ArgumentError as error:
         raise CalmError(f"{error.argument_name} needs a value") from error
     if chosen.wsol is not None:
-        for name in chosen.wsol.split("+"):
+        names = re.split(r"[+,]", chosen.wsol.replace(" ", ""))
+        for name in names:
             if name not in get_args(Localizer):
                 raise unknown("method of --wsol", name, get_args(Localizer))
-        rest.append(f"--wsol.methods=[{chosen.wsol.replace('+', ',')}]")
+        rest.append(f"--wsol.methods=[{','.join(names)}]")
     if chosen.skip_bad:
         rest.append("--reading.skip_bad=true")
     if chosen.resume is not None:

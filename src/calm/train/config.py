@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from calm.config import Interpolation, Method, PriorActivation, PriorDenominator, WsolOptions, check_options
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
-from calm.files import read_yaml
+from calm.files import processors, read_yaml
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -43,7 +43,8 @@ class DataOptions:
         balance: draw the training images of an epoch at random, so that every class comes equally often, instead of
             each image once. Probabilities are then those of classes that are equally frequent.
         present_classes_only: number only the classes that have images; otherwise class indices stay the source's.
-        image_size: height and width in pixels that the model sees.
+        image_size: height and width in pixels that the model sees; by default 224, or what a network takes
+            that takes no other.
         channels: channels of the images that the model sees: 3 for RGB, 1 for grey, else the bands of TIFF files.
         bits: bits that the values of files of more than 8 bits use; by default as many as the files say.
         mean: mean of each channel in [0, 1], as [0.1,0.2]; by default ImageNet's.
@@ -51,7 +52,8 @@ class DataOptions:
         interpolation: filter that resizes images, ``bilinear`` or ``bicubic``; by default that of the pretrained
             weights, else bilinear.
         view: the channels, from 0, that overlays show as red, green and blue, as [3,2,1]; by default the first three.
-        workers: processes that read images; 0 reads in the training process. The result does not depend on it.
+        workers: processes that read images; 0 reads in the training process. By default one for each processor, at most
+            four. The result does not depend on it.
         cache: decode all images once, before training, and keep them in memory, resized already where the
             augmentation begins with the same resize every time. The result does not depend on it.
         skip_bad: train without the images that the check complains about, and count them, instead of stopping.
@@ -62,14 +64,14 @@ class DataOptions:
     val_fraction: float = 0.1
     balance: bool = False
     present_classes_only: bool = False
-    image_size: int = 224
+    image_size: int | None = None
     channels: int = 3
     bits: int | None = None
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     interpolation: Interpolation | None = None
     view: tuple[int, ...] | None = None
-    workers: int = 4
+    workers: int | None = None
     cache: bool = False
     skip_bad: bool = False
 
@@ -80,6 +82,11 @@ class DataOptions:
         for name, values in (("mean", self.mean), ("std", self.std)):
             if values is not None and len(values) != self.channels:
                 raise CalmError(f"reading.{name} has {len(values)} values: give {self.channels}, one for each channel")
+
+    @property
+    def processes(self) -> int:
+        """How many processes read images, on this machine."""
+        return min(4, processors()) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True)

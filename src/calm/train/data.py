@@ -22,6 +22,8 @@ from calm.model import CalmModel, create_model, load
 from calm.train.config import TrainConfig
 from calm.train.wsol import add_attention_dropout
 
+WEIGHTS_REMEDY = "Give --model.pretrained true, --model.weights FILE or --model.init_from RUN"
+
 
 def build_loader(
     dataset: ImageDataset, config: TrainConfig, fabric: Fabric, *, shuffle: bool, workers: int
@@ -67,7 +69,7 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     """Build the model of a run at its start, in training mode: for the classes of ``split``, with configured weights
     and input size; ``backbone`` takes the place of the named one."""
     options, reading = config.model, config.reading
-    size = reading.image_size
+    size = None if reading.image_size is None else Preprocessing(size=(reading.image_size, reading.image_size))
     own = backbone is not None or parse_code(config.backbone) is not None  # which starts as it is built
     pretrained = options.pretrained and not own and options.init_from is None
     model = create_model(
@@ -84,10 +86,15 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         acol_threshold=config.wsol.acol_threshold if "acol" in config.wsol.methods else None,
         acol_channels=config.wsol.acol_channels,
         class_names=split.class_names,
-        preprocessing=Preprocessing(size=(size, size)),
+        preprocessing=size,
     )
     given = {name: getattr(reading, name) for name in ("mean", "std", "bits", "view", "interpolation")}
     origin = str(getattr(model.backbone, "weights_report", ""))
+    if not (own or pretrained or options.weights or options.init_from) and (options.freeze or options.freeze_norm):
+        what = "freeze keeps the backbone at its random start, whose features say little"
+        if not options.freeze:
+            what = "freeze_norm keeps BatchNorm's statistics, which are none of a random start: training may diverge"
+        origin = f"warning: model.{what}. {WEIGHTS_REMEDY}"
     if options.init_from is not None:
         origin = _initialise(model, options.init_from, config.data.name, backbone)
     chosen = {name: value for name, value in given.items() if value is not None}

@@ -106,7 +106,7 @@ def cache_features(
         if not (complete.is_file() and json.loads(complete.read_text()) == key):
             features: NDArray[Any] | None = None
             clipped = 0
-            loader = DataLoader(dataset, 32, num_workers=config.reading.workers, generator=torch.Generator())
+            loader = DataLoader(dataset, 32, num_workers=config.reading.processes, generator=torch.Generator())
             for view in range(views[name]):
                 dataset.set_epoch(view)
                 for images, _, indices in loader:

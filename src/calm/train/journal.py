@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.utils.tensorboard import summary
 
 from calm.backbones import grid_size
+from calm.config import parse_code
 from calm.data.dataset import ImageDataset
 from calm.data.records import Split
 from calm.errors import CalmError, unknown
@@ -43,7 +44,7 @@ from calm.model import CalmModel
 from calm.output import CalmOutput
 from calm.render import Picture, Tile, overlay, panel
 from calm.train.checkpoints import Row
-from calm.train.config import IMBALANCE
+from calm.train.config import IMBALANCE, TrainConfig
 
 
 class RunLog:
@@ -115,15 +116,18 @@ def grid_line(model: CalmModel) -> str:
     return f"{cells}; a larger --reading.image_size makes a finer grid"
 
 
-def closing_lines(result: Mapping[str, Any], run_dir: Path, data: Path | None, validated: int, seconds: float) -> str:
+def closing_lines(
+    result: Mapping[str, Any], run_dir: Path, config: TrainConfig, validated: int, seconds: float, trained: float
+) -> str:
     """Return what came out of a run, how long it took, and the commands that go on from here.
 
     Args:
         result: what result.json says.
         run_dir: the run's folder.
-        data: folder of its data; None if no command can build the model.
+        config: its configuration; the commands trust the code that it names for the backbone.
         validated: the number of validation images.
-        seconds: since the run was started.
+        seconds: since the run was started, or continued.
+        trained: seconds of the epochs since then.
     """
     lines = []
     abouts = {"best": f"chosen by {validated:,} validation images; --model and calm.load take it", "last": "in last/"}
@@ -132,12 +136,15 @@ def closing_lines(result: Mapping[str, Any], run_dir: Path, data: Path | None, v
         figures = f"validation accuracy {100 * val['accuracy']:.1f} %, test accuracy {100 * test['accuracy']:.1f} %"
         figures += f", nll {test['nll']:.3f}, calibration error {test['ece']:.3f}"
         lines.append(f"{name} (epoch {epoch}, {about}): {figures}")
-    lines.append(f"done in {duration(seconds)}, {duration(result['seconds'])} of them for training: {run_dir}")
-    if data is not None:
-        run = shlex.quote(str(run_dir))
-        lines.append(f"next: calm attribute --model {run} IMAGE.jpg   # overlays of its maps")
-        lines.append(f"      calm evaluate all --model {run} --data {shlex.quote(str(data))}   # benchmarks")
-        lines.append(f"      calm report {run}   # all of it on one page")
+    spent = f"{duration(seconds)}, {duration(trained)} of them for training"
+    whole = f" ({duration(result['seconds'])} with the epochs before)" if result["seconds"] - trained > 1 else ""
+    lines.append(f"done in {spent}{whole}: {run_dir}")
+    if config.backbone != "custom":  # a module that no command can build
+        run, data = shlex.quote(str(run_dir)), shlex.quote(str(config.data))
+        calm = f"calm --trust {shlex.quote(config.backbone)}" if parse_code(config.backbone) else "calm"
+        lines.append(f"next: {calm} attribute --model {run} IMAGE.jpg   # overlays of its maps")
+        lines.append(f"      {calm} evaluate all --model {run} --data {data}   # benchmarks")
+        lines.append(f"      {calm} report {run}   # all of it on one page")
     return "\n".join(lines)
 
 

@@ -162,7 +162,7 @@ class Trainer:
             trained.backbone.compile()
         self.step = TrainingStep(trained, self.state.averages, config, run)
         self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
-        workers = 0 if config.model.caches else config.reading.workers  # features only have to be copied
+        workers = 0 if config.model.caches else config.reading.processes  # features only have to be copied
         self.loaders = {
             name: build_loader(dataset, config, fabric, shuffle=name == "train", workers=workers)
             for name, dataset in read.items()
@@ -258,9 +258,10 @@ class Trainer:
             raise
         if first:
             write_json(self.run_dir / "result.json", result)
-            custom = self.whole.config.backbone == "custom"  # which no command can build
-            data, validated = (None if custom else self.config.data), len(self.datasets["val"])
-            self.log(journal.closing_lines(result, self.run_dir, data, validated, time.monotonic() - self.log.started))
+            config = replace(self.config, backbone=self.whole.config.backbone)  # as the saved model names it
+            seconds, trained = time.monotonic() - self.log.started, sum(row["seconds"] for row in state.history[begun:])
+            validated = len(self.datasets["val"])
+            self.log(journal.closing_lines(result, self.run_dir, config, validated, seconds, trained))
             if caution := self.evaluated().caution:
                 self.log(f"warning: {caution}. {FLAT_REMEDY}")
         self.fabric.barrier()

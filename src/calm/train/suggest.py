@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import shlex
 from collections.abc import Iterator
 from statistics import median
@@ -88,5 +87,3 @@ def _flags(train: Split, val: Split, side: int) -> Iterator[tuple[str, str]]:
         yield ("--reading.balance true", f"classes have {min(counts)} to {max(counts)} images: all are drawn as often")
     if " of train, by class" in val.origin and len(val.records) < 50:
         yield "--reading.val_fraction 0.2", f"{len(val.records)} validation images are few to choose the best epoch by"
-    if (workers := os.cpu_count() or 1) < backbone.reading.workers:
-        yield f"--reading.workers {workers}", f"as many processes read pictures as there are processors ({workers})"
