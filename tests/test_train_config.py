@@ -32,7 +32,7 @@ def test_train_config_defaults_are_the_released_recipe() -> None:
     optim = config.optim
     assert (optim.name, optim.momentum, optim.nesterov, optim.weight_decay) == ("sgd", 0.9, True, 1e-4)
     assert (optim.head_ratio, optim.schedule, optim.step_epochs, optim.step_factor) == (10, "step", 30, 0.1)
-    assert (config.reading.image_size, config.augment.crop, config.augment.flip) == (224, "resize-crop", 0.5)
+    assert (config.reading.image_size, config.augment.crop, config.augment.flip) == (None, "resize-crop", 0.5)
     assert (config.model.pretrained, config.model.large_feature_map) == (True, True)
     assert config.loss == LossOptions(posterior="current", temperature=1.0)
 
