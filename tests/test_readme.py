@@ -5,8 +5,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import shutil
+import signal
+from contextlib import nullcontext
 from pathlib import Path
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import pytest
 import yaml
@@ -15,7 +18,7 @@ from torch.testing import assert_close
 
 import calm
 from calm.baselines import BASELINES
-from calm.cli import COMMANDS, sweep, train as train_command
+from calm.cli import COMMANDS, main, sweep, train as train_command
 from calm.cli.evaluate import read_config
 from calm.cli.parsing import parse
 from calm.kinds import MAP_KINDS
@@ -63,12 +66,74 @@ def test_readme_python_runs_and_gives_what_it_says(capsys, tmp_path, monkeypatch
     assert "tensor" in capsys.readouterr().out
 
 
-PROGRAMS = [page for page in PAGES if page.name not in ("README.md", "export.md") and blocks(page, "python")]
+# Pages that use the files of docs/start.md: what its commands write.
+AFTER_START = ("start.md", "compare.md", "export.md")
+PROGRAMS = [page for page in PAGES if page.name not in ("README.md", *AFTER_START) and blocks(page, "python")]
+# What makes the commands of docs/start.md quick: fewer and smaller pictures.
+SMALL = {
+    "data birds": ["--species", "4", "--images_per_species", "6", "--size", "32"],
+    "train": ["--epochs", "1", "--batch_size", "4", "--reading.image_size", "32"],
+    "evaluate": ["--replicates", "20"],
+}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The words of the commands of a page, after `calm`."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", "")
+    lines = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("    ")]
+    return [shlex.split(line)[1:] for line in lines if line.startswith("calm ")]
+
+
+def command(words: list[str]) -> str:
+    return next(name for name in COMMANDS if words[: len(name.split())] == name.split())
+
+
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which all commands of docs/start.md were given, in their order, as a shell would give them."""
+    folder = tmp_path_factory.mktemp("start")
+    for number in range(6):
+        for name in ("cat", "dog"):
+            (folder / "my_folder" / name).mkdir(parents=True, exist_ok=True)
+            Image.effect_noise((40, 40), 80).save(folder / "my_folder" / name / f"{number}.png")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(folder)
+        served: list[str] = []
+        patched.setattr("calm.app.running", lambda _, title, **__: nullcontext((served.append(title), Mock())))
+        patched.setattr(signal, "signal", lambda *_: None)
+        patched.setattr(signal, "pause", lambda: None)
+        for words in commands(ROOT / "docs" / "start.md"):
+            assert main([*words, *SMALL.get(command(words), [])]) == 0, words
+        assert served == ["birds"]
+    return folder
+
+
+def test_the_commands_of_the_first_page_write_what_it_says(started):
+    assert (started / "report.html").read_text(encoding="utf-8").count("<table") > 4
+    assert (started / "maps" / "gallery.html").is_file()
+    assert len(list((started / "maps").glob("*_0001_*.joint.png"))) == 4
+    assert list((started / "maps").glob("*.evidence-signed-difference.png"))
+    assert (started / "birds.onnx").stat().st_size > 100_000
+
+
+@pytest.mark.parametrize("page", AFTER_START)
+def test_python_of_the_docs_runs_after_the_first_page(page, started, monkeypatch, capsys):
+    monkeypatch.chdir(started)
+    if page == "export.md":
+        assert main(["export", "--model", "runs/birds", "--out", "birds.pt2", "--to", "torch-export"]) == 0
+        shutil.copy("birds/images/001.Red_crowned_Finch/Red_crowned_Finch_0001_1.jpg", "bird.jpg")
+    names: dict[str, object] = {}
+    with patch.dict(BASELINES):
+        exec(compile("\n".join(blocks(ROOT / "docs" / page, "python")), page, "exec"), names)
+    if page == "export.md":
+        assert names["maps"].shape[:2] == (2, 2)
+    if page == "compare.md":
+        assert "feature-norm" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("page", PROGRAMS, ids=lambda page: page.name)
 def test_python_of_the_docs_runs(page, tmp_path, monkeypatch):
-    """The blocks of a page are one program. Those of export.md read what an export wrote, which takes long."""
+    """The blocks of a page are one program."""
     monkeypatch.chdir(tmp_path)
     with patch.dict(MAP_KINDS), patch.dict(BASELINES):  # which extensions add to
         exec(compile("\n".join(blocks(page, "python")), page.name, "exec"), {})
@@ -105,6 +170,15 @@ def test_the_site_has_every_page_and_its_links():
     assert site_pages.site_links(code, "docs/reading.md") == code
 
 
+def test_troubleshooting_names_messages_of_the_product():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "calm").rglob("*.py"))
+    source = re.sub(r"\{[^{}]*\}", "…", re.sub(r'"\s*\n\s*f?"', "", source))  # strings in one piece, without values
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    messages = [match[2] for match in re.finditer(r"^### (?:.*: )?(`+) ?(.+?) ?\1$", page, flags=re.M)]
+    assert len(messages) > 12
+    assert not [part for message in messages for part in message.split("…") if part.strip() not in source]
+
+
 def test_citation_names_the_paper_of_the_readme():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     paper = citation["preferred-citation"]
@@ -116,21 +190,18 @@ def test_citation_names_the_paper_of_the_readme():
 
 
 def test_commands_of_all_pages_parse():
-    text = "\n".join(page.read_text(encoding="utf-8") for page in PAGES).replace("\\\n", "")
-    lines = [line.split("#")[0].strip() for line in text.splitlines() if line.startswith("    ")]
-    commands = [shlex.split(line)[1:] for line in lines if line.startswith("calm ")]
-    assert len(commands) >= 15
-    for words in commands:
-        if words[0] == "train":
-            train_command.parse(words[1:])
-            continue
-        if words[0] == "sweep":
-            flags, rest = sweep.build_parser().parse_known_args(words[1:])
+    found = [words for page in PAGES for words in commands(page)]
+    assert len(found) >= 15
+    for words in found:
+        name = command(words)
+        rest = words[len(name.split()) :]
+        if name == "train":
+            train_command.parse(rest)
+        elif name == "sweep":
+            flags, rest = sweep.build_parser().parse_known_args(rest)
             assert flags.trials
             train_command.parse(rest)
-            continue
-        if words[0] == "evaluate":
-            read_config(words[1:])
-            continue
-        name = next(name for name in COMMANDS if words[: len(name.split())] == name.split())
-        parse(COMMANDS[name].parser(name), words[len(name.split()) :])
+        elif name == "evaluate":
+            read_config(rest)
+        else:
+            parse(COMMANDS[name].parser(name), rest)

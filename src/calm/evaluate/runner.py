@@ -365,7 +365,7 @@ def run(
     name: str,
     subject: Subject | MapFolder,
     data: Data,
-    out: Path,
+    out: Path | str,
     *,
     batch_size: int = 32,
     workers: int = 0,
@@ -392,7 +392,7 @@ def run(
     """
     row = benchmark(name)
     label = subject.label + row.label(options)
-    path = result_path(name, subject, data, out, options)
+    path = result_path(name, subject, data, Path(out), options)
     # The first process decides, and reads: another may not see the file, or see it appear in between.
     stored = all_gather(Result.load(path) if is_first() and path.is_file() else None)[0]
     current: dict[str, Any] = {"subject": dict(subject.about), "data": dict(data.facts)}  # with paths as they are now
