@@ -25,6 +25,7 @@ from forks import Fork
 from torch import nn
 from train_cases import (
     SIZE,
+    TinyNet,
     checkpoint_of,
     in_two_processes,
     killed,
@@ -191,10 +192,19 @@ def test_train_takes_the_precision_of_the_processor(
     monkeypatch.setattr(run_module, "automatic_precision", lambda device: ("bf16-mixed", f"{device} is said to"))
     config = tiny_config(data, tmp_path / "auto", epochs=1, hardware=Hardware(accelerator="cpu"))
     config = replace(config, optim=replace(config.optim, warmup_epochs=0.0))
-    train(config, backbone=tiny_net(), quiet=True)
-    assert "precision bf16-mixed: cpu is said to" in (tmp_path / "auto" / "log.txt").read_text()
+
+    def net() -> TinyNet:
+        built = tiny_net()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            built.layers.append(nn.Conv2d(6, 6, 5, padding=2, groups=6))
+        return built
+
+    train(config, backbone=net(), quiet=True)
+    log = (tmp_path / "auto" / "log.txt").read_text()
+    assert "precision bf16-mixed: cpu is said to\n1 depthwise convolutions are trained in float32" in log
     named = replace(config, run_dir=tmp_path / "named", hardware=replace(config.hardware, precision="bf16-mixed"))
-    train(named, backbone=tiny_net(), quiet=True)
+    train(named, backbone=net(), quiet=True)
     assert_close(weights_of(tmp_path / "auto"), weights_of(tmp_path / "named"))
     assert "precision: bf16-mixed" in (tmp_path / "auto" / "config.yaml").read_text()
     assert is_finished(tmp_path / "auto", named)

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import blake2b
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,42 @@ def automatic_precision(device: torch.device) -> tuple[Precision, str]:
     if computes:
         return "bf16-mixed", f"{what} computes bfloat16, which is faster; 32-true is float32"
     return "32-true", f"{what} does not compute bfloat16 itself"
+
+
+def is_depthwise(part: nn.Module) -> TypeGuard[nn.Conv2d]:
+    """Return whether a module is a convolution of each channel by itself."""
+    return isinstance(part, nn.Conv2d) and part.groups == part.in_channels > 1
+
+
+class _TrainsInFloat32(nn.Module):
+    """A convolution that autocast on a CPU does not narrow where a gradient will be taken."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gradient = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in self.parameters()))
+        if x.device.type != "cpu" or not (gradient and torch.is_autocast_enabled("cpu")):
+            return super().forward(x)  # type: ignore[no-any-return]
+        with torch.autocast("cpu", enabled=False):
+            out: Tensor = super().forward(x.float())
+        return out.to(torch.get_autocast_dtype("cpu"))
+
+
+def keep_slow_gradients_in_float32(module: nn.Module) -> int:
+    """Let the depthwise convolutions whose bfloat16 gradient is slow on a CPU be trained in float32, in place.
+
+    PyTorch 2.14 (oneDNN) takes 2 to 8 times as long for the gradient of a depthwise convolution in bfloat16 as in
+    float32, unless its kernel is 3x3 and its stride 1; ``benchmarks/README.md`` says what that is of a whole step.
+    Predictions, and steps without autocast, stay as they are.
+
+    Returns:
+        How many they are.
+    """
+    slow = [part for part in module.modules() if is_depthwise(part) and (part.kernel_size, part.stride) != _FAST]
+    for part in slow:
+        part.__class__ = type(type(part).__name__, (_TrainsInFloat32, type(part)), {})
+    return len(slow)
+
+
+_FAST = (3, 3), (1, 1)
 
 
 def first_nonfinite_weight(module: nn.Module) -> str | None:
@@ -88,7 +125,8 @@ def optimized_for_inference(module: nn.Module, images: Tensor) -> nn.Module:
         images: An example of its input, (B, C, H, W); random numbers will do.
 
     Returns:
-        The copy. It computes the same but for rounding, and takes images of any memory format.
+        The copy. It computes the same but for rounding, and takes images of any memory format. On a GPU a network with
+        depthwise convolutions has the channels first, for they are slower otherwise.
     """
     plain = copy.deepcopy(module).eval().requires_grad_(False)
     folded = copy.deepcopy(plain)
@@ -104,7 +142,13 @@ def optimized_for_inference(module: nn.Module, images: Tensor) -> nn.Module:
     except Exception:  # a network may do anything with its parts; what it does then is left alone
         same = False
     chosen: nn.Module = folded if same else plain
-    return chosen.to(memory_format=torch.channels_last)
+    return chosen.to(memory_format=_memory_format(chosen, images.device))
+
+
+def _memory_format(module: nn.Module, device: torch.device) -> torch.memory_format:
+    """Return the faster memory format of predictions."""
+    first = device.type == "cuda" and any(map(is_depthwise, module.modules()))
+    return torch.contiguous_format if first else torch.channels_last
 
 
 def _batch_norms_after_convolutions(

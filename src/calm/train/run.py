@@ -36,7 +36,7 @@ from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import summary
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
-from calm.inference import automatic_precision, evaluation_mode, mix_seed
+from calm.inference import automatic_precision, evaluation_mode, keep_slow_gradients_in_float32, mix_seed
 from calm.metrics.classification import Classification
 from calm.model import CalmModel
 from calm.train import checkpoints, folder, journal
@@ -102,6 +102,9 @@ def train(
         model.training_summary = {"data": config.data.name, "fingerprint": fingerprint, "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
         fabric = _fabric(config.hardware)
+        narrow = fabric.device.type == "cpu" and config.hardware.precision == "bf16-mixed"
+        if narrow and (slow := keep_slow_gradients_in_float32(model.backbone)):
+            precision_line += f"\n{slow} depthwise convolutions are trained in float32, which is faster on a CPU"
         if first:
             data = {"fingerprint": fingerprint, "splits": described, "check": report.summary}
             folder.open_folder(run_dir, config, data)
