@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,9 +27,18 @@ from calm.model import create_model, load
 from calm.output import CalmOutput
 from calm.released import save_released
 from calm.train import train
-from calm.train.wsol import add_attention_dropout, drop_by_attention, dropout_layers, hide_patches
+from calm.train.wsol import (
+    SelfProducedGuidance,
+    add_attention_dropout,
+    drop_by_attention,
+    dropout_layers,
+    guided_layers,
+    hide_patches,
+    seed_loss,
+    seeds,
+)
 
-METHODS = ["has", "adl", "acol", "cutmix"]
+METHODS = ["has", "adl", "acol", "spg", "cutmix"]
 
 
 @pytest.fixture(scope="module")
@@ -226,6 +237,101 @@ def test_acol_passes_through_torch_export() -> None:
     torch.testing.assert_close(exported(images).joint, model(images).joint)
 
 
+# --- SPG
+
+
+def test_seeds_are_foreground_background_and_unknown() -> None:
+    scores = torch.full((2, 8, 8), 0.3)
+    scores[0, :5] = 0.8  # 40 pixels
+    scores[0, 7] = 0.05
+    scores[1, 0, :4] = torch.tensor([0.9, 0.64, 0.62, 0.0])  # fewer than 30 above: those above 0.7 * 0.9 = 0.63
+    first, second = seeds(scores, (0.7, 0.1))
+    assert (first[:5] == 1).all()
+    assert first[5:7].isnan().all()
+    assert (first[7] == 0).all()
+    assert second[0, :4].tolist()[:2] == [1, 1]
+    assert second[0, 2].isnan()
+    assert second[0, 3] == 0
+    assert second.isnan().sum() == 61
+
+
+def test_seed_loss_is_the_cross_entropy_of_the_known_pixels() -> None:
+    scores = torch.tensor([[[0.5, -1.0], [2.0, 9.0]]], requires_grad=True)
+    mask = torch.tensor([[[1.0, 0.0], [0.0, math.nan]]])
+    sigmoid = [1 / (1 + math.exp(-value)) for value in (0.5, -1.0, 2.0)]
+    expected = -(math.log(sigmoid[0]) + math.log(1 - sigmoid[1]) + math.log(1 - sigmoid[2])) / 3
+    loss = seed_loss(scores, mask)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-6)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert scores.grad is not None
+    assert (scores.grad != 0).tolist() == [[[True, True], [True, False]]]
+    assert float(seed_loss(scores.detach(), torch.full_like(mask, math.nan))) == 0
+
+
+@pytest.mark.parametrize("method", ["cam", "calm-em"])
+def test_self_produced_guidance_teaches_b2_by_the_map_b1_by_b2_and_c_by_both(method: Any) -> None:
+    torch.manual_seed(1)
+    model = create_model(tiny_net(stateful=False), 3, method)
+    options = WsolOptions(["spg"], spg_layers=["layers.0", "layers.2"], spg_channels=5, spg_foreground_b2=0.6)
+    guidance = SelfProducedGuidance(model.backbone, options, (3, SIZE, SIZE))
+    images, targets = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 2, 1, 1])
+    output = model(images)
+    loss = guidance(output, targets, (SIZE, SIZE))
+    with torch.no_grad():
+        first = model.backbone.layers[0](images)
+        features = [first, model.backbone.layers[2](first.relu()), model.backbone(images)]
+        hidden = [conv(each).relu() for conv, each in zip(guidance.convolutions, features, strict=True)]
+        scores = [guidance.shared(hidden[0]), guidance.shared(hidden[1]), guidance.last(hidden[2])]
+        b1, b2, c = (torch.nn.functional.interpolate(score, (SIZE, SIZE), mode="bilinear")[:, 0] for score in scores)
+        attention = output.attribute(targets, size=(SIZE, SIZE))
+        low, high = attention.amin((1, 2), True), attention.amax((1, 2), True)
+        pairs = [
+            (b2, (attention - low) / (high - low), (0.6, 0.01)),
+            (b1, b2.sigmoid(), (0.5, 0.05)),
+            (c, (b1.sigmoid() + b2.sigmoid()) / 2, (0.7, 0.1)),
+        ]
+        expected = sum(float(seed_loss(score, seeds(teacher, cuts))) for score, teacher, cuts in pairs)
+    assert float(loss.detach()) == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.abs().sum() > 0 for weight in guidance.parameters())
+    assert model.backbone.layers[2].weight.grad is not None
+    assert all(weight.grad is None for weight in model.head.parameters()), "no gradient flows into the map"
+    with torch.no_grad():
+        copy.deepcopy(model)(images)
+    assert not guidance._features
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "layers", "channels"),
+    [
+        ("resnet50", {}, ["layer3.0", "layer3"], [1024, 1024, 2048]),
+        ("vgg16", {"use_bn": False}, ["features.22", "features.28"], [512, 512, 1024]),
+        ("vgg16", {"large_feature_map": False}, ["features.33", "features.42"], [512, 512, 1024]),
+        ("inception_v3", {}, ["Mixed_5d", "Mixed_6e"], [288, 768, 1024]),
+        ("tiny_resnet", {}, ["stem", "stages.0"], [32, 32, 64]),
+        ("timm/resnet10t", {}, ["model.layer2", "model.layer3"], [128, 256, 512]),
+        ("tf_efficientnet_lite0", {"output_stride": 16}, ["model.blocks.2", "model.blocks.4"], [40, 112, 1280]),
+    ],
+)
+def test_self_produced_guidance_has_its_place_in_each_backbone(
+    name: str, options: Any, layers: list[str], channels: list[int]
+) -> None:
+    backbone = build_backbone(name, **options)
+    keys = list(backbone.state_dict())
+    guidance = SelfProducedGuidance(backbone, WsolOptions(["spg"]), (3, 64, 64))
+    assert guidance.layers == layers
+    assert [conv.in_channels for conv in guidance.convolutions] == channels
+    assert guidance.last.in_channels == min(512, channels[1])
+    assert list(backbone.state_dict()) == keys
+
+
+def test_self_produced_guidance_says_where_it_has_no_place() -> None:
+    with pytest.raises(CalmError, match="name two parts"):
+        guided_layers(tiny_net())
+    with pytest.raises(CalmError, match=r"spg.*shape \(1, 197, 192\)"):
+        SelfProducedGuidance(build_backbone("vit_tiny_patch16_224"), WsolOptions(["spg"]), (3, 224, 224))
+
+
 # --- options and training
 
 
@@ -237,6 +343,13 @@ def test_acol_passes_through_torch_export() -> None:
         ({"methods": ["has"], "has_rate": 1.5}, "wsol.has_rate"),
         ({"methods": ["has"], "adl_rate": 0.5}, "belongs to the method adl"),
         ({"methods": ["acol"], "acol_threshold": 0.0}, "wsol.acol_threshold"),
+        (
+            {"methods": ["spg"], "spg_foreground_c": 0.1, "spg_background_c": 0.2},
+            "background_c 0.2 is above wsol.spg_f",
+        ),
+        ({"methods": ["spg"], "spg_background_b1": -0.1}, "wsol.spg_background_b1"),
+        ({"methods": ["spg"], "spg_layers": ["one"]}, "name two"),
+        ({"methods": ["acol"], "spg_channels": 9}, "belongs to the method spg"),
     ],
 )
 def test_wsol_options_refuse_what_does_not_fit(options: Any, message: str) -> None:
@@ -255,14 +368,22 @@ def test_train_wsol_flag_names_one_method_or_several() -> None:
     assert parse(["--data=d", "--wsol=cutmix", "--augment.cutmix=0.5"]).augment.cutmix == 0.5
     with pytest.raises(CalmError, match="did you mean 'has'"):
         parse(["--data=d", "--wsol=hass+adl"])
-    for flags in (["--wsol", "has"], ["--wsol", "adl"], ["--wsol", "cutmix"]):
+    for flags in (["--wsol", "has"], ["--wsol", "adl"], ["--wsol", "spg"], ["--wsol", "cutmix"]):
         with pytest.raises(CalmError, match=r"model\.freeze"):
             parse(["--data=d", "--model.freeze=true", *flags])
 
 
 @pytest.mark.parametrize(
     ("method", "wsol"),
-    [("cam", "has"), ("calm-em", "adl"), ("cam", "acol"), ("calm-em", "acol"), ("calm-em", "cutmix")],
+    [
+        ("cam", "has"),
+        ("calm-em", "adl"),
+        ("cam", "acol"),
+        ("calm-em", "acol"),
+        ("calm-em", "cutmix"),
+        ("cam", "spg"),
+        ("calm-em", "spg"),
+    ],
 )
 def test_train_learns_with_each_method_and_the_model_serves_as_any_other(
     method: Any, wsol: Any, data: Path, tmp_path: Path
@@ -286,7 +407,12 @@ def test_train_learns_with_each_method_and_the_model_serves_as_any_other(
 
 
 def test_train_continues_to_the_bit_with_all_methods(data: Path, tmp_path: Path) -> None:
-    config = tiny_config(data, tmp_path / "whole", epochs=2, wsol=WsolOptions([*METHODS], adl_layers=["layers.0"]))
+    config = tiny_config(
+        data,
+        tmp_path / "whole",
+        epochs=2,
+        wsol=WsolOptions([*METHODS], adl_layers=["layers.0"], spg_layers=["layers.0", "layers.4"]),
+    )
     log, optim = replace(config.log, loggers=[]), replace(config.optim, schedule="constant")
     config = replace(config, log=log, optim=optim)
     whole = weights_of(train(config, backbone=tiny_net(), quiet=True))

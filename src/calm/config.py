@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
+from itertools import chain
 from typing import Any, Literal, NamedTuple, TypeAlias, get_args, get_origin, get_type_hints
 
 from calm.errors import CalmError, shown, unknown
@@ -17,7 +18,7 @@ PriorActivation: TypeAlias = Literal["softplus", "relu", "exp"]
 Interpolation: TypeAlias = Literal["bilinear", "bicubic"]
 PriorDenominator: TypeAlias = Literal["differentiated", "constant"]
 
-Localizer: TypeAlias = Literal["has", "adl", "acol", "cutmix"]
+Localizer: TypeAlias = Literal["has", "adl", "acol", "spg", "cutmix"]
 """Training methods of weakly-supervised localization: see `WsolOptions`."""
 
 Fill: TypeAlias = Literal["zero", "mean", "noise", "blur"]
@@ -195,8 +196,9 @@ class WsolOptions:
 
     Attributes:
         methods: of ``has`` (Hide-and-Seek: random patches of the images are hidden), ``adl`` (attention-based dropout
-            of features), ``acol`` (a second head on what the first head's map leaves) and ``cutmix`` (a window of each
-            image comes from another; alpha is augment.cutmix, 1 if that is 0).
+            of features), ``acol`` (a second head on what the first head's map leaves), ``spg`` (masks of fore- and
+            background, made from the map, teach earlier stages) and ``cutmix`` (a window of each image comes from
+            another; alpha is augment.cutmix, 1 if that is 0).
         has_patches: sides in pixels of the square patches; each image gets one of them at random.
         has_rate: probability that a patch is hidden.
         adl_rate: probability that the most attended locations are dropped, instead of all weighted by attention.
@@ -205,6 +207,13 @@ class WsolOptions:
             released backbones, and of others the last two stages.
         acol_threshold: height of the first head's map, min-max normalised, from which on features are erased.
         acol_channels: channels of the two convolutions before each head; by default 1024, or the features' if fewer.
+        spg_foreground_b2, spg_background_b2: the label's map, min-max normalised, above which a pixel is foreground for
+            the branch B2, and below which it is background; the pixels between do not count.
+        spg_foreground_b1, spg_background_b1: the same for the branch B1, of what B2 says.
+        spg_foreground_c, spg_background_c: the same for the branch C, of the mean of what B1 and B2 say.
+        spg_layers: names of the two parts of the backbone that the branches B1 and B2 read; by default the published
+            ones of the released backbones, and of others the two stages before the last.
+        spg_channels: channels of the branches' convolutions; by default 512, or those of B2's part if fewer.
     """
 
     methods: list[Localizer] = field(default_factory=list)
@@ -215,10 +224,26 @@ class WsolOptions:
     adl_layers: list[str] = field(default_factory=list)
     acol_threshold: float = 0.7
     acol_channels: int | None = None
+    spg_foreground_b2: float = 0.7
+    spg_background_b2: float = 0.01
+    spg_foreground_b1: float = 0.5
+    spg_background_b1: float = 0.05
+    spg_foreground_c: float = 0.7
+    spg_background_c: float = 0.1
+    spg_layers: list[str] = field(default_factory=list)
+    spg_channels: int | None = None
 
     def __post_init__(self) -> None:
-        rates = dict.fromkeys(("has_rate", "adl_rate", "adl_threshold"), (0, 1))
-        check_options(self, "wsol.", acol_threshold=(1e-6, 1), acol_channels=(1, 1e6), **rates)
+        cuts = [(f"spg_background_{branch}", f"spg_foreground_{branch}") for branch in ("b2", "b1", "c")]
+        rates = dict.fromkeys(("has_rate", "adl_rate", "adl_threshold", *chain(*cuts)), (0, 1))
+        channels = dict.fromkeys(("acol_channels", "spg_channels"), (1, 1e6))
+        check_options(self, "wsol.", acol_threshold=(1e-6, 1), **channels, **rates)
+        for low, high in cuts:
+            if not getattr(self, low) <= getattr(self, high):
+                values = f"{getattr(self, low):g} is above wsol.{high} {getattr(self, high):g}"
+                raise CalmError(f"wsol.{low} {values}: what is foreground would be background")
+        if len(self.spg_layers) not in (0, 2):
+            raise CalmError(f"wsol.spg_layers are {shown(self.spg_layers)}: name two, for the branches B1 and B2")
         for given in self.methods:
             if given not in get_args(Localizer):
                 raise unknown("training method of wsol.methods", given, get_args(Localizer))

@@ -42,10 +42,16 @@ SPACES = {
     "has": {"wsol.has_rate": "0:1"},
     "adl": {"wsol.adl_rate": "0:1", "wsol.adl_threshold": "0:1"},
     "acol": {"wsol.acol_threshold": "0.01:1"},
+    "spg": {
+        f"wsol.spg_{what}_{branch}": space
+        for branch in ("b2", "b1", "c")
+        for what, space in (("foreground", "0.5:1"), ("background", "0:0.5"))
+    },
     "cutmix": {"augment.cutmix": "0.1:10:log", "augment.mix_probability": "0:1"},
 }
 """The ranges that are searched by default, for every run ("") and for a method of `calm.config.WsolOptions`. Choe et
-al. draw CutMix's alpha as 1 / u - 1/2 with u uniform in (0, 2]; ours is log-uniform around 1."""
+al. draw CutMix's alpha as 1 / u - 1/2 with u uniform in (0, 2]; ours is log-uniform around 1. They draw SPG's
+thresholds as ordered pairs in [0, 1]; ours are on either side of 0.5."""
 
 MEASURES = ("maxboxacc_v2", "maxboxacc", "pxap", "accuracy")
 

@@ -23,6 +23,7 @@ from calm.files import atomic_path, read_torch
 from calm.model import CalmModel
 from calm.train.config import RunLength, TrainConfig
 from calm.train.optim import Average, build_optimizer, build_scheduler
+from calm.train.wsol import SelfProducedGuidance
 
 Row: TypeAlias = dict[str, float]
 """Numbers of an epoch by name: a row of metrics.csv, or the measures of a split."""
@@ -41,6 +42,7 @@ class TrainingState:
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     precision: Precision  # Fabric's plugin, for the scale of float16 gradients
+    guidance: SelfProducedGuidance | None = None  # the branches of SPG
     epoch: int = 0  # whole epochs done
     step: int = 0  # optimiser steps done
     rates: dict[str, float] = field(default_factory=dict)  # of each parameter group at the latest step
@@ -49,15 +51,22 @@ class TrainingState:
     best: Row = field(default_factory=dict)  # the same of the best epoch
 
     @classmethod
-    def start(cls, model: CalmModel, config: TrainConfig, run: RunLength, precision: Precision) -> TrainingState:
+    def start(
+        cls,
+        model: CalmModel,
+        config: TrainConfig,
+        run: RunLength,
+        precision: Precision,
+        guidance: SelfProducedGuidance | None = None,
+    ) -> TrainingState:
         """Return the state before the first step; the averages are on the model's device."""
         averages: dict[str, Average] = {}
         if config.loss.posterior == "ema":
             averages["teacher"] = Average(model, config.loss.teacher_decay)
         if config.optim.ema_decay:
             averages["ema"] = Average(model, config.optim.ema_decay)
-        optimizer = build_optimizer(model, config.backbone, config.lr, config.optim)
-        return cls(model, averages, optimizer, build_scheduler(optimizer, config.optim, run), precision)
+        optimizer = build_optimizer(model, config.backbone, config.lr, config.optim, guidance)
+        return cls(model, averages, optimizer, build_scheduler(optimizer, config.optim, run), precision, guidance)
 
     @property
     def evaluated(self) -> CalmModel:
@@ -74,10 +83,13 @@ class TrainingState:
         if not self.best or _quality(self.last) > _quality(self.best):
             self.best = self.last
 
+    def _parts(self) -> tuple[str, ...]:
+        return PARTS if self.guidance is None else (*PARTS, "guidance")
+
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` needs to continue to the bit."""
         averages = {name: average.state_dict() for name, average in self.averages.items()}
-        parts = {name: getattr(self, name).state_dict() for name in PARTS}
+        parts = {name: getattr(self, name).state_dict() for name in self._parts()}
         return {**parts, "averages": averages, **{name: getattr(self, name) for name in NUMBERS}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -86,7 +98,7 @@ class TrainingState:
         Raises:
             Exception: of any kind, if ``state`` is not that of a run with the same configuration.
         """
-        for name in PARTS:
+        for name in self._parts():
             getattr(self, name).load_state_dict(state[name])
         for name, average in self.averages.items():
             average.load_state_dict(state["averages"][name])

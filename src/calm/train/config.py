@@ -353,8 +353,9 @@ class TrainConfig:
             object.__setattr__(self, "augment", replace(self.augment, cutmix=1.0))
         if self.model.caches and self.augment.mixes:
             raise CalmError("mixup and cutmix mix images, and model.freeze trains on features: set one of them to 0")
-        if self.model.caches and {"has", "adl"} & set(self.wsol.methods):
-            raise CalmError("has and adl train the backbone: leave them out of wsol.methods, or set model.freeze false")
+        if self.model.caches and (found := {"has", "adl", "spg"} & set(self.wsol.methods)):
+            which = ", ".join(sorted(found))
+            raise CalmError(f"wsol.methods {which} trains the backbone: leave it out, or set model.freeze false")
         if self.model.unfreeze_after >= self.epochs:
             raise CalmError(f"model.unfreeze_after {self.model.unfreeze_after} leaves nothing of {self.epochs} epochs")
 

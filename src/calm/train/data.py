@@ -20,7 +20,7 @@ from calm.errors import CalmError
 from calm.images import Preprocessing
 from calm.model import CalmModel, create_model, load
 from calm.train.config import TrainConfig
-from calm.train.wsol import add_attention_dropout
+from calm.train.wsol import SelfProducedGuidance, add_attention_dropout
 
 WEIGHTS_REMEDY = "Give --model.pretrained true, --model.weights FILE or --model.init_from RUN"
 
@@ -105,6 +105,14 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
     if config.hardware.channels_last:
         model.to(memory_format=torch.channels_last)
     return model.train(), origin  # a backbone that was loaded comes in evaluation mode
+
+
+def build_guidance(config: TrainConfig, model: CalmModel) -> SelfProducedGuidance | None:
+    """Build the branches of self-produced guidance for a run's model, if it has them, in training mode."""
+    if "spg" not in config.wsol.methods:
+        return None
+    guidance = SelfProducedGuidance(model.backbone, config.wsol, (model.config.in_channels, *model.preprocessing.size))
+    return guidance.to(memory_format=torch.channels_last) if config.hardware.channels_last else guidance
 
 
 def _initialise(model: CalmModel, source: str, data: str, backbone: nn.Module | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,18 +17,22 @@ from calm.train.config import OptimOptions, RunLength, is_new
 ONE_CYCLE_RISE = 0.3
 
 
-def parameter_groups(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, backbone: str, lr: float, optim: OptimOptions, guidance: nn.Module | None = None
+) -> list[dict[str, Any]]:
     """Group the parameters that need a gradient by learning rate and weight decay, as ``torch.optim`` takes them.
 
     The backbone gets the rate ``lr``, the new layers, which `is_new` tells by the name of the backbone, that times
     ``optim.head_ratio``, and the layer that scores the prior that times ``optim.prior_ratio``. The rate of each part of
-    the backbone (`backbone_parts`) is that of the next times ``optim.layer_decay``. The groups also have a ``name``;
+    the backbone (`backbone_parts`) is that of the next times ``optim.layer_decay``. The layers of ``guidance``, of
+    self-produced guidance (SPG), are new ones. The groups also have a ``name``;
     parameters shared by two modules appear once.
     """
     parts = backbone_parts(model)[1] if optim.layer_decay != 1.0 else {}
     depths = {name: len(parts) - index for index, names in enumerate(parts.values()) for name in names}
     groups: dict[tuple[int, bool, bool, bool], dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
+    branches = () if guidance is None else guidance.named_parameters(prefix="head.guidance")
+    for name, parameter in chain(model.named_parameters(), branches):
         if not parameter.requires_grad:
             continue
         new = is_new(name, backbone, optim.grouping)
@@ -109,9 +114,11 @@ def freeze_norm(model: nn.Module) -> None:
             module.eval()
 
 
-def build_optimizer(model: nn.Module, backbone: str, lr: float, optim: OptimOptions) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module, backbone: str, lr: float, optim: OptimOptions, guidance: nn.Module | None = None
+) -> torch.optim.Optimizer:
     """Build SGD or AdamW over `parameter_groups`, which see for the arguments."""
-    groups = parameter_groups(model, backbone, lr, optim)
+    groups = parameter_groups(model, backbone, lr, optim, guidance)
     if optim.name == "sgd":
         return torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov)
     return torch.optim.AdamW(groups, betas=optim.betas)

@@ -42,10 +42,11 @@ from calm.model import CalmModel
 from calm.train import checkpoints, folder, journal
 from calm.train.checkpoints import CHECKPOINT, Row, TrainingState
 from calm.train.config import Hardware, RunLength, TrainConfig
-from calm.train.data import build_datasets, build_loader, build_model
+from calm.train.data import build_datasets, build_guidance, build_loader, build_model
 from calm.train.features import HeadModel, cache_features, remove_features
 from calm.train.optim import freeze_norm, freeze_until
 from calm.train.step import TrainingStep, check_weights, diagnose
+from calm.train.wsol import SelfProducedGuidance
 
 
 def train(
@@ -97,6 +98,7 @@ def train(
     with torch.random.fork_rng(), _process_settings(config.hardware):
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model, origin = build_model(config, splits["train"], backbone)
+        guidance = build_guidance(config, model)
         described = {name: summary(split) for name, split in splits.items()}
         fingerprint = described["train"]["fingerprint"]
         model.training_summary = {"data": config.data.name, "fingerprint": fingerprint, "seed": config.seed}
@@ -125,7 +127,7 @@ def train(
         trainer = None
         try:
             with _launched(fabric):
-                trainer = Trainer(fabric, model, config, run, datasets, run_dir, log)
+                trainer = Trainer(fabric, model, config, run, datasets, run_dir, log, guidance)
                 trainer.fit(loggers)
                 if first:
                     remove_features(run_dir)
@@ -138,7 +140,7 @@ def train(
 
 class Trainer:
     """One process of a training run, on its device. ``fabric`` is launched and ``model`` is at its start; the first
-    process also writes to ``run_dir``."""
+    process also writes to ``run_dir``. ``guidance`` are the branches of SPG."""
 
     def __init__(
         self,
@@ -149,6 +151,7 @@ class Trainer:
         datasets: Mapping[str, ImageDataset],
         run_dir: Path,
         log: journal.RunLog,
+        guidance: SelfProducedGuidance | None = None,
     ) -> None:
         self.fabric, self.config, self.run = fabric, config, run
         self.datasets, self.run_dir, self.log = datasets, run_dir, log
@@ -160,10 +163,11 @@ class Trainer:
             raise CalmError("model.unfreeze_after works in one process: set hardware.devices 1, or leave it at 0")
         if not config.model.unfreeze_after:  # the frozen parts are none of the optimiser's
             self.freeze()
-        self.state = TrainingState.start(trained, config, run, fabric.strategy.precision)
+        guidance = None if guidance is None else guidance.to(fabric.device)
+        self.state = TrainingState.start(trained, config, run, fabric.strategy.precision, guidance)
         if config.hardware.compile:
             trained.backbone.compile()
-        self.step = TrainingStep(trained, self.state.averages, config, run)
+        self.step = TrainingStep(trained, self.state.averages, config, run, guidance)
         self.module, self.optimizer = fabric.setup(self.step, self.state.optimizer)
         workers = 0 if config.model.caches else config.reading.processes  # features only have to be copied
         self.loaders = {

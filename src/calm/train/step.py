@@ -17,7 +17,7 @@ from calm.model import CalmModel
 from calm.output import CalmOutput, CamOutput
 from calm.train.config import RunLength, TrainConfig, schedule_of
 from calm.train.optim import Average
-from calm.train.wsol import hide_patches
+from calm.train.wsol import SelfProducedGuidance, hide_patches
 
 Output: TypeAlias = CalmOutput | CamOutput
 
@@ -104,6 +104,7 @@ class TrainingStep(nn.Module):
     """Forward pass and loss of a batch: the module that Fabric wraps, so that processes share its gradients.
 
     Of ``averages``, the model's moving averages, ``teacher`` gives the E-step's posterior. They are not part of it.
+    The loss of ``guidance``, the branches of SPG, is added.
 
     Attributes:
         measures: what was measured since the epoch began.
@@ -111,9 +112,16 @@ class TrainingStep(nn.Module):
         images: the latest batch, for a message about it.
     """
 
-    def __init__(self, model: CalmModel, averages: Mapping[str, Average], config: TrainConfig, run: RunLength) -> None:
+    def __init__(
+        self,
+        model: CalmModel,
+        averages: Mapping[str, Average],
+        config: TrainConfig,
+        run: RunLength,
+        guidance: SelfProducedGuidance | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.averages, self.config = model, dict(averages), config
+        self.model, self.averages, self.config, self.guidance = model, dict(averages), config, guidance
         self.temperature = schedule_of(config.loss.temperature, run.steps)
         self.prior_weight = schedule_of(config.loss.prior_weight, run.steps)
         self.cam_weight = schedule_of(config.loss.cam_weight, run.steps)
@@ -149,6 +157,8 @@ class TrainingStep(nn.Module):
             prior_weight=self.prior_weight(step),
             cam_weight=self.cam_weight(step),
         )
+        if self.guidance is not None:
+            loss = loss + self.guidance(output, targets, (images.shape[-2], images.shape[-1]))
         self.images = images
         if self.is_reported(step, index):
             self._smooth(loss, output, targets)
