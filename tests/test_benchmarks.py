@@ -133,10 +133,24 @@ def test_regressions_against_the_last_tag(module: Callable[[str], ModuleType], t
 
 def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
     named = {topic.name for topic in module("run").topics((FOLDER / "README.md").read_text())}
-    # against needs an older commit; the tables of devices are of machines that are not here
-    others = {"against", "cub_size", "devices", "measure", "run", "straightforward"}
+    # against and suite need an older commit; the tables of devices are of machines that are not here
+    others = {"against", "cub_size", "devices", "measure", "run", "straightforward", "suite"}
     scripts = {path.stem for path in FOLDER.glob("*.py")} - others
     assert named == scripts
+
+
+def test_suite_compares_the_tests_that_both_commits_have(module: Callable[[str], ModuleType]) -> None:
+    old = {"tests/a.py::one": 1.0, "tests/a.py::two": 3.0, "tests/b.py::three": 2.0, "tests/b.py::gone": 9.0}
+    new = {"tests/a.py::one": 1.0, "tests/a.py::two": 1.0, "tests/b.py::three": 4.0, "tests/c.py::new": 5.0}
+    table, dearest = module("suite").report(old, new, (20.0, 18.0), "v1").split("\n\n")
+    assert table.splitlines()[2:] == [
+        "| the command, with imports | 20.0 | 18.0 | 0.90 |",
+        "| tests of both (3) | 6.0 | 6.0 | 1.00 |",
+        "| all tests (4, 4) | 15.0 | 11.0 | 0.73 |",
+        "| `tests/b.py` | 2.0 | 4.0 | 2.00 |",
+        "| `tests/a.py` | 4.0 | 2.0 | 0.50 |",
+    ]
+    assert dearest.splitlines()[2] == "| `tests/c.py::new` | 5.0 |"
 
 
 def touch(mib: int) -> None:
