@@ -28,7 +28,7 @@ from calm.report.found import PUBLISHED, Group, find_groups, styles
 from calm.report.gallery import choose, gallery, maps_of, scenes
 from calm.report.overview import report_page
 from calm.report.page import Section, render
-from calm.report.story import Classifier
+from calm.report.story import Classifier, Study, _class_maps
 from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
@@ -384,8 +384,15 @@ def test_gallery_of_a_model_with_another_order_of_classes(birds):
     expected = output.joint[0, [2, 0, 3, 1][split.records[0].label]].detach()
     torch.testing.assert_close(values, expected, atol=1e-6, rtol=1e-4)
     other_names = replace(split, class_names=split.class_names[::-1])
-    with pytest.raises(CalmError, match="the CALM model has the data's classes in another order"):
-        Classifier.predicting("CALM", model, other_names)
+    few = replace(split, records=split.records[:3])
+    own, turned = (Classifier.predicting("CALM", model, s) for s in (few, replace(other_names, records=few.records)))
+    torch.testing.assert_close(turned.probs, own.probs.flip(1))
+    study = Study(split.root, few, 3, turned, None, None)
+    maps = _class_maps(study, turned, 0, 0, 2)
+    torch.testing.assert_close(maps, output.joint[0, [3, 1]].detach(), atol=1e-6, rtol=1e-4)
+    more = create_model("small_resnet", 5, class_names=[*model.class_names, "dodo"])
+    with pytest.raises(CalmError, match="the CALM model has 5 classes, of which the data have 4"):
+        Classifier.predicting("CALM", more, few)
 
 
 def test_gallery_says_what_it_cannot_show(birds, tmp_path):

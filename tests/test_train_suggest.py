@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from calm.cli.train import main, parse
+from calm.cli.train import _report, main, parse
 from calm.errors import CalmError
 from calm.evaluate.runner import run_split
+from calm.report import write_report
 from calm.train.config import TrainConfig
 from calm.train.suggest import suggest
 
@@ -86,7 +89,7 @@ def test_train_on_own_pictures_says_what_a_newcomer_asks(tmp_path: Path, capsys:
     data = write_classes(tmp_path / "data", 32, crow=30, owl=8)
     run = tmp_path / "my run"
     words = f"--preset small --data {data} --backbone tiny_resnet --epochs 2 --batch_size 8 --reading.image_size 32"
-    more = ["--log.panel_images=0", "--log.loggers=[]", "--hardware.accelerator=cpu", "--reading.balance=true"]
+    more = ["--log.panel_images=2", "--log.loggers=[]", "--hardware.accelerator=cpu", "--reading.balance=true"]
     assert main([*words.split(), "--out", str(run), *more]) == run
     said = capsys.readouterr().out
     assert "the classes have 6 (owl) to 24 (crow) training images: drawn equally often" in said
@@ -96,6 +99,26 @@ def test_train_on_own_pictures_says_what_a_newcomer_asks(tmp_path: Path, capsys:
     assert re.search(rf"done in \d+ s, \d+ s of them for training: {run}\n", said)
     assert f"next: calm attribute --model '{run}' IMAGE.jpg" in said
     assert f"calm evaluate all --model '{run}' --data {data}" in said
+    assert re.search(rf"report: {run}/report.html, in \d+ s; the whole command took \d+ s", said)
+    page = (run / "report.html").read_text()
+    accuracy = json.loads((run / "result.json").read_text())["best"]["test"]["accuracy"]
+    assert f"{100 * accuracy:.1f}\u202f%</b> accuracy" in page
+    for heading in ("Maps of validation images", "In numbers", "Training", "How it was made", "No benchmark has been"):
+        assert heading in page
+    assert str(tmp_path) not in page  # nothing about the machine
+    (run / "report.html").unlink()
+    assert main([*words.split(), "--out", str(run), *more]) == run  # it is finished, and its report was not wanted
+    assert not (run / "report.html").exists()
+    both = [str(shutil.copytree(run, tmp_path / name)) for name in ("one", "two")]
+    text = (tmp_path / "two" / "config.yaml").read_text().replace("method: calm-em", "method: cam")
+    (tmp_path / "two" / "config.yaml").write_text(text)
+    for sources, kicker in ((both, "CALM on data"), (both[1:], "CAM on data")):
+        write_report(list(map(Path, sources)), out=tmp_path / "both.html")
+        assert f'<p class="kicker">{kicker}</p>' in (tmp_path / "both.html").read_text()
+    with pytest.raises(CalmError, match="--report is 'maybe': give true or false"):
+        main([*words.split(), "--report=maybe"])
+    _report(tmp_path / "gone", 0.0)
+    assert "warning: no report: " in capsys.readouterr().err
     rows = list(csv.reader((run / "splits.csv").read_text().splitlines()))
     assert rows[0] == ["split", "image"]
     listed = {split: {image for name, image in rows if name == split} for split in ("train", "val", "test")}

@@ -64,7 +64,7 @@ def _commands(
     train_images = species * (images_per_species - round(images_per_species * 0.3))
     if train_images < 128:  # fewer than four batches of the preset
         trained += f" --batch_size {max(2, train_images // 4)}"
-    train = ["train", "--preset", "birds", "--data", birds]
+    train = ["train", "--preset", "birds", "--data", birds, "--report", "false"]
     methods = ["--method", "joint", "cam", "evidence", "gradient"]
     return [
         ["data", "birds", birds, *made.split()],

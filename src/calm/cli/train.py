@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import textwrap
+import time
 from collections.abc import Sequence
 from itertools import takewhile
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import get_args
 
 from calm.cli import parsing
 from calm.config import Localizer, check_trusted, trust
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError, needs_extra, unknown
 from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, parse_config, preset
 
 EXAMPLES = """\
@@ -45,6 +47,7 @@ FIRST = {
     "reading.balance": "draw all classes equally often",
     "model.freeze": "train the head alone (true), or the backbone from a part on (layer3)",
     "wsol": "methods of weakly-supervised localization: has, adl, acol, spg, cutmix; several as has+adl or has,adl",
+    "report": "write RUN/report.html at the end (true)",
     "hardware.devices": "how many GPUs or processes",
 }
 """The settings on the first help page, and what they are."""
@@ -53,8 +56,8 @@ FIRST = {
 def build_parser() -> parsing.Parser:
     """Make the parser: one flag per field of `TrainConfig`, fields of a group with a dot.
 
-    ``--preset``, ``--resume``, ``--suggest``, ``--skip-bad`` and ``--out`` are in it for the help page only: `parse`
-    and `main` read them before.
+    ``--preset``, ``--resume``, ``--suggest``, ``--skip-bad``, ``--report`` and ``--out`` are in it for the help page
+    only: `parse` and `main` read them before.
     """
     parser = parsing.Parser(
         prog="calm train",
@@ -72,6 +75,8 @@ def build_parser() -> parsing.Parser:
     parser.add_argument("--out", metavar="RUN", help="the same as --run_dir", default=hidden)
     skip_bad = "go on without images that the check complains about"
     parser.add_argument("--skip-bad", action="store_true", help=skip_bad, default=hidden)
+    report = "write RUN/report.html at the end: figures, curves and maps (default: true)"
+    parser.add_argument("--report", type=bool, metavar="BOOL", help=report, default=hidden)
     parser.add_argument("--help_all", action="store_true", help="show every setting", default=hidden)
     add_arguments(parser)
     return parser
@@ -160,9 +165,15 @@ def main(arguments: Sequence[str]) -> Path | None:
     if {"-h", "--help"} & set(arguments):
         print(first_help())
         return None
-    words = ["--help" if word == "--help_all" else word for word in arguments if word != "--suggest"]
-    config = parse(words)  # before Lightning, whose import takes seconds
-    if "--suggest" in arguments:
+    started = time.monotonic()
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    before.add_argument("--suggest", action="store_true")
+    before.add_argument("--report", nargs="?", const="true", default="true")
+    chosen, words = before.parse_known_args(arguments)
+    if chosen.report.lower() not in ("true", "false"):
+        raise CalmError(f"--report is {chosen.report!r}: give true or false")
+    config = parse(["--help" if word == "--help_all" else word for word in words])  # before Lightning: it takes seconds
+    if chosen.suggest:
         from calm.train.suggest import suggest
 
         print(suggest(config))
@@ -170,7 +181,29 @@ def main(arguments: Sequence[str]) -> Path | None:
     check_code(config, arguments)
     from calm.train.run import train
 
-    return train(config)
+    begun = time.time()
+    run_dir = train(config)
+    if chosen.report.lower() == "true" and (run_dir / "result.json").stat().st_mtime >= begun - 1:
+        _report(run_dir, started)
+    return run_dir
+
+
+def _report(run_dir: Path, given: float) -> None:
+    """Write the report of a run that has just ended, which is done whatever becomes of the report; say how long it and
+    the whole command took, which was ``given`` at that time: the imports before the training take seconds, too."""
+    from calm.report import write_report
+    from calm.train.folder import is_first_process
+    from calm.train.journal import duration
+
+    if is_first_process():
+        started = time.monotonic()
+        try:
+            with needs_extra("report.html", "evaluate"):
+                page = write_report([run_dir], out=run_dir / "report.html")
+            now = time.monotonic()
+            print(f"report: {page}, in {duration(now - started)}; the whole command took {duration(now - given)}")
+        except (CalmError, OSError) as error:
+            print(f"calm: warning: no report: {error}", file=sys.stderr)
 
 
 def check_code(config: TrainConfig, words: Sequence[str]) -> None:

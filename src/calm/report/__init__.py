@@ -11,13 +11,14 @@ from calm.errors import CalmError
 
 
 def write_report(sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0) -> Path:
-    """Make one self-contained HTML page of the results of `calm evaluate`.
+    """Make one self-contained HTML page of what `calm evaluate` measured, or before that, of training runs.
 
     It has tables with intervals, curves, the paper's figures on the same data, and the same images for all methods with
     the truth drawn in; of a CALM model also its evidence and mistakes, classes that differ in one part, and training.
 
     Args:
-        sources: run folders, or the folders that calm evaluate wrote.
+        sources: run folders, or the folders that calm evaluate wrote. Of a run without results the page has figures,
+            curves and the maps that were drawn while it was trained.
         out: the page.
         gallery: show images; it loads the models and reads the data that the results name.
         seed: of what is drawn at random.
@@ -26,7 +27,7 @@ def write_report(sources: list[Path], *, out: Path = Path("report.html"), galler
         Where the page is.
 
     Raises:
-        CalmError: a folder that is missing, no result in any, or ``out`` is a folder.
+        CalmError: a folder that is missing, neither a result nor a finished run in any, or ``out`` is a folder.
     """
     if out.is_dir():
         raise CalmError(f"out is the folder {out}: give the name of a file, such as {out / 'report.html'}")

@@ -76,6 +76,7 @@ class Run:
     result: dict[str, Any]  # result.json: ``best`` and ``last`` with ``val`` and ``test``; images per second; seconds
     history: dict[str, list[float]]  # metrics.csv by column; one value per epoch
     versions: dict[str, Any]  # as in versions.json
+    data: Mapping[str, Any]  # of data.json what it says about the test images; empty if there is none
     label: str  # the method's name, and after it the folder's where several runs have the same
 
     @property
@@ -108,7 +109,11 @@ def read_run(folder: Path) -> Run:
     if not isinstance(best, dict) or not isinstance(best.get("test"), dict):
         raise CalmError(f"{folder / 'result.json'} has no figures of the best weights on test (best, test)")
     history = read_columns(folder / "metrics.csv", need=("epoch",))
-    return Run(folder, config, result, history, versions, config["method"].upper())
+    data: Any = read_json(folder / "data.json") if (folder / "data.json").is_file() else {}
+    for name in ("splits", "test"):
+        data = data.get(name, {}) if isinstance(data, dict) else {}
+    test = data if isinstance(data, dict) and is_number(data.get("classes", 0)) else {}
+    return Run(folder, config, result, history, versions, test, config["method"].upper())
 
 
 def _mapping(path: Path) -> dict[str, Any]:
@@ -123,10 +128,12 @@ def is_number(value: object) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def find_runs(groups: Iterable[Group]) -> tuple[list[Run], list[str]]:
-    """Return the finished runs whose models the results are about, and what is wrong with those that cannot be read."""
+def find_runs(groups: Iterable[Group], folders: Iterable[Path] = ()) -> tuple[list[Run], list[str]]:
+    """Return the finished runs whose models the results are about, and those that are one of the ``folders``; and what
+    is wrong with those that cannot be read."""
     runs, problems = [], []
-    for folder in dict.fromkeys(folder for group in groups for folder in group.run_folders):
+    given = [folder.resolve() for folder in folders if _is_run(folder)]
+    for folder in dict.fromkeys([*(folder for group in groups for folder in group.run_folders), *given]):
         try:
             runs.append(read_run(folder))
         except CalmError as error:
@@ -182,7 +189,7 @@ class Group:
         """The finished runs that the results are about: their models are RUN, RUN/best or RUN/last."""
         models = [Path(str(about(result).get("model", ""))) for result in self.results]
         folders = [folder for model in models if model.is_absolute() for folder in (model, model.parent)]
-        return [folder for folder in folders if (folder / "result.json").is_file()]
+        return [folder for folder in folders if _is_run(folder)]
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -202,14 +209,15 @@ class Group:
 
 
 def find_groups(folders: Sequence[Path]) -> list[Group]:
-    """Return all results below folders by benchmark and data set, each file once; a `CalmError` if there is none."""
+    """Return all results below folders by benchmark and data set, each file once; a `CalmError` if there is none, and
+    none of the folders is a finished run, which can be shown without."""
     files: dict[Path, None] = {}
     for folder in folders:
         if not folder.exists():
             raise CalmError(f"{folder}: no such folder; give runs or the folders that calm evaluate wrote")
         inside = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
         files.update({path.resolve(): None for path in inside if _is_result(path)})
-    if not files:
+    if not files and not any(map(_is_run, folders)):
         where = "(./evaluation for several models without --out)"
         advice = f"make some with calm evaluate, or name the folder where it put them {where}"
         raise CalmError(f"no result of a benchmark below {', '.join(map(str, folders))}: {advice}")
@@ -266,6 +274,10 @@ def _rank(result: Result) -> tuple[int, str]:
     """Return a sort key: the models' main maps, then their other own maps, then other explanations; each by label."""
     method = about(result).get("method")
     return 2 if method not in MAP_KINDS else method not in MAIN_KINDS, result.label
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "result.json").is_file()
 
 
 def _is_result(path: Path) -> bool:

@@ -12,11 +12,12 @@ from typing import Any
 
 from calm.errors import CalmError
 from calm.evaluate.result import Result
+from calm.images import read_image
 from calm.report.benchmarks import benchmark_section, main_figure
 from calm.report.charts import PALETTE, Line, chart
 from calm.report.found import CALM, Group, Run, find_groups, find_runs, is_number, own_maps, styles
 from calm.report.gallery import gallery as images_of
-from calm.report.page import Column, Page, Row, Section, Table
+from calm.report.page import Column, Page, Row, Section, Shot, Table
 from calm.report.story import Study, birds_config, single_pairs, story_sections
 
 PAPER = "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Attribution”, ICCV 2021."
@@ -24,7 +25,7 @@ PAPER = "CALM: Kim, Choe, Akata, Oh, “Keep CALM and Improve Visual Feature Att
 
 @dataclass(frozen=True)
 class DataSet:
-    """The results on one data set, by benchmark, and the runs whose models they are about."""
+    """The results on one data set, by benchmark, if there are any, and the runs on it whose models they are about."""
 
     groups: Sequence[Group]
     runs: Sequence[Run]
@@ -32,7 +33,19 @@ class DataSet:
     @cached_property
     def name(self) -> str:
         """What its sections are called by where the page has other data sets too."""
+        if not self.groups:
+            return self.root.name
         return " ".join(filter(None, [self.groups[0].data_name, self.groups[0].mark]))
+
+    @cached_property
+    def about(self) -> Mapping[str, Any]:
+        """What is recorded about its test images."""
+        return self.groups[0].data if self.groups else self.runs[0].data
+
+    @cached_property
+    def root(self) -> Path:
+        """Where it was."""
+        return self.groups[0].root if self.groups else Path(str(self.runs[0].config.get("data", "")))
 
     @cached_property
     def noun(self) -> str:
@@ -42,7 +55,7 @@ class DataSet:
     @cached_property
     def classes(self) -> int:
         """How many there are."""
-        return int(self.groups[0].data.get("classes", 0))
+        return int(self.about.get("classes", 0))
 
     @cached_property
     def cues(self) -> list[Result]:
@@ -61,12 +74,29 @@ class DataSet:
         return max((value for value in measured if value is not None), default=None)
 
     def figure(self, name: str) -> dict[str, Any]:
-        """Return a figure of the first model of CALM and of CAM, by their main maps, and its interval as written."""
+        """Return a figure of the first model of CALM and of CAM, by their main maps, and its interval as written; the
+        accuracy where no benchmark measured it, from the training."""
         results = [r for group in reversed(self.groups) for r in reversed(group.results) if name in r.figures]
         found = {own_maps(r): r.figures[name] for r in results}
         named = {"calm": next((found[method] for method in CALM if method in found), None), "cam": found.get("cam")}
         spans = {f"{who}_span": e and Column("", "%").interval(e[1:]) for who, e in named.items()}
-        return {who: e and e.value for who, e in named.items()} | spans
+        values = {who: e and e.value for who, e in named.items()} | spans
+        if name == "top1" and not self.groups:
+            for who, run in (("calm", self.main_run), ("cam", self.cam_run)):
+                accuracy = run.test.get("accuracy") if run else None
+                values[who] = accuracy if is_number(accuracy) else None
+        return values
+
+    @property
+    def main_run(self) -> Run | None:
+        """The first run of CALM; if only CAM was trained, that of CAM."""
+        return self.run(CALM) or (None if self.groups else self.run(["cam"]))
+
+    @property
+    def cam_run(self) -> Run | None:
+        """The first run of CAM, if it is not the main one."""
+        found = self.run(["cam"])
+        return None if found is self.main_run else found
 
     def run(self, methods: Sequence[str]) -> Run | None:
         """Return the first run of one of the methods."""
@@ -76,7 +106,7 @@ class DataSet:
 def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, seed: int = 0) -> Page:
     """Make the page of `write_report`. Paths below ``base`` become relative to it; others keep their last part."""
     groups = find_groups(sources)
-    runs, problems = find_runs(groups)
+    runs, problems = find_runs(groups, sources)
     style = styles(groups)
     data_sets = _data_sets(groups, runs)
     sections: list[Section] = []
@@ -84,11 +114,13 @@ def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, se
         story: list[Section] = []
         if gallery:
             try:
-                study = Study.of(data.groups)
+                study = Study.of(data.groups) if data.groups else None
                 story = story_sections(study, data.singles, seed=seed) if study else []
             except (CalmError, OSError) as error:
                 problems.append(f"The sections on single images are left out: {error}.")
         measured = [*story, *_numbers(data), *([_training(data.runs)] if data.runs else [])]
+        if gallery and not data.groups:
+            measured[:0] = _panels(data.runs)
         sections += [_named(section, data.name) if len(data_sets) > 1 else section for section in measured]
         for group in data.groups:
             scored = gallery and any(result.scores for result in group.results)
@@ -100,10 +132,11 @@ def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, se
     for data in data_sets:
         values: dict[str, Any] = {name: data.figure(name) for name in ("top1", "peak_in_part", "part_of_object")}
         if data.classes and values["top1"]["calm"] is not None:
-            values |= {"data": data, "run": data.run(CALM), "cam_run": data.run(["cam"])}
-            name = "procedural birds" if birds_config(data.groups[0].root) else data.groups[0].data_name
+            values |= {"data": data, "run": data.main_run, "cam_run": data.cam_run}
+            name = "procedural birds" if birds_config(data.root) else data.name
             title = "A classifier that says where it saw the evidence"
-            return Page(title, f"CALM on {name}", Section("", "summary_calm", values), sections, footer)
+            method = "CALM" if data.groups or data.run(CALM) else "CAM"
+            return Page(title, f"{method} on {name}", Section("", "summary_calm", values), sections, footer)
     figures = list(filter(None, map(main_figure, groups)))
     counts = {"methods": len(style), "benchmarks": len(groups), "figures": figures}
     summary = Section("", "summary_benchmarks", counts)
@@ -115,7 +148,11 @@ def _data_sets(groups: Sequence[Group], runs: Sequence[Run]) -> list[DataSet]:
     for group in groups:
         by_data.setdefault(str(group.data.get("fingerprint")), []).append(group)
     owned = [[run for run in runs if any(run.folder in g.run_folders for g in own)] for own in by_data.values()]
-    return list(map(DataSet, by_data.values(), owned))
+    alone = [run for run in runs if not any(run in own for own in owned)]
+    by_root: dict[str, list[Run]] = {}
+    for run in alone:
+        by_root.setdefault(str(run.data.get("fingerprint") or run.config.get("data")), []).append(run)
+    return [*map(DataSet, by_data.values(), owned), *(DataSet((), own) for own in by_root.values())]
 
 
 def _named(section: Section, name: str) -> Section:
@@ -170,6 +207,16 @@ def _pairs_table(singles: Sequence[Mapping[str, Any]]) -> Table:
     cells = [[s["part"], str(s["maps"]), *s["peaks"].values(), s["chance"]] for s in singles]
     columns = [Column("part"), Column("maps"), *[Column(label, "%") for label in shares]]
     return Table(columns, list(map(Row, names, cells)), "Peak in the part, pair by pair", "pair")
+
+
+def _panels(runs: Sequence[Run]) -> list[Section]:
+    """Show the maps of validation images that each run drew after its last epoch, if it drew any."""
+    cards = []
+    for run in runs:
+        for path in sorted((run.folder / "panels").glob("epoch_*.png"))[-1:]:
+            alt = f"validation images and the maps of {run.label} after the last epoch"
+            cards.append((run.label, Shot(read_image(path), alt)))
+    return [Section("Maps of validation images", "panels", {"cards": cards}, "Maps")] if cards else []
 
 
 _TRAINING_CHARTS = (

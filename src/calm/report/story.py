@@ -47,16 +47,19 @@ class Classifier:
 
     name: str
     model: CalmModel
-    probs: Float[Tensor, "n c"]
+    probs: Float[Tensor, "n c"]  # of the data's classes, in their order
+    indices: Int[Tensor, " c"]  # the model's index of each of the data's classes
 
     @classmethod
     def predicting(cls, name: str, model: CalmModel, split: Split) -> Classifier:
         """Return the model with its predictions for the images of a split."""
         subject = model_subject(model)
-        if subject.classes(split).tolist() != list(range(model.config.num_classes)):
-            raise CalmError(f"the {name} model has the data's classes in another order, or more classes")
+        indices = torch.as_tensor(subject.classes(split)).cpu()
+        if len(indices) != model.config.num_classes:
+            more = f"{model.config.num_classes} classes, of which the data have {len(indices)}"
+            raise CalmError(f"the {name} model has {more}: what it says of the others cannot be shown")
         batches = predictions(subject, split, batch_size=BATCH)
-        return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches]))
+        return cls(name, model, torch.cat([batch.prediction.probs.cpu() for batch in batches])[:, indices], indices)
 
     def says(self, image: int) -> int:
         """Return the most probable class of an image."""
@@ -216,14 +219,15 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
     paths = [study.split.records[image].path for image in images]
     with torch.no_grad():
         output = calm.model(calm.model.preprocess(paths))
-        joint, prior, posterior = (output.attribute(targets, kind) for kind in ("joint", "prior", "posterior"))
+        own = calm.indices[targets]
+        joint, prior, posterior = (output.attribute(own, kind) for kind in ("joint", "prior", "posterior"))
     scale = torch.maximum(posterior, prior).amax(dim=(1, 2), keepdim=True)
     maps = {"CALM: joint": joint / scale, "CALM: prior": prior / scale, "CALM: posterior": posterior / scale}
     if cam:
-        inputs = cam.model.preprocess(paths)
-        maps["CAM"] = cam.model.attribute(inputs, targets, size=joint.shape[-2:])
+        inputs, own = cam.model.preprocess(paths), cam.indices[targets]
+        maps["CAM"] = cam.model.attribute(inputs, own, size=joint.shape[-2:])
         with suppress(CalmError):  # without the extra "baselines"
-            maps["SmoothGrad of CAM"] = attribute(cam.model, inputs, targets, "smoothgrad")
+            maps["SmoothGrad of CAM"] = attribute(cam.model, inputs, own, "smoothgrad")
     ways: dict[str, Normalization] = {"CAM": "minmax", "SmoothGrad of CAM": "max"}
     cards = []
     for place, (image, target) in enumerate(zip(images, targets.tolist(), strict=True)):
@@ -286,7 +290,7 @@ def _class_maps(
     """Return the model's maps of some classes for an image, on its grid; without a kind its main ones."""
     model = classifier.model
     output = model(model.preprocess([study.split.records[image].path]))
-    maps: Tensor = output.attribute(torch.tensor([classes]), kind)[0].float().cpu()
+    maps: Tensor = output.attribute(classifier.indices[torch.tensor([classes])], kind)[0].float().cpu()
     return maps
 
 

@@ -3,7 +3,7 @@
 ::
 
     RUN/config.yaml  versions.json  data.json  weights.json  log.txt  metrics.csv  result.json
-        splits.csv  (where val or test were taken from train)
+        report.html  (of `calm train`)  splits.csv  (where val or test were taken from train)
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
         features/  (of a frozen backbone, until the run is finished)
 """
