@@ -46,7 +46,7 @@ FIRST = {
     "reading.image_size": "pixels of a side that the model sees (224); more make a finer grid",
     "reading.balance": "draw all classes equally often",
     "model.freeze": "train the head alone (true), or the backbone from a part on (layer3)",
-    "wsol": "methods of weakly-supervised localization: has, adl, acol, spg, cutmix; several as has+adl or has,adl",
+    "wsol": "methods of weakly-supervised localization: has, adl, acol, spg, cutmix; several as has,adl",
     "report": "write RUN/report.html at the end (true)",
     "hardware.devices": "how many GPUs or processes",
 }
