@@ -133,8 +133,8 @@ def test_regressions_against_the_last_tag(module: Callable[[str], ModuleType], t
 
 def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
     named = {topic.name for topic in module("run").topics((FOLDER / "README.md").read_text())}
-    # against and suite need an older commit; the tables of devices are of machines that are not here
-    others = {"against", "cub_size", "devices", "measure", "run", "straightforward", "suite"}
+    # against and suite need an older commit, devices other machines, peers other packages
+    others = {"against", "cub_size", "devices", "measure", "peers", "run", "straightforward", "suite"}
     scripts = {path.stem for path in FOLDER.glob("*.py")} - others
     assert named == scripts
 
