@@ -12,7 +12,7 @@ from fuzzing import Marker
 from torch.testing import assert_close
 
 import calm
-from calm.cli.convert import convert
+from calm.cli.export import convert
 from calm.errors import CalmError
 from calm.model import create_model
 from calm.released import load_released, released_state_dict, save_released

@@ -12,18 +12,9 @@ import yaml
 from calm.cli.train import parse
 from calm.errors import CalmError
 from calm.files import write_text
-from calm.train.config import (
-    PRESETS,
-    DataOptions,
-    Hardware,
-    LossOptions,
-    OptimOptions,
-    TrainConfig,
-    load_config,
-    preset,
-    schedule_of,
-)
+from calm.train.config import DataOptions, Hardware, LossOptions, OptimOptions, TrainConfig, schedule_of
 from calm.train.folder import check_folder, config_dict, default_run_dir, differences, write_config
+from calm.train.settings import PRESETS, load_config, preset
 
 
 def test_train_config_defaults_are_the_released_recipe() -> None:

@@ -26,7 +26,8 @@ from calm.evaluate.runner import evaluate
 from calm.images import Preprocessing
 from calm.model import create_model, load
 from calm.train import features as features_module, train
-from calm.train.config import Augmentation, LossOptions, ModelOptions, OptimOptions, TrainConfig, preset
+from calm.train.config import Augmentation, LossOptions, ModelOptions, OptimOptions, TrainConfig
+from calm.train.settings import preset
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from calm.errors import lazy_names
 if TYPE_CHECKING:
     from calm.backbones import list_backbones as list_backbones
     from calm.baselines import attribute as attribute, list_methods as list_methods
-    from calm.cli.convert import convert as convert
+    from calm.cli.export import convert as convert
     from calm.config import ModelConfig as ModelConfig
     from calm.errors import CalmError as CalmError
     from calm.explain import overlay as overlay
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "backbones": "list_backbones",
     "baselines": "attribute list_methods",
-    "cli.convert": "convert",
+    "cli.export": "convert",
     "config": "ModelConfig",
     "errors": "CalmError",
     "explain": "overlay",

@@ -97,7 +97,7 @@ COMMANDS: dict[str, Command] = {
         extras=("evaluate",),
     ),
     "convert": Command(
-        "calm.cli.convert:convert",
+        "calm.cli.export:convert",
         "turn a checkpoint of the released CALM code into a model of this package",
         "  calm convert last_checkpoint.pth.tar --method calm-em --large_feature_map --out cub-resnet50\n"
         "  calm convert vgg/ --method cam --large_feature_map=false --use_bn=false --out cub-vgg16\n",

@@ -15,7 +15,8 @@ from typing import get_args
 from calm.cli import parsing
 from calm.config import Localizer, check_trusted, trust
 from calm.errors import CalmError, needs_extra, unknown
-from calm.train.config import PRESETS, TrainConfig, add_arguments, load_config, parse_config, preset
+from calm.train.config import TrainConfig
+from calm.train.settings import PRESETS, add_arguments, load_config, parse_config, preset
 
 EXAMPLES = """\
 examples:

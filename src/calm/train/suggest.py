@@ -13,7 +13,8 @@ from calm.data.records import Split
 from calm.errors import CalmError
 from calm.images import image_size
 from calm.inference import resolve_device
-from calm.train.config import IMBALANCE, TrainConfig, preset
+from calm.train.config import IMBALANCE, TrainConfig
+from calm.train.settings import preset
 
 SAMPLE = 200  # pictures whose sizes are looked at
 LEAST_SIDE = 96  # pixels of pictures on whose enlargement to 224 a network that was trained on photographs still works
