@@ -15,6 +15,7 @@ import os
 import shutil
 import socket
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -216,8 +217,7 @@ class _Sweep:
         import optuna
         from optuna.trial import TrialState
 
-        self._take_over()
-        while self._count(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING) < trials:
+        while self._begun() < trials:
             seed = int.from_bytes(hashlib.blake2b(f"{self.config.seed} {len(self.study.trials)}".encode()).digest()[:4])
             kinds = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
             self.study.sampler = kinds[self.sampler](seed=seed)  # by the trial's number, in whatever process it is
@@ -243,16 +243,22 @@ class _Sweep:
     def _count(self, *states: Any) -> int:
         return len(self.study.get_trials(deepcopy=False, states=states))
 
-    def _take_over(self) -> None:
-        """Try again what processes of this machine that no longer run had begun; the runs go on where they stopped."""
+    def _begun(self) -> int:
+        """Return how many trials are done or at work.
+
+        What processes of this machine that no longer run had begun is to be tried again; the runs go on where they
+        stopped.
+        """
         from optuna.trial import TrialState
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
-            host, process = trial.user_attrs.get("process", [socket.gethostname(), 0])
-            if host == socket.gethostname() and not (process and Path(f"/proc/{process}").exists()):
-                self.study.tell(trial.number, state=TrialState.FAIL)
-                if trial.params:
-                    self.study.enqueue_trial(trial.params)
+            host, process = trial.user_attrs.get("process", [None, 0])
+            if host == socket.gethostname() and not _runs(process):
+                with suppress(ValueError, RuntimeError):  # another process was quicker
+                    self.study.tell(trial.number, state=TrialState.FAIL)
+                    if trial.params:
+                        self.study.enqueue_trial(trial.params)
+        return self._count(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
     def _trial(self, trial: optuna.Trial) -> float:
         """Train with the values that a trial draws, and measure it on the validation split."""
@@ -302,7 +308,8 @@ class _Sweep:
         result = (
             f"{self.measure} {100 * (trial.value or 0.0):.1f}" if trial.state.name == "COMPLETE" else "stopped early"
         )
-        print(f"trial {number + 1}/{trials}: {result}  ({values})", flush=True)
+        done = sum(trial.state.name in ("COMPLETE", "PRUNED") for trial in self.study.trials)
+        print(f"trial {number + 1} ({done} of {trials}): {result}  ({values})", flush=True)
 
     def _finish(self) -> Path:
         """Test the best trial, once, and write the table and the plot."""
@@ -351,6 +358,17 @@ class _Sweep:
             axes.set_ylabel(f"validation {self.measure}, %")
         with atomic_path(self.out / "trials.png") as path:
             figure.savefig(path, dpi=120, format="png")
+
+
+def _runs(process: int) -> bool:
+    """Return whether this machine has a process of that number."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        pass
+    return True
 
 
 def _short(value: Any) -> str:

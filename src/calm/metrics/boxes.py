@@ -248,18 +248,23 @@ class MaxBoxAcc(BootstrapMetric):
             threshold_ious(scores, truth.cpu().numpy().astype(np.int64), levels)
             for scores, truth in zip(arrays, boxes, strict=True)
         ]
-        largest, best = (torch.from_numpy(np.stack(each)).to(self.device) for each in zip(*ious, strict=True))
+        largest, best = (np.stack(each) for each in zip(*ious, strict=True))
+        self.latest = torch.from_numpy(largest).amax(dim=1).to(self.device)
+        # Neighbouring thresholds cut most maps alike: each column of hits that is another than the one before is added
+        # up once. The sums are of whole numbers, and exact.
+        hits = np.stack([largest >= V1_IOU, *(best >= iou for iou in self.ious)])
+        new = np.append(True, (hits[..., 1:] != hits[..., :-1]).any(axis=(0, 1)))
+        column = torch.from_numpy(new.cumsum() - 1).to(self.device)
+        hit, *fits = torch.from_numpy(hits[..., new]).to(self.device).double()
         drawn = self.draw(keys)
-        hit = (largest >= V1_IOU).double()
-        self.largest += drawn @ hit
-        for place, iou in enumerate(self.ious):
-            self.best[..., place] += drawn @ (best >= iou).double()
+        self.largest += (drawn @ hit)[:, column]
+        for place, fit in enumerate(fits):
+            self.best[..., place] += (drawn @ fit)[:, column]
         self.images += drawn.sum(dim=1)
-        self.latest = largest.amax(dim=1)
         if predictions is not None and labels is not None:
             right = (predictions == labels.to(predictions.device)[:, None]).to(self.device)
-            self.top1 += drawn @ (hit * right[:, :1])
-            self.top5 += drawn @ (hit * right[:, :5].any(dim=1, keepdim=True))
+            self.top1 += (drawn @ (hit * right[:, :1]))[:, column]
+            self.top5 += (drawn @ (hit * right[:, :5].any(dim=1, keepdim=True)))[:, column]
             self.predicted += len(maps)
 
     def compute(self) -> MaxBoxAccResult:

@@ -51,15 +51,19 @@ def _in_order(grey: Any) -> Any:
 
 RING = ((-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1), (0, -1))
 """The 8 neighbours of a pixel, (rows, columns) from it, clockwise; the odd ones share a side with it."""
+SIDES = 0b10101010
+"""The bits of the neighbours that share a side with a pixel."""
 
 
-def _tables(foreground: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+def _tables(foreground: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.int64]]:
     """Return, for each set of neighbours (bits in the order of `RING`), what the pixel joins and what it completes.
 
     The first has one neighbour of each group that is connected without the pixel (by sides and corners in the
     foreground, by sides in the background), then 8. The second is how many of the four 2 x 2 pixels around have 3 or 4.
+    The third is what the pixel adds to the foreground's Euler number, components minus holes: 1, less the groups that
+    it connects; where they surround it, it fills a hole instead.
     """
-    joins, completes = np.full((256, 9), 8, np.uint8), np.zeros(256, np.uint8)
+    joins, completes, euler = np.full((256, 9), 8, np.uint8), np.zeros(256, np.uint8), np.zeros(256, np.int64)
     for bits in range(256):
         there = [number for number in range(8) if bits >> number & 1]
         group = {number: number for number in there if foreground or number % 2}
@@ -68,16 +72,30 @@ def _tables(foreground: bool) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
             if apart == 1 or (apart == 2 and first % 2 and (foreground or corner)):
                 group = {k: group[first] if own == group[second] else own for k, own in group.items()}
         joins[bits, : len(set(group.values()))] = sorted(set(group.values()))
+        euler[bits] = 1 if bits & SIDES == SIDES else 1 - len(set(group.values()))
         completes[bits] = sum(sum((k + step) % 8 in there for step in range(3)) >= 2 for k in (7, 1, 3, 5))
-    return joins, completes
+    return joins, completes, euler
 
 
 _TABLES = {foreground: _tables(foreground) for foreground in (True, False)}
 
 
 @_compiled
-def _sweep(grey: Any, rows: Any, columns: Any, levels: Any, foreground: bool, joins: Any, completes: Any) -> Any:
+def _sweep(
+    grey: Any,
+    rows: Any,
+    columns: Any,
+    levels: Any,
+    holes: Any,
+    foreground: bool,
+    joins: Any,
+    completes: Any,
+    euler: Any,
+) -> Any:
     """Return boxes (n, 4), twice the areas (n,) and the number (l,) of the components at each level, in sweep order.
+
+    The number of holes at each level, (l,), is written by the sweep of the foreground, and read by the other one: at a
+    level without holes all the background is connected to the outside.
 
     The foreground, values above the level, grows as levels fall; its pixels have 8 neighbours. The background grows as
     they rise; its pixels have 4, and what touches the image's edge is left out, so that components are holes. A box is
@@ -99,10 +117,22 @@ def _sweep(grey: Any, rows: Any, columns: Any, levels: Any, foreground: bool, jo
     area = np.zeros(size, np.int32)
     active = np.empty(grey.size, np.int32)
     found, areas = np.empty((1024, 4), np.int64), np.empty(1024, np.int64)
-    alive, added, count = 0, 0, 0
+    alive, added, count, less = 0, 0, 0, 0
     counts = np.zeros(len(levels), np.int64)
-    for step in range(len(levels)):
+    last = len(levels)
+    while not foreground and last and holes[last - 1] == 0:
+        last -= 1
+    for step in range(last):
         at = len(levels) - 1 - step if foreground else step
+        if not foreground and holes[at] == 0:
+            for number in range(alive):
+                parent[active[number]] = frame
+            alive = 0
+            while added < len(rows) and grey[rows[added], columns[added]] <= levels[at]:
+                place = (rows[added] + 1) * stride + columns[added] + 1
+                there[place], parent[place] = 1, frame
+                added += 1
+            continue
         while added < len(rows):
             turn = len(rows) - 1 - added if foreground else added
             y, x = rows[turn], columns[turn]
@@ -114,6 +144,7 @@ def _sweep(grey: Any, rows: Any, columns: Any, levels: Any, foreground: bool, jo
             for number in range(8):
                 bits |= there[place + steps[number]] << number
             there[place] = 1
+            less -= euler[bits]
             own = -1
             for number in range(8):
                 step_to = joins[bits, number]
@@ -153,6 +184,8 @@ def _sweep(grey: Any, rows: Any, columns: Any, levels: Any, foreground: bool, jo
             count += 1
         alive = kept
         counts[at] = kept
+        if foreground:
+            holes[at] = kept + less  # components less the Euler number
     return found[:count], areas[:count], counts
 
 
@@ -203,9 +236,10 @@ def component_boxes(
     """
     grey = np.ascontiguousarray(grey)
     rows, columns = _in_order(grey)
-    outer, areas, outer_counts = _sweep(grey, rows, columns, levels, True, *_TABLES[True])
+    holes = np.zeros(len(levels), np.int64)
+    outer, areas, outer_counts = _sweep(grey, rows, columns, levels, holes, True, *_TABLES[True])
     outer, areas = outer[::-1], areas[::-1]  # by rising levels
-    hole, _, hole_counts = _sweep(grey, rows, columns, levels, False, *_TABLES[False])
+    hole, _, hole_counts = _sweep(grey, rows, columns, levels, holes, False, *_TABLES[False])
     outer_starts, hole_starts = np.cumsum(outer_counts) - outer_counts, np.cumsum(hole_counts) - hole_counts
     chosen = _largest(outer, areas, outer_starts, outer_counts, hole, hole_starts, hole_counts)
     levels_of = np.repeat(np.tile(np.arange(len(levels)), 2), np.concatenate([outer_counts, hole_counts]))
