@@ -38,6 +38,7 @@ from train_cases import (
 
 from calm.cli import main
 from calm.cli.attribute import attribute_files
+from calm.config import WsolOptions
 from calm.data.dataset import EpochSampler, ImageDataset
 from calm.data.loading import load_split
 from calm.data.transforms import eval_transform, train_transform
@@ -581,7 +582,8 @@ def test_train_in_two_processes_takes_the_steps_of_one(tmp_path: Path) -> None:
     process = in_two_processes(data, two)
     assert process.returncode == 0, process.stderr
     assert process.stdout.count("epoch 1/3") == 1
-    train(tiny_config(data, one), backbone=tiny_net(stateful=False), quiet=True)
+    config = tiny_config(data, one, wsol=WsolOptions(["acol"]))  # both heads take part, and the erasing between them
+    train(config, backbone=tiny_net(stateful=False), quiet=True)
     ours, theirs = weights_of(one), weights_of(two)
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():

@@ -16,6 +16,7 @@ from forks import Ended, Fork
 from PIL import Image
 from torch import Tensor, nn
 
+from calm.config import WsolOptions
 from calm.data.augmentation import Augmentation
 from calm.train.config import DataOptions, Hardware, LogOptions, OptimOptions, TrainConfig
 
@@ -151,4 +152,5 @@ if __name__ == "__main__":
 
     torch.set_num_threads(1)
     hardware = Hardware(accelerator="cpu", devices=2, strategy="ddp", precision="32-true")
-    train(tiny_config(Path(sys.argv[1]), Path(sys.argv[2]), hardware=hardware), backbone=tiny_net(stateful=False))
+    config = tiny_config(Path(sys.argv[1]), Path(sys.argv[2]), hardware=hardware, wsol=WsolOptions(["acol"]))
+    train(config, backbone=tiny_net(stateful=False))
