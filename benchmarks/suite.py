@@ -3,6 +3,7 @@
 Both commits are unpacked below ``build/suite`` and tested with the libraries of this environment, the older one first:
 user and system seconds of each test, with the processes that it started, without coverage. The commit of this side is
 HEAD: what is not committed is not tested. Tests are the same if their files and names are. A test that fails counts.
+What a test leaves to the fork server (tests/forks.py) is in no line: compare files that do not use it.
 
 Run: python benchmarks/suite.py COMMIT [PYTEST WORDS ...]     (-n 2, tests/test_model.py, -k name, ...; default: all)
 """
