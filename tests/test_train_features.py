@@ -128,9 +128,8 @@ def test_train_frozen_continues_to_the_same_weights_without_computing_features_a
     again = replace(config, run_dir=tmp_path / "again")
     with interrupted(monkeypatch, "train_epoch", after=2):
         train(again, backbone=tiny_net(), quiet=True)
-    assert {path.name for path in (tmp_path / "again" / "features").iterdir()} == {
-        f"{split}.{end}" for split in ("train", "val", "test") for end in ("npy", "json")
-    }
+    names = {path.name.split("-")[0] for path in (tmp_path / "again" / "features").iterdir()}
+    assert names == {"train", "val", "test"}
     monkeypatch.setattr(features_module, "_check_space", None)  # nothing is written anew
     train(again, backbone=tiny_net(), quiet=True)
     assert_same_weights(whole, tmp_path / "again")
@@ -140,16 +139,58 @@ def test_train_frozen_continues_to_the_same_weights_without_computing_features_a
 
 def test_cached_features_of_other_weights_or_images_are_computed_anew(data: Path, tmp_path: Path) -> None:
     config = frozen_config(data, tmp_path)
-    model = load(train(replace(config, run_dir=tmp_path / "run"), backbone=tiny_net(), quiet=True), backbone=tiny_net())
-    images = ImageDataset(load_split(data, "val"), train_transform(config.augment, Preprocessing(size=(24, 24))))
-    key = features_module._key(model, images, config, 1)
-    assert key == features_module._key(model, images, config, 1)
-    assert key != features_module._key(model, images, config, 2)
-    assert key != features_module._key(model, images, replace(config, augment=Augmentation(flip=0.1)), 1)
-    other = ImageDataset(load_split(data, "test"), images.transform)
-    assert key != features_module._key(model, other, config, 1)
+    model = create_model(tiny_net(), num_classes=3)
+    splits = {name: load_split(data, name) for name in ("train", "test")}
+    images = {
+        name: ImageDataset(split, train_transform(config.augment, Preprocessing(size=(24, 24))))
+        for name, split in splits.items()
+    }
+
+    def name_of(split: str = "train", views: int = 2, of: Any = config, dataset: Any = None) -> str:
+        return features_module._digest(model, dataset or images[split], of, views)
+
+    known = name_of()
+    assert known == name_of()
+    records = splits["train"].records
+    listed_otherwise = ImageDataset(replace(splits["train"], records=records[::-1]), images["train"].transform)
+    flipped, seeded = replace(config, augment=Augmentation(flip=0.1)), replace(config, seed=1)
+    bfloat16 = replace(config, hardware=replace(config.hardware, precision="bf16-mixed"))
+    strided = replace(model.config, backbone="another")
+    others = [name_of("test"), name_of(views=1), name_of(of=flipped), name_of(of=seeded), name_of(of=bfloat16)]
+    others.append(name_of(dataset=listed_otherwise))
+    assert name_of("test") == name_of("test", of=seeded) == name_of("test", of=flipped)  # these are not augmented
+    model.config = strided
+    others.append(name_of())
+    model.backbone.layers[0].stride = (3, 3)  # the same weights
+    others.append(name_of())
     next(model.backbone.parameters()).data[0] += 1
-    assert key != features_module._key(model, images, config, 1)
+    others.append(name_of())
+    assert len({known, *others}) == 1 + len(others)
+
+
+def test_runs_that_share_a_folder_compute_features_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shared"
+    config = frozen_config(data, tmp_path / "alone", epochs=2)
+    shared = replace(config, run_dir=tmp_path / "first", model=replace(config.model, feature_dir=folder))
+    alone = train(config, backbone=tiny_net(), quiet=True)
+    assert_same_weights(alone, train(shared, backbone=tiny_net(), quiet=True))
+    files = sorted(folder.iterdir())
+    assert len(files) == 3
+    train(replace(shared, run_dir=tmp_path / "seed", seed=1, epochs=1), backbone=tiny_net(), quiet=True)
+    assert len(set(folder.iterdir()) - set(files)) == 1  # the training images of another seed alone
+    with monkeypatch.context() as patch:
+        patch.setattr(features_module, "_check_space", None)  # nothing is written anew
+        second = train(replace(shared, run_dir=tmp_path / "second"), backbone=tiny_net(), quiet=True)
+    assert_same_weights(alone, second)
+    assert "features of the val images are those of" in (second / "log.txt").read_text()
+    wrong = np.load(files[-1], mmap_mode="r+")
+    wrong[0, 0] += 1  # as of a backbone that computes something else with these weights
+    wrong.flush()
+    third = train(replace(shared, run_dir=tmp_path / "third"), backbone=tiny_net(), quiet=True)
+    assert_same_weights(alone, third)
+    assert files[-1].name not in (third / "log.txt").read_text()
 
 
 def test_train_frozen_refuses_what_needs_images_or_space(
@@ -157,8 +198,9 @@ def test_train_frozen_refuses_what_needs_images_or_space(
 ) -> None:
     with pytest.raises(CalmError, match="mixup and cutmix mix images"):
         frozen_config(data, tmp_path, augment=Augmentation(mixup=0.2))
-    with pytest.raises(CalmError, match=r"model\.feature_dropout"):
-        ModelOptions(feature_dropout=0.2)
+    for option in ({"feature_dropout": 0.2}, {"feature_dir": tmp_path}):
+        with pytest.raises(CalmError, match=rf"model\.{next(iter(option))} is .*set model\.freeze true"):
+            ModelOptions(**option)  # type: ignore[arg-type]
     usage = type("usage", (), {"free": 1000})
     monkeypatch.setattr(features_module.shutil, "disk_usage", lambda path: usage)
     with pytest.raises(CalmError, match=r"need 0\.0 GiB.*fewer model\.views"):

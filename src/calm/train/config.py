@@ -106,6 +106,9 @@ class ModelOptions:
         views: with ``freeze true``: how many times each training image is augmented; the epochs take turns.
         feature_dropout: with ``freeze true``: probability that a channel of an image's features is dropped in training.
         feature_gib: with ``freeze true``: the most GiB that the files of features may take while the run lasts.
+        feature_dir: with ``freeze true``: a folder in which the features stay, for other runs of the same backbone on
+            the same images: other methods, losses and rates, and of other seeds those of val and test. Without it they
+            are in the run's folder, and go when the run is finished.
         init_from: a run folder, a saved model or a hub id whose weights training starts from. Of the head, the classes
             of the same name come along; the others start anew.
     """
@@ -123,6 +126,7 @@ class ModelOptions:
     views: int = 2
     feature_dropout: float = 0.0
     feature_gib: float = 100.0
+    feature_dir: Path | None = None
     init_from: str | None = None
 
     def __post_init__(self) -> None:
@@ -130,9 +134,10 @@ class ModelOptions:
         check_options(self, "model.", output_stride=(1, 64), feature_gib=(0, LARGEST), **ranges)
         if self.unfreeze_after and not self.freeze:
             raise CalmError("model.unfreeze_after needs model.freeze: true, or the name of a part of the backbone")
-        if self.feature_dropout and not self.caches:
-            fix = "set model.freeze true without model.unfreeze_after, or model.feature_dropout 0"
-            raise CalmError(f"model.feature_dropout is {self.feature_dropout:g}, for cached features alone: {fix}")
+        for name, value in (("feature_dropout", self.feature_dropout), ("feature_dir", self.feature_dir)):
+            if value and not self.caches:
+                fix = f"set model.freeze true without model.unfreeze_after, or leave model.{name} out"
+                raise CalmError(f"model.{name} is {value}, for cached features alone: {fix}")
         if self.weights is not None and self.init_from is not None:
             raise CalmError("model.weights and model.init_from both say where the backbone starts: give one of them")
 

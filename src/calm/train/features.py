@@ -20,13 +20,13 @@ from torch.utils.data import DataLoader
 from calm.data.dataset import ImageDataset
 from calm.data.loading import fingerprint
 from calm.errors import CalmError
-from calm.files import write_json
+from calm.files import atomic_path
 from calm.latent import widen
 from calm.model import CalmModel
 from calm.train.config import TrainConfig
 
 FOLDER = "features"
-"""The folder of the feature files in a run's folder, while the run is not finished."""
+"""The folder of the feature files in a run's folder, while the run is not finished; `feature_dir` is another."""
 
 
 LARGEST_HALF = 65504
@@ -79,64 +79,71 @@ def cache_features(
     progress: Callable[[int, int], None],
     log: Callable[[str], None],
 ) -> dict[str, FeatureDataset]:
-    """Compute the frozen backbone's features of all images into files of a run's folder, or take those that are there.
+    """Compute the frozen backbone's features of all images into files of a folder, or take those that are there.
+
+    A file is named by what its features depend on, so that runs may share a folder; it takes its name when it is whole.
 
     Args:
         model: its backbone is in eval mode while it runs.
         datasets: of train, whose views are the first ``config.model.views`` epochs' augmentations, val and test.
-        config: the run's.
-        run_dir: its folder.
+        config: the run's; the files are in its ``model.feature_dir``, and without one in RUN/features.
+        run_dir: the run's folder.
         autocast: makes the context in which the backbone runs, of the run's precision.
         progress: called with the images that are done and all of them, views counted.
-        log: called with a warning if features had to be clipped to half precision.
+        log: called with a warning if features had to be clipped to half precision, and with what is taken from a
+            shared folder.
 
     Raises:
         CalmError: the files would not fit on the disk, or take more than ``config.model.feature_gib``.
     """
     backbone = model.optimized_for_inference().backbone
-    folder = run_dir / FOLDER
+    folder = config.model.feature_dir or run_dir / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     views = {name: config.model.views if name == "train" else 1 for name in datasets}
     total = sum(count * len(datasets[name]) for name, count in views.items())
     done = 0
     found: dict[str, FeatureDataset] = {}
+
+    def halved(images: Tensor) -> tuple[NDArray[np.float16], int]:
+        """Return features (B, h, w, D) in half precision, and of how many images some had to be clipped."""
+        with torch.no_grad(), autocast():
+            wide = widen(backbone(images.to(model.device)))
+        clipped = int((wide.abs() > LARGEST_HALF).flatten(1).any(dim=1).sum())
+        half: NDArray[np.float16] = wide.clamp(-LARGEST_HALF, LARGEST_HALF).half().permute(0, 2, 3, 1).cpu().numpy()
+        return half, clipped
+
     for name, dataset in datasets.items():
-        path, key = folder / f"{name}.npy", _key(model, dataset, config, views[name])
-        complete = path.with_suffix(".json")
-        if not (complete.is_file() and json.loads(complete.read_text()) == key):
-            features: NDArray[Any] | None = None
-            clipped = 0
-            loader = DataLoader(dataset, 32, num_workers=config.reading.processes, generator=torch.Generator())
-            for view in range(views[name]):
-                dataset.set_epoch(view)
-                for images, _, indices in loader:
-                    with torch.no_grad(), autocast():
-                        wide = widen(backbone(images.to(model.device)))
-                    clipped += int((wide.abs() > LARGEST_HALF).flatten(1).any(dim=1).sum())
-                    half = wide.clamp(-LARGEST_HALF, LARGEST_HALF).half()
-                    values = half.permute(0, 2, 3, 1).cpu().numpy()
-                    if features is None:
-                        shape = (views[name], len(dataset), *values.shape[1:])
-                        path.unlink(missing_ok=True)  # of an interrupted run
-                        each, limit = values[0].nbytes, config.model.feature_gib
-                        if total * each > limit * 2**30:
-                            raise _too_large(total * each, f"model.feature_gib allows {limit:g}: raise it,")
-                        _check_space(folder, (total - done) * each)  # what is done lies there
-                        features = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=shape)
-                    features[view, indices.numpy()] = values
-                    progress(done := done + len(images), total)
+        path = folder / f"{name}-{_digest(model, dataset, config, views[name])}.npy"
+        dataset.set_epoch(0)
+        first = halved(dataset[0][0][None])[0][0]
+        shape = (views[name], len(dataset), *first.shape)
+        if not _holds(path, shape, first):
+            limit = config.model.feature_gib
+            if total * first.nbytes > limit * 2**30:
+                raise _too_large(total * first.nbytes, f"model.feature_gib allows {limit:g}: raise it,")
+            _check_space(folder, (total - done) * first.nbytes)  # what is done lies there
+            loader = DataLoader(dataset, 32, num_workers=config.reading.workers, generator=torch.Generator())
+            all_clipped = 0
+            with atomic_path(path) as temporary:
+                features = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
+                for view in range(views[name]):
+                    dataset.set_epoch(view)
+                    for images, _, indices in loader:
+                        features[view, indices.numpy()], clipped = halved(images)
+                        all_clipped += clipped
+                        progress(done := done + len(images), total)
+                features.flush()
             dataset.set_epoch(0)
-            assert isinstance(features, np.memmap)
-            features.flush()
-            if clipped:
+            if all_clipped:
                 log(
-                    f"warning: features of {clipped} of {views[name] * len(dataset)} images ({name}) lie beyond "
+                    f"warning: features of {all_clipped} of {views[name] * len(dataset)} images ({name}) lie beyond "
                     f"{LARGEST_HALF}, the range of half precision, and were clipped: predictions on images, which "
                     "are not, will differ; another layer or model.weights may suit better"
                 )
-            write_json(complete, key)
         else:
             progress(done := done + views[name] * len(dataset), total)
+            if config.model.feature_dir:
+                log(f"features of the {name} images are those of {path}")
         found[name] = FeatureDataset(dataset, np.load(path, mmap_mode="r"))
     return found
 
@@ -146,23 +153,39 @@ def remove_features(run_dir: Path) -> None:
     shutil.rmtree(run_dir / FOLDER, ignore_errors=True)
 
 
-def _key(model: CalmModel, dataset: ImageDataset, config: TrainConfig, views: int) -> dict[str, Any]:
-    """Return what the features depend on, ready for JSON."""
-    digest = hashlib.sha256()
+def _digest(model: CalmModel, dataset: ImageDataset, config: TrainConfig, views: int) -> str:
+    """Return a name for what the features depend on: the images in their order, how they are prepared, the network."""
+    digest = hashlib.sha256(fingerprint(dataset.split, file_sizes=True).encode())
+    about: list[Any] = [
+        [record.id for record in dataset.split.records],
+        dataset.split.exif,
+        asdict(model.preprocessing),
+    ]
+    about += [model.config.backbone, repr(model.backbone), config.hardware.precision]
+    if dataset.split.name == "train":  # the only one that is augmented
+        about += [asdict(config.augment), config.seed, views]
+    digest.update(json.dumps(about, default=str).encode())
     for tensor in model.backbone.state_dict().values():
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    about = [asdict(config.augment), asdict(model.preprocessing), config.seed, views, config.hardware.precision]
-    return {
-        "images": fingerprint(dataset.split),
-        "backbone": digest.hexdigest(),
-        "about": json.loads(json.dumps(about)),
-    }
+    return digest.hexdigest()[:16]
+
+
+def _holds(path: Path, shape: tuple[int, ...], first: NDArray[np.float16]) -> bool:
+    """Return whether a file has features of this shape, the first image's among them (h, w, D): a backbone of one's own
+    may compute something else with the weights and layers of another, which its name does not tell."""
+    if not path.is_file():
+        return False
+    found = np.load(path, mmap_mode="r")
+    if found.shape != shape or found.dtype != np.float16:
+        return False
+    there, here = found[0, 0].astype(np.float32), first.astype(np.float32)
+    return float(np.abs(there - here).max()) <= 0.1 * float(np.abs(here).max())  # batches and devices round otherwise
 
 
 def _check_space(folder: Path, needed: int) -> None:
     free = shutil.disk_usage(folder).free
     if needed > 0.9 * free:
-        raise _too_large(needed, f"{folder} has {free / 2**30:.1f} GiB free: choose another --run_dir,")
+        raise _too_large(needed, f"{folder} has {free / 2**30:.1f} GiB free: choose another --model.feature_dir,")
 
 
 def _too_large(needed: int, limit: str) -> CalmError:

@@ -32,7 +32,7 @@ from calm.files import read_json, remove_abandoned, write_json, write_text
 from calm.train.config import TrainConfig
 from calm.train.settings import read_settings
 
-FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "log.every_n_steps", "log.loggers"}
+FREE_FIELDS = {"run_dir", "reading.workers", "reading.cache", "model.feature_dir", "log.every_n_steps", "log.loggers"}
 FREE_FIELDS |= {"data", "reading.metadata_root"}  # the data may have moved: `open_folder` compares their fingerprint
 """Fields that change nothing about the result: a run may be continued with other values."""
 

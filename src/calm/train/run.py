@@ -129,7 +129,7 @@ def train(
             with _launched(fabric):
                 trainer = Trainer(fabric, model, config, run, datasets, run_dir, log, guidance)
                 trainer.fit(loggers)
-                if first:
+                if first and config.model.feature_dir is None:
                     remove_features(run_dir)
         except Exception:
             if new and (trainer is None or trainer.state.step == 0):  # the corrected command finds no other run there
