@@ -122,7 +122,7 @@ def cache_features(
             if total * first.nbytes > limit * 2**30:
                 raise _too_large(total * first.nbytes, f"model.feature_gib allows {limit:g}: raise it,")
             _check_space(folder, (total - done) * first.nbytes)  # what is done lies there
-            loader = DataLoader(dataset, 32, num_workers=config.reading.workers, generator=torch.Generator())
+            loader = DataLoader(dataset, 32, num_workers=config.reading.processes, generator=torch.Generator())
             all_clipped = 0
             with atomic_path(path) as temporary:
                 features = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float16, shape=shape)
