@@ -8,6 +8,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +18,14 @@ import torch
 from rich.console import Console
 
 import calm
+from calm.baselines import BASELINES, Baseline
 from calm.cli import main
 from calm.cli.evaluate import main as evaluate
 from calm.data.loading import fingerprint, load_split
 from calm.errors import CalmError
 from calm.evaluate import Result, registry, runner
 from calm.evaluate.result import FIGURES, Curve, FigureSpec
+from calm.evaluate.subject import own_code
 from calm.evaluate.tables import format_estimate, markdown, paired_differences, print_tables, write_tables
 from calm.metrics.bootstrap import Estimate
 from calm.report.found import Group
@@ -102,6 +105,25 @@ def test_evaluate_computes_stored_results_once(place, tmp_path, monkeypatch):
     assert evaluate(flags)[0].figures["mpxap"] == first[0].figures["mpxap"]
     with pytest.raises(pytest.fail.Exception, match="computed again"):
         evaluate([*flags, "--norm", "max"])
+
+
+def test_a_result_is_computed_again_when_the_users_own_method_changed(place, tmp_path, monkeypatch):
+    model, data = calm.load(place / "cam"), runner.Data.of(load_split(place / "birds", "test"), place / "birds")
+    found = []
+    for code in ("images.mean(1)", "images.mean(1)", "images.amax(1)"):
+        file = tmp_path / "own_method.py"
+        file.write_text(f"def explain(model, images, targets, options):\n    return {code}\n")
+        scope = {"__name__": "own_method"}
+        exec(compile(file.read_text(), file, "exec"), scope)
+        monkeypatch.setitem(BASELINES, "own", Baseline(scope["explain"]))
+        subject = calm.evaluate.model_subject(model, method="own")
+        result = calm.evaluate.run("localization", subject, data, tmp_path / "out", replicates=20)
+        found.append(result.figures["energy_inside"].value)
+    assert found[0] == found[1] != found[2]
+    assert len(list((tmp_path / "out/localization").glob("*.json"))) == 2
+    assert own_code(BASELINES["gradcam"].explain) == {}
+    given = [own_code(partial(new_model, width)) for width in (1, 2, 2)]
+    assert given[0] != given[1] == given[2]
 
 
 def test_result_path_depends_on_how_pixels_are_erased(place, tmp_path, monkeypatch):
