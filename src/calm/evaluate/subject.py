@@ -221,7 +221,7 @@ def own_code(function: Callable[..., Any]) -> dict[str, str]:
     while isinstance(function, partial):
         bound += f"{function.args} {function.keywords} "
         function = function.func
-    if function.__module__.partition(".")[0] == "calm":
+    if (function.__module__ or "").partition(".")[0] == "calm":
         return {}
     try:
         code = Path(inspect.getfile(function)).read_bytes()
