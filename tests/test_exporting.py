@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from stress_counts import FULL
 from test_examples import load_example
+from timm.layers import Conv2dSame
 from torch import nn
 
 import calm
@@ -168,12 +169,21 @@ def test_a_network_of_one_size_is_exported_for_that_size_in_float32_and_left_as_
     assert found.metadata["inputs"]["image"] == ["float32", "batch", 3, 24, 32]
     assert found.metadata["outputs"]["maps"] == ["float32", "batch", "k", 6, 8]
     assert "images must be 24 x 32 pixels" in str(found)
-    with pytest.raises(CalmError, match="takes images of 24 x 32 pixels alone: leave dynamic_size out"):
+    with pytest.raises(CalmError, match="24 x 32 pixels, the network takes no other: leave dynamic_size out"):
         export(model, tmp_path / "other.pt2", "torch-export", dynamic_size=True)
     assert model.training
     assert model.backbone.norm.num_batches_tracked == 0
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
     assert all(value.requires_grad for value in model.parameters())
+
+
+def test_a_network_with_same_padding_is_exported_for_one_size_as_tracing_it_for_any_takes_hours(tmp_path):
+    model = small(backbone=nn.Sequential(Conv2dSame(3, 4, 3, stride=2), Conv2dSame(4, 6, 5, stride=2)))
+    found = export(model, tmp_path / "birds.pt2", "torch-export")
+    assert {case[2:] for case in found.cases} == {(24, 32)}
+    assert found.note == "images must be 24 x 32 pixels: its padding depends on the size (SAME)"
+    with pytest.raises(CalmError, match=r"24 x 32 pixels, its padding depends on the size \(SAME\): leave"):
+        export(model, tmp_path / "birds.pt2", "torch-export", dynamic_size=True)
 
 
 class Branching(nn.Sequential):

@@ -181,14 +181,17 @@ def _sizes(model: CalmModel, to: str, preprocess: bool, dynamic: bool | None) ->
     if dynamic is False or to == "executorch":
         return [own], ""
     windows = any("rel_pos" in name or "relative_position" in name for name, _ in model.backbone.named_parameters())
+    # timm's layers for weights from TensorFlow: traced, paddings of paddings are terms that take hours to simplify.
+    same = any(type(part).__name__.endswith("Same") for part in model.backbone.modules())
     channels = model.config.in_channels
     others = [(height + step, width + 2 * step) for step in (32, 28, 64, 56)]
     taken = [size for size in others if grid_size(model.backbone, size, channels) is not None][:1]
-    if dynamic is None and (windows or not taken):
-        why = "its positions are a table for windows of one size" if windows else "the network takes no other"
+    why = "its positions are a table for windows of one size" if windows and dynamic is None else ""
+    why = why or ("its padding depends on the size (SAME)" if same else "" if taken else "the network takes no other")
+    if why and dynamic:
+        raise CalmError(f"images must be {_by(own)} pixels, {why}: leave dynamic_size out")
+    if why:
         return [own], f"images must be {_by(own)} pixels: {why}"
-    if not taken:
-        raise CalmError(f"the network takes images of {_by(own)} pixels alone: leave dynamic_size out")
     return [own, *taken], ""
 
 
