@@ -18,10 +18,11 @@ def explain(model: str, picture: str, out: str, count: int = 3) -> list[tuple[st
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
     image = Image.open(picture).convert("RGB")
     every = np.arange(len(names))[None]  # maps of all classes: the program computes them for the prediction anyway
-    probs, maps, _ = session.run(None, {"image": np.asarray(image)[None], "classes": every})
+    probs, maps = session.run(["probs", "maps"], {"image": np.asarray(image)[None], "classes": every})
     order = probs[0].argsort()[::-1][:count]
-    joint = maps[0, order[0]]  # p(y, z | x); its sum is probs[0, order[0]]
-    heat = Image.fromarray((255 * joint / joint.max()).astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
+    found = maps[0, order[0]]  # of CALM p(y, z | x), whose sum is probs[0, order[0]]; other kinds have other scales
+    shades = 255 * (found - found.min()) / max(np.ptp(found), 1e-12)
+    heat = Image.fromarray(shades.astype(np.uint8)).resize(image.size, Image.Resampling.BILINEAR)
     Image.composite(Image.new("RGB", image.size, "red"), image, heat.point(lambda value: value * 0.7)).save(out)
     return [(names[index], float(probs[0, index])) for index in order]
 
