@@ -114,3 +114,23 @@ def bilinear(grid: Tensor, size: tuple[int, int]) -> Tensor:
             bottom = float(grid[y1, x0]) * (1 - dx) + float(grid[y1, x1]) * dx
             out[i, j] = top * (1 - dy) + bottom * dy
     return out
+
+
+def pooled(logits: Tensor, scores: Tensor, activation: str, exponent: float) -> Tensor:
+    """p(y | x), (B, C): the power mean of the locations' probabilities, weighted by the prior, over its sum."""
+    where, what = prior(scores, activation), conditional(logits)
+    out = torch.zeros(what.shape[:2], dtype=torch.float64)
+    for b in range(out.shape[0]):
+        for c in range(out.shape[1]):
+            pairs = list(zip(where[b].flatten().tolist(), what[b, c].flatten().tolist(), strict=True))
+            if exponent == 0:
+                out[b, c] = math.prod(p**weight for weight, p in pairs)
+            else:
+                out[b, c] = math.fsum(weight * p**exponent for weight, p in pairs) ** (1 / exponent)
+    return out / out.sum(dim=1, keepdim=True)
+
+
+def responsibilities(logits: Tensor, scores: Tensor, activation: str, exponent: float) -> Tensor:
+    """p(z | x, y), (B, C, h, w): p(z | x) p(y | x, z) ** exponent, over its sum."""
+    mass = prior(scores, activation)[:, None] * conditional(logits) ** exponent
+    return mass / mass.sum(dim=(-2, -1), keepdim=True)

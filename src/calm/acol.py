@@ -55,7 +55,7 @@ class AcolCalmOutput(CalmOutput):
 
     def __init__(self, first: CalmOutput, second: CalmOutput) -> None:
         self.first, self.second = first, second
-        self.activation, self.denominator = "exp", "differentiated"
+        self.activation, self.denominator, self.pooling_exponent = "exp", "differentiated", first.pooling_exponent
 
     @property
     def _scores_of_classes(self) -> Tensor:
@@ -99,6 +99,18 @@ class AcolCalmOutput(CalmOutput):
         """log p(y | x): the mean of both heads' probabilities."""
         return torch.logaddexp(self.first.log_probs, self.second.log_probs) - math.log(2)
 
+    def _tempered(self, exponent: float) -> CalmOutput:
+        if self.pooling_exponent == 1:
+            return super()._tempered(exponent)
+        return AcolCalmOutput(self.first._tempered(exponent), self.second._tempered(exponent))
+
+    def class_log_joint(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """Return log p(y, z | x) of K classes per image."""
+        if self.pooling_exponent == 1:
+            return super().class_log_joint(classes)
+        rows = (output.class_log_joint(classes) for output in (self.first, self.second))
+        return torch.logaddexp(*rows) - math.log(2)
+
     def target_log_joint(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """Return log p(y, z | x) of each image's target."""
         rows = (output.target_log_joint(targets) for output in (self.first, self.second))
@@ -119,7 +131,7 @@ class _AcolHead(nn.Module):
     Args:
         in_channels: D, the channels of the features.
         num_classes: C.
-        prior: The prior's activation and denominator, for CALM.
+        prior: The prior's activation and denominator, and the pooling exponent, for CALM.
         threshold: delta, in (0, 1].
         channels: The channels of the two 3x3 convolutions; None is 1024, as published, or D where that is less.
     """

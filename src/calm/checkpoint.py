@@ -8,7 +8,7 @@ reads and writes the two files and knows no model; `calm.model` builds one from 
       "model": {"backbone": "resnet50", "num_classes": 2, "method": "calm-em", "large_feature_map": true,
                 "use_bn": true, "output_stride": null, "prior_activation": "softplus",
                 "prior_denominator": "differentiated", "in_channels": 3, "acol_threshold": null,
-                "acol_channels": null},
+                "acol_channels": null, "pooling_exponent": 1.0},
       "class_names": ["crow", "raven"],
       "preprocessing": {"size": [224, 224], "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
                         "bits": null, "view": null, "interpolation": "bilinear"},

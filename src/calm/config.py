@@ -83,6 +83,18 @@ def check_options(options: Any, group: str, **ranges: tuple[float, float]) -> No
             raise CalmError(f"{group}{name} is {shown(value)}: allowed are {low:g} to {high:g}")
 
 
+def check_pooling(exponent: float, denominator: PriorDenominator, method: Method = "calm-em") -> None:
+    """Raise a `CalmError` unless a model of this method, with this denominator of the prior, can have the exponent."""
+    given = f"pooling_exponent is {exponent:g}"
+    if exponent != 0 and not 1e-6 <= exponent <= 1:  # losses divide by it
+        raise CalmError(f"{given}: give 1 (CALM), 0 (CAM weighted by the prior), or from 1e-6 to 1")
+    if exponent != 1 and method == "cam":
+        raise CalmError(f"{given}, but CAM has no prior to weight by: leave it out, or take method calm-ml")
+    if exponent != 1 and denominator == "constant":
+        fix = "take prior_denominator differentiated"
+        raise CalmError(f"{given}, but the released code, whose denominator is constant, has none: {fix}")
+
+
 class Code(NamedTuple):
     """The user's own code that builds a backbone, as a name says it: see `parse_code`."""
 
@@ -161,6 +173,8 @@ class ModelConfig:
         in_channels: The channels of the images: 3 for RGB.
         prior_activation: ``softplus`` (paper), ``relu`` (released code and weights) or ``exp`` (spatial softmax).
         prior_denominator: ``differentiated`` (exact) or ``constant`` (released code).
+        pooling_exponent: The exponent a of the power mean over the locations that predicts (`calm.latent.pooled`): 1 is
+            CALM, 0 is CAM weighted by the prior.
         acol_threshold: For ACoL, which has a second head: where the first head's map, min-max normalised, is as high,
             features are erased for the second (`calm.acol`); None is one head.
         acol_channels: For ACoL: the channels of the convolutions before each head; None is 1024, or fewer features.
@@ -177,9 +191,11 @@ class ModelConfig:
     in_channels: int = 3
     acol_threshold: float | None = None
     acol_channels: int | None = None
+    pooling_exponent: float = 1.0
 
     def __post_init__(self) -> None:
         check_options(self, "", acol_threshold=(1e-6, 1), acol_channels=(1, 1e6))
+        check_pooling(self.pooling_exponent, self.prior_denominator, self.method)
         if self.acol_channels is not None and self.acol_threshold is None:
             raise CalmError(f"acol_channels is {self.acol_channels}, but acol_threshold is None: give it, or neither")
         if min(self.num_classes, self.in_channels) < 1:

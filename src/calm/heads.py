@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from calm.config import ModelConfig, PriorActivation, PriorDenominator, class_index
+from calm.config import ModelConfig, PriorActivation, PriorDenominator, check_pooling, class_index
 from calm.errors import CalmError
 from calm.heatmaps import resize_maps
 from calm.images import check_images
@@ -43,6 +43,10 @@ class CalmHead(nn.Module):
         num_classes: C.
         activation: The prior's activation, see `calm.latent.log_prior`.
         denominator: The prior's denominator, see `calm.latent.log_prior`.
+        pooling_exponent: How the locations predict together, see `calm.latent.pooled`: 1 is CALM.
+
+    Raises:
+        CalmError: If the exponent is not from 0 to 1, or below 1 with a constant denominator.
     """
 
     def __init__(
@@ -51,15 +55,18 @@ class CalmHead(nn.Module):
         num_classes: int,
         activation: PriorActivation = "softplus",
         denominator: PriorDenominator = "differentiated",
+        pooling_exponent: float = 1.0,
     ) -> None:
         super().__init__()
+        check_pooling(pooling_exponent, denominator)
         self.conv_last = _class_scorer(in_channels, num_classes)
         self.attention = PointwiseConv2d(in_channels, 1, kernel_size=1)
-        self.activation, self.denominator = activation, denominator
+        self.activation, self.denominator, self.pooling_exponent = activation, denominator, pooling_exponent
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
         """Score the classes at each location, and the locations."""
-        return CalmOutput(self.conv_last(features), self.attention(features), self.activation, self.denominator)
+        activations = self.conv_last(features), self.attention(features)
+        return CalmOutput(*activations, self.activation, self.denominator, self.pooling_exponent)
 
 
 class CamHead(nn.Module):

@@ -186,6 +186,7 @@ class _CalmClassifier:
         batch_size: Images in a step.
         lr: The peak learning rate of AdamW, on a one-cycle schedule.
         prior_weight: See `CalmOutput.loss`: above 0 it keeps the prior from collapsing on one place.
+        pooling_exponent: See `ModelConfig`: 1 is the published CALM.
         flip: Whether images are mirrored at random (not with ``freeze``).
         device: See `calm.inference.resolve_device`.
         random_state: Seed of weights, order and flips; the global random numbers are left alone.
@@ -208,6 +209,7 @@ class _CalmClassifier:
         batch_size: int = 32,
         lr: float = 0.002,
         prior_weight: float = 0.0,
+        pooling_exponent: float = 1.0,
         flip: bool = True,
         device: str = "auto",
         random_state: Any = None,
@@ -219,6 +221,7 @@ class _CalmClassifier:
             epochs,
             batch_size,
         )
+        self.pooling_exponent = pooling_exponent
         self.lr, self.prior_weight, self.flip, self.device, self.random_state = (
             lr,
             prior_weight,
@@ -251,6 +254,7 @@ class _CalmClassifier:
                 self.method,
                 pretrained=self.pretrained,
                 output_stride=self.output_stride,
+                pooling_exponent=self.pooling_exponent,
                 class_names=[str(label) for label in self.classes_],
                 preprocessing=None if self.image_size is None else Preprocessing(size=(self.image_size,) * 2),
             ).to(device)

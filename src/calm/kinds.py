@@ -21,23 +21,13 @@ Superclass: TypeAlias = Mapping[int, Sequence[int]]
 """For each target class, the classes of its superclass (which normally include the target)."""
 
 
-def _log_conditional(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return log p(y | x, z) of K classes per image."""
-    log_conditional: Tensor = output.log_conditional
-    return log_conditional.gather(1, classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:]))
-
-
-def _log_joint(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    """Return log p(y, z | x) of K classes per image."""
-    return latent.log_joint(_log_conditional(output, classes), output.log_prior)
-
-
 def _joint(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return _log_joint(output, classes).exp()
+    log_joint: Tensor = output.class_log_joint(classes)
+    return log_joint.exp()
 
 
 def _posterior(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
-    return latent.log_posterior(_log_joint(output, classes)).exp()
+    return latent.log_posterior(output.class_log_joint(classes)).exp()
 
 
 def _prior(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
@@ -49,7 +39,7 @@ def _evidence(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h 
     if output.family == "cam":
         maps: Tensor = output.class_logits(classes)
         return maps / (maps.shape[-2] * maps.shape[-1])
-    return latent.evidence(_log_conditional(output, classes), output.log_prior)
+    return latent.evidence(output.class_log_conditional(classes), output.log_prior)
 
 
 def _cam(output: Any, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:

@@ -106,6 +106,33 @@ def log_posterior(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows
     return log_joint - log_likelihood(log_joint)[..., None, None]
 
 
+def pooled(
+    log_conditional: Float[Tensor, "b k h w"], log_prior: Float[Tensor, "b h w"], exponent: float
+) -> Float[Tensor, "b k"]:
+    """Return the logarithm of the power mean over the locations of p(y | x, z), weighted by p(z | x).
+
+    It is log(sum_z p(z | x) p(y | x, z) ** a) / a, and in the limit of a = 0 sum_z p(z | x) log p(y | x, z), the
+    geometric mean. Normalised over the classes it is the prediction (docs/mathematics.md): with a = 1, where it is that
+    already, of CALM; with a = 0 and a uniform prior, of CAM.
+
+    Args:
+        log_conditional: log p(y | x, z) of K classes. With a = 0 any logits, which differ from it by what all classes
+            at a location share, give the same prediction.
+        log_prior: log p(z | x).
+        exponent: a, from 0 to 1.
+    """
+    prior = log_prior.exp().unsqueeze(1)
+    if exponent == 0:
+        return (prior * log_conditional).sum(dim=(-2, -1))
+    mean = log_likelihood(exponent * log_conditional + log_prior.unsqueeze(1)) / exponent
+    if exponent >= 0.1:
+        return mean
+    # The mean of p ** a is almost 1, and the division by a enlarges its rounding: sum its distance from the largest.
+    peak = log_conditional.detach().amax(dim=(-2, -1), keepdim=True)
+    below = (prior * torch.expm1(exponent * (log_conditional - peak))).sum(dim=(-2, -1))
+    return torch.where(below < -0.5, mean, peak[..., 0, 0] + torch.log1p(below.clamp(min=-0.5)) / exponent)
+
+
 def check_exponent(exponent: float) -> None:
     """Raise a `CalmError` if the exponent of a prior is negative or not finite."""
     if not (exponent >= 0 and math.isfinite(exponent)):

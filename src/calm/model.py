@@ -29,6 +29,11 @@ FLAT = 0.97
 """The entropy of the posterior p(z | x, y), over log N, above which a model's maps are called flat: at an 8x8 grid, 57
 of 64 cells count alike."""
 
+INDEPENDENT = (
+    "its pooling exponent is 0: the class and the place of its cue are independent given the image, so that joint and"
+    " posterior maps show the prior for every class; evidence maps show what tells two classes apart"
+)
+
 
 class CalmModel(Network):
     """An image classifier whose output also says where the evidence is.
@@ -59,11 +64,17 @@ class CalmModel(Network):
         self.training_summary = dict(training_summary or {})
 
     @property
+    def flat(self) -> bool:
+        """Whether the training recorded maps that are almost flat (`FLAT`)."""
+        spread = self.training_summary.get("posterior_entropy_relative", 0.0)
+        return isinstance(spread, float) and spread > FLAT
+
+    @property
     def caution(self) -> str:
         """What a reader of the maps must know first, in a sentence; empty if the training recorded nothing of it."""
-        spread = self.training_summary.get("posterior_entropy_relative", 0.0)
-        if not isinstance(spread, float) or spread <= FLAT:
-            return ""
+        if not self.flat:
+            return INDEPENDENT if self.config.pooling_exponent == 0 else ""
+        spread = self.training_summary["posterior_entropy_relative"]
         return (
             f"its maps are almost flat: where the evidence of the training images is has {spread:.2f} of the entropy of"
             " not knowing at all. Classes are as sure as their probabilities; joint, posterior and prior say little"
@@ -213,6 +224,7 @@ def create_model(
     in_channels: int = 3,
     acol_threshold: float | None = None,
     acol_channels: int | None = None,
+    pooling_exponent: float = 1.0,
     class_names: Sequence[str] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> CalmModel:
@@ -257,6 +269,7 @@ def create_model(
         in_channels=in_channels,
         acol_threshold=acol_threshold,
         acol_channels=acol_channels,
+        pooling_exponent=pooling_exponent,
     )
     own = import_backbone(backbone) if isinstance(backbone, str) and parse_code(backbone) else backbone
     if isinstance(own, str):
@@ -291,7 +304,7 @@ def create_model(
     channels = int(body.out_channels)  # type: ignore[arg-type]
     kinds = (CamHead, CalmHead) if acol_threshold is None else (AcolCamHead, AcolCalmHead)
     second: Any = {} if acol_threshold is None else {"threshold": acol_threshold, "channels": acol_channels}
-    prior = () if method == "cam" else (prior_activation, prior_denominator)
+    prior = () if method == "cam" else (prior_activation, prior_denominator, pooling_exponent)
     head = kinds[method != "cam"](channels, num_classes, *prior, **second)
     return CalmModel(config, body, head, class_names=class_names, preprocessing=preprocessing)
 

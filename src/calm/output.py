@@ -212,6 +212,8 @@ class CalmOutput(_Output):
         scores: s, one score per location.
         activation: The prior's activation, see `calm.latent.log_prior`.
         denominator: The prior's denominator, see `calm.latent.log_prior`.
+        pooling_exponent: a, with which the locations predict together, see `calm.latent.pooled`. Below 1 the posterior
+            is proportional to p(z | x) p(y | x, z) ** a, and the joint is p(y | x) times the posterior.
     """
 
     family = "calm"
@@ -231,6 +233,7 @@ class CalmOutput(_Output):
     scores: Float[Tensor, "b 1 h w"]
     activation: PriorActivation = "softplus"
     denominator: PriorDenominator = "differentiated"
+    pooling_exponent: float = 1.0
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -250,12 +253,21 @@ class CalmOutput(_Output):
     @property
     def log_joint(self) -> Float[Tensor, "b c h w"]:
         """log p(y, z | x)."""
+        if self.pooling_exponent != 1:
+            classes = torch.arange(self.num_classes, device=self.device)
+            return self.class_log_joint(classes.expand(self.batch_size, -1))
         return latent.log_joint(self.log_conditional, self.log_prior)
 
     @property
     def log_probs(self) -> Float[Tensor, "b c"]:
         """log p(y | x): the prediction."""
-        return latent.log_likelihood(self.log_joint)
+        return latent.log_likelihood(self.log_joint) if self.pooling_exponent == 1 else self._pooled.log_softmax(dim=1)
+
+    @property
+    def _pooled(self) -> Float[Tensor, "b c"]:
+        """The logarithm of the power mean of all classes, before it is normalised over them."""
+        scores = self.log_conditional if self.pooling_exponent else widen(self.logits)
+        return latent.pooled(scores, self.log_prior, self.pooling_exponent)
 
     @property
     def log_posterior(self) -> Float[Tensor, "b c h w"]:
@@ -295,10 +307,26 @@ class CalmOutput(_Output):
         return (self.scores <= 0).flatten(1).all(dim=1)
 
     def _tempered(self, exponent: float) -> CalmOutput:
-        return CalmOutput(self.logits, latent.temper(self.log_prior, exponent).unsqueeze(1), activation="exp")
+        scores = latent.temper(self.log_prior, exponent).unsqueeze(1)
+        return CalmOutput(self.logits, scores, "exp", pooling_exponent=self.pooling_exponent)
+
+    def class_log_conditional(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """Return log p(y | x, z) of K classes per image."""
+        log_conditional: Tensor = self.log_conditional
+        return log_conditional.gather(1, classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:]))
+
+    def class_log_joint(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+        """Return log p(y, z | x) of K classes per image."""
+        exponent, rows = self.pooling_exponent, self.class_log_conditional(classes)
+        if exponent == 1:
+            return latent.log_joint(rows, self.log_prior)
+        log_posterior = latent.log_posterior(latent.log_joint(exponent * rows, self.log_prior))
+        return log_posterior + self.log_probs.gather(1, classes)[..., None, None]
 
     def target_log_joint(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """Return log p(y, z | x) of each image's target: the row of the joint that a loss reads."""
+        if self.pooling_exponent != 1:
+            return self.class_log_joint(targets[:, None]).squeeze(1)
         return latent.target_log_conditional(self.logits, targets) + self.log_prior
 
     def loss(
@@ -328,22 +356,34 @@ class CalmOutput(_Output):
                 `calm.latent.check_targets`), or the method does not have an option.
         """
         targets = latent.check_targets(targets, self.batch_size, self.num_classes)
-        soft = targets.ndim == 2
+        soft, exponent = targets.ndim == 2, self.pooling_exponent
+        classes = torch.arange(self.num_classes, device=self.device).expand_as(targets) if soft else targets[:, None]
 
         def log_joint(output: CalmOutput) -> Tensor:
+            if exponent != 1:  # log(p(z | x) p(y | x, z) ** a), which normalised over z is the posterior
+                rows = latent.log_joint(exponent * output.class_log_conditional(classes), output.log_prior)
+                return rows if soft else rows.squeeze(1)
             return output.log_joint if soft else output.target_log_joint(targets)
 
         if method not in ("calm-em", "calm-ml"):
             raise unknown("loss method", method, ("calm-em", "calm-ml"))
         if method == "calm-ml" and (temperature != 1.0 or teacher is not None):
             raise CalmError("temperature and teacher belong to the E-step: they need method 'calm-em'")
-        own = log_joint(self)
-        if method == "calm-ml":
-            losses = latent.ml_loss(own)
+        if exponent == 0 and (temperature != 1.0 or teacher is not None):
+            raise CalmError("temperature and teacher have no limit at pooling_exponent 0: leave them out")
+        if exponent == 0 or (exponent != 1 and method == "calm-ml"):
+            losses = -self.log_probs if soft else -self.log_probs.gather(1, classes).squeeze(1)
         else:
-            with torch.no_grad():
-                of_teacher = None if teacher is None else log_joint(teacher)
-            losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
+            own = log_joint(self)
+            if method == "calm-ml":
+                losses = latent.ml_loss(own)
+            else:
+                with torch.no_grad():
+                    of_teacher = None if teacher is None else log_joint(teacher)
+                losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
+            if exponent != 1:
+                normalizer = self._pooled.logsumexp(dim=1, keepdim=soft)
+                losses = losses / exponent + normalizer
         loss = ((targets * losses).sum(dim=1) if soft else losses).mean()
         if prior_weight and self.activation == "relu":
             raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
@@ -436,8 +476,8 @@ def _without_autocast(device: torch.device) -> torch.autocast:
 # classes makes leaves of strings, too, which an exported program can be saved with but not loaded.
 _pytree.register_pytree_node(
     CalmOutput,
-    lambda output: ([output.logits, output.scores], [output.activation, output.denominator]),
-    lambda tensors, names: CalmOutput(*tensors, *names),
+    lambda output: ([output.logits, output.scores], [output.activation, output.denominator, output.pooling_exponent]),
+    lambda tensors, options: CalmOutput(*tensors, *options),
     serialized_type_name="calm.output.CalmOutput",
 )
 torch.export.register_dataclass(CamOutput, serialized_type_name="calm.output.CamOutput")

@@ -170,6 +170,11 @@ def released_state_dict(model: CalmModel) -> dict[str, Tensor]:
             f"a released checkpoint means prior_activation='relu', but this model has {config.prior_activation!r}: "
             "the released code would read other probabilities from the same weights. Use save_pretrained"
         )
+    if config.pooling_exponent != 1:
+        raise CalmError(
+            f"the released code has no pooling_exponent, which is {config.pooling_exponent:g} here: it would read other"
+            " probabilities from the same weights. Use save_pretrained"
+        )
     if config.acol_threshold is not None:
         raise CalmError("the released code has one head, and this model two (ACoL): use save_pretrained")
     if config.in_channels != 3:

@@ -13,7 +13,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from calm.config import Interpolation, Method, PriorActivation, PriorDenominator, WsolOptions, check_options
+from calm.config import (
+    Interpolation,
+    Method,
+    PriorActivation,
+    PriorDenominator,
+    WsolOptions,
+    check_options,
+    check_pooling,
+)
 from calm.data.augmentation import Augmentation
 from calm.errors import CalmError, shown, unknown
 from calm.files import processors
@@ -97,6 +105,9 @@ class ModelOptions:
         output_stride: image pixels per grid cell, for timm backbones that support it.
         prior_activation: the activation a of the prior.
         prior_denominator: ``constant`` trains the prior as the released code does.
+        pooling_exponent: exponent a of the power mean over the locations that predicts the class. 1 is the published
+            CALM, an average of the locations' probabilities; 0 is CAM weighted by the prior, an average of their class
+            scores (docs/mathematics.md).
         freeze: ``true`` keeps the backbone as it starts, in evaluation mode, and trains the head alone, on features
             that are computed once: a model in a minute (docs/frozen-features.md). The name of a part of the backbone
             (``layer3``, ``blocks.4``) keeps that part and all before it so, without such features.
@@ -120,6 +131,7 @@ class ModelOptions:
     output_stride: int | None = None
     prior_activation: PriorActivation = "softplus"
     prior_denominator: PriorDenominator = "differentiated"
+    pooling_exponent: float = 1.0
     freeze: bool | str = False
     unfreeze_after: int = 0
     freeze_norm: bool = False
@@ -341,6 +353,10 @@ class TrainConfig:
         check_options(self, "", epochs=(1, MOST), batch_size=(1, MOST), lr=(0, LARGEST), seed=(0, 2**63 - 1))
         if self.method != "calm-em" and self.loss != self.loss.without_e_step():
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
+        check_pooling(self.model.pooling_exponent, self.model.prior_denominator, self.method)
+        if self.model.pooling_exponent == 0 and self.loss != self.loss.without_e_step():
+            fix = "leave them out, or take an exponent above 0"
+            raise CalmError(f"loss.posterior, teacher_decay and temperature have no model.pooling_exponent 0: {fix}")
         if self.loss.prior_weight and (self.method == "cam" or self.model.prior_activation == "relu"):
             which = "a CAM model has no prior" if self.method == "cam" else "a ReLU prior has probabilities of 0"
             raise CalmError(f"loss.prior_weight is {self.loss.prior_weight}, but {which}: leave it at 0")

@@ -82,6 +82,7 @@ def build_model(config: TrainConfig, split: Split, backbone: nn.Module | None) -
         output_stride=options.output_stride,
         prior_activation=options.prior_activation,
         prior_denominator=options.prior_denominator,
+        pooling_exponent=options.pooling_exponent,
         in_channels=reading.channels,
         acol_threshold=config.wsol.acol_threshold if "acol" in config.wsol.methods else None,
         acol_channels=config.wsol.acol_channels,

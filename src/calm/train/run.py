@@ -270,7 +270,7 @@ class Trainer:
             validated = len(self.datasets["val"])
             self.log(journal.closing_lines(result, self.run_dir, config, validated, seconds, trained))
             if caution := self.evaluated().caution:
-                self.log(f"warning: {caution}. {FLAT_REMEDY}")
+                self.log(f"warning: {caution}. {FLAT_REMEDY}" if self.evaluated().flat else f"note: {caution}")
         self.fabric.barrier()
 
     def train_epoch(self) -> float:
