@@ -18,6 +18,7 @@ import calm
 from calm import latent
 from calm.acol import AcolCalmOutput
 from calm.errors import CalmError
+from calm.evaluate import model_subject
 from calm.heads import CalmHead
 from calm.kinds import MAP_KINDS
 from calm.output import CalmOutput, CamOutput
@@ -232,6 +233,7 @@ def test_models_are_saved_loaded_and_read_with_their_exponent(exponent, acol_thr
     with torch.no_grad():
         output, again = model(images), loaded(images)
     assert loaded.config.pooling_exponent == exponent
+    assert model_subject(loaded, method="joint").label == f"CALM-EM exponent {exponent:g} joint"
     assert torch.equal(output.probs, again.probs)
     assert not torch.allclose(output.probs, CalmOutput(output.logits, output.scores, "exp").probs, atol=1e-6)
     targets = torch.tensor([2, 0])

@@ -262,7 +262,7 @@ def readme(card: Card, repo_id: str, figures: str = "", caution: str = "", *, ex
     model, size = card.model, " x ".join(map(str, card.preprocessing.size))
     head = {"library_name": "calm", "pipeline_tag": "image-classification"}
     lines = ["---", *(f"{key}: {value}" for key, value in head.items()), "tags: [calm, attribution, interpretability]"]
-    what = f"`{model.backbone}`, trained by {model.method.upper()}, for images of {size} pixels"
+    what = f"`{model.backbone}`, trained by {model.title}, for images of {size} pixels"
     lines += ["---", "", f"# {repo_id.partition('/')[2]}", ""]
     lines += [f"An image classifier of {model.num_classes} classes that says where it saw the evidence: {what}.", ""]
     lines += ["![A picture, and where the model saw the evidence](example.png)", ""] if example else []

@@ -202,6 +202,11 @@ class ModelConfig:
             given = f"num_classes is {self.num_classes}, in_channels {self.in_channels}"
             raise CalmError(f"{given}: a classifier needs at least 1 of each")
 
+    @property
+    def title(self) -> str:
+        """The method as tables name it, "CALM-EM", with a pooling exponent that is not the published one."""
+        return self.method.upper() + (f" exponent {self.pooling_exponent:g}" if self.pooling_exponent != 1 else "")
+
 
 @dataclass(frozen=True)
 class WsolOptions:

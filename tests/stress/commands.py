@@ -78,7 +78,7 @@ def _train(inputs: Inputs, out: Path) -> list[str]:
     return (
         f"train --preset birds --data {inputs.birds} --run_dir {out} --epochs 3 --batch_size 8"
         " --reading.image_size 48 --reading.val_fraction 0.3 --optim.ema_decay 0.9 --log.panel_images 2"
-        " --hardware.accelerator cpu"
+        " --hardware.accelerator cpu --report false"
     ).split()
 
 

@@ -360,7 +360,7 @@ class Page:
         caution = f"\n\n**Note of this model:** {escape(model.caution)}." if model.caution else ""
         config = model.config
         return (
-            f"# {escape(self.title)}\n{config.method.upper()}, {escape(config.backbone)}, {config.num_classes} classes,"
+            f"# {escape(self.title)}\n{config.title}, {escape(config.backbone)}, {config.num_classes} classes,"
             f" input {grid} pixels.{caution}"
         )
 

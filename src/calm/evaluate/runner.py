@@ -200,7 +200,7 @@ def _classifiers(subjects: list[Subject | MapFolder]) -> list[Subject | MapFolde
     mine.sort(key=lambda s: s.model is not None and s.about["method"] == s.model.map_kind())  # the last one counts
     first = {s.about["model"]: s for s in mine}
     named = [
-        replace(s, label=s.model.config.method.upper() + ", bf16" * ("precision" in s.about))
+        replace(s, label=s.model.config.title + ", bf16" * ("precision" in s.about))
         for s in (first[model] for model in dict.fromkeys(s.about["model"] for s in subjects))
         if s.model
     ]

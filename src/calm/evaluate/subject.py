@@ -189,7 +189,7 @@ def model_subject(
     half = precision == "bf16-mixed"
     probabilities = own and MAP_KINDS[name].families == ("calm",)
     return Subject(
-        label or f"{model.config.method.upper()} {name}{f' prior^{exponent:g}' * (exponent != 1)}{', bf16' * half}",
+        label or f"{model.config.title} {name}{f' prior^{exponent:g}' * (exponent != 1)}{', bf16' * half}",
         partial(predict_with, model, predictor=predictor, half=half),
         model.preprocessing,
         model.device,
