@@ -22,11 +22,18 @@ from calm.inference import (
 )
 
 
-def test_resolve_device_takes_names_and_auto() -> None:
+def test_resolve_device_takes_names_and_auto(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve_device("cpu") == torch.device("cpu")
     assert resolve_device().type in ("cpu", "cuda", "mps")
-    with pytest.raises(CalmError, match="device 'gpu' cannot be used"):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(CalmError, match="device 'gpu' cannot be used: PyTorch finds none here"):
         resolve_device("gpu")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "zeros", lambda _, device: torch.empty(1, device="meta" if device == "mps" else device))
+    assert resolve_device("gpu").type == "meta"
+    with pytest.raises(CalmError, match="device 'dpu' cannot be used"):
+        resolve_device("dpu")
 
 
 @pytest.mark.parametrize("failing", [False, True])

@@ -18,14 +18,17 @@ from calm.errors import CalmError
 
 
 def resolve_device(name: str = "auto") -> torch.device:
-    """Return the device of a name: cpu, cuda, cuda:1, mps, ...; ``auto`` is a GPU if there is one, else the CPU.
+    """Return the device of a name: cpu, cuda, cuda:1, mps, ...; ``auto`` is a GPU if there is one, else the CPU, and
+    ``gpu`` the GPU.
 
     Raises:
         CalmError: no tensor can be made there.
     """
     device = name
-    if name == "auto":
+    if name in ("auto", "gpu"):
         device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        if name == "gpu" and device == "cpu":
+            raise CalmError("device 'gpu' cannot be used: PyTorch finds none here; cpu is the other one")
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
