@@ -180,11 +180,13 @@ def main(arguments: Sequence[str]) -> Path | None:
         print(suggest(config))
         return None
     check_code(config, arguments)
+    from calm.train.folder import default_run_dir
     from calm.train.run import train
 
-    begun = time.time()
+    result = (config.run_dir or default_run_dir(config)) / "result.json"
+    ended = result.stat().st_mtime_ns if result.is_file() else None
     run_dir = train(config)
-    if chosen.report.lower() == "true" and (run_dir / "result.json").stat().st_mtime >= begun - 1:
+    if chosen.report.lower() == "true" and result.stat().st_mtime_ns != ended:  # it was not finished already
         _report(run_dir, started)
     return run_dir
 
