@@ -181,7 +181,7 @@ def _sizes(model: CalmModel, to: str, preprocess: bool, dynamic: bool | None) ->
     if dynamic is False or to == "executorch":
         return [own], ""
     windows = any("rel_pos" in name or "relative_position" in name for name, _ in model.backbone.named_parameters())
-    # timm's layers for weights from TensorFlow: traced, paddings of paddings are terms that take hours to simplify.
+    # timm's layers for weights from TensorFlow: traced, their paddings are terms that 20 minutes did not simplify.
     same = any(type(part).__name__.endswith("Same") for part in model.backbone.modules())
     channels = model.config.in_channels
     others = [(height + step, width + 2 * step) for step in (32, 28, 64, 56)]

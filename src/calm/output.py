@@ -261,13 +261,13 @@ class CalmOutput(_Output):
     @property
     def log_probs(self) -> Float[Tensor, "b c"]:
         """log p(y | x): the prediction."""
-        return latent.log_likelihood(self.log_joint) if self.pooling_exponent == 1 else self._pooled.log_softmax(dim=1)
+        if self.pooling_exponent == 1:
+            return latent.log_likelihood(self.log_joint)
+        return self._pooled(self.log_conditional if self.pooling_exponent else widen(self.logits)).log_softmax(dim=1)
 
-    @property
-    def _pooled(self) -> Float[Tensor, "b c"]:
-        """The logarithm of the power mean of all classes, before it is normalised over them."""
-        scores = self.log_conditional if self.pooling_exponent else widen(self.logits)
-        return latent.pooled(scores, self.log_prior, self.pooling_exponent)
+    def _pooled(self, log_conditional: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c"]:
+        """Return the logarithm of the power mean of all classes, before it is normalised over them."""
+        return latent.pooled(log_conditional, self.log_prior, self.pooling_exponent)
 
     @property
     def log_posterior(self) -> Float[Tensor, "b c h w"]:
@@ -312,16 +312,17 @@ class CalmOutput(_Output):
 
     def class_log_conditional(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """Return log p(y | x, z) of K classes per image."""
-        log_conditional: Tensor = self.log_conditional
-        return log_conditional.gather(1, classes[..., None, None].expand(-1, -1, *log_conditional.shape[2:]))
+        return _rows(self.log_conditional, classes)
 
     def class_log_joint(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """Return log p(y, z | x) of K classes per image."""
-        exponent, rows = self.pooling_exponent, self.class_log_conditional(classes)
+        exponent, log_conditional = self.pooling_exponent, self.log_conditional
+        rows = _rows(log_conditional, classes)
         if exponent == 1:
             return latent.log_joint(rows, self.log_prior)
         log_posterior = latent.log_posterior(latent.log_joint(exponent * rows, self.log_prior))
-        return log_posterior + self.log_probs.gather(1, classes)[..., None, None]
+        log_probs = self._pooled(log_conditional).log_softmax(dim=1)
+        return log_posterior + log_probs.gather(1, classes)[..., None, None]
 
     def target_log_joint(self, targets: Int[Tensor, " b"]) -> Float[Tensor, "b h w"]:
         """Return log p(y, z | x) of each image's target: the row of the joint that a loss reads."""
@@ -359,9 +360,10 @@ class CalmOutput(_Output):
         soft, exponent = targets.ndim == 2, self.pooling_exponent
         classes = torch.arange(self.num_classes, device=self.device).expand_as(targets) if soft else targets[:, None]
 
-        def log_joint(output: CalmOutput) -> Tensor:
+        def log_joint(output: CalmOutput, log_conditional: Tensor | None = None) -> Tensor:
             if exponent != 1:  # log(p(z | x) p(y | x, z) ** a), which normalised over z is the posterior
-                rows = latent.log_joint(exponent * output.class_log_conditional(classes), output.log_prior)
+                of_all = output.log_conditional if log_conditional is None else log_conditional
+                rows = latent.log_joint(exponent * (of_all if soft else _rows(of_all, classes)), output.log_prior)
                 return rows if soft else rows.squeeze(1)
             return output.log_joint if soft else output.target_log_joint(targets)
 
@@ -374,16 +376,16 @@ class CalmOutput(_Output):
         if exponent == 0 or (exponent != 1 and method == "calm-ml"):
             losses = -self.log_probs if soft else -self.log_probs.gather(1, classes).squeeze(1)
         else:
-            own = log_joint(self)
+            log_conditional = None if exponent == 1 else self.log_conditional  # of all classes, for Z, too
+            own = log_joint(self, log_conditional)
             if method == "calm-ml":
                 losses = latent.ml_loss(own)
             else:
                 with torch.no_grad():
                     of_teacher = None if teacher is None else log_joint(teacher)
                 losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
-            if exponent != 1:
-                normalizer = self._pooled.logsumexp(dim=1, keepdim=soft)
-                losses = losses / exponent + normalizer
+            if log_conditional is not None:
+                losses = losses / exponent + self._pooled(log_conditional).logsumexp(dim=1, keepdim=soft)
         loss = ((targets * losses).sum(dim=1) if soft else losses).mean()
         if prior_weight and self.activation == "relu":
             raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
@@ -392,6 +394,11 @@ class CalmOutput(_Output):
         if cam_weight:
             loss = loss + cam_weight * F.cross_entropy(widen(self.logits).mean(dim=(-2, -1)), targets)
         return loss
+
+
+def _rows(maps: Float[Tensor, "b c h w"], classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
+    """Return the maps of K classes per image."""
+    return maps.gather(1, classes[..., None, None].expand(-1, -1, *maps.shape[2:]))
 
 
 @dataclass(eq=False, repr=False)
