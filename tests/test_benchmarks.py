@@ -181,6 +181,7 @@ SMALLEST = [
     "export.py --networks tiny_resnet:32:1:5 --rounds 1",
     "data.py --images 2 --rounds 1",
     "head.py --classes 5 --channels 8 --grid 4 --batch 2 --rounds 1",
+    "pooling.py --sizes 2x3x4 --rounds 1",
     "startup.py --rounds 1 --commands 'data check' --code 'import calm'",
 ]
 
