@@ -83,15 +83,18 @@ def training(backbone: str, batch: int, *, half: bool = False, **options: object
     return prepare
 
 
-def command(*words: str) -> Callable[[Path], Step]:
-    """A command on 240 birds and an untrained resnet18; {data}, {model} and {out} stand for its folders."""
+def command(*words: str, photographs: int = 0) -> Callable[[Path], Step]:
+    """A command on 240 birds and an untrained resnet18 of 96 pixels, or on photographs and timm's resnet18 of 224 and
+    200 classes; {data}, {model} and {out} stand for its folders."""
 
     def prepare(folder: Path) -> Step:
         import calm
 
         torch.manual_seed(0)
-        size = calm.Preprocessing(size=(96, 96))
-        calm.create_model("resnet18", 8, "calm-em", preprocessing=size).save_pretrained(folder / "model")
+        size = 224 if photographs else 96
+        backbone, classes = ("timm/resnet18", 200) if photographs else ("resnet18", 8)
+        preprocessing = calm.Preprocessing(size=(size, size))
+        calm.create_model(backbone, classes, "calm-em", preprocessing=preprocessing).save_pretrained(folder / "model")
         calls = iter(range(10**6))
 
         def run(*words: str) -> None:
@@ -105,7 +108,12 @@ def command(*words: str) -> Callable[[Path], Step]:
             run(*words)
             return 0.0
 
-        run("data", "birds", "{data}", "--species", "8", "--images_per_species", "30", "--workers", "1")
+        if photographs:
+            (folder / "data" / "images").mkdir(parents=True)
+            for number in range(photographs):
+                measure.photograph(number).save(folder / "data" / "images" / f"{number:04}.jpg", quality=90)
+        else:
+            run("data", "birds", "{data}", "--species", "8", "--images_per_species", "30", "--workers", "1")
         return step
 
     return prepare
@@ -128,6 +136,9 @@ TASKS: dict[str, Callable[[Path], Step]] = {
         "--epochs", "1", "--hardware.accelerator", "cpu",
     ),
     "calm attribute, 240 pictures": command("attribute", "--model", "{model}", "{data}/images", "--out", "{out}"),
+    "calm attribute, 500 photographs": command(
+        "attribute", "--model", "{model}", "{data}/images", "--out", "{out}", photographs=500,
+    ),
     "calm evaluate remove-and-classify": command(
         "evaluate", "remove-and-classify", "--model", "{model}", "--data", "{data}", "--out", "{out}",
     ),

@@ -1,4 +1,4 @@
-"""`calm attribute` on a folder of photographs, beside the bare forward passes and beside pytorch-grad-cam's own loop.
+"""`calm attribute` on a folder of photographs, beside the bare forward passes and beside the loops of other packages.
 
 The network is timm's ResNet-18 with 200 classes and random weights, at 224 pixels; the photographs are noise with the
 spectrum of natural images, 500 x 375 pixels, as JPEG. Each way starts from the folder, except for the passes:
@@ -6,7 +6,8 @@ spectrum of natural images, 500 x 375 pixels, as JPEG. Each way starts from the 
 - the bare forward passes of the model, and of its copy for inference: p(y | x) of batches that are there already.
 - `calm attribute`: reads, explains, draws and writes an overlay and a map for each; as a function, and as a command,
   whose time includes the start of Python, PyTorch and timm.
-- pytorch-grad-cam: a picture at a time, as its README shows it, and the overlay written as PNG.
+- pytorch-grad-cam (Grad-CAM) and torch-cam (LayerCAM): a picture at a time, as their READMEs show it, and the overlay
+  written as PNG.
 
 Wall seconds are those of all threads together, processor seconds do not count other programs. Prints Markdown tables.
 
@@ -32,6 +33,9 @@ import torch
 from PIL import Image
 from pytorch_grad_cam import GradCAM
 from pytorch_grad_cam.utils.image import preprocess_image, show_cam_on_image
+from torchcam.methods import LayerCAM
+from torchcam.utils import overlay_mask
+from torchvision.transforms.v2 import functional
 
 import calm
 from calm.cli.attribute import attribute_files
@@ -39,21 +43,11 @@ from calm.cli.attribute import attribute_files
 BATCH = 16  # of `calm attribute`
 PASSES, OPTIMISED = "forward passes", "forward passes, optimised copy"
 OURS, COMMAND = "`calm attribute`, without start-up", "`calm attribute`, the command"
-GRADCAM = "pytorch-grad-cam's loop"
-
-
-def photograph(seed: int, height: int = 375, width: int = 500) -> Image.Image:
-    """Noise whose amplitude falls with the frequency, as in photographs."""
-    rng = np.random.default_rng(seed)
-    distance = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
-    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(distance, 1 / width)
-    pixels = np.fft.irfft2(spectrum, s=(height, width))
-    pixels = 128 + 48 * (0.8 * pixels.mean(axis=0) + 0.2 * pixels) / pixels.std()  # colours that go together
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
+GRADCAM, TORCHCAM = "pytorch-grad-cam's loop", "torch-cam's loop"
 
 
 class Scores(torch.nn.Module):
-    """The model as pytorch-grad-cam wants it: images to log p(y | x)."""
+    """The model as these packages want it: images to log p(y | x)."""
 
     def __init__(self, model: calm.CalmModel) -> None:
         super().__init__()
@@ -76,6 +70,20 @@ def gradcam_loop(model: calm.CalmModel, files: list[Path], out: Path) -> None:
             resized = np.asarray(Image.fromarray(grey).resize(image.size, Image.Resampling.BILINEAR))
             drawn = show_cam_on_image(np.asarray(image, dtype=np.float32) / 255, resized, use_rgb=True)
             Image.fromarray(drawn).save(out / f"{file.stem}.png")
+
+
+def torchcam_loop(model: calm.CalmModel, files: list[Path], out: Path) -> None:
+    """torch-cam's README, for each file."""
+    out.mkdir(exist_ok=True)
+    scores = Scores(model)
+    with LayerCAM(scores, model.backbone, input_shape=(3, 224, 224)) as explainer:
+        for file in files:
+            image = Image.open(file).convert("RGB")
+            pixels = functional.to_dtype(functional.to_image(image.resize((224, 224))), torch.float32, scale=True)
+            batch = functional.normalize(pixels, model.preprocessing.mean, model.preprocessing.std)[None]
+            output = scores(batch)
+            (grey,) = explainer(int(output[0].argmax()), output)
+            overlay_mask(image, functional.to_pil_image(grey, mode="F"), alpha=0.5).save(out / f"{file.stem}.png")
 
 
 def times(way: Callable[[], object]) -> tuple[float, float]:
@@ -102,7 +110,7 @@ def main() -> None:
         (folder / "photographs").mkdir()
         files = [folder / "photographs" / f"{number:04}.jpg" for number in range(flags.photographs)]
         for number, file in enumerate(files):
-            photograph(number).save(file, quality=90)
+            measure.photograph(number).save(file, quality=90)
         model = calm.create_model(flags.backbone, 200)
         source = str(model.save_pretrained(folder / "model"))
         fast = model.eval().optimized_for_inference()
@@ -128,6 +136,7 @@ def main() -> None:
             OURS: ours,
             **({COMMAND: command} if flags.command else {}),
             GRADCAM: lambda: gradcam_loop(model, files, folder / "gradcam"),
+            TORCHCAM: lambda: torchcam_loop(model, files, folder / "torchcam"),
         }
         passes(model)
         taken = {name: [times(way)] for name, way in ways.items()}

@@ -13,7 +13,9 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
 __all__ = [
     "Way",
@@ -24,6 +26,7 @@ __all__ = [
     "overhead",
     "peak_and_result",
     "peak_memory",
+    "photograph",
     "ratio",
     "seconds",
     "table",
@@ -134,6 +137,16 @@ def _resident(name: str) -> float:
     """MiB of this process by a line of Linux's /proc/self/status: VmRSS is now, VmHWM the peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name)) / 1024
+
+
+def photograph(seed: int, height: int = 375, width: int = 500) -> Image.Image:
+    """Noise whose amplitude falls with the frequency, as in photographs."""
+    rng = np.random.default_rng(seed)
+    distance = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None])
+    spectrum = np.fft.rfft2(rng.normal(size=(3, height, width))) / np.maximum(distance, 1 / width)
+    pixels = np.fft.irfft2(spectrum, s=(height, width))
+    pixels = 128 + 48 * (0.8 * pixels.mean(axis=0) + 0.2 * pixels) / pixels.std()  # colours that go together
+    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8).transpose(1, 2, 0))
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -139,18 +139,33 @@ def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], 
     assert named == scripts
 
 
-def test_suite_compares_the_tests_that_both_commits_have(module: Callable[[str], ModuleType]) -> None:
-    old = {"tests/a.py::one": 1.0, "tests/a.py::two": 3.0, "tests/b.py::three": 2.0, "tests/b.py::gone": 9.0}
-    new = {"tests/a.py::one": 1.0, "tests/a.py::two": 1.0, "tests/b.py::three": 4.0, "tests/c.py::new": 5.0}
-    table, dearest = module("suite").report(old, new, (20.0, 18.0), "v1").split("\n\n")
-    assert table.splitlines()[2:] == [
-        "| the command, with imports | 20.0 | 18.0 | 0.90 |",
-        "| tests of both (3) | 6.0 | 6.0 | 1.00 |",
-        "| all tests (4, 4) | 15.0 | 11.0 | 0.73 |",
-        "| `tests/b.py` | 2.0 | 4.0 | 2.00 |",
-        "| `tests/a.py` | 4.0 | 2.0 | 0.50 |",
-    ]
-    assert dearest.splitlines()[2] == "| `tests/c.py::new` | 5.0 |"
+def test_suite_keeps_the_tests_that_both_commits_have(
+    module: Callable[[str], ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite, deselected = module("suite"), list[SimpleNamespace]()
+    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(items))
+    one, two = (SimpleNamespace(nodeid=f"tests/test_a.py::test_{name}") for name in ("one", "two"))
+    for names, items, kept in (("new", [one, two], [one, two]), ("both", [one, two], [one])):
+        (tmp_path / "both").write_text(f"{one.nodeid}\ntests/test_gone.py::test_gone\n")
+        monkeypatch.setenv(suite.BOTH, str(tmp_path / names))
+        suite.pytest_collection_modifyitems(SimpleNamespace(hook=hook), items)
+        assert items == kept
+    assert deselected == [two]
+    assert (tmp_path / "new").read_text().splitlines() == [one.nodeid, two.nodeid]
+
+
+def test_suite_counts_the_processes_that_a_command_leaves() -> None:
+    burn = "import time; [None for _ in iter(lambda: time.process_time() < 0.3, False)]"
+    leave = ["sh", "-c", 'python=$0; ("$python" -c "$1" &); exit 0', sys.executable, burn]
+    code = f"import suite, pathlib; print(suite.taken({leave!r}, pathlib.Path()).processor)"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=FOLDER, capture_output=True, text=True, check=True)
+    assert 0.3 <= float(ended.stdout) < 30
+
+
+def test_suite_prints_both_sides_and_their_ratio(module: Callable[[str], ModuleType]) -> None:
+    suite = module("suite")
+    rows = {"tests of both (3)": [suite.Taken(200.4, 110.0), suite.Taken(150.3, 90.0)]}
+    assert suite.report(rows, "v1").splitlines()[2] == "| tests of both (3) | 200 | 150 | 0.75 | 110 | 90 |"
 
 
 def touch(mib: int) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +219,34 @@ def test_attribute_files_batches_pictures_of_any_size(calm_model: CalmModel, tmp
     for i, shape in enumerate([(24, 40), (300, 17), (16, 16)]):
         one, other = (np.load(folder / f"{i}.joint.npy") for folder in (together, apart))
         assert one.shape == shape
+        np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
+def test_attribute_files_runs_parts_of_a_batch_in_several_threads(
+    calm_model: CalmModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(10):
+        write_picture(tmp_path / "in" / f"{i}.png", seed=i)
+    calls: list[tuple[int, bool]] = []
+    main = threading.current_thread()
+    calm_model.backbone.register_forward_pre_hook(
+        lambda _, inputs: calls.append((len(inputs[0]), threading.current_thread() is main))
+    )
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    folders = {method: tmp_path / method for method in ("joint", "gradcam", "own")}
+    attribute_files([str(tmp_path / "in")], model="m", out=folders["joint"], batch_size=6)
+    assert [number for number, alone in calls if not alone] == [2] * 5
+    for method in ("gradcam", "own"):  # hooks and the user's own code are not for several threads
+        calls.clear()
+        if method == "own":
+            monkeypatch.setattr(calm_model, "config", replace(calm_model.config, backbone="package.module:function"))
+        kind = {"method": "gradcam"} if method == "gradcam" else {}
+        attribute_files([str(tmp_path / "in")], model="m", out=folders[method], batch_size=6, **kind)
+        assert calls
+        assert all(alone for _, alone in calls)
+    for i in range(10):
+        one, other = (np.load(folders[name] / f"{i}.joint.npy") for name in ("joint", "own"))
         np.testing.assert_allclose(one, other, rtol=1e-5)
 
 

@@ -12,7 +12,7 @@ from itertools import chain, count
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from calm.config import Precision
+from calm.config import Precision, parse_code
 from calm.errors import CalmError
 from calm.files import ahead, atomic_path, write_bytes
 from calm.report.attributions import collected, print_explanation, record_of, thumbnail, write_gallery, write_results
@@ -148,8 +148,14 @@ def attribute_files(
     with collected() as done, _threads() as pool, _progress(console, len(inputs)) as advance:
         queue = partial(ahead, pool, depth=batch_size + MOST_THREADS, limit=BATCH_BYTES)
         read = queue(partial(_read, loaded.preprocessing), inputs, size=partial(_bytes, loaded.preprocessing.channels))
-        batches, several = _batches(read, batch_size, failed), len(inputs) > batch_size
-        answers = _answers(batches, loaded, query, precision, several=several)
+        workers = _networks(loaded, query) if len(inputs) > batch_size else 0
+        batches = _batches(read, batch_size // max(1, workers) or 1, failed)
+        explain = partial(_explain, loaded, query, precision, loaded.optimized_for_inference() if workers else None)
+        answers = chain.from_iterable(
+            queue(explain, batches, depth=workers + 1, size=lambda batch: sum(one.picture.size for one in batch))
+            if workers > 1
+            else map(explain, batches)
+        )
         # Beside picture, map and its file are in memory while one is written.
         for path, explanation, files in queue(write, answers, size=lambda item: 4 * item[0].picture.size):
             about = path, explanation, query, classes, label_of(path.resolve().parent.name)
@@ -322,18 +328,28 @@ def _batches(
         yield batch
 
 
-def _answers(
-    batches: Iterable[list[_Input]], model: CalmModel, query: Query, precision: Precision, *, several: bool
-) -> Iterator[tuple[_Input, Answer]]:
-    """Yield the pictures with the model's answers; optimising the model pays for ``several`` batches."""
+def _networks(model: CalmModel, query: Query) -> int:
+    """Return how many threads may each run the network on a part of a batch: one core does more of the work than its
+    share of all cores that wait for each other. Only networks that are known to keep nothing between calls; the other
+    methods' hooks and gradients, and the user's own code, take a batch at a time."""
+    import torch
+
+    from calm.baselines import BASELINES
+
+    alone = model.device.type != "cpu" or query.method in BASELINES or parse_code(model.config.backbone)
+    return 1 if alone else min(MOST_THREADS, torch.get_num_threads())
+
+
+def _explain(
+    model: CalmModel, query: Query, precision: Precision, predictor: CalmModel | None, batch: list[_Input]
+) -> list[tuple[_Input, Answer]]:
+    """Return the pictures of a batch, each with the model's answer."""
     import torch
 
     from calm.explain import answer
 
-    predictor = model.optimized_for_inference() if several else None
-    for batch in batches:
-        images = torch.stack([each.image for each in batch]).to(model.device)
-        yield from zip(batch, answer(model, images, query, predictor=predictor, precision=precision), strict=True)
+    images = torch.stack([each.image for each in batch]).to(model.device)
+    return list(zip(batch, answer(model, images, query, predictor=predictor, precision=precision), strict=True))
 
 
 @contextmanager
