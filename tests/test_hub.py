@@ -13,11 +13,12 @@ from threading import Thread
 import pytest
 import torch
 from huggingface_hub import constants
+from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch.testing import assert_close
 
 import calm
-from calm.checkpoint import CARD, README, WEIGHTS
+from calm.checkpoint import CARD, HUB_ID, README, WEIGHTS
 from calm.cli import main
 from calm.errors import CalmError
 from calm.evaluate.result import Result
@@ -154,6 +155,40 @@ def test_calm_push_shows_figures_with_intervals_and_an_example(hub, tmp_path, ca
     (folder / "CAM.json").unlink()
     assert main(words) == 2
     assert "is of the weights of" in capsys.readouterr().err
+
+
+NAMES = ["me/birds", "a-b.c_1/d", "me/.x", "me/x-", "me/a--b", "me/a..b", "me/x.git", "m e/x", "-/x", "me/" + 97 * "x"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_models_on_the_hub_are_those_of_its_client(name):
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        assert not HUB_ID.fullmatch(name)
+    else:
+        assert HUB_ID.fullmatch(name)
+
+
+@pytest.mark.parametrize("name", ["bad name", "birds", "me/birds/v1", "../birds"])
+def test_push_names_a_wrong_name_before_anything_else(name, monkeypatch, capsys):
+    monkeypatch.setattr("calm.checkpoint.no_answer", None)  # neither the network nor the model is looked for
+    assert main(["push", name, "--model", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"calm: {name!r} cannot be a model on the Hugging Face Hub: give user/name")
+    with pytest.raises(CalmError, match="give user/name"):
+        made().push_to_hub(name)
+    with pytest.raises(CalmError, match=f"no saved model at {name}: no such folder.*, and no hub id either"):
+        calm.load(name)
+
+
+def test_push_says_that_there_is_no_network_before_it_reads_the_model(monkeypatch, capsys):
+    monkeypatch.setattr("calm.checkpoint.no_answer", lambda url: "the hub does not answer")
+    assert main(["push", "me/birds", "--model", "nowhere"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(
+        "calm: cannot upload to 'me/birds' on the Hugging Face Hub: the hub does not answer; connect"
+    )
 
 
 def test_the_page_of_many_classes_names_the_first(hub):

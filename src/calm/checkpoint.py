@@ -22,10 +22,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from difflib import get_close_matches
 from importlib.metadata import version
 from pathlib import Path
 from ssl import SSLError
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 
 from calm.config import ModelConfig
 from calm.errors import CalmError, shown, unknown
-from calm.files import atomic_path, open_regular, read_json, working_folder, write_json
+from calm.files import atomic_path, open_regular, read_json, similar_folder, working_folder, write_json
 from calm.images import Preprocessing
 
 CARD = "calm.json"
@@ -170,9 +170,7 @@ def write(
     with working_folder(folder) as temporary:
         staging = temporary / folder.name
         staging.mkdir()
-        with atomic_path(
-            staging / WEIGHTS
-        ) as file:  # with the permissions that the umask gives: safetensors gives 0600
+        with atomic_path(staging / WEIGHTS) as file:  # with the umask's permissions: safetensors gives 0600
             # Copies, since safetensors writes neither tensors that share memory nor strided ones.
             plain = {
                 key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for key, tensor in state.items()
@@ -214,6 +212,22 @@ def read(source: str | os.PathLike[str], revision: str | None = None) -> tuple[P
     return folder, card, state
 
 
+HUB_ID = re.compile(r"(?!.*(?:--|\.\.|\.git$))\b[\w.-]+\b/\b[\w.-]{1,96}\b")
+"""The names of models on the Hugging Face Hub, ``owner/name``, as its client checks them."""
+
+
+def check_hub(repo_id: str) -> None:
+    """Raise a CalmError if nothing can be uploaded under a name: its form is wrong, or the hub does not answer."""
+    from huggingface_hub import constants
+
+    if not HUB_ID.fullmatch(repo_id):
+        form = "user/name, of letters, digits, '-', '_' and '.', such as me/birds"
+        raise CalmError(f"{shown(repo_id)} cannot be a model on the Hugging Face Hub: give {form}")
+    if silent := no_answer(constants.ENDPOINT):  # its client would wait without end
+        fix = "connect to the network, or copy the model's folder instead"
+        raise CalmError(f"cannot upload to {repo_id!r} on the Hugging Face Hub: {silent}; {fix}")
+
+
 def upload(
     folder: Path, repo_id: str, *, private: bool = False, token: str | None = None, overwrite_card: bool = False
 ) -> str:
@@ -221,12 +235,10 @@ def upload(
 
     A ``README.md`` that the repository has already stays, since people edit it there, unless ``overwrite_card``.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     api = HfApi(token=token)
     try:
-        if silent := no_answer(constants.ENDPOINT):  # the client would wait without end
-            raise OSError(silent)
         api.create_repo(repo_id, private=private, exist_ok=True)
         kept = [] if overwrite_card or not api.file_exists(repo_id, README) else [README]
         message = "Upload CALM model"
@@ -374,19 +386,10 @@ def _locate(source: str | os.PathLike[str], revision: str | None) -> Path:
         hint = f"load {path.parent}" if path.name in (CARD, WEIGHTS) else released
         raise CalmError(f"{path} is a file, but a saved model is a folder with {CARD} and {WEIGHTS}: {hint}")
     name = os.fspath(source)
-    if name.count("/") != 1 or Path(name.partition("/")[0]).exists() or name.startswith(("/", ".", "~")):
-        raise CalmError(f"no saved model at {name}: no such folder{_beside(path)}, and no hub id either (owner/name)")
+    if not HUB_ID.fullmatch(name) or Path(name.partition("/")[0]).exists():
+        near = similar_folder(path)
+        raise CalmError(f"no saved model at {name}: no such folder{near}, and no hub id either (owner/name)")
     return _download(name, revision)
-
-
-def _beside(path: Path) -> str:
-    """Return, for the message about a missing folder, the name of a similar folder beside it."""
-    try:
-        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
-    except OSError:
-        return ""
-    close = get_close_matches(path.name, names, n=1)
-    return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
 def _model_folder(path: Path) -> Path:
@@ -428,7 +431,7 @@ def hub_or_cache() -> Iterator[str]:
         constants.HF_HUB_OFFLINE = offline
 
 
-def no_answer(url: str, seconds: float = 4) -> str:
+def no_answer(url: str, seconds: float = 3) -> str:
     """Return a sentence about the server of ``url`` if it does not answer in time, through a proxy if one is set."""
     answers: list[str] = []
 

@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from difflib import get_close_matches
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
@@ -55,6 +56,16 @@ def open_regular(path: str | os.PathLike[str], what: str = "file") -> BinaryIO:
     except ValueError as error:  # a name with a NUL
         raise CalmError(f"cannot read {what} {str(path)!r}: {error}") from error
     raise CalmError(f"cannot read {what} {path}: {reason}")
+
+
+def similar_folder(path: Path) -> str:
+    """Return, for the message about a missing folder, the name of a similar one beside it; empty if there is none."""
+    try:
+        names = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+    except OSError:
+        return ""
+    close = get_close_matches(path.name, names, n=1)
+    return f" (did you mean {path.parent / close[0]}?)" if close else ""
 
 
 def read_text(path: str | os.PathLike[str], what: str = "file", *, max_bytes: int | None = None) -> str:

@@ -191,6 +191,7 @@ class CalmModel(Network):
         Raises:
             CalmError: If the hub cannot be reached, or refuses.
         """
+        checkpoint.check_hub(repo_id)
         with tempfile.TemporaryDirectory() as temporary:
             folder = self.save_pretrained(Path(temporary) / "model")
             card = checkpoint.Card.read(folder / checkpoint.CARD)

@@ -124,10 +124,12 @@ def push(
         CalmError: there is no model, no result of its weights, the picture cannot be read, or the hub cannot be
             reached or refuses.
     """
+    from calm.checkpoint import check_hub
     from calm.errors import needs_extra
     from calm.explain import overlay
     from calm.model import load
 
+    check_hub(repository)
     loaded = load(model)
     folder, figures, drawn = evaluation or Path(model) / "evaluation", "", None
     if evaluation is not None or folder.is_dir():

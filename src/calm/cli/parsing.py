@@ -138,6 +138,9 @@ MEANT = {
 }
 """Flags that people give, and what they mean by them where the command has no flag of that name."""
 
+DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}
+"""Devices that people give as flags, and their names."""
+
 ELSEWHERE = {
     **dict.fromkeys(("heatmap", "kind"), "calm attribute --model RUN IMAGE --kind KIND chooses what is drawn"),
     **dict.fromkeys(("class", "target", "versus"), "calm attribute --model RUN IMAGE --target CLASS explains a class"),
@@ -150,6 +153,8 @@ def _hint(name: str, parser: ArgumentParser) -> str:
     known = [flag.removeprefix("--") for flag in parser._option_string_actions]
     inner = [flag for flag in known if flag.endswith(f".{name}")]  # --freeze for --model.freeze
     meant = [MEANT[name]] if MEANT.get(name) in known else inner
+    if name in DEVICES:  # --cpu for --device cpu
+        meant = [f"{flag} {DEVICES[name]}" for flag in ("device", "hardware.accelerator") if flag in known]
     if not meant and name in ELSEWHERE:
         return f"; {ELSEWHERE[name]}"
     meant = meant or get_close_matches(name, known, n=1)

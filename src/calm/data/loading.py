@@ -30,6 +30,7 @@ from calm.data.records import (
     whole_number,
 )
 from calm.errors import CalmError, unknown
+from calm.files import similar_folder
 
 SplitName = Literal["train", "val", "test", "all"]
 
@@ -39,6 +40,8 @@ LAYOUTS: dict[str, str] = {
     "folder": "train/CLASS/*.jpg (and val/, test/), or CLASS/*.jpg",
 }
 """Every layout, and what is looked for; detection tries them in this order."""
+
+_EXPECTED = "".join(f"\n  {name}: {files}" for name, files in LAYOUTS.items())
 
 SPLIT_FOLDERS = {"train": "train training", "val": "val valid validation dev", "test": "test testing"}
 """The names, in lower case, of folders that are taken for a split."""
@@ -384,7 +387,8 @@ def open_source(root: str | Path, layout: Layout = "auto", metadata_root: str | 
     """Return the data set in ``root``, of the given layout or, for "auto", the one detected."""
     root = Path(root)
     if not root.is_dir():
-        raise CalmError(f"no data folder {root}" + (": it is a file" if root.exists() else ""))
+        why = ": it is a file" if root.exists() else similar_folder(root)
+        raise CalmError(f"no data folder {root}{why}; give one of a layout that calm reads{_EXPECTED}")
     if layout == "auto":
         layout = detect_layout(root) if metadata_root is None else "metadata"
     if layout not in LAYOUTS:
@@ -416,18 +420,14 @@ def detect_layout(root: Path) -> Layout:
     inner = [path for path in entries if (path / CUB_FILES[0]).is_file()]
     if not inner and (FolderSource(root).folders or len(list(islice(_with_images(root), 2))) > 1):
         return "folder"
-    expected = "\n".join(f"  {name}: {files}" for name, files in LAYOUTS.items())
     names = [path.name + "/" * path.is_dir() for path in entries]
     endings = Counter(path.suffix.lower() or "none" for path in islice(files_below(root), 1000)).most_common(5)
     below = f"\nendings of files: {', '.join(f'{ending} ({count:,})' for ending, count in endings)}" if endings else ""
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
     if not hint and (lists := [path.name for path in entries if _ANNOTATIONS.fullmatch(path.name)]):
-        hint = (
-            f"\n{', '.join(lists)}: such annotations (COCO, Pascal VOC, tables) are not read, and where they give an "
-        )
-        hint += f"image several labels, training is not for it: {ONE_CLASS}. Sort the images into class folders"
-    found = f"found: {first_of(names, 12)}{below}{hint}"
-    raise CalmError(f"no known data layout in {root}\nlooked for\n{expected}\n{found}")
+        hint = f"\n{', '.join(lists)}: such annotations (COCO, Pascal VOC, tables) are not read, and where they give an"
+        hint += f" image several labels, training is not for it: {ONE_CLASS}. Sort the images into class folders"
+    raise CalmError(f"no known data layout in {root}\nlooked for{_EXPECTED}\nfound: {first_of(names, 12)}{below}{hint}")
 
 
 _ANNOTATIONS = re.compile(r"(?i)annotations?|instances.*\.json|.*\.csv|.*coco.*\.json|labels?(\.txt)?")
