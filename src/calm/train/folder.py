@@ -19,7 +19,7 @@ import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from importlib.metadata import distributions
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -155,10 +155,9 @@ def write_config(config: TrainConfig, run_dir: Path) -> None:
 
 def versions() -> dict[str, Any]:
     """Return the versions of packages and Python, and the machine and devices that the run uses."""
-    installed = {found.name.lower(): found.version for found in distributions()}
     names = ("calm", "torch", "torchvision", "lightning", "torchmetrics", "timm", "numpy", "pillow")
     return {
-        "packages": {name: installed.get(name) for name in names},
+        "packages": {name: _version(name) for name in names},
         "python": sys.version.split()[0],
         "platform": platform.platform(),
         "cpus": os.cpu_count(),
@@ -166,3 +165,11 @@ def versions() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
     }
+
+
+def _version(package: str) -> str | None:
+    """Return the version of a package, None where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
