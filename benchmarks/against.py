@@ -83,38 +83,39 @@ def training(backbone: str, batch: int, *, half: bool = False, **options: object
     return prepare
 
 
-def command(*words: str, photographs: int = 0) -> Callable[[Path], Step]:
-    """A command on 240 birds and an untrained resnet18 of 96 pixels, or on photographs and timm's resnet18 of 224 and
-    200 classes; {data}, {model} and {out} stand for its folders."""
+def command(*words: str, photographs: int = 0, birds: int = 0) -> Callable[[Path], Step]:
+    """A command on 240 birds and an untrained resnet18 of 96 pixels; or on photographs and timm's resnet18 of 224 and
+    200 classes; or on test images of ``birds``, as many of each of 20 species, and narrow_resnet of 64. {data}, {model}
+    and {out} stand for its folders. The figure is the sum of a benchmark's."""
 
     def prepare(folder: Path) -> Step:
         import calm
 
         torch.manual_seed(0)
-        size = 224 if photographs else 96
-        backbone, classes = ("timm/resnet18", 200) if photographs else ("resnet18", 8)
+        small = ("narrow_resnet", 20, 64) if birds else ("resnet18", 8, 96)
+        backbone, classes, size = ("timm/resnet18", 200, 224) if photographs else small
         preprocessing = calm.Preprocessing(size=(size, size))
         calm.create_model(backbone, classes, "calm-em", preprocessing=preprocessing).save_pretrained(folder / "model")
         calls = iter(range(10**6))
 
-        def run(*words: str) -> None:
+        def run(*words: str) -> float:
             places = {"data": folder / "data", "model": folder / "model", "out": folder / f"out{next(calls)}"}
             line = [str(Path(sys.executable).with_name("calm")), *(word.format(**places) for word in words)]
             done = subprocess.run(line, capture_output=True, text=True)
             if done.returncode:
                 raise SystemExit(f"{' '.join(line)}: exit status {done.returncode}\n{done.stderr}")
-
-        def step() -> float:
-            run(*words)
-            return 0.0
+            results = [json.loads(path.read_text()) for path in places["out"].glob(f"{words[1]}/*.json")]
+            return sum(value for result in results for value, *_ in result["figures"].values())
 
         if photographs:
             (folder / "data" / "images").mkdir(parents=True)
             for number in range(photographs):
                 measure.photograph(number).save(folder / "data" / "images" / f"{number:04}.jpg", quality=90)
         else:
-            run("data", "birds", "{data}", "--species", "8", "--images_per_species", "30", "--workers", "1")
-        return step
+            images, test = (birds + 5, birds / (birds + 5)) if birds else (30, 0.3)
+            drawn = {"species": classes, "images_per_species": images, "test_fraction": test, "size": size}
+            run("data", "birds", "{data}", "--workers=1", *(f"--{name}={value}" for name, value in drawn.items()))
+        return lambda: run(*words)
 
     return prepare
 
@@ -142,6 +143,12 @@ TASKS: dict[str, Callable[[Path], Step]] = {
     "calm evaluate remove-and-classify": command(
         "evaluate", "remove-and-classify", "--model", "{model}", "--data", "{data}", "--out", "{out}",
     ),
+    **{
+        f"calm evaluate localization, {20 * birds} images": command(
+            "evaluate", "localization", "--model", "{model}", "--data", "{data}", "--out", "{out}", birds=birds,
+        )
+        for birds in (10, 50)
+    },
 }  # fmt: skip
 
 # --- the two sides ---------------------------------------------------------------------------------------------------

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 import socket
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -109,20 +111,112 @@ def test_sweep_goes_on_with_the_interrupted_trial(data: Path, tmp_path: Path, mo
 
 
 def test_sweep_takes_over_from_a_process_that_was_killed(data: Path, tmp_path: Path) -> None:
-    import optuna
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend
-
     out = tmp_path / "sweep"
     words = ["--out", str(out), "--data", str(data), *TINY, "--measure", "accuracy"]
     sweep.main([*words, "--trials", "1"])
-    storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
-    study = optuna.load_study(study_name="sweep", storage=storage)
-    trial = study.ask()
+    trial = _study(out).ask()
     value = trial.suggest_float("lr", 1e-5, 1, log=True)
     trial.set_user_attr("process", [socket.gethostname(), 2**22 + 1])
     sweep.main([*words, "--trials", "2"])
     assert value in [float(row["lr"]) for row in rows_of(out)]
+
+
+def _study(out: Path) -> Any:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    storage = JournalStorage(JournalFileBackend(str(out / "journal.log")))
+    return optuna.load_study(study_name="sweep", storage=storage)
+
+
+@pytest.fixture
+def draws(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """Lets trials draw their values and no more; returns their numbers and values."""
+    drawn: list[tuple[int, dict[str, Any]]] = []
+
+    def draw(self: Any, trial: Any) -> float:
+        for name, text in self.space.items():
+            suggestion(name, text)(trial)
+        drawn.append((trial.number, trial.params))
+        return 0.5
+
+    monkeypatch.setattr(sweep._Sweep, "_trial", draw)
+    monkeypatch.setattr(sweep._Sweep, "_show", lambda *_: None)
+    monkeypatch.setattr(sweep._Sweep, "_finish", lambda self: self.out)
+    return drawn
+
+
+def test_sweep_takes_over_a_trial_that_was_drawn_and_never_begun(
+    data: Path, tmp_path: Path, draws: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    words = ["--out", str(tmp_path), "--data", str(data), *TINY, "--measure", "accuracy"]
+    sweep.main([*words, "--trials", "1"])
+    study = _study(tmp_path)
+    study.enqueue_trial({"lr": 0.0123})
+    study.ask()  # and the process is killed
+    sweep.main([*words, "--trials", "2"])
+    assert len(draws) == 1, "another process may be about to sign it"
+    assert "other processes are still at work" in capsys.readouterr().out
+    monkeypatch.setattr(sweep, "SIGNED_WITHIN", timedelta(0))
+    sweep.main([*words, "--trials", "2"])
+    assert draws[1:] == [(2, {"lr": 0.0123})]
+
+
+def test_sweep_of_two_processes_draws_what_one_draws(
+    data: Path, tmp_path: Path, draws: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import optuna
+
+    words = ["--data", str(data), *TINY, "--measure", "accuracy"]
+    sweep.main([*words, "--trials", "2", "--out", str(tmp_path / "one")])
+    ask = optuna.Study.ask
+
+    def ask_second(study: Any) -> Any:
+        if not study.trials:
+            ask(_study(tmp_path / "two")).set_user_attr("process", [socket.gethostname(), os.getppid()])
+        return ask(study)
+
+    monkeypatch.setattr(optuna.Study, "ask", ask_second)
+    sweep.main([*words, "--trials", "2", "--out", str(tmp_path / "two")])
+    assert draws[0] != draws[1] == draws[2]
+
+
+def test_sweep_locks_its_journal_by_a_path_that_can_be_followed(
+    data: Path, tmp_path: Path, draws: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    links, symlink = [], os.symlink
+
+    def linked(target: str, link: str) -> None:
+        symlink(target, link)
+        links.append(Path(link).exists())
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "symlink", linked)
+    sweep.main(["--out", "folder", "--data", str(data), *TINY, "--measure", "accuracy", "--trials", "1"])
+    assert links
+    assert all(links), "a lock that leads nowhere has no age, and is never given up"
+
+
+def test_sweep_trains_the_same_values_in_two_processes_apart(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["--data", str(data), *TINY, "--measure", "accuracy", "--search", "lr=0.1", "--out", str(tmp_path)]
+    folders: list[str] = []
+
+    def trained(config: Any, **options: Any) -> Path:
+        folders.append(config.run_dir.name)
+        return tmp_path
+
+    monkeypatch.setattr("calm.train.run.train", trained)
+    monkeypatch.setattr(sweep._Sweep, "_figures", lambda *_: {"accuracy": 0.5})
+    monkeypatch.setattr(sweep._Sweep, "_finish", lambda self: self.out)
+    sweep.main([*words, "--trials", "2"])
+    other = _study(tmp_path).ask()
+    other.set_user_attr("process", [socket.gethostname(), os.getppid()])
+    other.set_user_attr("run", folders[0])
+    sweep.main([*words, "--trials", "4"])
+    assert folders == [folders[0], folders[0], f"{folders[0]}-4"]
 
 
 def test_sweep_stops_hopeless_and_diverging_trials(data: Path, tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:

@@ -17,6 +17,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,6 +54,9 @@ SPACES = {
 """The ranges that are searched by default, for every run ("") and for a method of `calm.config.WsolOptions`. Choe et
 al. draw CutMix's alpha as 1 / u - 1/2 with u uniform in (0, 2]; ours is log-uniform around 1. They draw SPG's
 thresholds as ordered pairs in [0, 1]; ours are on either side of 0.5."""
+
+SIGNED_WITHIN = timedelta(minutes=1)
+"""From drawing a trial until the journal says which process did: longer ago, that process was killed."""
 
 MEASURES = ("maxboxacc_v2", "maxboxacc", "pxap", "accuracy")
 
@@ -182,7 +186,8 @@ class _Sweep:
         else:
             write_json(known, about)
         self.study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(out / "journal.log"))),
+            # Optuna gives up the lock of a killed process after 30 s, but by a relative path never.
+            storage=JournalStorage(JournalFileBackend(str(out.absolute() / "journal.log"))),
             study_name="sweep",
             load_if_exists=True,
             direction="maximize",
@@ -218,11 +223,11 @@ class _Sweep:
         from optuna.trial import TrialState
 
         while self._begun() < trials:
-            seed = int.from_bytes(hashlib.blake2b(f"{self.config.seed} {len(self.study.trials)}".encode()).digest()[:4])
-            kinds = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
-            self.study.sampler = kinds[self.sampler](seed=seed)  # by the trial's number, in whatever process it is
             trial = self.study.ask()
             trial.set_user_attr("process", [socket.gethostname(), os.getpid()])
+            seed = int.from_bytes(hashlib.blake2b(f"{self.config.seed} {trial.number}".encode()).digest()[:4])
+            kinds = {"random": optuna.samplers.RandomSampler, "tpe": optuna.samplers.TPESampler}
+            self.study.sampler = kinds[self.sampler](seed=seed)  # by the trial's number, in whatever process it is
             try:
                 value = self._trial(trial)
             except optuna.TrialPruned as pruned:
@@ -235,8 +240,10 @@ class _Sweep:
             else:
                 self.study.tell(trial, value)
             self._show(trial.number, trials)
-        if self._count(TrialState.RUNNING):
-            print(f"other processes are still at work on {self.out}: the last one tests the best trial")
+        if running := self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            at = {"process {1} on {0}".format(*trial.user_attrs.get("process", ("?", "?"))) for trial in running}
+            who = ", ".join(sorted(at))
+            print(f"other processes are still at work on {self.out} ({who}): the last one tests the best trial")
             return self.out
         return self._finish()
 
@@ -253,23 +260,32 @@ class _Sweep:
 
         for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
             host, process = trial.user_attrs.get("process", [None, 0])
-            if host == socket.gethostname() and not _runs(process):
+            # One without a process was killed while it drew the trial, or is drawing it.
+            age = datetime.now() - (trial.datetime_start or datetime.now())
+            unsigned = host is None and age > SIGNED_WITHIN
+            if unsigned or (host == socket.gethostname() and not _runs(process)):
                 with suppress(ValueError, RuntimeError):  # another process was quicker
                     self.study.tell(trial.number, state=TrialState.FAIL)
-                    if trial.params:
-                        self.study.enqueue_trial(trial.params)
+                    if values := trial.params or trial.system_attrs.get("fixed_params"):
+                        self.study.enqueue_trial(values)
         return self._count(TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
     def _trial(self, trial: optuna.Trial) -> float:
         """Train with the values that a trial draws, and measure it on the validation split."""
         import optuna
+        from optuna.trial import TrialState
 
         from calm.train.run import train
 
         values = {name: suggestion(name, text)(trial) for name, text in self.space.items()}
         flags = [f"--{name}={value}" for name, value in values.items()]
-        run_dir = self.out / "runs" / hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
-        trial.set_user_attr("run", run_dir.name)
+        name = hashlib.sha256(" ".join(flags).encode()).hexdigest()[:12]
+        trial.set_user_attr("run", name)
+        others = self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+        if any(other.number != trial.number and other.user_attrs.get("run") == name for other in others):
+            name += f"-{trial.number + 1}"  # another process trains with the same values now
+            trial.set_user_attr("run", name)
+        run_dir = self.out / "runs" / name
         config = replace(train_command.parse([*self.words, *flags]), run_dir=run_dir)
         train_command.check_code(config, [*self.words, *flags])
         try:
@@ -361,7 +377,9 @@ class _Sweep:
 
 
 def _runs(process: int) -> bool:
-    """Return whether this machine has a process of that number."""
+    """Return whether this machine has another process of that number."""
+    if process == os.getpid():  # an earlier one had it: in a container they repeat
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
