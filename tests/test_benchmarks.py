@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import json
 import os
 import runpy
 import shlex
@@ -13,8 +14,19 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from train_cases import tiny_config, write_squares
+
+import calm
+from calm.data.augmentation import Augmentation
+from calm.data.loading import load_split
+from calm.train import train
+from calm.train.config import ModelOptions
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 
@@ -133,8 +145,8 @@ def test_regressions_against_the_last_tag(module: Callable[[str], ModuleType], t
 
 def test_the_page_names_every_script_that_prints_tables(module: Callable[[str], ModuleType]) -> None:
     named = {topic.name for topic in module("run").topics((FOLDER / "README.md").read_text())}
-    # against and suite need an older commit, devices other machines, peers other packages
-    others = {"against", "cub_size", "devices", "measure", "peers", "run", "straightforward", "suite"}
+    # against and suite need an older commit, devices other machines, peers other packages, linear_probe finished runs
+    others = {"against", "cub_size", "devices", "linear_probe", "measure", "peers", "run", "straightforward", "suite"}
     scripts = {path.stem for path in FOLDER.glob("*.py")} - others
     assert named == scripts
 
@@ -221,3 +233,35 @@ def test_a_benchmark_prints_tables(
     for lines in tables:
         assert len({line.count("|") for line in lines}) == 1
         assert len(lines) > 2
+
+
+def test_linear_probe_stands_beside_the_head_of_its_run(
+    module: Callable[[str], ModuleType],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    probe, data = module("linear_probe"), write_squares(tmp_path / "data")
+    frozen = ModelOptions(pretrained=False, freeze=True)
+    augment = Augmentation(crop="none", flip=0.0)
+    run = train(
+        tiny_config(data, tmp_path / "run", backbone="tiny_resnet", model=frozen, augment=augment, method="cam"),
+        quiet=True,
+    )
+    monkeypatch.setattr(sys, "argv", ["linear_probe.py", str(run), "--C", "0.1"])
+    probe.main()
+    cells = [cell.strip() for cell in capsys.readouterr().out.splitlines()[2].strip("|").split("|")]
+    model = calm.load(run)
+
+    def means(name: str) -> tuple[np.ndarray, np.ndarray]:
+        records = load_split(data, name).records
+        with torch.no_grad():
+            features = model.encode(model.preprocess([record.path for record in records])).mean((2, 3))
+        return features.numpy(), np.array([record.label for record in records])
+
+    fitted = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)).fit(*means("train"))
+    right = 100 * fitted.score(*means("test"))
+    head = json.loads((run / "result.json").read_text())["last"]["test"]
+    assert cells[:3] == ["run", "0.1", f"{right:.1f}"]
+    assert cells[5:] == [f"{100 * head['accuracy']:.1f}", f"{head['nll']:.2f}", f"{100 * head['ece']:.1f}", "cam"]
+    assert not (run / "features").exists()

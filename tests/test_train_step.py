@@ -16,7 +16,7 @@ from calm.config import Method
 from calm.errors import CalmError
 from calm.model import CalmModel, create_model
 from calm.output import CalmOutput, CamOutput
-from calm.train.config import LossOptions, RunLength
+from calm.train.config import LossOptions, ModelOptions, RunLength
 from calm.train.optim import Average
 from calm.train.step import TrainingMeasures, TrainingStep, check_weights, diagnose
 
@@ -171,3 +171,25 @@ def test_training_step_between_two_looks_waits_for_nothing(method: Method, prior
 
 def test_training_step_that_is_looked_at_waits() -> None:
     assert "_local_scalar_dense" in waits_of_a_step("calm-em", 0, "softplus", LossOptions())
+
+
+def test_a_loss_of_another_exponent_teaches_a_model_that_predicts_with_its_own() -> None:
+    model = create_model(tiny_net(stateful=False), 3, prior_activation="exp", pooling_exponent=0.0).eval()
+    torch.nn.init.normal_(model.head.attention.weight)
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
+    output = model(images)
+    assert isinstance(output, CalmOutput)
+    losses = {}
+    for exponent in (None, 1.0):
+        loss = LossOptions(pooling_exponent=exponent, temperature=1.0 if exponent is None else 0.5)
+        config = replace(tiny_config(Path("data"), Path("run")), model=ModelOptions(pooling_exponent=0.0), loss=loss)
+        step = TrainingStep(model, {}, config, RunLength(3, 4))
+        losses[exponent] = step(images, labels, epoch=0, step=0, index=0, rank=0).item()
+        nll = -output.log_probs.gather(1, labels[:, None]).mean()
+        assert step.measures.compute()["train_nll"] == pytest.approx(nll.item())  # the model's own prediction
+    assert losses[None] == pytest.approx(nll.item())
+    joint = (output.logits.double().softmax(1) * output.scores.double().flatten(1).softmax(1).view(4, 1, 4, 4)).flatten(
+        2
+    )
+    own = joint[torch.arange(4), labels].log()
+    assert losses[1.0] == pytest.approx((-((0.5 * own).softmax(1) * own).sum(1).mean()).item(), rel=1e-5)

@@ -159,6 +159,10 @@ class ModelOptions:
         return self.freeze is True and not self.unfreeze_after
 
 
+SHARED = ("prior_weight", "cam_weight", "pooling_exponent")
+"""Options of `LossOptions` that CALM-ML has, too."""
+
+
 @dataclass(frozen=True)
 class LossOptions:
     """The E-step of CALM-EM, and the prior of both CALMs. CAM has nothing to choose.
@@ -172,6 +176,9 @@ class LossOptions:
             number or a change over the run, as for ``temperature``. 0 is the published loss.
         cam_weight: weight of CAM's loss with the same class scores, for both CALMs: a number or a change. It teaches
             all locations while the prior is still forming. 0 is the published loss.
+        pooling_exponent: exponent of the power mean in the loss, where it is another than the model's, with which it
+            predicts: 1 teaches each location to be right by itself, and a model of exponent 0 then predicts from all of
+            them together (docs/mathematics.md). By default the model's.
     """
 
     posterior: Literal["current", "ema"] = "current"
@@ -179,6 +186,7 @@ class LossOptions:
     temperature: str | float = 1.0  # str first: of 1:0 after a flag YAML makes a number to base 60
     prior_weight: str | float = 0.0
     cam_weight: str | float = 0.0
+    pooling_exponent: float | None = None
 
     def __post_init__(self) -> None:
         check_options(self, "loss.", teacher_decay=(0, 1))
@@ -190,7 +198,7 @@ class LossOptions:
 
     def without_e_step(self) -> LossOptions:
         """Return the options that CALM-ML has, too."""
-        return LossOptions(prior_weight=self.prior_weight, cam_weight=self.cam_weight)
+        return replace(LossOptions(), **{name: getattr(self, name) for name in SHARED})
 
 
 @dataclass(frozen=True)
@@ -354,9 +362,14 @@ class TrainConfig:
         if self.method != "calm-em" and self.loss != self.loss.without_e_step():
             raise CalmError(f"loss.posterior, teacher_decay and temperature are calm-em's, not {self.method}'s")
         check_pooling(self.model.pooling_exponent, self.model.prior_denominator, self.method)
-        if self.model.pooling_exponent == 0 and self.loss != self.loss.without_e_step():
-            fix = "leave them out, or take an exponent above 0"
-            raise CalmError(f"loss.posterior, teacher_decay and temperature have no model.pooling_exponent 0: {fix}")
+        given = self.loss.pooling_exponent
+        exponent = self.model.pooling_exponent if given is None else given
+        check_pooling(exponent, self.model.prior_denominator)
+        if given is not None and (self.method == "cam" or "acol" in self.wsol.methods):
+            raise CalmError(f"loss.pooling_exponent is {given:g}, for CALM with one head alone: leave it out")
+        if exponent == 0 and self.loss != self.loss.without_e_step():
+            fix = "leave them out, or take a loss.pooling_exponent above 0"
+            raise CalmError(f"loss.posterior, teacher_decay and temperature have no pooling_exponent 0: {fix}")
         if self.loss.prior_weight and (self.method == "cam" or self.model.prior_activation == "relu"):
             which = "a CAM model has no prior" if self.method == "cam" else "a ReLU prior has probabilities of 0"
             raise CalmError(f"loss.prior_weight is {self.loss.prior_weight}, but {which}: leave it at 0")

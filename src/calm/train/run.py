@@ -104,7 +104,7 @@ def train(
         model.training_summary = {"data": config.data.name, "fingerprint": fingerprint, "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
         fabric = _fabric(config.hardware)
-        narrow = fabric.device.type == "cpu" and config.hardware.precision == "bf16-mixed"
+        narrow = fabric.device.type == "cpu" and config.hardware.precision == "bf16-mixed" and not config.model.caches
         if narrow and (slow := keep_slow_gradients_in_float32(model.backbone)):
             precision_line += f"\n{slow} depthwise convolutions are trained in float32, which is faster on a CPU"
         if first:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from calm.errors import CalmError, unknown
 from calm.files import read_yaml
-from calm.train.config import LossOptions, TrainConfig
+from calm.train.config import SHARED, LossOptions, TrainConfig
 
 if TYPE_CHECKING:
     from jsonargparse import ArgumentParser
@@ -82,7 +82,7 @@ def parse_config(
     try:
         values = parser.instantiate(parser.parse_args(list(arguments))).as_dict()
         if values["method"] != "calm-em" and e_step:
-            own, shared = values["loss"], ("prior_weight", "cam_weight") if values["method"] == "calm-ml" else ()
+            own, shared = values["loss"], SHARED if values["method"] == "calm-ml" else ()
             foreign = {field.name: field.default for field in fields(LossOptions) if field.name not in shared}
             presets = {name: value for name, value in foreign.items() if getattr(own, name) == getattr(e_step, name)}
             values["loss"] = replace(own, **presets)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TypeAlias
 
 import torch
@@ -149,8 +150,11 @@ class TrainingStep(nn.Module):
         if "teacher" in self.averages:
             with torch.no_grad():
                 teacher = self.averages["teacher"](images, targets)
+        exponent, taught = self.config.loss.pooling_exponent, output
+        if exponent is not None and isinstance(output, CalmOutput):
+            taught = replace(output, pooling_exponent=exponent)
         loss = self.model.output_loss(
-            output,
+            taught,
             targets,
             temperature=self.temperature(step),
             teacher=teacher,
