@@ -140,7 +140,10 @@ def test_main_turns_flags_into_arguments_and_the_result_into_the_exit_code(resul
         (["a", "3", "--model", "m", "--kind", "c"], "kind"),
         (["a", "3", "--model", "m", "--depe"], "--depe"),
         (["a", "13", "--model", "m"], "13 is no size: choose another"),
-        (["a", "12", "--model", "m"], "Permission denied: '/somewhere'"),
+        (
+            ["a", "12", "--model", "m"],
+            "cannot use /somewhere: Permission denied; change its permissions, or name another",
+        ),
     ],
 )
 def test_main_reports_a_mistake_in_one_line_and_code_2(

@@ -149,6 +149,12 @@ def test_train_help_fits_on_a_screen_and_help_all_has_every_setting(capsys: pyte
     assert "--loss.prior_weight" not in text
 
 
+def test_train_resume_names_a_missing_run_and_the_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(CalmError, match=rf"no run of calm train is there \(did you mean {tmp_path}/run\?\)"):
+        parse_train(["--resume", f"{tmp_path}/rnu"])
+
+
 @pytest.mark.parametrize("words", [["--out", "here"], ["--out=here"], ["--run_dir", "here"]])
 def test_train_takes_the_other_commands_word_for_its_folder(words: list[str]) -> None:
     assert parse_train(["--data=d", *words]).run_dir == Path("here")

@@ -361,7 +361,8 @@ def _read_weights(folder: Path, card: Card) -> dict[str, Tensor]:
         found = _sha256(path)
         state: dict[str, Tensor] = load_file(path)
     except Exception as error:  # besides OSError and SafetensorError, KeyError for a dtype that torch does not have
-        raise CalmError(f"cannot read the weights {path}: {type(error).__name__} {str(error)[:500]}") from error
+        what = f"{type(error).__name__} {str(error)[:500]}; get or save them anew"
+        raise CalmError(f"cannot read the weights {path}: {what}") from error
     if found != card.weights_sha256:
         hashes = f"sha256 {found[:12]}..., should be {card.weights_sha256[:12]}..."
         fix = "a damaged download or an interrupted save; get or save it anew"

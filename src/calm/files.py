@@ -215,6 +215,12 @@ def working_folder(path: str | os.PathLike[str]) -> AbstractContextManager[Path]
     return _temporary(Path(path), folder=True)
 
 
+def check_writable(folder: Path) -> None:
+    """Raise an OSError if nothing can be written to a folder, which is made: before the work, and not after it."""
+    with working_folder(folder / "results"):
+        pass
+
+
 @contextmanager
 def _temporary(final: Path, *, folder: bool) -> Iterator[Path]:
     final.parent.mkdir(parents=True, exist_ok=True)

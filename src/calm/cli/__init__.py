@@ -5,6 +5,7 @@ Only the chosen command's module is imported, and PyTorch not before the command
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import warnings
@@ -172,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CalmError, OSError) as error:  # OSError: a full disk, a folder without permission
         if debug:
             raise
-        print(f"calm: {_output_problem() or error}", file=sys.stderr)
+        print(f"calm: {_output_problem() or _sentence(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         if debug:
@@ -249,6 +250,21 @@ def _underscored(word: str) -> str:
     """Return ``--batch-size=8`` as ``--batch_size=8``: both spellings are accepted."""
     flag, equals, value = word.partition("=")
     return f"--{flag[2:].replace('-', '_')}{equals}{value}" if flag.startswith("--") else word
+
+
+_REMEDIES = {
+    errno.ENOENT: "check the name",
+    errno.ENOSPC: "free some space, or name another disk",
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "a file is where a folder should be: name another place"),
+}
+
+
+def _sentence(error: CalmError | OSError) -> str:
+    """Return the message of an error; one of the operating system is told with the file first, and a remedy."""
+    if isinstance(error, CalmError) or error.filename is None:
+        return str(error)
+    remedy = _REMEDIES.get(error.errno or 0, "change its permissions, or name another place")
+    return f"cannot use {os.fsdecode(error.filename)}: {error.strerror}; {remedy}"
 
 
 def _output_problem() -> str:

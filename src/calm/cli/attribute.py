@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from calm.config import Precision, parse_code
 from calm.errors import CalmError
-from calm.files import ahead, atomic_path, write_bytes
+from calm.files import ahead, atomic_path, check_writable, write_bytes
 from calm.report.attributions import collected, print_explanation, record_of, thumbnail, write_gallery, write_results
 
 # What a function needs of the rest is imported in it, so that the help page need not wait for PyTorch.
@@ -130,6 +130,7 @@ def attribute_files(
     if html:
         suffixes["thumbnail"] = f".{label}.thumb.jpg"
     names = _result_names(inputs, out, suffixes, overwrite)
+    check_writable(out)
     console = Console(soft_wrap=True)
     failed = [{"file": name, "error": f"no image in {name!r}"} for name in missing]
     classes = loaded.class_names
@@ -215,7 +216,8 @@ def find_images(entries: Sequence[str], out: Path) -> tuple[dict[Path, str], lis
             raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
         found.setdefault(path.resolve(), (path, name))
     if not found:
-        raise CalmError(f"no image found in {', '.join(map(repr, entries)) or 'an empty list'}")
+        listed = ", ".join(map(repr, entries)) or "an empty list"
+        raise CalmError(f"no image found in {listed}: give image files, folders of them, or patterns in quotes")
     return dict(found.values()), [entry for entry, images in matches.items() if not images]
 
 

@@ -15,6 +15,7 @@ from typing import get_args
 from calm.cli import parsing
 from calm.config import Localizer, check_trusted, trust
 from calm.errors import CalmError, needs_extra, unknown
+from calm.files import similar_folder
 from calm.train.config import TrainConfig
 from calm.train.settings import PRESETS, add_arguments, load_config, parse_config, preset
 
@@ -148,6 +149,10 @@ def _configuration_of_run(run_dir: Path, flags: Sequence[str]) -> TrainConfig:
     """Return the configuration of the run in a folder, which may have moved, changed by flags; an error names the
     settings that another version of calm wrote into it."""
     path = run_dir / "config.yaml"
+    if not path.is_file():
+        raise CalmError(
+            f"--resume {run_dir}: no run of calm train is there{similar_folder(run_dir)}, for it has no {path}"
+        )
     try:
         return load_config(path, *flags, f"--run_dir={run_dir}", parser=build_parser())
     except CalmError as error:

@@ -36,7 +36,7 @@ from calm.evaluate.registry import BENCHMARKS, Benchmark, EvaluateConfig, benchm
 from calm.evaluate.result import Result
 from calm.evaluate.subject import MapFolder, Subject, model_subject, open_map_folder
 from calm.evaluate.tables import print_tables, write_tables
-from calm.files import read_yaml, working_folder
+from calm.files import check_writable, read_yaml
 from calm.metrics.erasing import check_fractions
 from calm.model import load
 from calm.output import MAP_KINDS
@@ -81,8 +81,7 @@ def evaluate(config: EvaluateConfig) -> list[Result]:
     if out.exists() and not out.is_dir():
         raise CalmError(f"--out {out} is a file: name a folder")
     if is_first():
-        with working_folder(out / "table"):
-            pass  # where nothing can be written, say so now and not after the work
+        check_writable(out)
     data = Data.of(split, config.data, config.layout, config.metadata_root, reading)
     results = []
     with _progress_bars() as bars:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from calm.errors import CalmError
+from calm.files import check_writable
 
 
 def write_report(sources: list[Path], *, out: Path = Path("report.html"), gallery: bool = True, seed: int = 0) -> Path:
@@ -31,6 +32,7 @@ def write_report(sources: list[Path], *, out: Path = Path("report.html"), galler
     """
     if out.is_dir():
         raise CalmError(f"out is the folder {out}: give the name of a file, such as {out / 'report.html'}")
+    check_writable(out.parent)
     from calm.report.overview import report_page  # here, so that the help page need not wait for PyTorch
     from calm.report.page import write
 

@@ -434,7 +434,7 @@ def _fabric(hardware: Hardware) -> Fabric:
     try:
         return Fabric(num_nodes=hardware.nodes, **options)
     except (ValueError, RuntimeError, TypeError) as error:
-        raise CalmError(f"these hardware settings do not work here: {hardware}\n{error}") from error
+        raise CalmError(f"these settings do not work here: {hardware}\n{error}\nThe defaults (auto) do") from error
 
 
 @contextmanager
