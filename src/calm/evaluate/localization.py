@@ -27,7 +27,7 @@ from calm.heatmaps import resize_and_normalize
 from calm.images import image_size, probe, read_mask
 from calm.metrics.bootstrap import REPLICATES, Bootstrap, Estimate
 from calm.metrics.boxes import MaxBoxAcc
-from calm.metrics.pixels import PixelAP, Thresholds, histograms, precision_recall
+from calm.metrics.pixels import PixelAP, Thresholds, precision_recall
 from calm.metrics.pointing import EnergyInside, PointingGame
 
 Truth = Literal["boxes", "masks"]
@@ -246,8 +246,7 @@ class _Masks:
         pairs = [masks(record, size) for record in records]
         inside, ignore = (torch.stack(each).to(maps.maps.device) for each in zip(*pairs, strict=True))
         self.metric.update(maps.maps, inside, maps.positions, ignore)
-        counts = histograms(maps.maps, inside, self.metric.bucketize, ignore).double()
-        return inside, ignore, precision_recall(counts)[2].tolist()
+        return inside, ignore, precision_recall(self.metric.latest)[2].tolist()
 
     def compute(self, split: Split, figures: _Figures, curves: _Curves, details: dict[str, Any]) -> None:
         released = deepcopy(self.metric.cpu())  # the same pixels, counted otherwise

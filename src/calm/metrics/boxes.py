@@ -250,21 +250,21 @@ class MaxBoxAcc(BootstrapMetric):
         ]
         largest, best = (np.stack(each) for each in zip(*ious, strict=True))
         self.latest = torch.from_numpy(largest).amax(dim=1).to(self.device)
-        # Neighbouring thresholds cut most maps alike: each column of hits that is another than the one before is added
-        # up once. The sums are of whole numbers, and exact.
-        hits = np.stack([largest >= V1_IOU, *(best >= iou for iou in self.ious)])
-        new = np.append(True, (hits[..., 1:] != hits[..., :-1]).any(axis=(0, 1)))
-        column = torch.from_numpy(new.cumsum() - 1).to(self.device)
-        hit, *fits = torch.from_numpy(hits[..., new]).to(self.device).double()
-        drawn = self.draw(keys)
-        self.largest += (drawn @ hit)[:, column]
+        # Neighbouring thresholds cut most maps alike: the sums are of the hits' changes from one threshold to the next,
+        # at the thresholds that have some. They are whole numbers, and exact.
+        hits = np.stack([largest >= V1_IOU, *(best >= iou for iou in self.ious)]).astype(np.int8)
+        changes = np.diff(hits, axis=-1, prepend=np.int8(0))
+        at = np.flatnonzero(changes.any(axis=(0, 1)))
+        hit, *fits = torch.from_numpy(changes[..., at]).to(self.device).double()
+        column, drawn = torch.from_numpy(at).to(self.device), self.draw(keys)
+        self.largest[:, column] += drawn @ hit
         for place, fit in enumerate(fits):
-            self.best[..., place] += (drawn @ fit)[:, column]
+            self.best[:, column, place] += drawn @ fit
         self.images += drawn.sum(dim=1)
         if predictions is not None and labels is not None:
             right = (predictions == labels.to(predictions.device)[:, None]).to(self.device)
-            self.top1 += (drawn @ (hit * right[:, :1]))[:, column]
-            self.top5 += (drawn @ (hit * right[:, :5].any(dim=1, keepdim=True)))[:, column]
+            self.top1[:, column] += drawn @ (hit * right[:, :1])
+            self.top5[:, column] += drawn @ (hit * right[:, :5].any(dim=1, keepdim=True))
             self.predicted += len(maps)
 
     def compute(self) -> MaxBoxAccResult:
@@ -294,8 +294,8 @@ class MaxBoxAcc(BootstrapMetric):
         )
 
     def _share(self, hits: Float[Tensor, "r t"]) -> Float[Tensor, "r t"]:
-        """Return the hits per image in each bootstrap sample; NaN in a sample without images."""
-        return hits / self.images[:, None]
+        """Return the hits per image in each bootstrap sample from their changes; NaN in a sample without images."""
+        return hits.cumsum(dim=1) / self.images[:, None]
 
 
 def _curve(share: Float[Tensor, "r t"]) -> BoxCurve:

@@ -162,6 +162,8 @@ class PixelAP(BootstrapMetric):
         self.counting = counting
         self.bucketize = Bucketize(pixel_edges(which))
         self.add_sums("histogram", len(self.bucketize) + 1, 2)
+        self.latest = torch.empty(0)
+        """(b, t + 1, 2) `histograms` of each image of the last batch."""
 
     def update(
         self,
@@ -182,8 +184,8 @@ class PixelAP(BootstrapMetric):
             CalmError: see `check_maps`.
         """
         check_maps(maps, positive, keys, ignore)
-        counts = histograms(maps, positive, self.bucketize, ignore).double()
-        self.histogram += (self.draw(keys) @ counts.flatten(1)).view_as(self.histogram)
+        self.latest = histograms(maps, positive, self.bucketize, ignore).double()
+        self.histogram += (self.draw(keys) @ self.latest.flatten(1)).view_as(self.histogram)
 
     def compute(self) -> PixelAPResult:
         """Return the area with its interval, and the curve.
