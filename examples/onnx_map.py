@@ -9,14 +9,14 @@ import sys
 
 import numpy as np
 import onnxruntime
-from PIL import Image
+from PIL import Image, ImageOps
 
 
 def explain(model: str, picture: str, out: str, count: int = 3) -> list[tuple[str, float]]:
     """Draw the map of the most probable class over a picture; return the first classes and their probabilities."""
     session = onnxruntime.InferenceSession(model)
     names = json.loads(session.get_modelmeta().custom_metadata_map["class_names"])
-    image = Image.open(picture).convert("RGB")
+    image = ImageOps.exif_transpose(Image.open(picture)).convert("RGB")  # a phone's picture may lie on its side
     every = np.arange(len(names))[None]  # maps of all classes: the program computes them for the prediction anyway
     probs, maps = session.run(["probs", "maps"], {"image": np.asarray(image)[None], "classes": every})
     order = probs[0].argsort()[::-1][:count]

@@ -325,8 +325,12 @@ def test_find_images_finds_each_once(tmp_path: Path) -> None:
     assert missing == [str(tmp_path / "z*.png")]
     nested, _ = find_images([str(tmp_path)], tmp_path / "out")
     assert [*nested.values()] == ["x/a", "y/A"]
-    with pytest.raises(CalmError, match=r"no image found in 'nothing.png'"):
+    with pytest.raises(CalmError, match=r"no image found in 'nothing.png': give image files"):
         find_images(["nothing.png"], tmp_path)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "1.heic").touch()
+    with pytest.raises(CalmError, match=r"no image found in '.*phone': files are read that end in .*\.jpg"):
+        find_images([str(tmp_path / "phone")], tmp_path)
 
 
 def test_attribute_files_finds_mistakes_before_writing(calm_model: CalmModel, tmp_path: Path) -> None:

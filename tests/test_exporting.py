@@ -115,7 +115,9 @@ def test_onnx_with_preprocessing_takes_pictures_of_any_size_as_the_model_does_an
     expected = output.attribute(classes.tolist()).numpy()
     np.testing.assert_allclose(maps, expected, atol=0.02 * expected.max())
 
-    Image.fromarray(picture).save(tmp_path / "bird.png")
+    orientation = Image.Exif()
+    orientation[0x0112] = 6  # lies on its side, as a phone stores it
+    Image.fromarray(np.rot90(picture)).save(tmp_path / "bird.png", exif=orientation)
     names = ("birds.onnx", "bird.png", "map.png")
     first = load_example("onnx_map").explain(*(str(tmp_path / name) for name in names))
     assert [name for name, _ in first] == [model.class_names[index] for index in probs[0].argsort()[::-1][:3]]

@@ -15,6 +15,18 @@ from calm.metrics.bootstrap import weights
 from calm.metrics.classification import Classification, rank_correlation
 
 
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize("images", [1, 18, 500])
+def test_top1_of_images_that_are_all_right_or_wrong_has_wilsons_interval(images: int, right: bool) -> None:
+    """Every bootstrap sample of them is alike, which would claim certainty after a single image."""
+    metric = Classification(replicates=20)
+    probs = torch.tensor([[0.2, 0.8]]).repeat(images, 1)
+    metric.update(probs, torch.full((images,), int(right)), torch.arange(images))
+    found = metric.compute().top1
+    expected = scipy.stats.binomtest(images * right, images).proportion_ci(0.95, method="wilson")
+    assert found == pytest.approx((float(right), expected.low, expected.high))
+
+
 def drawn(seed: int, images: int, classes: int, spread: float):
     generator = torch.Generator().manual_seed(seed)
     probs = (torch.randn(images, classes, generator=generator) * spread).softmax(dim=1)

@@ -22,13 +22,14 @@ from calm.evaluate.subject import weights_digest
 from calm.images import Preprocessing
 from calm.metrics.bootstrap import Estimate
 from calm.model import create_model
+from calm.render import draw_peak, overlay
 from calm.report.benchmarks import benchmark_section, main_figure
 from calm.report.charts import Line, dot_chart
 from calm.report.found import PUBLISHED, Group, find_groups, styles
 from calm.report.gallery import choose, gallery, maps_of, scenes
 from calm.report.overview import report_page
 from calm.report.page import Section, render
-from calm.report.story import Classifier, Study, _class_maps
+from calm.report.story import SIDE, Classifier, Study, _class_maps, _evidence_cards, _two_classes
 from calm_birds import write_birds
 
 HOSTILE = "<script>x</script> & co"
@@ -393,6 +394,25 @@ def test_gallery_of_a_model_with_another_order_of_classes(birds):
     more = create_model("small_resnet", 5, class_names=[*model.class_names, "dodo"])
     with pytest.raises(CalmError, match="the CALM model has 5 classes, of which the data have 4"):
         Classifier.predicting("CALM", more, few)
+
+
+def test_evidence_of_a_flat_map_looks_flat(birds):
+    """Colours end at four times uniform at least: stretched to its own range a flat map would look like a finding."""
+    _, split, model, _, _ = birds
+    study = Study(split.root, split, 3, Classifier.predicting("CALM", model, split), None, None)
+    (card,) = _evidence_cards(study, [0])
+    first = _two_classes(study, 0, 0, 1)[1]
+    output = model(model.preprocess(split.records[0].path))
+    prior, joint = output.prior[0].detach(), output.joint[0].detach()
+    assert prior.max() < 4 / prior.numel(), "the model is untrained: its prior is nearly flat"
+    shots = {shot.label: shot.picture for shot in card["shots"]}
+    picture = study.picture(0)
+    for shown, values, top in (
+        (shots["CALM: prior"], prior, 4 / prior.numel()),
+        (first.picture, joint[0], 4 * float(joint[:2].sum((1, 2)).max()) / prior.numel()),
+    ):
+        expected = draw_peak(overlay(picture, values, top=top, size=(SIDE, SIDE)), values)
+        np.testing.assert_allclose(shown.astype(int), expected.astype(int), atol=1)
 
 
 def test_gallery_says_what_it_cannot_show(birds, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -216,8 +217,13 @@ def find_images(entries: Sequence[str], out: Path) -> tuple[dict[Path, str], lis
             raise CalmError(f"the name of {str(path)!r} is not UTF-8 text: rename it")
         found.setdefault(path.resolve(), (path, name))
     if not found:
+        from calm.data.loading import SUFFIXES
+
         listed = ", ".join(map(repr, entries)) or "an empty list"
-        raise CalmError(f"no image found in {listed}: give image files, folders of them, or patterns in quotes")
+        fix = "give image files, folders of them, or patterns in quotes"
+        if any(map(os.path.isdir, entries)):
+            fix = f"files are read that end in {' '.join(sorted(SUFFIXES))}; turn others into JPEG or PNG"
+        raise CalmError(f"no image found in {listed}: {fix}")
     return dict(found.values()), [entry for entry, images in matches.items() if not images]
 
 

@@ -423,6 +423,8 @@ def detect_layout(root: Path) -> Layout:
     names = [path.name + "/" * path.is_dir() for path in entries]
     endings = Counter(path.suffix.lower() or "none" for path in islice(files_below(root), 1000)).most_common(5)
     below = f"\nendings of files: {', '.join(f'{ending} ({count:,})' for ending, count in endings)}" if endings else ""
+    if endings and not SUFFIXES & dict(endings).keys():
+        below += f"; read are {' '.join(sorted(SUFFIXES))}: turn other pictures into JPEG or PNG"
     hint = f"\ndid you mean {inner[0]}?" if inner else ""
     if not hint and (lists := [path.name for path in entries if _ANNOTATIONS.fullmatch(path.name)]):
         hint = f"\n{', '.join(lists)}: such annotations (COCO, Pascal VOC, tables) are not read, and where they give an"

@@ -215,7 +215,9 @@ def remarks(results: Sequence[Result]) -> list[str]:
     """Return what to know when reading the figures, one sentence each, without capital and full stop."""
     lines = []
     if any(math.isfinite(e.low + e.high) for result in results for e in result.figures.values()):
-        lines.append("in brackets: 95 percent bootstrap interval; an arrow ↓ marks figures of which lower is better")
+        alike = any(r.figures["top1"].value in (0, 1) for r in results if "top1" in r.figures)
+        how = "bootstrap interval" + ", of a top-1 of 0 or 100 percent Wilson's" * alike
+        lines.append(f"in brackets: 95 percent {how}; an arrow ↓ marks figures of which lower is better")
     agreement = [r.details["agreement"] for r in results if r.details.get("agreement") is not None]
     if agreement:
         lines.append(f"joint maps sum to p(y | x): the largest difference is {max(agreement):.1g}")

@@ -25,7 +25,7 @@ from calm.errors import CalmError
 
 
 class Estimate(NamedTuple):
-    """A figure and the ends of its 95 percent bootstrap interval, in the figure's unit; NaN where undefined."""
+    """A figure and the ends of its 95 percent interval, in the figure's unit; NaN where undefined."""
 
     value: float
     low: float
@@ -61,6 +61,23 @@ def estimate(values: Float[Tensor, " r"]) -> Estimate:
     """
     (low,), (high,) = band(values[:, None])
     return Estimate(float(values[0]), low, high)
+
+
+def estimate_share(values: Float[Tensor, " r"], images: int) -> Estimate:
+    """Return the estimate of a share of ``images`` images, as `estimate`, but where all or none of them count.
+
+    Then every bootstrap sample is alike, and the interval is Wilson's, whose width shrinks with the number of images.
+
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
+    """
+    found, square = estimate(values), _Z**2
+    if found.value not in (0, 1) or math.isnan(found.low):
+        return found
+    return (
+        found._replace(low=images / (images + square))
+        if found.value
+        else found._replace(high=square / (images + square))
+    )
 
 
 def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -131,6 +148,7 @@ class BootstrapMetric(Metric):
         return weights(keys.to(self.device), self.replicates, self.seed)
 
 
+_Z = 1.959963984540054  # below which a standard normal variable is in 97.5 percent of cases
 _ODD = -7046029254386353131  # 2^64 divided by the golden ratio, as a signed number
 _CUMULATIVE = torch.tensor([1 / math.factorial(n) for n in range(21)], dtype=torch.float64).cumsum(0) / math.e
 

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from calm.errors import CalmError
-from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate, estimate_share
 
 BINS = 15
 """Bins of the calibration error."""
@@ -107,7 +107,8 @@ class Classification(BootstrapMetric):
         bins = self.binned[0, :BINS].clone()
         bins[-1] += self.binned[0, BINS]
         shares = torch.cat([bins[:, :1] / images[0], bins[:, 1:] / bins[:, :1]], dim=1)
-        return ClassificationResult(estimate(top1), estimate(top5), estimate(nll), estimate(ece), shares)
+        accuracy = estimate_share(top1, int(images[0]))
+        return ClassificationResult(accuracy, estimate(top5), estimate(nll), estimate(ece), shares)
 
 
 def rank_correlation(first: Float[Tensor, "*n p"], second: Float[Tensor, "*n p"]) -> Float[Tensor, "*n"]:

@@ -21,7 +21,7 @@ from torchvision.transforms.functional import gaussian_blur
 
 from calm.config import DRAWS as DRAWS, FRACTIONS as FRACTIONS, Fill as Fill
 from calm.errors import CalmError, unknown
-from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate
+from calm.metrics.bootstrap import Bootstrap, BootstrapMetric, Estimate, estimate, estimate_share
 
 FILLS: dict[Fill, str] = {
     "zero": "0 in normalised input, the data set's mean colour (the paper's)",
@@ -242,7 +242,7 @@ class RemoveAndClassify(BootstrapMetric):
             ratio=_columns(ratio),
             topk=_columns(topk),
             random=_columns(random),
-            accuracy=estimate(whole),
+            accuracy=estimate_share(whole, int(self.images[0])),
             ratio_area=estimate(self._height(torch.ones_like(whole), ratio)),
             topk_area=estimate(self._height(whole, topk)),
             random_area=estimate(self._height(whole, random)),

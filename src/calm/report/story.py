@@ -22,6 +22,7 @@ from calm.evaluate.cue_localization import CueData, read_cue_data
 from calm.evaluate.reading import predictions
 from calm.evaluate.result import Result
 from calm.evaluate.subject import model_subject
+from calm.explain import LEAST_TOP
 from calm.files import read_json
 from calm.heatmaps import Normalization, resize_maps
 from calm.model import CalmModel
@@ -221,7 +222,8 @@ def _evidence_cards(study: Study, images: list[int]) -> list[dict[str, Any]]:
         output = calm.model(calm.model.preprocess(paths))
         own = calm.indices[targets]
         joint, prior, posterior = (output.attribute(own, kind) for kind in ("joint", "prior", "posterior"))
-    scale = torch.maximum(posterior, prior).amax(dim=(1, 2), keepdim=True)
+    peaks = torch.maximum(posterior, prior).amax(dim=(1, 2), keepdim=True)
+    scale = peaks.clamp(min=LEAST_TOP / prior[0].numel())  # so that a flat map looks flat
     maps = {"CALM: joint": joint / scale, "CALM: prior": prior / scale, "CALM: posterior": posterior / scale}
     if cam:
         inputs, own = cam.model.preprocess(paths), cam.indices[targets]
@@ -271,7 +273,8 @@ def _two_classes(study: Study, image: int, first: int, second: int) -> list[Shot
     picture, names = study.picture(image), (study.names[first], study.names[second])
     joint = _class_maps(study, study.calm, image, first, second)
     shots = [Shot(_enlarged(picture), f"test image {image}", "image")]
-    scaled = joint / float(joint.max())
+    uniform = float(joint.sum((1, 2)).max()) / joint[0].numel()
+    scaled = joint / max(float(joint.max()), LEAST_TOP * uniform)
     shots += [_shot(picture, m, "clipping", f"CALM: {name}", name) for m, name in zip(scaled, names, strict=True)]
     for kind in DIFFERENCES:
         signed = _difference(study, study.calm, image, first, second, kind)
