@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -47,6 +48,7 @@ from calm.images import Preprocessing, read_image
 from calm.inference import mix_seed
 from calm.model import CalmModel, create_model, load
 from calm.train import run as run_module, train
+from calm.train.checkpoints import TrainingState
 from calm.train.config import (
     DataOptions,
     Hardware,
@@ -172,8 +174,28 @@ def test_train_saves_models_with_the_accuracy_that_the_result_says(rich: Path, d
             assert result[name][split]["accuracy"] == pytest.approx(right / len(images))
             assert result[name][split]["nll"] == pytest.approx(surprise / len(images), rel=1e-4)
     rows = list(csv.DictReader((rich / "metrics.csv").read_text().splitlines()))
-    ranked = sorted(rows, key=lambda row: (-float(row["val_accuracy"]), float(row["val_nll"])))
-    assert result["best"]["epoch"] == int(ranked[0]["epoch"])
+    top = max(float(row["val_accuracy"]) for row in rows)
+    alike = [row for row in rows if float(row["val_accuracy"]) >= top - math.sqrt(top * (1 - top) / len(images))]
+    assert result["best"]["epoch"] == int(min(alike, key=lambda row: float(row["val_nll"]))["epoch"])
+
+
+@pytest.mark.parametrize(
+    ("images", "epochs", "best"),
+    [
+        (100, [(0.80, 0.7), (0.77, 0.6), (0.75, 0.5)], 2),  # one standard error is 0.04
+        (100, [(0.60, 0.5), (0.80, 0.7)], 2),
+        (100, [(0.80, 0.7), (0.80, 0.7)], 1),
+        (10_000, [(0.80, 0.7), (0.79, 0.6)], 1),
+        (100, [(1.00, 0.3), (1.00, 0.2), (0.99, 0.1)], 2),
+    ],
+)
+def test_finish_epoch_takes_the_least_nll_of_accuracies_that_cannot_be_told_apart(
+    images: int, epochs: list[tuple[float, float]], best: int
+) -> None:
+    state = TrainingState(*[None] * 5)  # type: ignore[arg-type]
+    for accuracy, nll in epochs:
+        state.finish_epoch({"val_accuracy": accuracy}, {"accuracy": accuracy, "nll": nll}, images)
+    assert state.best["epoch"] == best
 
 
 def test_train_warns_where_the_maps_stayed_flat(data: Path, tmp_path: Path) -> None:

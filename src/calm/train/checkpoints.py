@@ -1,12 +1,13 @@
 """State of a training run, and its checkpoints: written whole or not at all, after every epoch.
 
 ``checkpoints/last.ckpt`` holds everything that continuing needs. ``last/`` and ``best/`` are saved models for
-`calm.load`: the weights that were evaluated (their average, if there is one). Best is the highest validation accuracy;
-of equal ones the lower nll; of equal ones the earlier.
+`calm.load`: the weights that were evaluated (their average, if there is one). Best has the least validation nll of the
+epochs whose accuracy is within one standard error of the highest so far: few images cannot tell such accuracies apart.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -75,12 +76,16 @@ class TrainingState:
         assert isinstance(model, CalmModel)
         return model
 
-    def finish_epoch(self, row: Row, validation: Row) -> None:
-        """Count an epoch: its row of metrics.csv and its validation measures."""
+    def finish_epoch(self, row: Row, validation: Row, images: int) -> None:
+        """Count an epoch: its row of metrics.csv and its validation measures, which are of so many ``images``."""
         self.epoch += 1
         self.history.append(row)
         self.last = {"epoch": self.epoch, **validation}
-        if not self.best or _quality(self.last) > _quality(self.best):
+        top = max(epoch["val_accuracy"] for epoch in self.history)
+        least = top - math.sqrt(top * (1 - top) / images)
+        if not self.best or (
+            self.last["accuracy"] >= least and (self.best["accuracy"] < least or self.last["nll"] < self.best["nll"])
+        ):
             self.best = self.last
 
     def _parts(self) -> tuple[str, ...]:
@@ -110,11 +115,8 @@ class TrainingState:
         epochs = {self.epoch, len(self.history), self.history[-1]["epoch"], self.last["epoch"]}
         if len(epochs) > 1 or self.scheduler.last_epoch != self.step:
             raise ValueError("its numbers of epochs or steps contradict each other")
-        _quality(self.best)
-
-
-def _quality(measures: Row) -> tuple[float, float]:
-    return measures["accuracy"], -measures["nll"]
+        if not {"accuracy", "nll"} <= self.best.keys():
+            raise ValueError("the best epoch has no measures")
 
 
 def save_checkpoint(state: Mapping[str, Any], path: Path) -> None:

@@ -249,7 +249,7 @@ class Trainer:
                     seconds = self.train_epoch()
                     self.check_epoch()
                     validation = evaluate(self.fabric, state.evaluated, self.loaders["val"])
-                    state.finish_epoch(self.row(seconds, validation), validation)
+                    state.finish_epoch(self.row(seconds, validation), validation, len(self.datasets["val"]))
                     if first:
                         self.report_epoch()
                         checkpoints.save_checkpoint(state.state_dict(), path)
