@@ -171,6 +171,15 @@ def test_find_groups_names_missing_and_empty_folders(tmp_path, capsys):
         find_groups([tmp_path])
     assert main(["report", str(tmp_path)]) == 2
     assert "no result of a benchmark below" in capsys.readouterr().err
+    run, page = tmp_path / "run", tmp_path / "report.html"
+    run.mkdir()
+    (run / "config.yaml").write_text("method: cam")
+    assert main(["report", str(run), "--out", str(page)]) == 2
+    assert f"calm train --resume {run} goes on" in capsys.readouterr().err
+    (run / "result.json").write_text("cut o")
+    assert main(["report", str(run), "--out", str(page)]) == 2
+    assert "run is no finished run of calm train: it has no metrics.csv" in capsys.readouterr().err
+    assert not page.exists(), "no page without a figure"
 
 
 def test_find_groups_tells_equal_labels_apart_by_their_runs(tmp_path):

@@ -70,14 +70,10 @@ def estimate_share(values: Float[Tensor, " r"], images: int) -> Estimate:
 
     Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927.
     """
-    found, square = estimate(values), _Z**2
+    found, width = estimate(values), _Z**2 / (images + _Z**2)
     if found.value not in (0, 1) or math.isnan(found.low):
         return found
-    return (
-        found._replace(low=images / (images + square))
-        if found.value
-        else found._replace(high=square / (images + square))
-    )
+    return found._replace(low=1 - width) if found.value else found._replace(high=width)
 
 
 def band(values: Float[Tensor, "r t"]) -> tuple[tuple[float, ...], tuple[float, ...]]:

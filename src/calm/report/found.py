@@ -218,6 +218,8 @@ def find_groups(folders: Sequence[Path]) -> list[Group]:
         inside = sorted(folder.rglob("*.json")) if folder.is_dir() else [folder]
         files.update({path.resolve(): None for path in inside if _is_result(path)})
     if not files and not any(map(_is_run, folders)):
+        if begun := [folder for folder in folders if (folder / "config.yaml").is_file()]:
+            raise CalmError(f"{begun[0]} is a run that is not finished: calm train --resume {begun[0]} goes on with it")
         where = "(./evaluation for several models without --out)"
         advice = f"make some with calm evaluate, or name the folder where it put them {where}"
         raise CalmError(f"no result of a benchmark below {', '.join(map(str, folders))}: {advice}")

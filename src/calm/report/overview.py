@@ -107,6 +107,8 @@ def report_page(sources: Sequence[Path], *, base: Path, gallery: bool = True, se
     """Make the page of `write_report`. Paths below ``base`` become relative to it; others keep their last part."""
     groups = find_groups(sources)
     runs, problems = find_runs(groups, sources)
+    if not groups and not runs:
+        raise CalmError("\n".join(problems))
     style = styles(groups)
     data_sets = _data_sets(groups, runs)
     sections: list[Section] = []
