@@ -131,13 +131,21 @@ def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> Non
     run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "data.json"
     if path.exists():
-        former = read_json(path)
-        if not isinstance(former, dict) or former.get("fingerprint") != data["fingerprint"]:
-            raise CalmError(f"{run_dir} was trained on other data than {config.data} holds now: use another --run_dir")
+        before, now = _fingerprints(read_json(path)), _fingerprints(data)
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            which = f"{config.data} holds now ({', '.join(changed)} changed)"
+            raise CalmError(f"{run_dir} was trained on other data than {which}: use another --run_dir")
     (run_dir / "result.json").unlink(missing_ok=True)  # more epochs follow, or the data have moved
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)
+
+
+def _fingerprints(data: Any) -> dict[str, Any]:
+    """Return the fingerprint of each split that a data.json describes; nothing of a damaged one."""
+    splits = data.get("splits") if isinstance(data, dict) else None
+    found = splits.items() if isinstance(splits, dict) else ()
+    return {name: split.get("fingerprint") for name, split in found if isinstance(split, dict)}
 
 
 def write_splits(splits: Mapping[str, Split], run_dir: Path) -> None:
