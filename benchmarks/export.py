@@ -1,21 +1,26 @@
 """Milliseconds an image in onnxruntime, of an exported model, beside the same model in PyTorch.
 
 *Prediction alone* in onnxruntime is the part of the exported graph that `probs` needs. Every way takes the same images
-and, with a map, one class for each; the maps stay on the grid. Prints Markdown tables.
+and, with a map, one class for each; the maps stay on the grid. Prints Markdown tables: where a target is missed, also
+what onnxruntime's own profiler counts, beside `torch.mm`.
 
-Run: python benchmarks/export.py [--networks resnet18:224:4:200 ...] [--rounds 5]
+Run: python benchmarks/export.py [--networks resnet18:224:4:200 ...] [--threads 2] [--rounds 5]
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
+import textwrap
+from collections import Counter
 from pathlib import Path
 
 import measure
 import onnx
 import onnxruntime
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 import calm
 from calm.exporting import export
@@ -27,19 +32,62 @@ FASTER, ADDED = 1.5, 1.05
 NETWORKS = ["resnet18:224:4:200", "timm/tf_efficientnet_lite0:224:4:1000", "vit_tiny_patch16_224:224:4:200"]
 
 
-def session_of(path: Path) -> onnxruntime.InferenceSession:
-    """A session with as many threads as PyTorch has."""
+def session_of(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
+    """A session with as many threads as PyTorch has; with ``profile`` it records its operations in such a file."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def ways(backbone: str, size: int, batch: int, classes: int) -> dict[str, measure.Way]:
-    """The ways, as functions without arguments."""
+def made(backbone: str, size: int, batch: int, classes: int) -> tuple[calm.CalmModel, torch.Tensor, torch.Tensor]:
+    """A model, images and a class for each."""
     torch.manual_seed(0)
     model = calm.create_model(backbone, classes, preprocessing=Preprocessing(size=(size, size))).eval()
-    images, targets = torch.randn(batch, 3, size, size), torch.randint(classes, (batch, 1))
+    return model, torch.randn(batch, 3, size, size), torch.randint(classes, (batch, 1))
+
+
+def hottest(seconds: float, backbone: str, size: int, batch: int, classes: int, passes: int = 5) -> str:
+    """A table of the operations that take most of the ``seconds`` of a pass through the exported model, and a line on
+    how fast they multiply. The profiler's own clock is the wall's: only the shares are taken from it."""
+    model, images, targets = made(backbone, size, batch, classes)
+    with tempfile.TemporaryDirectory() as folder:
+        export(model, Path(folder) / "model.onnx", dynamic_size=False)
+        session = session_of(Path(folder) / "model.onnx", Path(folder) / "profile")
+        for _ in range(passes + 1):
+            session.run(None, {"image": images.numpy(), "classes": targets.numpy()})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    nodes = [event for event in events if event["cat"] == "Node" and event["name"].endswith("_kernel_time")]
+    nodes = nodes[len(nodes) // (passes + 1) :]  # the first pass prepares
+    calls, taken = Counter[str](), Counter[str]()
+    for event in nodes:
+        calls[event["args"]["op_name"]] += 1
+        taken[event["args"]["op_name"]] += event["dur"]
+    total = taken.total()
+    rows = [
+        (f"`{name}`", calls[name] // passes, f"{1000 * seconds * time / total / batch:.2f}", f"{time / total:.1%}")
+        for name, time in taken.most_common(6)
+    ]
+    with FlopCounterMode(display=False) as counted, torch.no_grad():
+        model(images)
+    share = sum(time for name, time in taken.items() if "Conv" in name or "MatMul" in name or "Gemm" in name) / total
+    flops = counted.get_total_flops()
+    speed = flops / share / seconds
+    square = torch.randn(1024, 1024)
+    best = min(measure.seconds({"mm": lambda: square @ square}, 20)["mm"])
+    line = (
+        "Its convolutions and matrix products, "
+        f"{flops / batch / 1e9:.1f} GFLOP an image and {share:.0%} of the time, reach {speed / 1e9:.0f} GFLOP/s; "
+        f"`torch.mm` of 1024 x 1024 reaches {2 * 1024**3 / best / 1e9:.0f}."
+    )
+    return f"{measure.table(['operation', 'calls', 'ms/image', 'share'], rows)}\n\n{textwrap.fill(line, 120)}"
+
+
+def ways(backbone: str, size: int, batch: int, classes: int) -> dict[str, measure.Way]:
+    """The ways, as functions without arguments."""
+    model, images, targets = made(backbone, size, batch, classes)
     with tempfile.TemporaryDirectory() as folder:
         whole, part = Path(folder) / "whole.onnx", Path(folder) / "part.onnx"
         export(model, whole, dynamic_size=False)
@@ -67,9 +115,12 @@ def main() -> None:
     """Time and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--networks", nargs="+", default=NETWORKS, help="BACKBONE:PIXELS:BATCH:CLASSES")
+    parser.add_argument("--threads", type=int, help="of PyTorch and onnxruntime each; above 1, times are of the wall")
     parser.add_argument("--rounds", type=int, default=5)
     flags = parser.parse_args()
-    rows = []
+    if flags.threads:
+        torch.set_num_threads(flags.threads)
+    rows, profiles = [], ""
     for network in flags.networks:
         backbone, *numbers = network.split(":")
         size, batch, classes = map(int, numbers)
@@ -77,13 +128,16 @@ def main() -> None:
         faster, added = measure.ratio(times[EAGER], times[MAP]), measure.ratio(times[MAP], times[ALONE])
         both = measure.verdict(faster, FASTER, least=True), measure.verdict(added, ADDED)
         judged = {MAP: f"{both[0]}, {both[1]}"}
+        if set(both) != {"met"}:
+            table = hottest(measure.median(times[MAP]), backbone, size, batch, classes)
+            profiles += f"\n\n{MAP}, {backbone}, batch {batch}, by operation:\n\n{table}"
         for name, taken in times.items():
             ms = f"{1000 * measure.median(taken) / batch:.1f}"
             ratios = measure.ratio(times[EAGER], taken), measure.ratio(taken, times[ALONE])
-            what = f"{backbone}, {size} pixels, {classes} classes, batch {batch}"
+            what = f"{backbone}, {size} pixels, {classes} classes, batch {batch}" + ", 2 threads" * (flags.threads == 2)
             rows.append([what, name, ms, f"{ratios[0]:.2f}", f"{ratios[1]:.3f}", judged.get(name, "")])
     header = ["network", "way", "ms/image", "PyTorch over this", "this over onnxruntime's prediction"]
-    print(measure.table([*header, f"targets {FASTER} and {ADDED}"], rows))
+    print(measure.table([*header, f"targets {FASTER} and {ADDED}"], rows) + profiles)
 
 
 if __name__ == "__main__":
