@@ -96,6 +96,13 @@ def test_find_groups_sorts_results_by_benchmark_and_data_and_skips_other_json(tm
     assert len({g.heading for g in groups}) == 3
 
 
+def test_find_groups_names_a_damaged_result_instead_of_leaving_it_out(tmp_path):
+    made().save(tmp_path / "localization" / "calm.json")
+    (tmp_path / "localization" / "cam.json").write_text('{"benchmark": "local')
+    with pytest.raises(CalmError, match=r"localization/cam\.json"):
+        find_groups([tmp_path])
+
+
 def test_find_groups_names_the_protocols_of_one_model(tmp_path):
     for norm, cuts in (("minmax", "even"), ("max", "log"), ("max", "even")):
         said = {"normalization": norm, "thresholds": cuts, "subject": {"model": "runs/a"}}

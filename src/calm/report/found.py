@@ -283,10 +283,13 @@ def _is_run(folder: Path) -> bool:
 
 
 def _is_result(path: Path) -> bool:
-    """Return whether a JSON file is a saved result, and not a table, a configuration, or something else."""
+    """Return whether a JSON file is a saved result, and not a table, a configuration, or something else; a `CalmError`
+    if it cannot be read and lies where `calm evaluate` puts its results: the page would lack it without a word."""
     try:
         content = read_json(path)
     except CalmError:
+        if path.parent.name in _ORDER:
+            raise
         return False
     return isinstance(content, dict) and {"benchmark", "label", "figures", "provenance"} <= content.keys()
 
