@@ -134,7 +134,9 @@ def main() -> None:
         for name, taken in times.items():
             ms = f"{1000 * measure.median(taken) / batch:.1f}"
             ratios = measure.ratio(times[EAGER], taken), measure.ratio(taken, times[ALONE])
-            what = f"{backbone}, {size} pixels, {classes} classes, batch {batch}" + ", 2 threads" * (flags.threads == 2)
+            what = f"{backbone}, {size} pixels, {classes} classes, batch {batch}" + (
+                f", {flags.threads} threads" if flags.threads else ""
+            )
             rows.append([what, name, ms, f"{ratios[0]:.2f}", f"{ratios[1]:.3f}", judged.get(name, "")])
     header = ["network", "way", "ms/image", "PyTorch over this", "this over onnxruntime's prediction"]
     print(measure.table([*header, f"targets {FASTER} and {ADDED}"], rows) + profiles)

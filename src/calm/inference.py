@@ -32,7 +32,7 @@ def resolve_device(name: str = "auto") -> torch.device:
     try:
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError) as error:
-        raise CalmError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; cpu always can") from error
+        raise CalmError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}; cpu always works") from error
 
 
 def automatic_precision(device: torch.device) -> tuple[Precision, str]:
