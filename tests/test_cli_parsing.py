@@ -48,7 +48,7 @@ def stand_in(
         ("train --data d --model resnet18", "unknown flag --model; did you mean --backbone[?]"),
         ("train --data d --device cpu", "unknown flag --device; did you mean --hardware.accelerator[?]"),
         ("train --data d --cpu", "unknown flag --cpu; did you mean --hardware.accelerator cpu[?]"),
-        ("train --data d --gpu=1", "unknown flag --gpu; did you mean --hardware.accelerator cuda[?]"),
+        ("train --data d --gpu=1", "unknown flag --gpu; did you mean --hardware.accelerator gpu[?]"),
         ("attribute a.jpg --cuda", "unknown flag --cuda; did you mean --device cuda[?]"),
         ("train --data d --freeze true", "unknown flag --freeze; did you mean --model.freeze[?]"),
         ("train --data d --class owl", "unknown flag --class; calm attribute --model RUN IMAGE --target CLASS"),

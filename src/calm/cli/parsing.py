@@ -138,8 +138,8 @@ MEANT = {
 }
 """Flags that people give, and what they mean by them where the command has no flag of that name."""
 
-DEVICES = {"cpu": "cpu", "gpu": "cuda", "cuda": "cuda", "mps": "mps"}
-"""Devices that people give as flags, and their names."""
+DEVICES = ("cpu", "gpu", "cuda", "mps")
+"""Devices that people give as flags."""
 
 ELSEWHERE = {
     **dict.fromkeys(("heatmap", "kind"), "calm attribute --model RUN IMAGE --kind KIND chooses what is drawn"),
@@ -154,7 +154,7 @@ def _hint(name: str, parser: ArgumentParser) -> str:
     inner = [flag for flag in known if flag.endswith(f".{name}")]  # --freeze for --model.freeze
     meant = [MEANT[name]] if MEANT.get(name) in known else inner
     if name in DEVICES:  # --cpu for --device cpu
-        meant = [f"{flag} {DEVICES[name]}" for flag in ("device", "hardware.accelerator") if flag in known]
+        meant = [f"{flag} {name}" for flag in ("device", "hardware.accelerator") if flag in known]
     if not meant and name in ELSEWHERE:
         return f"; {ELSEWHERE[name]}"
     meant = meant or get_close_matches(name, known, n=1)

@@ -11,9 +11,7 @@ Source: Hanley and MacGibbon, Creating non-parametric bootstrap samples using Po
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import wraps
-from typing import Any, NamedTuple, TypedDict
+from typing import NamedTuple, TypedDict
 
 import torch
 from jaxtyping import Float, Int
@@ -114,13 +112,6 @@ class Bootstrap(TypedDict, total=False):
     seed: int
 
 
-class _Sealed:
-    """A result that torchmetrics does not look into."""
-
-    def __init__(self, result: Any) -> None:
-        self.result = result
-
-
 class BootstrapMetric(Metric):
     """A metric that keeps its sums once for the data set and once for each bootstrap sample (see `Bootstrap`)."""
 
@@ -129,11 +120,6 @@ class BootstrapMetric(Metric):
     def __init__(self, *, replicates: int = REPLICATES, seed: int = 0) -> None:
         super().__init__()
         self.replicates, self.seed = replicates, seed
-
-    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
-        # torchmetrics looks for tensors in a result twice, in Python, at every number of its curves.
-        sealed = super()._wrap_compute(wraps(compute)(lambda: _Sealed(compute())))
-        return wraps(compute)(lambda: sealed().result)
 
     def add_sums(self, name: str, *shape: int) -> None:
         """Add a state of zeros, (R + 1, ``*shape``) float64, which processes add up."""
