@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 import textwrap
 from collections import Counter
 from pathlib import Path
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # read where torch is imported; see `session_of`
 
 import measure
 import onnx
@@ -33,9 +36,13 @@ NETWORKS = ["resnet18:224:4:200", "timm/tf_efficientnet_lite0:224:4:1000", "vit_
 
 
 def session_of(path: Path, profile: Path | None = None) -> onnxruntime.InferenceSession:
-    """A session with as many threads as PyTorch has; with ``profile`` it records its operations in such a file."""
+    """A session with as many threads as PyTorch has; with ``profile`` it records its operations in such a file.
+
+    Its threads sleep while they wait: the ways take turns, and one that spins takes the processor of the next.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if profile is not None:
         options.enable_profiling, options.profile_file_prefix = True, str(profile)
     options.log_severity_level = 3

@@ -151,14 +151,13 @@ def test_keep_slow_gradients_in_float32_widens_the_depthwise_convolutions_that_a
     """Training under autocast equals float32 there; predictions, weights' names and other layers are untouched."""
     options = {"groups": 4, "padding": 1, "bias": False}
     fast, slow = nn.Conv2d(4, 4, 3, **options), nn.Conv2d(4, 4, 3, stride=2, **options)
-    module = randomized(
-        nn.Sequential(fast, slow, nn.Conv2d(4, 4, 5, groups=4), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 5, groups=2))
-    )
+    others = nn.Conv2d(4, 4, 5, groups=4), nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 5, groups=2)
+    module = randomized(nn.Sequential(fast, slow, *others, nn.Conv2d(8, 8, 3, dilation=2, groups=8)))
     names, slowest = list(module.state_dict()), copy.deepcopy(module[1])
-    assert keep_slow_gradients_in_float32(module) == 2
+    assert keep_slow_gradients_in_float32(module) == 3
     module = copy.deepcopy(module)  # as for an average of the weights
     assert list(module.state_dict()) == names
-    assert [isinstance(part, nn.Conv2d) for part in module] == [True] * 5
+    assert [isinstance(part, nn.Conv2d) for part in module] == [True] * 6
     images = torch.randn(2, 4, 9, 9)
 
     def gradient(part: nn.Module, *, half: bool) -> Tensor:

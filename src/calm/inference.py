@@ -70,19 +70,23 @@ def keep_slow_gradients_in_float32(module: nn.Module) -> int:
     """Let the depthwise convolutions whose bfloat16 gradient is slow on a CPU be trained in float32, in place.
 
     PyTorch 2.14 (oneDNN) takes 2 to 8 times as long for the gradient of a depthwise convolution in bfloat16 as in
-    float32, unless its kernel is 3x3 and its stride 1; ``benchmarks/README.md`` says what that is of a whole step.
-    Predictions, and steps without autocast, stay as they are.
+    float32, unless its kernel is 3x3 and its stride and dilation are 1; ``benchmarks/README.md`` says what that is of a
+    whole step. Predictions, and steps without autocast, stay as they are.
 
     Returns:
         How many they are.
     """
-    slow = [part for part in module.modules() if is_depthwise(part) and (part.kernel_size, part.stride) != _FAST]
+    slow = [
+        part
+        for part in module.modules()
+        if is_depthwise(part) and (part.kernel_size, part.stride, part.dilation) != _FAST
+    ]
     for part in slow:
         part.__class__ = type(type(part).__name__, (_TrainsInFloat32, type(part)), {})
     return len(slow)
 
 
-_FAST = (3, 3), (1, 1)
+_FAST = (3, 3), (1, 1), (1, 1)
 
 
 def first_nonfinite_weight(module: nn.Module) -> str | None:

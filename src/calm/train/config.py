@@ -277,8 +277,8 @@ class Hardware:
             processor (AVX512-BF16, AMX) computes bfloat16, and else ``32-true``; the log says which and why. A run
             goes on in the precision that it began with (config.yaml), so on another machine give that one. On a CPU
             those depthwise convolutions stay in float32 whose gradients are slower in bfloat16 (all but 3x3 of stride
-            1). Networks of few, narrow channels with attention (MobileViT) are still faster in ``32-true`` there.
-            Probabilities, losses, validation and test are computed in float32 in any case.
+            and dilation 1). Networks of few, narrow channels with attention (MobileViT) are still faster in ``32-true``
+            there. Probabilities, losses, validation and test are computed in float32 in any case.
         channels_last: store images, features and weights with the channels last, which is faster for convolutions.
         compile: compile the backbone with ``torch.compile``. On a CPU it gained nothing over the defaults where it was
             measured (0.94 to 0.99 times as fast), and takes a C++ compiler and up to a minute at the start; GPUs were
