@@ -545,5 +545,7 @@ def test_attribute_says_what_a_classifier_of_another_package_needs():
     vit.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape))
     attribute(vit, images.expand(2, -1, -1, -1), [0, 2], "gradient")
     assert seen == [(2, 3, 64, 64)]  # no pass to count the classes
+    with pytest.raises(CalmError, match=r"must be an nn\.Module, got a function"):
+        attribute(lambda images: images.mean((2, 3)), images, 0, "gradient")
     with pytest.raises(CalmError, match="no layer that returns a feature map"):
         attribute(nn.Sequential(nn.Flatten(), nn.Linear(12288, 2)), images, 0, "gradcam")

@@ -14,6 +14,7 @@ from PIL import Image
 
 import calm.explain
 from calm import render
+from calm.config import class_index
 from calm.errors import CalmError
 from calm.explain import Answer, Query, complete, draw, explain, overlay, resolve_query
 from calm.heatmaps import locate, resize_maps
@@ -39,6 +40,11 @@ def test_class_index_takes_numbers_for_names_where_all_names_are_numbers() -> No
     assert [model.class_index(text) for text in ("10", "7", "1")] == [2, 4, 1]
     with pytest.raises(CalmError, match=r"no class '3': give one of the model's 5 names$"):
         model.class_index("3")
+
+
+def test_class_index_asks_for_an_index_where_two_classes_have_a_name() -> None:
+    with pytest.raises(CalmError, match="2 classes are called 'crane': give an index, 0 or 2"):
+        class_index(["crane", "owl", "Crane"], "crane")
 
 
 def test_class_index_takes_names_and_indices() -> None:

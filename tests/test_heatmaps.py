@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import given, settings, strategies as st
 from torch.testing import assert_close
 
 from calm.errors import CalmError
-from calm.heatmaps import cell_coverage, normalize, resize_and_normalize
+from calm.heatmaps import cell_coverage, normalize, resize_and_normalize, resize_maps
 
 MAPS = torch.tensor([[[-1.0, 0.0], [1.0, 3.0]]])
 
@@ -70,6 +71,13 @@ def test_resize_and_normalize_keeps_constant_maps_zero(how, side):
 def test_normalize_passes_gradients(how):
     maps = torch.rand(2, 3, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda maps: normalize(maps, how), maps)
+
+
+@pytest.mark.parametrize("size", [24, (24,)])
+def test_resize_maps_refuses_a_size_that_is_no_pair(size):
+    unchecked = inspect.unwrap(resize_maps)  # of the types that only our tests enforce
+    with pytest.raises(CalmError, match=r"size is .*24.*: give \(height, width\)"):
+        unchecked(torch.zeros(1, 2, 2), size)
 
 
 def test_cell_coverage_of_fractions_is_in_float64():

@@ -373,5 +373,7 @@ def test_preprocessing_refuses_wrong_settings():
         Preprocessing(interpolation="lanczos")
     with pytest.raises(CalmError, match="size"):
         Preprocessing(size=(0, 5))
+    with pytest.raises(CalmError, match=r"preprocessing size is 96: give several values, as in \(96, ...\)"):
+        Preprocessing(size=96)
     with pytest.raises(CalmError, match="positive std"):
         Preprocessing(std=(1.0, 0.0, 1.0))

@@ -90,6 +90,12 @@ def test_calm_cam_is_called_as_a_method_of_pytorch_grad_cam(method):
     assert np.isfinite(scores).all()
 
 
+@pytest.mark.parametrize("kind", [CalmAttribution, CalmCam])
+def test_other_libraries_ways_take_models_of_this_package_alone(kind):
+    with pytest.raises(CalmError, match=r"got a Conv2d: calm\.attribute explains classifiers of other packages"):
+        kind(nn.Conv2d(3, 3, 1))
+
+
 def test_calm_cam_refuses_smoothing_and_targets_without_a_class():
     cam = CalmCam(make())
     for smooth in ({"aug_smooth": True}, {"eigen_smooth": True}):
@@ -124,6 +130,8 @@ def test_em_loss_and_head_train_on_the_features_of_any_network():
     output = head(backbone(torch.randn(2, 3, 64, 64)))
     loss = calm.em_loss(output, torch.tensor([1, 3]), temperature=0.5, prior_weight=0.1)
     assert_close(loss, output.loss(torch.tensor([1, 3]), temperature=0.5, prior_weight=0.1))
+    with pytest.raises(CalmError, match=r"em_loss takes the output of a CalmHead .* got a Tensor"):
+        calm.em_loss(backbone(torch.randn(2, 3, 64, 64)), torch.tensor([1, 3]))
     loss.backward()
     assert head.attention.weight.grad.abs().sum() > 0
     assert backbone.conv1.weight.grad.abs().sum() > 0

@@ -23,7 +23,7 @@ from calm import latent
 from calm.backbones.timm_models import TimmBackbone
 from calm.config import ModelConfig
 from calm.errors import CalmError
-from calm.heads import CalmHead, PointwiseConv2d
+from calm.heads import CalmHead, CamHead, PointwiseConv2d
 from calm.images import Preprocessing
 from calm.model import create_model
 from calm.output import CalmOutput
@@ -495,6 +495,19 @@ def test_loss_under_autocast_is_float32_and_has_float32_gradients():
         assert (one - other).norm() < 0.05 * other.norm() + 1e-3
 
 
+@pytest.mark.parametrize("kind", [CalmHead, CamHead])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 16, 5), (2, 4, 4, 5), (2, 6, 4, 4)])
+def test_head_refuses_what_are_no_features_of_its_channels(kind, shape):
+    with pytest.raises(CalmError, match=r"takes features \(B, 5, h, w\), got"):
+        kind(5, 3)(torch.zeros(shape))
+
+
+@pytest.mark.parametrize("options", [{"activation": "softmax"}, {"denominator": "detached"}])
+def test_calm_head_refuses_unknown_words(options):
+    with pytest.raises(CalmError, match=f"unknown {next(iter(options))}"):
+        CalmHead(5, 3, **options)
+
+
 def test_head_calls_a_layer_with_a_hook():
     head = CalmHead(3, 4)
     seen = []
@@ -623,6 +636,8 @@ def test_predict_refuses_nothing_and_inputs_of_several_shapes(tmp_path):
         model.predict([torch.zeros(3, 8, 8), torch.zeros(3, 9, 8)])
     with pytest.raises(CalmError, match=r"no\.png"):
         model.predict(tmp_path / "no.png")
+    with pytest.raises(CalmError, match="top is 0"):
+        model.predict(torch.zeros(3, 8, 8), top=0)
 
 
 def test_transform_feeds_a_data_loader(tmp_path):

@@ -63,6 +63,8 @@ def class_index(names: Sequence[str], text: str) -> int:
     for spelling in (full, short):
         if spelling.count(wanted) == 1:
             return spelling.index(wanted)
+        if same := [str(index) for index, name in enumerate(spelling) if name == wanted]:
+            raise CalmError(f"{len(same)} classes are called {text!r}: give an index, {' or '.join(same)}")
     numbers = "" if all(map(str.isdecimal, full)) else f" or 0 to {len(names) - 1}"  # an index is no name's number
     if wanted.isdecimal() and int(wanted) < len(names) and numbers:
         return int(wanted)
@@ -77,6 +79,8 @@ def check_options(options: Any, group: str, **ranges: tuple[float, float]) -> No
         value = getattr(options, name)
         if get_origin(kind) is Literal and value not in get_args(kind):
             raise unknown(group + name, value, get_args(kind))
+        if get_origin(kind) is tuple and not isinstance(value, (tuple, list)):
+            raise CalmError(f"{group}{name} is {shown(value)}: give several values, as in ({shown(value)}, ...)")
     for name, (low, high) in ranges.items():
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
@@ -124,9 +128,8 @@ def parse_code(name: str) -> Code | None:
     try:
         arguments = {str(word.arg): ast.literal_eval(word.value) for word in tree.keywords if word.arg is not None}
     except (ValueError, TypeError, MemoryError, RecursionError) as error:
-        raise CalmError(
-            f"backbone {name!r}: arguments are plain values, as in nets:small(width=32): {error}"
-        ) from error
+        kinds = "numbers, 'text' in quotes, True, None, and lists of these"
+        raise CalmError(f"backbone {name!r}: its arguments must be plain values: {kinds}") from error
     if tree.args or len(arguments) < len(tree.keywords):
         raise CalmError(f"backbone {name!r}: give its arguments by name, as in nets:small(width=32)")
     return Code(module, function.id, arguments)

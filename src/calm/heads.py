@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import get_args
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from calm.config import ModelConfig, PriorActivation, PriorDenominator, check_pooling, class_index
-from calm.errors import CalmError
+from calm.errors import CalmError, unknown
 from calm.heatmaps import resize_maps
 from calm.images import check_images
 from calm.latent import NamedTargets, Targets, check_classes, class_indices
@@ -32,6 +33,13 @@ class PointwiseConv2d(nn.Conv2d):
         return torch.baddbmm(bias, weight, columns).view(features.shape[0], self.out_channels, *features.shape[2:])
 
 
+def check_features(features: Tensor, channels: int) -> None:
+    """Raise a CalmError unless ``features`` are (B, channels, h, w)."""
+    if features.ndim != 4 or features.shape[1] != channels:
+        fix = "give what the network has before its pooling, channels first, and the head their number"
+        raise CalmError(f"the head takes features (B, {channels}, h, w), got {tuple(features.shape)}: {fix}")
+
+
 class CalmHead(nn.Module):
     """CALM's head: two 1x1 convolutions, of which ``conv_last`` scores classes and ``attention`` scores locations.
 
@@ -46,7 +54,8 @@ class CalmHead(nn.Module):
         pooling_exponent: How the locations predict together, see `calm.latent.pooled`: 1 is CALM.
 
     Raises:
-        CalmError: If the exponent is not from 0 to 1, or below 1 with a constant denominator.
+        CalmError: If a word is unknown, or the exponent is not from 0 to 1, or below 1 with a constant denominator; in
+            a forward pass, if the features have another shape.
     """
 
     def __init__(
@@ -58,6 +67,12 @@ class CalmHead(nn.Module):
         pooling_exponent: float = 1.0,
     ) -> None:
         super().__init__()
+        for name, word, kind in (
+            ("activation", activation, PriorActivation),
+            ("denominator", denominator, PriorDenominator),
+        ):
+            if word not in get_args(kind):
+                raise unknown(name, word, get_args(kind))
         check_pooling(pooling_exponent, denominator)
         self.conv_last = _class_scorer(in_channels, num_classes)
         self.attention = PointwiseConv2d(in_channels, 1, kernel_size=1)
@@ -65,6 +80,7 @@ class CalmHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CalmOutput:
         """Score the classes at each location, and the locations."""
+        check_features(features, self.conv_last.in_channels)
         activations = self.conv_last(features), self.attention(features)
         return CalmOutput(*activations, self.activation, self.denominator, self.pooling_exponent)
 
@@ -78,6 +94,7 @@ class CamHead(nn.Module):
 
     def forward(self, features: Float[Tensor, "b d h w"]) -> CamOutput:
         """Score the classes on the averaged features."""
+        check_features(features, self.conv_last.in_channels)
         assert self.conv_last.bias is not None
         return CamOutput.of(features, self.conv_last.weight, self.conv_last.bias)
 

@@ -80,6 +80,8 @@ def resize_maps(maps: Float[Tensor, "*n h w"], size: tuple[int, int]) -> Float[T
 
     Source: the protocol of the paper's evaluation (OpenCV's and PyTorch's ``bilinear``, ``align_corners=False``).
     """
+    if isinstance(size, int) or len(size) != 2:
+        raise CalmError(f"size is {shown(size)}: give (height, width) in pixels")
     maps = widen(maps)
     if maps.shape[-2:] == size:
         return maps

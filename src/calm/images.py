@@ -421,7 +421,9 @@ class Preprocessing:
         array = self.read(Path(image)) if isinstance(image, (str, Path)) else np.asarray(image)
         if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != self.channels:
             form = f"uint8 of shape (H, W, {self.channels}), got {array.dtype} of shape {array.shape}"
-            raise CalmError(f"an image array must be {form}; give a normalised batch to the model itself")
+            raise CalmError(
+                f"an image array must be {form}: permute or scale it; a normalised batch is the model's input"
+            )
         return as_pixels(array)
 
     def to_tensor(self, pixels: Pixels | Tensor) -> Float[Tensor, "c H W"]:

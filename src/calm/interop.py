@@ -39,6 +39,8 @@ def em_loss(
     >>> float(em_loss(CalmHead(8, 10)(features), torch.tensor([3, 7])).detach()) > 0
     True
     """
+    if not isinstance(output, CalmOutput):
+        raise CalmError(f"em_loss takes the output of a CalmHead or of a CALM model, got a {type(output).__name__}")
     return output.loss(targets, method="calm-em", temperature=temperature, prior_weight=prior_weight)
 
 
@@ -57,6 +59,13 @@ class ScoreModel(nn.Module):
         return class_scores(self.model(images))
 
 
+def _own(model: nn.Module) -> CalmModel:
+    if not isinstance(model, CalmModel):
+        fix = "calm.attribute explains classifiers of other packages"
+        raise CalmError(f"this shows the maps of a model of this package, got a {type(model).__name__}: {fix}")
+    return model
+
+
 class CalmCam:
     """A model's own maps behind the call of pytorch-grad-cam, whose tools and metrics take it as one of its methods.
 
@@ -72,7 +81,7 @@ class CalmCam:
     """
 
     def __init__(self, model: CalmModel, kind: str | None = None) -> None:
-        self.model, self.kind = model, model.map_kind(kind)
+        self.model, self.kind = _own(model), model.map_kind(kind)
         self.outputs = torch.empty(0)
 
     def __call__(
@@ -128,9 +137,7 @@ def quantus_explain(
     Returns:
         Maps (B, 1, H, W), not normalised.
     """
-    own = model.model if isinstance(model, ScoreModel) else model
-    if not isinstance(own, CalmModel):
-        raise CalmError(f"quantus_explain explains models of this package, got a {type(own).__name__}")
+    own = _own(model.model if isinstance(model, ScoreModel) else model)
     options.pop("device", None)
     images = torch.as_tensor(inputs, dtype=torch.float32, device=own.device)
     maps = attribute(own, images, torch.as_tensor(targets).long(), method or own.map_kind(), **options)
@@ -146,7 +153,7 @@ class _CalmAttribution:
     """
 
     def __init__(self, model: CalmModel, kind: str | None = None) -> None:
-        self.forward_func, self.model, self.kind = ScoreModel(model), model, model.map_kind(kind)
+        self.forward_func, self.model, self.kind = ScoreModel(model), _own(model), model.map_kind(kind)
 
     def attribute(
         self, inputs: Tensor | tuple[Tensor, ...], target: Any = None, *, kind: str | None = None

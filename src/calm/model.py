@@ -104,8 +104,10 @@ class CalmModel(Network):
             A `Prediction` of one image; a list of several, even if it has one.
 
         Raises:
-            CalmError: If a file is no image, a folder has none, or tensors do not fit.
+            CalmError: If a file is no image, a folder has none, tensors do not fit, or ``top`` is below 1.
         """
+        if top < 1:
+            raise CalmError(f"top is {top}: give how many classes to return, 1 or more")
         if isinstance(images, (str, Path)) and Path(images).is_dir():
             from calm.data.loading import files_below, is_image
 

@@ -357,7 +357,7 @@ def _grid(values: Tensor | ArrayLike) -> Tensor:
     """Return a map (h, w) on the CPU, in float32 or wider."""
     grid = widen(torch.as_tensor(values).detach().cpu())
     if grid.ndim != 2:
-        raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}")
+        raise CalmError(f"a map has the shape (h, w), got {tuple(grid.shape)}: give one of a batch, as in maps[0]")
     return grid
 
 

@@ -112,7 +112,12 @@ def import_backbone(name: str) -> nn.Module:
     except Exception as error:  # the user's code may raise anything
         where = f"in {folder} or among the installed packages"
         kind = type(error).__name__
-        raise CalmError(f"cannot build the backbone {name!r} by code {where}: {kind}: {error}") from error
+        fix = ""
+        if isinstance(error, ModuleNotFoundError) and code.module.endswith(".py"):
+            fix = "; leave out .py"
+        elif isinstance(error, ModuleNotFoundError) and error.name == code.module.split(".")[0]:
+            fix = f"; if {error.name}.py is in another folder, name that one in the variable PYTHONPATH"
+        raise CalmError(f"cannot build the backbone {name!r} by code {where}: {kind}: {error}{fix}") from error
     finally:
         sys.path.remove(folder)
     if not isinstance(module, nn.Module):
@@ -130,7 +135,7 @@ def _unknown(name: str) -> CalmError:
     hint = f"; did you mean {' or '.join(map(repr, close))}?" if close else ""
     return CalmError(
         f"unknown backbone {name!r}: allowed are {', '.join(BACKBONES)}, any name of timm.list_models(), or "
-        f"your own nn.Module that returns features (B, D, h, w){hint}"
+        f"code of yours, as MODULE:FUNCTION, that returns an nn.Module of features (B, D, h, w){hint}"
     )
 
 
@@ -152,11 +157,13 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     >>> adapt_backbone(nn.Conv2d(3, 5, kernel_size=3)).out_channels
     5
     """
+    if not isinstance(module, nn.Module):
+        raise CalmError(f"a backbone is a name or an nn.Module, not a {type(module).__name__}{_called(module)}")
     name, where = type(module).__name__, f"image of {size[0]} x {size[1]} pixels"
     stated = _int_attribute(module, "out_channels")
     try:
         output = _run_on_zeros(module, (in_channels, *size))
-        if isinstance(output, (list, Mapping)):
+        if isinstance(output, (list, tuple, Mapping)):
             module, output = FeatureOf(module), _feature_of(output)
     except CalmError:
         raise
@@ -180,8 +187,13 @@ def adapt_backbone(module: nn.Module, size: tuple[int, int] = (224, 224), in_cha
     return module
 
 
+def _called(given: object) -> str:
+    """Return the end of the message for a class or function that stands where its result belongs."""
+    return f": call it, {given.__name__}()" if callable(given) and hasattr(given, "__name__") else ""
+
+
 class FeatureOf(nn.Module):
-    """A module that returns several features, of which the last of a list, or the only one of a dict, is taken.
+    """A module that returns several features: the last of a list, or the only one of a dict or tuple, is taken.
 
     Such are timm's ``features_only`` models and torchvision's ``create_feature_extractor``.
     """
@@ -196,9 +208,10 @@ class FeatureOf(nn.Module):
 
 
 def _feature_of(output: Any) -> Tensor:
-    if isinstance(output, Mapping) and len(output) != 1:
-        names = ", ".join(map(str, output))
-        raise CalmError(f"the backbone returns a dict of {len(output)} features ({names}): let it return one of them")
+    if not isinstance(output, list) and len(output) != 1:
+        names = f" ({', '.join(map(str, output))})" if isinstance(output, Mapping) else ""
+        kind = "dict" if isinstance(output, Mapping) else "tuple"
+        raise CalmError(f"the backbone returns a {kind} of {len(output)} features{names}: let it return one of them")
     features: Tensor = next(iter(output.values())) if isinstance(output, Mapping) else output[-1]
     return features
 
@@ -208,7 +221,8 @@ def _hint(output: object) -> str:
     if isinstance(output, Tensor) and output.ndim == 3:
         return "tokens. Of a timm model give its name, which lays them out; else reshape those of the patches to a grid"
     if isinstance(output, Tensor) and output.ndim == 2:
-        return "take its pooling and classifier out; of a timm model by num_classes=0, global_pool=''"
+        torchvision = "torchvision.models.feature_extraction.create_feature_extractor(MODEL, ['NODE'])"
+        return f"take its pooling and classifier out; of timm by num_classes=0, global_pool='', or by {torchvision}"
     return "take its pooling and classifier out"
 
 

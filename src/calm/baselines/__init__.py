@@ -131,6 +131,8 @@ def attribute(
         reads = f"it reads {', '.join(sorted(read))}" if read else "it has none"
         raise CalmError(f"method {method!r} does not read the option {min(unread)}: {reads}")
     options = Options(batch_size=batch_size, **given)
+    if not isinstance(model, nn.Module):
+        raise CalmError(f"model must be an nn.Module, got a {type(model).__name__}: put a function into one's forward")
     own = model if isinstance(model, CalmModel) else None
     if own is not None:
         own.check_finite()
