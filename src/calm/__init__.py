@@ -24,13 +24,8 @@ if TYPE_CHECKING:
         em_loss as em_loss,
         quantus_explain as quantus_explain,
     )
-    from calm.model import CalmModel as CalmModel, create_model as create_model, load as load
-    from calm.output import (
-        MAP_KINDS as MAP_KINDS,
-        CalmOutput as CalmOutput,
-        CamOutput as CamOutput,
-        Prediction as Prediction,
-    )
+    from calm.model import CalmModel as CalmModel, Prediction as Prediction, create_model as create_model, load as load
+    from calm.output import MAP_KINDS as MAP_KINDS, CalmOutput as CalmOutput, CamOutput as CamOutput
     from calm.released import load_released as load_released
 
 _MODULES = {
@@ -45,8 +40,8 @@ _MODULES = {
     "heatmaps": "normalize resize_maps",
     "images": "Preprocessing",
     "interop": "CalmAttribution CalmCam CalmClassifier ScoreModel em_loss quantus_explain",
-    "model": "CalmModel create_model load",
-    "output": "MAP_KINDS CalmOutput CamOutput Prediction",
+    "model": "CalmModel Prediction create_model load",
+    "output": "MAP_KINDS CalmOutput CamOutput",
     "released": "load_released",
 }
 _load, _names, __all__ = lazy_names(__name__, _MODULES)

@@ -72,6 +72,20 @@ class MapKind:
     compares: bool = False
     adds: bool = True
 
+    def maps(
+        self, output: Any, classes: Int[Tensor, "b k"], superclass: Superclass | None = None
+    ) -> Float[Tensor, "b k h w"]:
+        """Return an output's maps of classes (B, K), each summed over what `over` names."""
+        if self.over == "target":
+            return self.read(output, classes)
+        every = torch.arange(output.num_classes, device=output.device)
+        rows = self.read(output, every.expand(output.batch_size, -1))
+        members = torch.ones(*classes.shape, output.num_classes).to(rows)
+        if superclass is not None:
+            members = _superclass_members(classes, superclass, output.num_classes).to(rows)
+        maps = torch.einsum("bkc,bchw->bkhw", members, rows)
+        return maps / members.sum(dim=2)[..., None, None] if self.mean else maps
+
 
 _CALM, _CAM = ("calm",), ("cam",)
 
@@ -117,7 +131,7 @@ def canonical_kind(kind: str, family: str) -> str:
     return name
 
 
-def superclass_members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) -> Bool[Tensor, "b k c"]:
+def _superclass_members(targets: Int[Tensor, "b k"], superclass: Superclass, classes: int) -> Bool[Tensor, "b k c"]:
     """Return which classes are in the superclass of each target."""
     table = torch.zeros(*targets.shape, classes, dtype=torch.bool, device=targets.device)
     for row, target in zip(table.flatten(0, 1), targets.flatten().tolist(), strict=True):

@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from calm.errors import CalmError
 from calm.heads import CalmHead as CalmHead, CamHead as CamHead, Network
 from calm.images import ImageLike, Preprocessing
 from calm.inference import evaluation_mode, first_nonfinite_weight, optimized_for_inference
-from calm.output import Prediction
 
 FLAT = 0.97
 """The entropy of the posterior p(z | x, y), over log N, above which a model's maps are called flat: at an 8x8 grid, 57
@@ -33,6 +32,38 @@ INDEPENDENT = (
     "its pooling exponent is 0: the class and the place of its cue are independent given the image, so that joint and"
     " posterior maps show the prior for every class; evidence maps show what tells two classes apart"
 )
+
+
+@dataclass(frozen=True, repr=False)
+class Prediction:
+    """The most probable classes of one image, best first.
+
+    Attributes:
+        names: Their names.
+        probs: p(y | x) of each.
+        source: The image's file, if it was read from one.
+    """
+
+    names: tuple[str, ...]
+    probs: tuple[float, ...]
+    source: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the most probable class."""
+        return self.names[0]
+
+    @property
+    def prob(self) -> float:
+        """The probability of the most probable class."""
+        return self.probs[0]
+
+    def __str__(self) -> str:
+        classes = ", ".join(f"{name} {prob:.3f}" for name, prob in zip(self.names, self.probs, strict=True))
+        return f"{self.source}: {classes}" if self.source else classes
+
+    def __repr__(self) -> str:
+        return f"Prediction({self})"
 
 
 class CalmModel(Network):

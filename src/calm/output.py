@@ -23,41 +23,8 @@ from calm.kinds import (
     MAP_KINDS as MAP_KINDS,
     Superclass as Superclass,
     canonical_kind as canonical_kind,
-    superclass_members,
 )
 from calm.latent import NamedTargets, check_classes, class_indices, widen
-
-
-@dataclass(frozen=True, repr=False)
-class Prediction:
-    """The most probable classes of one image, best first.
-
-    Attributes:
-        names: Their names.
-        probs: p(y | x) of each.
-        source: The image's file, if it was read from one.
-    """
-
-    names: tuple[str, ...]
-    probs: tuple[float, ...]
-    source: str | None = None
-
-    @property
-    def name(self) -> str:
-        """The name of the most probable class."""
-        return self.names[0]
-
-    @property
-    def prob(self) -> float:
-        """The probability of the most probable class."""
-        return self.probs[0]
-
-    def __str__(self) -> str:
-        classes = ", ".join(f"{name} {prob:.3f}" for name, prob in zip(self.names, self.probs, strict=True))
-        return f"{self.source}: {classes}" if self.source else classes
-
-    def __repr__(self) -> str:
-        return f"Prediction({self})"
 
 
 class _Output:
@@ -130,15 +97,7 @@ class _Output:
         if (spec.over == "superclass") != (superclass is not None):
             needs = "needs superclass=, a mapping from target to its classes"
             raise CalmError(f"map kind {kind!r} {needs if superclass is None else 'takes no superclass='}")
-        if spec.over == "target":
-            maps = spec.read(self, classes)
-        else:
-            rows = spec.read(self, torch.arange(self.num_classes, device=self.device).expand(self.batch_size, -1))
-            members = torch.ones(*classes.shape, self.num_classes).to(rows)
-            if superclass is not None:
-                members = superclass_members(classes, superclass, self.num_classes).to(rows)
-            maps = torch.einsum("bkc,bchw->bkhw", members, rows)
-            maps = maps / members.sum(dim=2)[..., None, None] if spec.mean else maps
+        maps = spec.maps(self, classes, superclass)
         maps = maps if targets.ndim == 2 else maps.squeeze(1)
         return maps if size is None else resize_maps(maps, size)
 
