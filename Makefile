@@ -16,6 +16,7 @@ $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
 	@$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
+	@$(BIN)/python -m pip install --quiet --no-deps quantus==0.6.0  # its OpenCV would stand beside ours
 	@touch $@
 
 demo: $(VENV)/.installed  ## draw birds, train CAM and CALM on them, benchmark both, write demo/report.html

@@ -116,7 +116,7 @@ def test_quantus_explain_takes_and_returns_arrays():
 
 
 def test_quantus_explain_runs_in_the_metrics_of_quantus():
-    quantus = pytest.importorskip("quantus", reason="quantus is not among our extras: it brings a second OpenCV")
+    quantus = pytest.importorskip("quantus", reason="quantus is installed by `make test` alone")
     metric = quantus.PixelFlipping(features_in_step=64, disable_warnings=True, display_progressbar=False)
     arguments = {"x_batch": IMAGES.numpy(), "y_batch": TARGETS.numpy(), "a_batch": None}
     scores = metric(model=ScoreModel(make()).eval(), explain_func=quantus_explain, **arguments)
