@@ -61,12 +61,17 @@ def stand_in(
         ("train --data x --method caml", "unknown value 'caml' in --method: .*; did you mean 'cam'[?]"),
         ("train --data x --lr high", "--lr is 'high': give a number; see calm train --help"),
         ("train --data x --method", "argument --method: expected one argument; see calm train --help"),
-        ("data birds a b", "unrecognized arguments: b; see calm data birds --help"),
+        ("data birds a b", "'b' belongs to no flag; see calm data birds --help"),
+        ("train pics", "'pics' belongs to no flag; did you mean --data pics[?]"),
+        ("train --preset small --epochs 3 pics", "'pics' belongs to no flag; did you mean --data pics[?]"),
+        ("train --preset small", "missing: --data; see calm train --help"),
+        ("export runs/birds", "'runs/birds' belongs to no flag; did you mean --model runs/birds[?]"),
+        ("sweep --trial 3", "unknown flag --trial; did you mean --trials[?]"),
         ("data check x --layout cubs", "unknown value 'cubs' in --layout: .*; did you mean 'cub'[?]"),
         ("data prepare cub --form x", "unknown flag --form; did you mean --from[?]"),
         ("data prepare cub", "missing: --from, --out; see calm data prepare --help"),
         ("data prepare cubb --from x --out y", "unknown value 'cubb' in name: .*; did you mean 'cub'[?]"),
-        ("attribute a.jpg --model x b.jpg", ".*b.jpg; see calm attribute --help"),
+        ("attribute a.jpg --model x b.jpg", "'b.jpg' belongs to no flag; give it next to a.jpg"),
         ("evaluate all --modle x", "unknown flag --modle; did you mean --model[?]"),
     ],
 )
@@ -74,6 +79,13 @@ def test_parse_names_the_fix_of_a_mistyped_line(line: str, message: str, capsys:
     assert main(line.split()) == 2
     said = capsys.readouterr().err
     assert re.fullmatch(f"calm: {message}.*\n", said), said
+
+
+@pytest.mark.parametrize("words", ["[csv,wandb]", "csv,wandb", "csv, wandb"])
+def test_parse_takes_lists_with_and_without_brackets(words: str) -> None:
+    assert parse_train(["--data", "d", "--log.loggers", words]).log.loggers == ["csv", "wandb"]
+    assert parse_train(["--data", "d", "--log.loggers", "csv"]).log.loggers == ["csv"]
+    assert parse_train(["--data", "d", "--log.loggers="]).log.loggers == []
 
 
 @pytest.mark.parametrize("name", [name for name, command in COMMANDS.items() if not command.own_parser])

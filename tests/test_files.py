@@ -8,12 +8,14 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from forks import Fork
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -22,6 +24,7 @@ from calm.errors import CalmError
 from calm.files import (
     ahead,
     atomic_path,
+    held_alone,
     in_threads,
     open_regular,
     read_columns,
@@ -36,6 +39,28 @@ from calm.files import (
     write_json,
     write_text,
 )
+
+
+def hold(path: Path) -> None:
+    with held_alone(path, "", ""):
+        time.sleep(60)
+
+
+def test_held_alone_refuses_another_process_until_that_is_killed(tmp_path):
+    path = tmp_path / "lock"
+    process = Fork(tmp_path / "said", hold, path).process
+    while not (path.exists() and path.read_text()):
+        time.sleep(0.01)
+    with (
+        pytest.raises(CalmError, match=rf"^it is used by process {process.pid} on \S+: wait$"),
+        held_alone(path, "it is used by", "wait"),
+    ):
+        raise AssertionError("held twice")
+    process.kill()
+    process.join()
+    with held_alone(path, "it is used by", "wait"):
+        assert path.read_text().startswith(f"process {os.getpid()} on ")
+
 
 # Limits of what is read. Each test lowers our limit and gives a small, harmless file that is over it.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import io
 import pickle
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -111,8 +112,9 @@ def test_attribute_takes_names_of_classes_and_by_default_the_prediction(method):
 
 @pytest.mark.parametrize("wrong", ["albatross", True, 1.5, 5, -1, [0, 1], [[0], [1, 2], [3]]])
 def test_attribute_refuses_wrong_targets(wrong):
+    attribute = inspect.unwrap(CalmOutput.attribute)  # of the types that only our tests enforce
     with pytest.raises(CalmError, match=r"targets|no class 'albatross'"):
-        tiny()(IMAGES).attribute(wrong)
+        attribute(tiny()(IMAGES), wrong)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -324,7 +326,9 @@ def export_models(store: str) -> None:
         file = io.BytesIO()
         torch.export.save(torch.export.export(model, (images,), dynamic_shapes=batch), file)
         file.seek(0)
-        output = torch.export.load(file).module()(images[:1])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given buffer is not writable", UserWarning)  # of PyTorch 2.11 itself
+            output = torch.export.load(file).module()(images[:1])
         assert_close(output.probs, model(images[:1]).probs)
         assert_close(output.attribute(3), model(images[:1]).attribute(3))
         plain = Plain(model)

@@ -131,9 +131,9 @@ def test_read_released_keeps_a_prefix_that_only_some_keys_have(resnet, tmp_path)
 @pytest.mark.parametrize("function", [load_released, convert])
 def test_load_released_needs_method_and_map_size(function, resnet, tmp_path):
     out = {"out": tmp_path / "out"} if function is convert else {}
-    with pytest.raises(CalmError, match=r"method is needed: .*does not say how it was trained"):
+    with pytest.raises(CalmError, match=r"give the method \(--method\): .*does not say how it was trained"):
         function(resnet[0], large_feature_map=True, **out)
-    with pytest.raises(CalmError, match=r"large_feature_map is needed: .*28 x 28.*does not say"):
+    with pytest.raises(CalmError, match=r"give large_feature_map \(--large.*28 x 28.*does not say"):
         function(resnet[0], method="cam", **out)
     with pytest.raises(CalmError, match=r"unknown method 'CALM_EM'.*calm-em"):
         function(resnet[0], method="CALM_EM", large_feature_map=True, **out)

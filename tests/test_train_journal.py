@@ -18,9 +18,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from train_cases import tiny_config, tiny_net, write_squares
 
 from calm.errors import CalmError
+from calm.model import create_model
 from calm.train import train
-from calm.train.config import LogOptions
-from calm.train.journal import TensorBoardLogger, closing_lines, logger_class, open_loggers
+from calm.train.config import LogOptions, LossOptions, ModelOptions
+from calm.train.journal import TensorBoardLogger, caution_line, closing_lines, logger_class, open_loggers
 
 
 def read(folder: Path) -> EventAccumulator:
@@ -171,6 +172,32 @@ def test_train_logs_to_weights_and_biases_offline(tmp_path: Path, monkeypatch: p
     assert b"epoch/val_accuracy" in written.read_bytes()
     assert list(written.parent.rglob("panel*.png"))
     assert not (run / "tensorboard").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedy"),
+    [
+        ({}, "Try more epochs or larger images"),
+        (
+            {"loss": LossOptions(temperature=0.5, prior_weight=0.1)},
+            "Try --loss.temperature 1.0 (below 1 spreads), a smaller --loss.prior_weight, more epochs or larger images",
+        ),
+        (
+            {"model": ModelOptions(pretrained=False, pooling_exponent=0.0)},
+            "Try a pooling exponent above 0 in the loss (1 is CALM), more epochs or larger images",
+        ),
+        (
+            {"method": "calm-ml", "model": ModelOptions(pooling_exponent=0.0), "loss": LossOptions(pooling_exponent=1)},
+            0,
+        ),
+    ],
+)
+def test_caution_line_advises_what_the_settings_have(changes: dict[str, Any], remedy: str | int) -> None:
+    model = create_model(tiny_net(), 2)
+    config = tiny_config(Path("data"), Path("run"), **changes)
+    assert caution_line(model, config) == ""
+    model.training_summary["posterior_entropy_relative"] = 0.99
+    assert caution_line(model, config) == f"warning: {model.caution}. {remedy or 'Try more epochs or larger images'}"
 
 
 def test_closing_lines_tell_this_start_from_the_epochs_before_and_name_code_to_trust(tmp_path: Path) -> None:

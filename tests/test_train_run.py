@@ -60,7 +60,7 @@ from calm.train.config import (
     TrainConfig,
 )
 from calm.train.data import build_model
-from calm.train.folder import check_folder, is_finished, write_config
+from calm.train.folder import LOCK, check_folder, held, is_finished, write_config
 from calm.train.optim import build_scheduler
 
 PREPROCESSING = Preprocessing(size=(SIZE, SIZE))
@@ -244,10 +244,35 @@ def test_train_notices_other_data_before_a_run_goes_on(data: Path, tmp_path: Pat
     mine = Path(shutil.copytree(data, tmp_path / "data"))
     run = train(tiny_config(mine, tmp_path / "run", epochs=1), backbone=tiny_net(), quiet=True)
     (run / "result.json").unlink()
+    picture = mine / "val" / "colour0" / "0.png"
+    picture.write_bytes(picture.read_bytes() + b"more")  # decoders stop before it
+    with pytest.warns(UserWarning, match="^files of val in .* have other sizes than when .* began"):
+        train(tiny_config(mine, run, epochs=1), backbone=tiny_net(), quiet=True)
+    (run / "result.json").unlink()
     for split, said in (("test", r"\(test changed\)"), ("train", r"\(train.* test changed\)")):
         (mine / split / "colour0" / "0.png").unlink()
         with pytest.raises(CalmError, match=f"other data .* {said}: use another"):
             train(tiny_config(mine, run, epochs=1), backbone=tiny_net(), quiet=True)
+
+
+def hold(run: Path) -> None:
+    with held(run):
+        time.sleep(60)
+
+
+def test_train_refuses_a_folder_that_another_process_trains_in(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = Fork(tmp_path / "said", hold, run).process
+    while not ((run / LOCK).exists() and (run / LOCK).read_text()):
+        time.sleep(0.01)
+    with pytest.raises(CalmError, match=rf"run is being trained in by process {process.pid} on .*another --run_dir"):
+        train(tiny_config(data, run, epochs=1), backbone=tiny_net(), quiet=True)
+    assert [path.name for path in run.iterdir()] == [LOCK]
+    process.kill()
+    process.join()
+    with held(run):
+        pass
+    assert not run.exists()  # nothing had begun
 
 
 def test_train_names_bad_images_or_skips_and_counts_them(data: Path, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import stat
 import sys
 import tempfile
@@ -135,7 +136,10 @@ def read_yaml(path: str | os.PathLike[str], what: str = "file") -> Any:
     except CalmError:
         raise
     except Exception as error:  # PyYAML's constructors fail in any way: IndexError for an empty !!float
-        raise CalmError(f"cannot read {what} {path} as YAML: {error}") from error
+        reason = " ".join(str(error).split())
+        if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark):
+            reason = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+        raise CalmError(f"cannot read {what} {path} as YAML: {reason}; mend the file, or write it anew") from error
 
 
 def _yaml_size(node: yaml.Node, sizes: dict[int, float]) -> float:
@@ -266,6 +270,30 @@ def _lock(path: Path, *, wait: bool) -> int | None:
         on_error.pop_all()
         return lock
     return None
+
+
+@contextmanager
+def held_alone(path: Path, what: str, fix: str) -> Iterator[None]:
+    """Hold a file during the block for this process alone, which it then names; a killed process lets go of it.
+
+    Where the file system has no locks, this does nothing.
+
+    Raises:
+        CalmError: Another process holds it: ``what``, the process, and ``fix``.
+    """
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            if sys.platform != "win32":
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock, which forked workers would go on holding
+        except (BlockingIOError, PermissionError) as error:
+            file.seek(0)
+            raise CalmError(f"{what} {file.read(300).strip() or 'another process'}: {fix}") from error
+        except OSError:  # no locks
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+        yield
 
 
 def remove_abandoned(folder: str | os.PathLike[str]) -> None:

@@ -318,10 +318,10 @@ def resize_image(
     return image.resize(size[::-1], resample, reducing_gap=gap)
 
 
-ImageLike: TypeAlias = Union[str, Path, "Image.Image", "np.ndarray", "Tensor"]
+ImageLike: TypeAlias = Union[str, Path, Image.Image, np.ndarray, "Tensor"]
 """A file, a PIL image, or uint8 of shape (H, W, channels)."""
 
-Pixels: TypeAlias = Union["Image.Image", NDArray[np.uint8]]
+Pixels: TypeAlias = Image.Image | NDArray[np.uint8]
 """A PIL image of mode RGB or L, or (H, W, channels) of any other number of channels."""
 
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from calm.config import PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError, shown, unknown
 
-Targets: TypeAlias = "Tensor | Sequence[int] | Sequence[Sequence[int]] | SupportsIndex"
+Targets: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | SupportsIndex
 """Class indices (B,) or (B, K), or one index for all images."""
 
-NamedTargets: TypeAlias = "Targets | str | Sequence[str] | Sequence[Sequence[str]]"
+NamedTargets: TypeAlias = Targets | str | Sequence[str] | Sequence[Sequence[str]]
 """Class indices, or names as `calm.config.class_index` takes them: (B,), (B, K), or one for all images."""
 
 

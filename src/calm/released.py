@@ -215,13 +215,13 @@ def load_with_report(
     """Do as `load_released`, and report what became of every key."""
     if method is None:
         raise CalmError(
-            f"method is needed: 'calm-em', 'calm-ml' or 'cam'. {path} does not say how it was trained, and a "
+            f"give the method (--method): calm-em, calm-ml or cam. {path} does not say how it was trained, and a "
             "CALM checkpoint loads as CAM too, but then predicts otherwise"
         )
     if large_feature_map is None:
         raise CalmError(
-            f"large_feature_map is needed: True for a 28 x 28 map, False for 14 x 14. {path} does not say how "
-            "it was trained, and its weights run on either map, but predict well on one only"
+            f"give large_feature_map (--large_feature_map): true for a 28 x 28 map, false for 14 x 14. {path} does not "
+            "say how it was trained, and its weights run on either map, but predict well on one only"
         )
     file = read_released(path)
     classes = file.state.get("conv_last.weight")

@@ -19,6 +19,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 from calm.errors import CalmError, unknown
+from calm.files import read_yaml
 
 
 class Formatter(DefaultHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,18 +48,41 @@ class Parser(ArgumentParser):
         defaults: dict[str, Any] = {"formatter_class": Formatter, "exit_on_error": False, "allow_abbrev": False}
         super().__init__(**defaults | options)
         self._given: list[tuple[argparse.Action, list[str]]] = []  # the words that each argument was given
+        self._required: list[argparse.Action] = []
 
     def parse_args(self, args: Sequence[str], *rest: Any, **options: Any) -> Any:  # type: ignore[override]
         """Return the values of ``args`` as a namespace; raises as `parse` does."""
         # First, since a mistyped flag is also missed under its right name.
         _refuse_unknown_flags(self, args)
         self._given = []
+        self._required = [action for action in self._actions if action.required]  # jsonargparse clears it meanwhile
         try:
             return super().parse_args(args, *rest, **options)
         except argparse.ArgumentError as error:
             raise _explained(self, self._given, error) from error
 
+    def _parse_known_args(self, *arguments: Any, **options: Any) -> Any:
+        """Do as argparse, and refuse the words that belong to no flag: perhaps one's value, without the flag."""
+        namespace, rest = super()._parse_known_args(*arguments, **options)
+        if rest:
+            flags = [name for name in self.missing() if name.startswith("--")]
+            several = [words[-1] for action, words in self._given if action.nargs == "+" and not action.option_strings]
+            hint = f"give it next to {several[0]}" if several else f"see {self.prog} --help"
+            hint = f"did you mean {flags[0]} {rest[0]}?" if flags else hint
+            raise CalmError(f"{rest[0]!r} belongs to no flag; {hint}")
+        return namespace, rest
+
+    def missing(self) -> list[str]:
+        """Return the names of what must be given, and is neither on the command line nor in a file of settings."""
+        given = [action for action, words in self._given if words]
+        files = [words[0] for action, words in self._given if isinstance(action, ActionConfigFile)]
+        settings = {name for file in files for name in read_yaml(file) or ()}
+        return [_name(action) for action in self._required if action not in given and action.dest not in settings]
+
     def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> Any:
+        hint = getattr(action, "_typehint", None)
+        if get_origin(hint) is list and action.nargs is None and not arg_strings[0].startswith("["):
+            arg_strings = [f"[{arg_strings[0]}]"]  # --log.loggers csv,wandb
         self._given.append((action, arg_strings))
         return super()._get_values(action, arg_strings)
 
@@ -170,9 +194,7 @@ def _explained(
         for word in words:
             if (problem := _problem(action, word, help_page)) is not None:
                 return problem
-    actions = [action for action, words in given if words]
-    missing = [_name(action) for action in parser._actions if action.required and action not in actions]
-    if missing and not any(isinstance(action, ActionConfigFile) for action in actions):
+    if missing := parser.missing():
         return CalmError(f"missing: {', '.join(missing)}; {help_page}")
     return CalmError(f"{' '.join(str(error).split())[:500]}; {help_page}")
 

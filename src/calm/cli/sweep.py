@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime, timedelta
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,6 +97,10 @@ def main(words: Sequence[str]) -> Path:
         flags, train_words = parser.parse_known_args(list(words))
     except argparse.ArgumentError as error:
         raise CalmError(str(error)) from error
+    for flag in (word.partition("=")[0] for word in train_words if word.startswith("--")):
+        close = get_close_matches(flag, parser._option_string_actions, n=1, cutoff=0.8)
+        if close and flag not in train_command.build_parser()._option_string_actions:
+            raise CalmError(f"unknown flag {flag}; did you mean {close[0]}?")
     if flags.out is None:
         raise CalmError("say with --out which folder the sweep keeps its journal and runs in")
     flags.trials = 30 if flags.trials is None else flags.trials

@@ -6,6 +6,7 @@
         report.html  (of `calm train`)  splits.csv  (where val or test were taken from train)
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
         features/  (of a frozen backbone, until the run is finished)
+        .lock  (held by the process that trains)
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import json
 import os
 import platform
 import re
+import shutil
 import sys
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -28,7 +32,7 @@ import yaml
 
 from calm.data.records import Split
 from calm.errors import CalmError
-from calm.files import read_json, remove_abandoned, write_json, write_text
+from calm.files import held_alone, read_json, remove_abandoned, write_json, write_text
 from calm.train.config import TrainConfig
 from calm.train.settings import read_settings
 
@@ -60,7 +64,7 @@ def check_folder(run_dir: Path, config: TrainConfig) -> bool:
     if not path.exists():
         if run_dir.exists() and not run_dir.is_dir():
             raise CalmError(f"run_dir {run_dir} is a file")
-        if run_dir.exists() and any(run_dir.iterdir()):
+        if any(path.name != LOCK for path in run_dir.glob("*")):
             raise CalmError(f"folder {run_dir} is not empty and holds no run: choose another with --run_dir")
         return True
     changed = differences(read_settings(path), config_dict(config))
@@ -122,30 +126,58 @@ def config_dict(config: TrainConfig) -> dict[str, Any]:
     return plain
 
 
+LOCK = ".lock"
+
+
+@contextmanager
+def held(run_dir: Path, first: bool = True) -> Iterator[None]:
+    """Keep other processes from training in a folder during the block; without effect in all but the first process.
+
+    Raises:
+        CalmError: another process trains there: the message names it.
+    """
+    if not first:
+        yield
+        return
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with held_alone(run_dir / LOCK, f"{run_dir} is being trained in by", "wait for it, or choose another --run_dir"):
+        try:
+            yield
+        finally:
+            if all(path.name == LOCK for path in run_dir.glob("*")):  # nothing has begun
+                shutil.rmtree(run_dir, ignore_errors=True)
+
+
 def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
     """Write what is known before training, config.yaml, versions.json and data.json, to a new or unfinished folder.
 
     Raises:
-        CalmError: the folder holds a run on other data.
+        CalmError: the folder holds a run on other data. A warning says if files of the same names have other sizes.
     """
-    run_dir.mkdir(parents=True, exist_ok=True)
     path = run_dir / "data.json"
     if path.exists():
-        before, now = _fingerprints(read_json(path)), _fingerprints(data)
+        former = read_json(path)
+        before, now = _fingerprints(former), _fingerprints(data)
         if changed := [name for name in now if before.get(name) != now[name]]:
             which = f"{config.data} holds now ({', '.join(changed)} changed)"
             raise CalmError(f"{run_dir} was trained on other data than {which}: use another --run_dir")
+        sizes = _fingerprints(former, "file_sizes")
+        if replaced := [
+            name for name, mark in _fingerprints(data, "file_sizes").items() if sizes.get(name, mark) != mark
+        ]:
+            files = f"files of {' and '.join(replaced)} in {config.data}"
+            warnings.warn(f"{files} have other sizes than when {run_dir} began: were pictures replaced?", stacklevel=3)
     (run_dir / "result.json").unlink(missing_ok=True)  # more epochs follow, or the data have moved
     write_config(config, run_dir)
     write_json(run_dir / "versions.json", versions())
     write_json(path, data)
 
 
-def _fingerprints(data: Any) -> dict[str, Any]:
-    """Return the fingerprint of each split that a data.json describes; nothing of a damaged one."""
+def _fingerprints(data: Any, which: str = "fingerprint") -> dict[str, Any]:
+    """Return a fingerprint of each split that a data.json describes; nothing of a damaged one."""
     splits = data.get("splits") if isinstance(data, dict) else None
     found = splits.items() if isinstance(splits, dict) else ()
-    return {name: split.get("fingerprint") for name, split in found if isinstance(split, dict)}
+    return {name: split.get(which) for name, split in found if isinstance(split, dict)}
 
 
 def write_splits(splits: Mapping[str, Split], run_dir: Path) -> None:

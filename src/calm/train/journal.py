@@ -201,6 +201,20 @@ class TensorBoardLogger(Logger):
             self._records.write(Event(wall_time=time.time(), **fields).SerializeToString())
 
 
+def caution_line(model: CalmModel, config: TrainConfig) -> str:
+    """Return `CalmModel.caution`; of flat maps with what may help, of what the run's settings have."""
+    if not model.flat:
+        return model.caution and f"note: {model.caution}"
+    loss, exponent = config.loss, config.loss.pooling_exponent
+    exponent = config.model.pooling_exponent if exponent is None else exponent
+    tries = ["a pooling exponent above 0 in the loss (1 is CALM)"] if exponent == 0 else []
+    if config.method == "calm-em" and exponent and loss.temperature != 1.0:
+        tries.append("--loss.temperature 1.0 (below 1 spreads)")
+    if loss.prior_weight:
+        tries.append("a smaller --loss.prior_weight")
+    return f"warning: {model.caution}. Try {', '.join([*tries, 'more epochs'])} or larger images"
+
+
 def logger_class(name: str) -> type[Logger]:
     """Return the class of a logger by its name; `calm.train.config.LogOptions` says which there are.
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from calm.checkpoint import WEIGHTS
 from calm.data.check import load_checked
 from calm.data.dataset import EpochSampler, ImageDataset
-from calm.data.loading import summary
+from calm.data.loading import fingerprint as split_fingerprint, summary
 from calm.errors import CalmError
 from calm.files import atomic_path, write_json
 from calm.inference import automatic_precision, evaluation_mode, keep_slow_gradients_in_float32, mix_seed
@@ -95,11 +95,14 @@ def train(
         raise CalmError(f"batch_size is {config.batch_size}, but there are only {images} training images: lower it")
     # Only full batches are trained on. The images left over differ in each epoch.
     run = RunLength(config.epochs, images // config.batch_size)
-    with torch.random.fork_rng(), _process_settings(config.hardware):
+    with torch.random.fork_rng(), _process_settings(config.hardware), folder.held(run_dir, first):
         torch.manual_seed(mix_seed(config.seed) >> 1)
         model, origin = build_model(config, splits["train"], backbone)
         guidance = build_guidance(config, model)
-        described = {name: summary(split) for name, split in splits.items()}
+        described = {
+            name: summary(split) | {"file_sizes": split_fingerprint(split, file_sizes=True)}
+            for name, split in splits.items()
+        }
         fingerprint = described["train"]["fingerprint"]
         model.training_summary = {"data": config.data.name, "fingerprint": fingerprint, "seed": config.seed}
         datasets = build_datasets(config, splits, model.preprocessing)
@@ -269,8 +272,8 @@ class Trainer:
             seconds, trained = time.monotonic() - self.log.started, sum(row["seconds"] for row in state.history[begun:])
             validated = len(self.datasets["val"])
             self.log(journal.closing_lines(result, self.run_dir, config, validated, seconds, trained))
-            if caution := self.evaluated().caution:
-                self.log(f"warning: {caution}. {FLAT_REMEDY}" if self.evaluated().flat else f"note: {caution}")
+            if line := journal.caution_line(self.evaluated(), self.config):
+                self.log(line)
         self.fabric.barrier()
 
     def train_epoch(self) -> float:
@@ -415,9 +418,6 @@ def evaluate(fabric: Fabric, model: CalmModel, loader: DataLoader[Any]) -> Row:
     found = measures.compute()
     top5 = {"top5": found.top5.value} if model.config.num_classes > 5 else {}
     return {"accuracy": found.top1.value, **top5, "nll": found.nll.value, "ece": found.ece.value}
-
-
-FLAT_REMEDY = "Try --loss.temperature 1.0 (below 1 spreads), more epochs, a smaller loss.prior_weight, or larger images"
 
 
 def _with_precision(config: TrainConfig) -> tuple[TrainConfig, str]:
