@@ -6,7 +6,7 @@
         report.html  (of `calm train`)  splits.csv  (where val or test were taken from train)
         checkpoints/last.ckpt  checkpoints/best.ckpt  last/  best/  panels/epoch_001.png  tensorboard/
         features/  (of a frozen backbone, until the run is finished)
-        .lock  (held by the process that trains)
+        .lock  (while a process trains)
 """
 
 from __future__ import annotations
@@ -17,11 +17,10 @@ import json
 import os
 import platform
 import re
-import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -144,8 +143,9 @@ def held(run_dir: Path, first: bool = True) -> Iterator[None]:
         try:
             yield
         finally:
-            if all(path.name == LOCK for path in run_dir.glob("*")):  # nothing has begun
-                shutil.rmtree(run_dir, ignore_errors=True)
+            (run_dir / LOCK).unlink(missing_ok=True)
+            with suppress(OSError):  # something has begun
+                run_dir.rmdir()
 
 
 def open_folder(run_dir: Path, config: TrainConfig, data: dict[str, Any]) -> None:
