@@ -44,7 +44,14 @@ def site_links(text: str, source: str) -> str:
 
     parts = re.split(r"(^```.*?^```$)", text, flags=re.S | re.M)  # code stays as it is
     pattern = r"(!?)\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)#\s]*)(#[^)]*)?\)"
-    return "".join(part if part.startswith("```") else re.sub(pattern, link, part) for part in parts)
+    return "".join(part if part.startswith("```") else re.sub(pattern, link, _lists(part)) for part in parts)
+
+
+def _lists(text: str) -> str:
+    """Return text whose lists Python-Markdown reads as CommonMark does: it wants what belongs to an item four spaces
+    in, and a blank line between an item's last paragraph or table and the next item."""
+    deeper = re.sub(r"^ {2,3}(?=\S)", "    ", text, flags=re.M)
+    return re.sub(r"(\n\n(?: {4}\S.*\n)+)(?=- )", r"\1\n", deeper)
 
 
 def on_files(files: Any, config: Any) -> Any:

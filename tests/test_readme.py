@@ -11,6 +11,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import Mock, patch
 
+import markdown
 import pytest
 import yaml
 from PIL import Image
@@ -150,6 +151,14 @@ def test_links_lead_to_files(page):
 def test_lines_but_those_of_tables_have_at_most_120_characters(page):
     lines = page.read_text(encoding="utf-8").splitlines()
     assert not [line for line in lines if len(line) > 120 and not line.lstrip().startswith("|")]
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md", ROOT / "benchmarks" / "README.md"])
+def test_lists_are_lists_on_the_site_and_text_is_none_in_the_repository(page):
+    source = page.read_text(encoding="utf-8")
+    text = re.sub(r"^```.*?^```$", "", source, flags=re.S | re.M)
+    html = markdown.markdown(site_pages.site_links(text, str(page.relative_to(ROOT))), extensions=["tables"])
+    assert html.count("<li>") == len(re.findall(r"^ {0,3}(?:-|\d+\.) ", text, flags=re.M))
 
 
 def test_readme_layout_names_every_room():
