@@ -196,7 +196,7 @@ def test_batch_mix_mixup_mixes_images_and_targets_by_the_same_share(
     size: int, seed: int, epoch: int, step: int
 ) -> None:
     images, labels = _batch(size)
-    mixed, targets = BatchMix(Augmentation(mixup=0.4), 3)(images, labels, seed=seed, epoch=epoch, step=step)
+    mixed, targets, _ = BatchMix(Augmentation(mixup=0.4), 3)(images, labels, seed=seed, epoch=epoch, step=step)
     assert torch.equal(images, _batch(size)[0])
     rows = torch.nn.functional.one_hot(labels, 3).float()
     share = float((mixed[1, 0, 0, 0] - images[0, 0, 0, 0]) / (images[1, 0, 0, 0] - images[0, 0, 0, 0]))
@@ -209,7 +209,12 @@ def test_batch_mix_mixup_mixes_images_and_targets_by_the_same_share(
 @given(st.integers(0, 3), st.integers(0, 50))
 def test_batch_mix_cutmix_targets_are_the_shares_of_the_pixels(seed: int, step: int) -> None:
     images, labels = _batch(4, 4)
-    mixed, targets = BatchMix(Augmentation(cutmix=1.0), 4)(images, labels, seed=seed, epoch=0, step=step)
+    mixed, targets, window = BatchMix(Augmentation(cutmix=1.0), 4)(images, labels, seed=seed, epoch=0, step=step)
+    assert window is not None
+    x0, y0, x1, y1 = window
+    pasted = images.clone()
+    pasted[..., y0:y1, x0:x1] = images.roll(1, 0)[..., y0:y1, x0:x1]
+    assert torch.equal(mixed, pasted)
     for index in range(4):
         for label in range(4):
             share = (mixed[index] == images[label]).float().mean()
@@ -240,10 +245,11 @@ def test_batch_mix_alternates_and_leaves_some_batches() -> None:
     mix = BatchMix(Augmentation(mixup=0.5, cutmix=0.5, mix_probability=0.6), 3)
     plain = cut = blended = 0
     for step in range(300):
-        mixed, targets = mix(images, labels, seed=0, epoch=0, step=step)
+        mixed, targets, window = mix(images, labels, seed=0, epoch=0, step=step)
         assert torch.allclose(targets.sum(1), torch.ones(6))
         if torch.equal(mixed, images):
             plain += 1
+            assert window is None or window[0] == window[2] or window[1] == window[3]
         elif torch.equal(mixed, mixed.round()):
             cut += 1
         else:
@@ -258,7 +264,7 @@ def test_batch_mix_targets_are_one_hot_without_mixing() -> None:
     assert not Augmentation().mixes
     assert not Augmentation(mixup=1.0, mix_probability=0.0).mixes
     assert Augmentation(cutmix=1.0).mixes
-    mixed, targets = BatchMix(Augmentation(), 3)(images, labels, seed=0, epoch=0, step=0)
+    mixed, targets, _ = BatchMix(Augmentation(), 3)(images, labels, seed=0, epoch=0, step=0)
     assert torch.equal(mixed, images)
     assert torch.equal(targets.argmax(1), labels)
     with pytest.raises(CalmError, match="num_classes is 1"):

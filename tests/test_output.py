@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from calm.errors import CalmError
+from calm.heatmaps import cell_coverage
 from calm.model import create_model
 from calm.output import ALIASES, MAP_KINDS, CalmOutput, CamOutput, canonical_kind
 
@@ -228,6 +229,81 @@ def test_mass_refuses_scores_and_too_many_regions():
 def test_mass_has_a_gradient():
     logits, scores = (values.clone().requires_grad_() for values in activations_of((2, 3, 2, 2), 3, 1.0))
     assert torch.autograd.gradcheck(lambda *args: CalmOutput(*args).mass([0, 2], (0.2, 0, 0.9, 0.7)), (logits, scores))
+
+
+@given(SHAPES, st.sampled_from(["softplus", "relu", "exp"]), st.integers(0, 9))
+def test_within_is_the_prediction_given_that_the_cue_lies_in_the_region(shape, activation, seed):
+    """p(y | x, cue in R) = p(y, cue in R | x) / p(cue in R | x), cells counted by their share in R."""
+    output = CalmOutput(*activations_of(shape, seed, 2.0), activation)
+    region = (0.0, 0.15, 0.6, 1.0)
+    every = torch.arange(shape[1]).expand(shape[0], -1)
+    got, coverage = output.within(region), cell_coverage(region, output.grid)
+    mass = (output.prior * coverage).sum((1, 2))
+    assert_close(got.probs.sum(1), torch.ones(shape[0], dtype=torch.float64))
+    seen = mass > 0
+    assert_close((got.probs * mass[:, None])[seen], output.mass(every, region)[seen])
+    alike = output.conditional * (coverage / coverage.sum())  # where a ReLU prior has nothing
+    assert_close(got.probs[~seen], alike.sum((2, 3))[~seen])
+    assert_close(output.within((0, 0, 1, 1)).joint, output.joint)
+
+
+def test_within_refuses_an_empty_region():
+    with pytest.raises(CalmError, match="the region is empty"):
+        CALM.within((0.3, 0.3, 0.3, 0.9))
+    assert CALM.within((50, 30, 400, 60), size=(60, 400)).batch_size == 3
+
+
+PARTS = torch.zeros(2, 6, 8, dtype=torch.bool)
+PARTS[1, 2:, 1:5] = True
+PARTS[0] = ~PARTS[1]
+OF_PARTS = torch.tensor([[0, 4], [2, 2], [1, 3]])
+
+
+@pytest.mark.parametrize("method", ["calm-em", "calm-ml"])
+def test_loss_of_regions_is_each_classs_given_its_region_by_area(method):
+    want = torch.zeros((), dtype=torch.float64)
+    for area, region, classes in zip((2 / 3, 1 / 3), PARTS, OF_PARTS.T, strict=True):
+        weights = cell_coverage(region, CALM.grid)
+        prior = CALM.prior * weights / (CALM.prior * weights).sum((1, 2), keepdim=True)
+        joint = prior * CALM.conditional[torch.arange(3), classes]
+        loss = -joint.sum((1, 2)).log()
+        if method == "calm-em":
+            q = joint / joint.sum((1, 2), keepdim=True)
+            loss = -torch.special.xlogy(q, joint).sum((1, 2))
+        want += area * loss.mean()
+    assert_close(CALM.loss(OF_PARTS, method=method, regions=PARTS), want)
+    one = torch.ones(1, 6, 8, dtype=torch.bool)
+    assert_close(CALM.loss(OF_PARTS[:, :1], method=method, regions=one), CALM.loss(OF_PARTS[:, 0], method=method))
+
+
+def test_loss_of_regions_leaves_the_priors_share_between_them_alone():
+    """With a window of whole cells, the scores within it can rise by any number."""
+    logits, scores = activations_of((3, 5, 3, 4), 4, 1.0)
+    whole = PARTS.clone()
+    whole[1] = False
+    whole[1, 2:, 2:6] = True  # cells of 2 x 2 pixels
+    whole[0] = ~whole[1]
+    raised = scores.clone()
+    raised[:, :, 1:, 1:3] += 3
+    for options in ({}, {"temperature": 0.5}, {"method": "calm-ml"}, {"teacher": CalmOutput(logits, scores, "exp")}):
+        losses = [CalmOutput(logits, s, "exp").loss(OF_PARTS, regions=whole, **options) for s in (scores, raised)]
+        assert_close(*losses)
+    shares = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
+    soft = (torch.nn.functional.one_hot(OF_PARTS, 5) * shares[:, None]).sum(1)
+    output = CalmOutput(logits, scores, "exp")
+    extra = {"prior_weight": 0.3, "cam_weight": 0.7}
+    added = [
+        output.loss(t, regions=r, **extra) - output.loss(t, regions=r) for t, r in ((OF_PARTS, whole), (soft, None))
+    ]
+    assert_close(*added)
+
+
+def test_loss_of_regions_refuses_targets_of_another_number():
+    for targets in (OF_PARTS[:, 0], torch.zeros(3, 2), torch.zeros(3, 3, dtype=torch.long)):
+        with pytest.raises(CalmError, match=r"2 regions: give class indices \(B, 2\)"):
+            CALM.loss(targets, regions=PARTS)
+    with pytest.raises(CalmError, match="target 5 of image 1"):
+        CALM.loss(torch.tensor([[0, 1], [2, 5], [0, 0]]), regions=PARTS)
 
 
 def test_print_of_an_output_says_what_is_in_it():

@@ -13,6 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from train_cases import SIZE, tiny_config, tiny_net
 
 from calm.config import Method
+from calm.data.augmentation import Augmentation
+from calm.data.transforms import BatchMix
 from calm.errors import CalmError
 from calm.model import CalmModel, create_model
 from calm.output import CalmOutput, CamOutput
@@ -193,3 +195,25 @@ def test_a_loss_of_another_exponent_teaches_a_model_that_predicts_with_its_own()
     )
     own = joint[torch.arange(4), labels].log()
     assert losses[1.0] == pytest.approx((-((0.5 * own).softmax(1) * own).sum(1).mean()).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("method", "way"), [("calm-em", "regions"), ("calm-ml", "shares"), ("cam", "regions")])
+def test_cutmix_teaches_calm_the_class_of_each_region_and_cam_the_shares(method: Method, way: Any) -> None:
+    model = create_model(tiny_net(stateful=False), 3, method).eval()
+    images, labels = torch.randn(4, 3, SIZE, SIZE), torch.tensor([0, 1, 2, 0])
+    cutmix = Augmentation(cutmix=1.0)
+    config = replace(
+        tiny_config(Path("data"), Path("run"), method=method), augment=cutmix, loss=LossOptions(cutmix=way)
+    )
+    step = TrainingStep(model, {}, config, RunLength(3, 4))
+    mixed, shares, window = BatchMix(cutmix, 3)(images, labels, seed=config.seed, epoch=0, step=1)
+    assert window is not None
+    x0, y0, x1, y1 = window
+    inside = torch.zeros(SIZE, SIZE, dtype=torch.bool)
+    inside[y0:y1, x0:x1] = True
+    assert 0 < inside.sum() < SIZE**2
+    taught: Any = {"targets": shares}
+    if method == "calm-em":
+        taught = {"targets": torch.stack([labels, labels.roll(1)], 1), "regions": torch.stack([~inside, inside])}
+    want = model.output_loss(model(mixed), **taught)
+    torch.testing.assert_close(step(images, labels, epoch=0, step=1, index=1, rank=0), want)

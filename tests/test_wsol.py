@@ -366,6 +366,10 @@ def test_train_wsol_flag_names_one_method_or_several() -> None:
         assert config.wsol.methods == ["has", "cutmix"]
     assert (config.wsol.has_patches, config.augment.cutmix) == ([16, 32], 1.0)
     assert parse(["--data=d", "--wsol=cutmix", "--augment.cutmix=0.5"]).augment.cutmix == 0.5
+    assert parse(["--data=d", "--wsol=cutmix", "--loss.cutmix=shares", "--method=calm-ml"]).loss.cutmix == "shares"
+    for flags in (["--wsol=cutmix", "--method=cam"], ["--wsol=has"]):
+        with pytest.raises(CalmError, match=r"loss\.cutmix is shares, for CALM trained with --wsol cutmix"):
+            parse(["--data=d", "--loss.cutmix=shares", *flags])
     with pytest.raises(CalmError, match="did you mean 'has'"):
         parse(["--data=d", "--wsol=hass+adl"])
     for flags in (["--wsol", "has"], ["--wsol", "adl"], ["--wsol", "spg"], ["--wsol", "cutmix"]):

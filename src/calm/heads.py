@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from calm.config import ModelConfig, PriorActivation, PriorDenominator, check_pooling, class_index
@@ -231,11 +231,13 @@ class Network(nn.Module):
         teacher: CalmOutput | CamOutput | None = None,
         prior_weight: float = 0.0,
         cam_weight: float = 0.0,
+        regions: Bool[Tensor, "k H W"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return `loss` from an output, so that one forward pass serves the loss, the prediction and the maps.
 
         Raises:
-            CalmError: If a temperature or teacher is given but the method has no E-step, or a weight but no prior.
+            CalmError: If a temperature or teacher is given but the method has no E-step, or a weight or regions but no
+                prior.
         """
         if isinstance(output, CalmOutput) and not isinstance(teacher, CamOutput):
             return output.loss(
@@ -245,11 +247,14 @@ class Network(nn.Module):
                 teacher=teacher,
                 prior_weight=prior_weight,
                 cam_weight=cam_weight,
+                regions=regions,
             )
         if not isinstance(output, CamOutput) or temperature != 1.0 or teacher is not None:
             raise CalmError("temperature and teacher belong to the E-step: they need CALM models, method 'calm-em'")
-        if prior_weight or cam_weight:
-            raise CalmError("prior_weight and cam_weight belong to CALM's losses, not to CAM's: leave them out")
+        if prior_weight or cam_weight or regions is not None:
+            raise CalmError(
+                "prior_weight, cam_weight and regions belong to CALM's losses, not to CAM's: leave them out"
+            )
         return output.loss(targets)
 
     @torch.no_grad()

@@ -193,6 +193,14 @@ _LOG_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def check_method(method: str, has_e_step_options: bool) -> None:
+    """Raise a `CalmError` if there is no such loss, or options of the E-step are given to one without."""
+    if method not in ("calm-em", "calm-ml"):
+        raise unknown("loss method", method, ("calm-em", "calm-ml"))
+    if method == "calm-ml" and has_e_step_options:
+        raise CalmError("temperature and teacher belong to the E-step: they need method 'calm-em'")
+
+
 def ml_loss(log_joint: Float[Tensor, "*rows h w"]) -> Float[Tensor, "*rows"]:
     """Return the CALM-ML loss -log p(y | x), in nats, one value per row of the joint.
 

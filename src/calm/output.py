@@ -16,7 +16,7 @@ from torch.utils import _pytree
 
 from calm import latent
 from calm.config import PriorActivation, PriorDenominator
-from calm.errors import CalmError, unknown
+from calm.errors import CalmError
 from calm.heatmaps import Region, cell_coverage, resize_maps
 from calm.kinds import (
     ALIASES as ALIASES,
@@ -136,12 +136,15 @@ class _Output:
         if not MAP_KINDS[kind].adds:
             raise CalmError(f"the cells of a {kind!r} map are scores, which do not add up: take kind='evidence'")
         maps = self.attribute(targets, kind, superclass=superclass, prior_exponent=prior_exponent)
-        coverage = cell_coverage(region, (maps.shape[-2], maps.shape[-1]), size)
-        if coverage.ndim == 3:
-            if len(coverage) != self.batch_size:
-                raise CalmError(f"{len(coverage)} regions for {self.batch_size} images: give one, or one for each")
-            coverage = coverage.view(-1, *(1,) * (maps.ndim - 3), *coverage.shape[1:])
-        return (maps * coverage.to(maps)).sum(dim=(-2, -1))
+        coverage = self._coverage(region, size).to(maps)
+        return (maps * (coverage if maps.ndim == 3 else coverage.unsqueeze(1))).sum(dim=(-2, -1))
+
+    def _coverage(self, region: Region, size: tuple[int, int] | None) -> Float[Tensor, "b h w"]:
+        """Return `cell_coverage` of each image, or of all (1, h, w)."""
+        coverage = cell_coverage(region, self.grid, size)
+        if coverage.ndim == 3 and len(coverage) != self.batch_size:
+            raise CalmError(f"{len(coverage)} regions for {self.batch_size} images: give one, or one for each")
+        return coverage if coverage.ndim == 3 else coverage.unsqueeze(0)
 
     def __repr__(self) -> str:
         """Say what is in the output, with shapes; the numbers are in its properties."""
@@ -269,6 +272,31 @@ class CalmOutput(_Output):
         scores = latent.temper(self.log_prior, exponent).unsqueeze(1)
         return CalmOutput(self.logits, scores, "exp", pooling_exponent=self.pooling_exponent)
 
+    def within(self, region: Region, size: tuple[int, int] | None = None) -> CalmOutput:
+        """Return the output given that the cue lies in a region: its ``probs`` are p(y | x, cue in the region).
+
+        The prior becomes p(z | x) in the region, normalised, and 0 elsewhere; a cell that lies partly in the region
+        counts by the share of its area. What `mass` returns is this probability times the prior's mass in the region.
+        An image whose (ReLU) prior has no mass there has a uniform one there.
+
+        Args:
+            region: As for `mass`.
+            size: As for `mass`.
+
+        Raises:
+            CalmError: See `calm.heatmaps.cell_coverage`; or the region of an image is empty.
+        """
+        coverage = self._coverage(region, size)
+        if not coverage.flatten(1).any(dim=1).all():
+            raise CalmError("the region is empty: no part of the image lies in it")
+        coverage = coverage.log().to(self.log_prior)
+        inside = self.log_prior + coverage
+        nowhere = inside.isneginf().all(dim=(-2, -1), keepdim=True)
+        scores = torch.where(nowhere, coverage, inside).unsqueeze(1)
+        output = CalmOutput(self.logits, scores, "exp", self.denominator, self.pooling_exponent)
+        output.class_names = self.class_names
+        return output
+
     def class_log_conditional(self, classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:
         """Return log p(y | x, z) of K classes per image."""
         return _rows(self.log_conditional, classes)
@@ -298,24 +326,54 @@ class CalmOutput(_Output):
         teacher: CalmOutput | None = None,
         prior_weight: float = 0.0,
         cam_weight: float = 0.0,
+        regions: Bool[Tensor, "k H W"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return the mean loss over the batch, in nats.
 
         Args:
             targets: Class indices (B,), or soft targets (B, C) whose rows sum to 1 (mixup, label smoothing). Their loss
-                is the expectation of the classes' losses; it needs the joints of all classes.
+                is the expectation of the classes' losses; it needs the joints of all classes. With ``regions``, class
+                indices (B, K).
             method: ``calm-em`` or ``calm-ml``.
             temperature: EM only: beta of the E-step (`calm.latent.e_step`).
             teacher: EM only: the output, for the same images, that the posterior is taken from; None is this one.
             prior_weight: lambda, the weight of `calm.latent.prior_penalty`. Above 0 it keeps the prior from collapsing.
             cam_weight: Weight of CAM's loss with the same class scores, the cross-entropy of their mean over the grid,
                 which teaches all locations at once.
+            regions: Masks of the K parts, each with a class of its own, of which every image was put together (CutMix).
+                The loss is that of `within` each part, weighted by its area, so that it says nothing on how the prior
+                is shared between the parts (docs/mathematics.md).
 
         Raises:
             CalmError: If the targets do not fit the output (on a GPU their values are asserted by the device, see
                 `calm.latent.check_targets`), or the method does not have an option.
         """
-        targets = latent.check_targets(targets, self.batch_size, self.num_classes)
+        if regions is None:
+            targets = latent.check_targets(targets, self.batch_size, self.num_classes)
+            loss = self._likelihood_loss(targets, method, temperature, teacher)
+        else:
+            if targets.ndim != 2 or targets.is_floating_point() or targets.shape[1] != len(regions):
+                raise CalmError(f"{len(regions)} regions: give class indices (B, {len(regions)}) as targets")
+            areas, losses = regions.double().mean(dim=(1, 2)), []
+            for area, region, part in zip(areas.tolist(), regions, targets.unbind(1), strict=True):
+                if area:
+                    part = latent.check_targets(part, self.batch_size, self.num_classes)
+                    of_part = None if teacher is None else teacher.within(region)
+                    losses.append(area * self.within(region)._likelihood_loss(part, method, temperature, of_part))
+            loss = torch.stack(losses).sum()
+            targets = torch.einsum("bkc,k->bc", F.one_hot(targets, self.num_classes).to(loss), areas.to(loss))
+        if prior_weight and self.activation == "relu":
+            raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
+        if prior_weight:
+            loss = loss + prior_weight * latent.prior_penalty(self.log_prior).mean()
+        if cam_weight:
+            loss = loss + cam_weight * F.cross_entropy(widen(self.logits).mean(dim=(-2, -1)), targets)
+        return loss
+
+    def _likelihood_loss(
+        self, targets: Tensor, method: str, temperature: float, teacher: CalmOutput | None
+    ) -> Float[Tensor, ""]:
+        """Return `loss` without its penalties, for checked targets (B,) or (B, C)."""
         soft, exponent = targets.ndim == 2, self.pooling_exponent
         classes = torch.arange(self.num_classes, device=self.device).expand_as(targets) if soft else targets[:, None]
 
@@ -326,11 +384,8 @@ class CalmOutput(_Output):
                 return rows if soft else rows.squeeze(1)
             return output.log_joint if soft else output.target_log_joint(targets)
 
-        if method not in ("calm-em", "calm-ml"):
-            raise unknown("loss method", method, ("calm-em", "calm-ml"))
-        if method == "calm-ml" and (temperature != 1.0 or teacher is not None):
-            raise CalmError("temperature and teacher belong to the E-step: they need method 'calm-em'")
-        if exponent == 0 and (temperature != 1.0 or teacher is not None):
+        latent.check_method(method, e_step_options := temperature != 1.0 or teacher is not None)
+        if exponent == 0 and e_step_options:
             raise CalmError("temperature and teacher have no limit at pooling_exponent 0: leave them out")
         if exponent == 0 or (exponent != 1 and method == "calm-ml"):
             losses = -self.log_probs if soft else -self.log_probs.gather(1, classes).squeeze(1)
@@ -345,14 +400,7 @@ class CalmOutput(_Output):
                 losses = latent.em_loss(latent.e_step(own, temperature, of_teacher), own)
             if log_conditional is not None:
                 losses = losses / exponent + self._pooled(log_conditional).logsumexp(dim=1, keepdim=soft)
-        loss = ((targets * losses).sum(dim=1) if soft else losses).mean()
-        if prior_weight and self.activation == "relu":
-            raise CalmError(f"prior_weight is {prior_weight:g}, but a ReLU prior has probabilities of 0: leave it at 0")
-        if prior_weight:
-            loss = loss + prior_weight * latent.prior_penalty(self.log_prior).mean()
-        if cam_weight:
-            loss = loss + cam_weight * F.cross_entropy(widen(self.logits).mean(dim=(-2, -1)), targets)
-        return loss
+        return ((targets * losses).sum(dim=1) if soft else losses).mean()
 
 
 def _rows(maps: Float[Tensor, "b c h w"], classes: Int[Tensor, "b k"]) -> Float[Tensor, "b k h w"]:

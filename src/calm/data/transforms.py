@@ -108,17 +108,19 @@ class BatchMix:
 
     def __call__(
         self, images: Tensor, labels: Tensor, *, seed: int, epoch: int, step: int, rank: int = 0
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, tuple[int, int, int, int] | None]:
         """Mix one batch: float images (B, 3, H, W) on any device, which are not changed, and class indices (B,).
 
         ``step`` is the number of the batch within the epoch, ``rank`` that of the process; all count from 0.
 
         Returns:
-            Images, and targets (B, C) whose rows sum to 1: one-hot rows for a batch that is not mixed.
+            Images; targets (B, C) whose rows sum to 1: one-hot rows for a batch that is not mixed; and of cutmix the
+            window x0, y0, x1, y1 in pixels, perhaps empty, that each image has from the one before it, else None.
         """
         with seeded(seed, epoch, step, rank):
             if self.mixers and float(torch.rand(())) < self.probability:
                 mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
-                mixed: tuple[Tensor, Tensor] = mixer(images, labels)
-                return mixed
-        return images, one_hot(labels, self.num_classes).to(images.dtype)
+                with torch.random.fork_rng(devices=()):  # what the mixer is about to draw
+                    window = mixer.make_params([images]).get("box")
+                return *mixer(images, labels), window
+        return images, one_hot(labels, self.num_classes).to(images.dtype), None

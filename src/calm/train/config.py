@@ -159,7 +159,7 @@ class ModelOptions:
         return self.freeze is True and not self.unfreeze_after
 
 
-SHARED = ("prior_weight", "cam_weight", "pooling_exponent")
+SHARED = ("prior_weight", "cam_weight", "pooling_exponent", "cutmix")
 """Options of `LossOptions` that CALM-ML has, too."""
 
 
@@ -179,6 +179,8 @@ class LossOptions:
         pooling_exponent: exponent of the power mean in the loss, where it is another than the model's, with which it
             predicts: 1 teaches each location to be right by itself, and a model of exponent 0 then predicts from all of
             them together (docs/mathematics.md). By default the model's.
+        cutmix: how both CALMs are taught an image of CutMix: by ``regions``, the class of each part given that the cue
+            lies in it; or by the ``shares`` of the parts' areas, as CAM is, which flattens the prior.
     """
 
     posterior: Literal["current", "ema"] = "current"
@@ -187,6 +189,7 @@ class LossOptions:
     prior_weight: str | float = 0.0
     cam_weight: str | float = 0.0
     pooling_exponent: float | None = None
+    cutmix: Literal["regions", "shares"] = "regions"
 
     def __post_init__(self) -> None:
         check_options(self, "loss.", teacher_decay=(0, 1))
@@ -380,6 +383,8 @@ class TrainConfig:
         is_new("head.", self.backbone, self.optim.grouping)
         if "cutmix" in self.wsol.methods and not self.augment.cutmix:
             object.__setattr__(self, "augment", replace(self.augment, cutmix=1.0))
+        if self.loss.cutmix != LossOptions.cutmix and (self.method == "cam" or not self.augment.cutmix):
+            raise CalmError(f"loss.cutmix is {self.loss.cutmix}, for CALM trained with --wsol cutmix: leave it out")
         if self.model.caches and self.augment.mixes:
             raise CalmError("mixup and cutmix mix images, and model.freeze trains on features: set one of them to 0")
         if self.model.caches and (found := {"has", "adl", "spg"} & set(self.wsol.methods)):

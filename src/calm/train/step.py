@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torchmetrics import Metric
 
@@ -140,8 +141,14 @@ class TrainingStep(nn.Module):
             targets: class indices (B,).
             epoch, step, index, rank: of the epoch, the optimiser step, the batch in the epoch and the process, from 0.
         """
+        classes, regions = targets, None
         if self.mix is not None:
-            images, targets = self.mix(images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank)
+            mixed = self.mix(images, targets, seed=self.config.seed, epoch=epoch, step=index, rank=rank)
+            images, targets, window = mixed
+            if window is not None and self.config.loss.cutmix == "regions" and self.model.config.method != "cam":
+                classes, regions = torch.stack([classes, classes.roll(1)], dim=1), _parts(images, window)
+            else:
+                classes = targets
         if "has" in self.config.wsol.methods:
             patches, rate = self.config.wsol.has_patches, self.config.wsol.has_rate
             images = hide_patches(images, patches, rate, self.config.seed, epoch, index, rank, HIDING)
@@ -155,11 +162,12 @@ class TrainingStep(nn.Module):
             taught = replace(output, pooling_exponent=exponent)
         loss = self.model.output_loss(
             taught,
-            targets,
+            classes,
             temperature=self.temperature(step),
             teacher=teacher,
             prior_weight=self.prior_weight(step),
             cam_weight=self.cam_weight(step),
+            regions=regions,
         )
         if self.guidance is not None:
             loss = loss + self.guidance(output, targets, (images.shape[-2], images.shape[-1]))
@@ -180,6 +188,14 @@ class TrainingStep(nn.Module):
         accuracy = (output.log_probs.argmax(dim=1) == labels).float().mean()
         now = {"loss": float(loss.detach()), "accuracy": float(accuracy)}
         self.smoothed = {name: 0.7 * self.smoothed.get(name, value) + 0.3 * value for name, value in now.items()}
+
+
+def _parts(images: Tensor, window: tuple[int, int, int, int]) -> Bool[Tensor, "2 H W"]:
+    """Return the masks of what lies outside and inside CutMix's window."""
+    x0, y0, x1, y1 = window
+    inside = torch.zeros(images.shape[-2:], dtype=torch.bool)
+    inside[y0:y1, x0:x1] = True
+    return torch.stack([~inside, inside])
 
 
 def check_weights(model: nn.Module, step: int, where: str) -> None:
