@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
-from huggingface_hub import constants, file_download
+from huggingface_hub import constants
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 from torch.testing import assert_close
@@ -86,7 +86,6 @@ def hub(tmp_path, monkeypatch):
         monkeypatch.setattr(constants, "ENDPOINT", address)
         template = address + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template)  # a copy, which 0.30 reads
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         yield Mine

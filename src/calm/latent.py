@@ -28,7 +28,7 @@ from torch import Tensor
 from calm.config import PriorActivation, PriorDenominator, class_index
 from calm.errors import CalmError, shown, unknown
 
-Targets: TypeAlias = Tensor | Sequence[int] | Sequence[Sequence[int]] | SupportsIndex
+Targets: TypeAlias = Tensor | Sequence[SupportsIndex] | Sequence[Sequence[SupportsIndex]] | SupportsIndex
 """Class indices (B,) or (B, K), or one index for all images."""
 
 NamedTargets: TypeAlias = Targets | str | Sequence[str] | Sequence[Sequence[str]]
