@@ -180,7 +180,7 @@ class LossOptions:
             predicts: 1 teaches each location to be right by itself, and a model of exponent 0 then predicts from all of
             them together (docs/mathematics.md). By default the model's.
         cutmix: how both CALMs are taught an image of CutMix: by ``regions``, the class of each part given that the cue
-            lies in it; or by the ``shares`` of the parts' areas, as CAM is, which flattens the prior.
+            lies in it; or by the ``shares`` of the parts' areas, as CAM is.
     """
 
     posterior: Literal["current", "ema"] = "current"
